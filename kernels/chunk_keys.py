@@ -1,0 +1,97 @@
+"""Chunk keys, version 1: 32 bytes naming a chunk of tokens and everything before it. Formula in chunk_keys_ref.py.
+
+Batched and incremental: a sequence that grows is hashed from its last state on. Partial chunks have no key.
+"""
+
+from __future__ import annotations
+
+import array as array_module
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import chunk_keys_ref
+from .errors import LayoutError
+
+Tokens = npt.NDArray[np.integer] | Sequence[int]
+Backend = Literal["numba", "ref"]
+EXTRA_NBYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ChainState:
+    """Where a sequence's keys stand: enough to go on with its next chunk."""
+
+    root: bytes  # 32 bytes, of the namespace
+    num_chunks: int
+    chain: bytes  # c of the last chunk, 32 bytes; unused when num_chunks is 0
+    segment_end: bytes  # key of the last chunk of the last whole segment; the root in segment 0
+
+    @classmethod
+    def start(cls, root: bytes) -> ChainState:
+        """State before the first chunk."""
+        if len(root) != 32:
+            raise LayoutError(f"root has {len(root)} bytes, expected 32")
+        return cls(root, 0, bytes(32), root)
+
+
+def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
+    """[n] uint32. Arrays of uint32 are taken as they are; negative ids and ids above 2^32 - 1 are refused."""
+    if isinstance(tokens, np.ndarray):
+        array = tokens
+    else:
+        try:
+            return np.frombuffer(array_module.array("I", tokens), dtype=np.uint32)  # the fastest way in, checks ranges
+        except (OverflowError, TypeError) as error:
+            raise LayoutError(f"token ids must be integers in [0, 2^32): {error}") from error
+    if array.ndim != 1:
+        raise LayoutError(f"tokens have {array.ndim} dimensions, expected 1")
+    if array.dtype == np.uint32:
+        return array
+    if array.size and not (array.dtype.kind in "iu" and 0 <= int(array.min()) and int(array.max()) < 1 << 32):
+        raise LayoutError(f"tokens are {array.dtype} in [{array.min()}, {array.max()}], expected integers in [0, 2^32)")
+    return array.astype(np.uint32)
+
+
+def extend(
+    state: ChainState,
+    tokens: Tokens,  # the sequence from token state.num_chunks * chunk_tokens on; a partial last chunk is left out
+    chunk_tokens: int,
+    extras: Mapping[int, bytes] | None = None,  # chunk index in the sequence -> 32-byte BLAKE3 of its non-text items
+    backend: Backend = "numba",
+) -> tuple[npt.NDArray[np.uint8], ChainState]:
+    """([chunks, 32] uint8 keys, the state after the last whole chunk). O(tokens)."""
+    if chunk_tokens < 1:
+        raise LayoutError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
+    for index, extra in (extras or {}).items():
+        if len(extra) != EXTRA_NBYTES:
+            raise LayoutError(f"extra of chunk {index} has {len(extra)} bytes, expected {EXTRA_NBYTES}")
+    array = as_tokens(tokens)
+    whole = array[: len(array) // chunk_tokens * chunk_tokens]
+    if backend == "ref":
+        return chunk_keys_ref.extend(state, whole, chunk_tokens, extras or {})
+    from . import chunk_keys_numba
+
+    return chunk_keys_numba.extend(state, whole, chunk_tokens, extras or {})
+
+
+def chunk_keys(
+    root: bytes,  # 32 bytes
+    tokens: Tokens,  # [n]
+    chunk_tokens: int,
+    extras: Mapping[int, bytes] | None = None,
+    backend: Backend = "numba",
+) -> npt.NDArray[np.uint8]:
+    """[n // chunk_tokens, 32] uint8: the keys of a whole sequence."""
+    return extend(ChainState.start(root), tokens, chunk_tokens, extras, backend)[0]
+
+
+def adopt_keys(
+    root: bytes,
+    engine_keys: list[bytes],  # each: the engine's block hash, then the KV group as big-endian u32
+) -> list[bytes]:
+    """Keys of chunks that the engine names itself (vLLM's block hashes). The namespace must hold the hash's identity."""
+    return chunk_keys_ref.adopt(root, engine_keys)

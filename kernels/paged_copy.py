@@ -1,0 +1,120 @@
+"""Paged blocks to and from contiguous slots, with the payload checksum fused in. Checks once; the backends assume.
+
+Knows layouts, tensors and byte slots; knows nothing of keys, tiers or engines. Backends: `numba` (CPU production),
+`ref` (torch; what the others are compared with). Both compute the same bytes and the same checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import LayoutError
+from .layout import PagedLayout
+
+if TYPE_CHECKING:
+    import torch
+
+Backend = Literal["numba", "ref"]
+
+
+@dataclass(frozen=True)
+class PagedTensors:
+    """A layout bound to the tensors it describes. Keeps them alive; owns nothing of them."""
+
+    layout: PagedLayout
+    tensors: tuple[torch.Tensor, ...]
+    bases: npt.NDArray[np.int64]  # [planes] int64 addresses
+
+    @classmethod
+    def bind(cls, layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> PagedTensors:
+        """Check that every byte the layout can address lies inside the tensors' storages."""
+        for i, plane in enumerate(layout.planes):
+            if plane.tensor >= len(tensors):
+                raise LayoutError(f"plane {i} is in tensor {plane.tensor}, but only {len(tensors)} tensors were given")
+            tensor = tensors[plane.tensor]
+            last = (
+                (layout.num_blocks - 1) * plane.stride_block
+                + (plane.num_tokens - 1) * plane.stride_token
+                + (plane.num_heads - 1) * plane.stride_head
+                + plane.head_nbytes
+            )
+            room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size() - plane.offset
+            if last > room:
+                raise LayoutError(f"plane {i} reaches byte {last} of tensor {plane.tensor}, which has {room} bytes")
+        return cls(layout, tuple(tensors), layout.bases(tensors))
+
+
+def _check(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],
+    slots: npt.NDArray[np.uint8],
+    slot_ids: npt.NDArray[np.int64],
+    checksums: npt.NDArray[np.uint64],
+) -> None:
+    if block_ids.ndim != 2 or block_ids.dtype != np.int32 or not block_ids.flags.c_contiguous:
+        raise LayoutError(f"block_ids is {block_ids.dtype} {block_ids.shape}, expected int32 [chunks, blocks_per_chunk]")
+    n, blocks_per_chunk = block_ids.shape
+    if slot_ids.shape != (n,) or slot_ids.dtype != np.int64 or not slot_ids.flags.c_contiguous:
+        raise LayoutError(f"slot_ids is {slot_ids.dtype} {slot_ids.shape}, expected int64 ({n},)")
+    planes = len(paged.layout.planes)
+    if checksums.shape != (n, planes) or checksums.dtype != np.uint64 or not checksums.flags.c_contiguous:
+        raise LayoutError(f"checksums is {checksums.dtype} {checksums.shape}, expected uint64 ({n}, {planes})")
+    part_nbytes = paged.layout.part_nbytes(blocks_per_chunk) if blocks_per_chunk else 0
+    if slots.ndim != 2 or slots.dtype != np.uint8 or slots.shape[1] < part_nbytes or slots.strides[1] != 1:
+        raise LayoutError(f"slots is {slots.dtype} {slots.shape}, expected uint8 [num_slots, >= {part_nbytes}]")
+    if n and blocks_per_chunk:
+        if int(block_ids.max()) >= paged.layout.num_blocks or int(block_ids.min()) < -1:
+            bad = int(block_ids.max()) if int(block_ids.max()) >= paged.layout.num_blocks else int(block_ids.min())
+            raise LayoutError(f"block id {bad} is outside [-1, {paged.layout.num_blocks})")
+        if int(slot_ids.max()) >= slots.shape[0] or int(slot_ids.min()) < 0:
+            raise LayoutError(f"slot ids {slot_ids.min()}..{slot_ids.max()} are outside [0, {slots.shape[0]})")
+
+
+def gather_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, its bytes become zeros
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous; see `Arena.parts`
+    slot_ids: npt.NDArray[np.int64],  # [n] int64, distinct rows of `slots`
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+    backend: Backend = "numba",
+) -> None:
+    """Copy n chunks of paged blocks into slots and checksum each plane.
+
+    Writes exactly `part_nbytes` of each named slot, padding included. Returns when the bytes are visible to every
+    thread and process. Releases the GIL (numba). Raises LayoutError on any mismatch, before a byte is written.
+    """
+    _check(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend).gather_chunks(paged, block_ids, slots, slot_ids, checksums)
+
+
+def scatter_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: the engine's block is left alone
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
+    slot_ids: npt.NDArray[np.int64],  # [n] int64
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64, of what was read
+    backend: Backend = "numba",
+) -> None:
+    """Copy n chunks out of slots into paged blocks and checksum what was read, whole planes even of partial chunks.
+
+    The blocks are written before the checksum can be judged: until the caller has compared it, the blocks hold nothing.
+    """
+    _check(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend).scatter_chunks(paged, block_ids, slots, slot_ids, checksums)
+
+
+def _backend(name: Backend):  # type: ignore[no-untyped-def]  # modules are the registry's values
+    if name == "numba":
+        from . import paged_copy_numba
+
+        return paged_copy_numba
+    if name == "ref":
+        from . import paged_copy_ref
+
+        return paged_copy_ref
+    raise LayoutError(f"unknown backend {name!r}; known: numba, ref")

@@ -1,0 +1,230 @@
+"""CPU production backend of `paged_copy`: copy and checksum in one pass, 64 bytes at a time, stores past the cache.
+
+    for each plane of a chunk:
+      A, B = 0
+      for each 64-byte row, in slot order:  v = load; store v (non-temporal where aligned); A += lanes(v); B += A
+      checksum = sum P * A + Q * (rows * A - B) + nbytes * R                              see checksum.py
+
+The row loop is LLVM IR (`_copy_rows`): numba has neither 512-bit registers nor non-temporal stores. Runs that are no
+multiple of 64 bytes are copied with memcpy first and summed in a second pass over the slot. Kernels are `nogil` and
+single-threaded; the caller splits chunks over its own threads (numba's `prange` aborts under concurrent calls).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_WEIGHT
+
+if TYPE_CHECKING:
+    from .paged_copy import PagedTensors
+
+_U64 = np.uint64
+_ROW = 64
+
+
+def _row_loop(store: str) -> Any:
+    """An intrinsic (dst, src, rows, acc) -> None; acc is the address of 4 x 8 uint64: A even, A odd, B even, B odd lanes."""
+
+    @intrinsic
+    def rows_intrinsic(typingctx, dst, src, rows, acc):  # type: ignore[no-untyped-def]  # numba's protocol
+        signature = types.void(types.int64, types.int64, types.int64, types.int64)
+
+        def codegen(context, builder, _signature, args):  # type: ignore[no-untyped-def]
+            _emit_rows(builder, *args, store=store)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return rows_intrinsic
+
+
+def _emit_rows(builder: ir.IRBuilder, dst: Any, src: Any, rows: Any, acc: Any, store: str) -> None:
+    word = ir.IntType(64)
+    vec = ir.VectorType(word, 8)
+    pointer = vec.as_pointer()
+    low = ir.Constant(vec, [0xFFFFFFFF] * 8)
+    shift = ir.Constant(vec, [32] * 8)
+    acc_ptrs = [builder.inttoptr(builder.add(acc, word(i * _ROW)), pointer) for i in range(4)]
+    sums = [builder.alloca(vec) for _ in range(4)]  # registers after mem2reg
+    for cell, ptr in zip(sums, acc_ptrs, strict=True):
+        builder.store(builder.load(ptr, align=8), cell)
+    with cgutils.for_range(builder, rows) as loop:
+        offset = builder.mul(loop.index, word(_ROW))
+        value = builder.load(builder.inttoptr(builder.add(src, offset), pointer), align=1)
+        if store != "none":
+            out = builder.inttoptr(builder.add(dst, offset), pointer)
+            inst = builder.store(value, out, align=_ROW if store == "stream" else 1)
+            if store == "stream":
+                one = ir.Constant(ir.IntType(32), 1)
+                inst.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        even, odd = builder.and_(value, low), builder.lshr(value, shift)
+        for a, b, lanes in ((0, 2, even), (1, 3, odd)):
+            total = builder.add(builder.load(sums[a]), lanes)
+            builder.store(total, sums[a])
+            builder.store(builder.add(builder.load(sums[b]), total), sums[b])
+    for cell, ptr in zip(sums, acc_ptrs, strict=True):
+        builder.store(builder.load(cell), ptr, align=8)
+
+
+_stream_rows = _row_loop("stream")
+_copy_rows = _row_loop("plain")
+_sum_rows = _row_loop("none")
+
+
+@intrinsic
+def _memcpy(typingctx, dst, src, nbytes):  # type: ignore[no-untyped-def]
+    signature = types.void(types.int64, types.int64, types.int64)
+
+    def codegen(context, builder, _signature, args):  # type: ignore[no-untyped-def]
+        byte_ptr = ir.IntType(8).as_pointer()
+        to, frm = (builder.inttoptr(a, byte_ptr) for a in args[:2])
+        cgutils.raw_memcpy(builder, to, frm, args[2], 1)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _zero(typingctx, dst, nbytes):  # type: ignore[no-untyped-def]
+    signature = types.void(types.int64, types.int64)
+
+    def codegen(context, builder, _signature, args):  # type: ignore[no-untyped-def]
+        cgutils.memset(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), args[1], 0)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _fence(typingctx):  # type: ignore[no-untyped-def]
+    """Non-temporal stores become visible in order with what follows."""
+
+    def codegen(context, builder, _signature, _args):  # type: ignore[no-untyped-def]
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+_SUM_SIGNATURE = "uint64(uint64[::1], int64, int64)"
+_LANE, _ROWW, _LENGTH = LANE_WEIGHT, ROW_WEIGHT, np.uint64(LENGTH_WEIGHT)
+
+
+@njit(_SUM_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+def _finish(acc, rows, nbytes):  # type: ignore[no-untyped-def]
+    total = _U64(nbytes) * _LENGTH
+    for word in range(8):
+        for half in range(2):
+            a, b = acc[8 * half + word], acc[16 + 8 * half + word]
+            lane = 2 * word + half
+            total += _LANE[lane] * a + _ROWW[lane] * (_U64(rows) * a - b)
+    return total
+
+
+@njit("void(int64, int64, int64, int64, boolean)", nogil=True, cache=True, boundscheck=False)
+def _move(dst, src, nbytes, acc, stream):  # type: ignore[no-untyped-def]
+    """Copy and sum a run of whole rows."""
+    if stream and dst & 63 == 0:
+        _stream_rows(dst, src, nbytes >> 6, acc)
+    else:
+        _copy_rows(dst, src, nbytes >> 6, acc)
+
+
+_SIGNATURE = (
+    "void(boolean, int64[::1], int64[:, ::1], int64[::1], int32[:, ::1], int64, int64, int64[::1], uint64[:, ::1])"
+)
+
+
+@njit(_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stride, slot_ids, checksums):  # type: ignore[no-untyped-def]
+    sums = np.empty(32, dtype=np.uint64)
+    acc = np.int64(sums.ctypes.data)
+    for c in range(block_ids.shape[0]):
+        slot = slots + slot_ids[c] * slot_stride
+        for p in range(bases.shape[0]):
+            stride_block, outer, stride_outer, inner, stride_inner, run = geometry[p]
+            block_nbytes = outer * inner * run
+            plane, plane_nbytes = slot + offsets[p], offsets[p + 1] - offsets[p]
+            whole_rows = run & 63 == 0
+            sums[:] = _U64(0)
+            cursor = plane
+            for i in range(block_ids.shape[1]):
+                block = np.int64(block_ids[c, i])
+                if block < 0:
+                    if to_slots:
+                        _zero(cursor, block_nbytes)
+                    if whole_rows:
+                        _sum_rows(np.int64(0), cursor, block_nbytes >> 6, acc)
+                    cursor += block_nbytes
+                    continue
+                at = bases[p] + block * stride_block
+                for o in range(outer):
+                    for h in range(inner):
+                        source = at + o * stride_outer + h * stride_inner
+                        if whole_rows and to_slots:
+                            _move(cursor, source, run, acc, True)
+                        elif whole_rows:
+                            _move(source, cursor, run, acc, True)
+                        elif to_slots:
+                            _memcpy(cursor, source, run)
+                        else:
+                            _memcpy(source, cursor, run)
+                        cursor += run
+            if to_slots:
+                _zero(cursor, plane + plane_nbytes - cursor)
+            if not whole_rows:
+                _sum_rows(np.int64(0), plane, plane_nbytes >> 6, acc)
+            checksums[c, p] = _finish(sums, plane_nbytes >> 6, plane_nbytes)
+    _fence()
+
+
+def _geometry(paged: PagedTensors) -> npt.NDArray[np.int64]:
+    return np.array([(p.stride_block, *p.runs) for p in paged.layout.planes], dtype=np.int64)
+
+
+def _run(
+    to_slots: bool,
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],
+    slots: npt.NDArray[np.uint8],
+    slot_ids: npt.NDArray[np.int64],
+    checksums: npt.NDArray[np.uint64],
+) -> None:
+    if block_ids.size == 0:
+        return
+    _copy_chunks(
+        to_slots,
+        paged.bases, _geometry(paged), paged.layout.plane_offsets(block_ids.shape[1]),  # layout
+        block_ids, slots.ctypes.data, slots.strides[0], slot_ids,  # inputs
+        checksums,  # outputs
+    )  # fmt: skip
+
+
+def gather_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, its bytes become zeros
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
+    slot_ids: npt.NDArray[np.int64],  # [n] int64, distinct rows of `slots`
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+) -> None:
+    """See `paged_copy.gather_chunks`. Slots whose rows are 64-byte aligned are written past the cache."""
+    _run(True, paged, block_ids, slots, slot_ids, checksums)
+
+
+def scatter_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: leave the engine's block alone
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
+    slot_ids: npt.NDArray[np.int64],  # [n] int64
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+) -> None:
+    """See `paged_copy.scatter_chunks`."""
+    _run(False, paged, block_ids, slots, slot_ids, checksums)
