@@ -1,0 +1,191 @@
+"""The hook for any engine: match a prompt, load the hit into paged tensors by block table, store what was computed.
+
+    cache = kvkern.open_cache(layout, tensors, model="my-model", weights=revision, capacity="8GiB")
+    with cache.match(tokens) as hit:                       # longest cached prefix, pinned
+        num_loaded = cache.load(hit, block_table)          # verified tokens now in the engine's blocks
+    ...                                                    # the engine computes tokens[num_loaded:]
+    cache.store(tokens, block_table)                       # whole chunks that are not cached yet
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arena import Arena
+from .assemble import build_cache, build_transfer, open_arena
+from .cache import Cache
+from .config import Config
+from .errors import ConfigError
+from .kernels.chunk_keys import Tokens, chunk_keys
+from .kernels.layout import PagedLayout
+from .kernels.paged_copy import PagedTensors
+from .keys import Namespace, split_keys
+from .slots import SlotGeometry
+from .tiers.dram import ChunkShape, Lease
+from .transfer import ChunkBatch, Transfer
+
+if TYPE_CHECKING:
+    import torch
+
+BlockTable = npt.NDArray[np.integer] | Sequence[int]
+
+
+class Match:
+    """A cached prefix of a prompt, readable until `release` (or the end of the `with` block)."""
+
+    def __init__(self, cache: Cache, lease: Lease, chunk_tokens: int) -> None:
+        self._cache = cache
+        self._released = False
+        self.lease = lease
+        self.num_tokens = len(lease.slots) * chunk_tokens
+
+    def release(self) -> None:
+        """Give the chunks back to eviction. Safe to call twice."""
+        if not self._released:
+            self._released = True
+            self._cache.release(self.lease)
+
+    def __enter__(self) -> Match:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class PagedCache:
+    """A cache for one engine's paged tensors. Thread-safe as long as calls work on distinct blocks."""
+
+    def __init__(self, cache: Cache, transfer: Transfer, arena: Arena, namespace: Namespace, shape: ChunkShape) -> None:
+        self._cache = cache
+        self._transfer = transfer
+        self._arena = arena
+        self._shape = shape
+        self.namespace = namespace
+        self.chunk_tokens = namespace.chunk_tokens
+
+    def keys(self, tokens: Tokens, extras: Mapping[int, bytes] | None = None) -> list[bytes]:
+        """Chunk keys of a sequence; a partial last chunk has none. `extras`: chunk index -> 32-byte hash of images etc."""
+        return split_keys(chunk_keys(self._shape.namespace, tokens, self.chunk_tokens, extras))
+
+    def match(self, tokens: Tokens, extras: Mapping[int, bytes] | None = None) -> Match:
+        """Find and pin the longest cached prefix of `tokens`. Always returns a Match; `num_tokens` may be 0.
+
+        An engine that needs logits of the last token passes `tokens[:-1]`, or recomputes the last token after loading.
+        """
+        return Match(self._cache, self._cache.acquire(self.keys(tokens, extras)), self.chunk_tokens)
+
+    def load(self, match: Match, block_table: BlockTable, start: int = 0) -> int:
+        """Copy the match into the blocks of `block_table` and verify it. Returns how many tokens from 0 on are good.
+
+        Tokens [0, start) are in their blocks already and stay untouched; `start` is a multiple of the block size.
+        A chunk that fails its checksum ends the result there and is forgotten; blocks behind it hold nothing.
+        """
+        lease = match.lease
+        table = self._rows(block_table, len(lease.slots))
+        if start % self._block_tokens or start > match.num_tokens:
+            raise ConfigError(
+                f"start is {start}; it must be a multiple of the block size {self._block_tokens} "
+                f"and at most the match's {match.num_tokens} tokens"
+            )
+        first = start // self.chunk_tokens
+        table = table.copy()
+        table.reshape(-1)[: start // self._block_tokens] = -1
+        job = self._transfer.load([self._batch(table[first:], lease.keys[first:], lease.slots[first:], ())]).wait()
+        good = int(job.ok.cumprod().sum())
+        return start if good == 0 else (first + good) * self.chunk_tokens
+
+    def store(
+        self, tokens: Tokens, block_table: BlockTable, extras: Mapping[int, bytes] | None = None, start: int = 0
+    ) -> int:
+        """Copy those whole chunks of `tokens[start:]` that are not cached yet. Returns how many chunks were published.
+
+        The KV of every whole chunk must be in its blocks. Fewer than offered may be stored when all else is in use.
+        """
+        keys = self.keys(tokens, extras)
+        table = self._rows(block_table, len(keys))
+        reservation = self._cache.reserve(keys, start // self.chunk_tokens, self._shape)
+        if not reservation.slots:
+            return 0
+        at = {key: i for i, key in enumerate(keys)}
+        rows = table[[at[key] for key in reservation.keys]]
+        self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)]).wait()
+        return self._cache.commit(reservation)
+
+    def clear(self) -> int:
+        """Forget everything, after a change of weights for example. Returns the number of chunks forgotten."""
+        return self._cache.clear()
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters and usage; see CacheCounters."""
+        return {**self._cache.counters.snapshot(), **self._cache.usage()}
+
+    def close(self) -> None:
+        """End the copy threads and let the arena go. No call may be under way."""
+        self._transfer.close()
+        self._arena.close()
+
+    @property
+    def _block_tokens(self) -> int:
+        return self.chunk_tokens // self._transfer.blocks_per_chunk
+
+    def _rows(self, block_table: BlockTable, chunks: int) -> npt.NDArray[np.int32]:
+        """[chunks, blocks_per_chunk] of the table's first blocks."""
+        per_chunk = self._transfer.blocks_per_chunk
+        table = np.asarray(block_table, dtype=np.int32).reshape(-1)
+        if len(table) < chunks * per_chunk:
+            raise ConfigError(f"block_table has {len(table)} blocks; {chunks} chunks need {chunks * per_chunk}")
+        return table[: chunks * per_chunk].reshape(chunks, per_chunk)
+
+    def _batch(
+        self, rows: npt.NDArray[np.int32], keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int]
+    ) -> ChunkBatch:
+        return ChunkBatch(
+            group=0,
+            block_ids=np.ascontiguousarray(rows),
+            slots=np.array(slots, dtype=np.int64),
+            generations=np.array(generations, dtype=np.uint64),
+            keys=np.frombuffer(b"".join(keys), dtype="V32"),
+            namespace=self._shape.namespace,
+        )
+
+
+def open_cache(
+    layout: PagedLayout,  # from kvkern.layout: flash_attention, split_kv, fused_kv, token_pool, mla, from_pages
+    tensors: Sequence[torch.Tensor],  # the tensors the layout was made from, in the same order
+    *,
+    model: str,
+    weights: str,  # a resolved revision, or kvkern.weights_fingerprint(path)
+    blocks_per_chunk: int = 1,
+    salt: str | None = None,  # tenant: caches with different salts never share
+    **options: Any,  # fields of kvkern.config.Config; `capacity` is required
+) -> PagedCache:
+    """Open a cache embedded in this process. Proves the layout by a round trip through the tensors before returning.
+
+    Raises LayoutError, ConfigError or ArenaError; nothing is left behind then.
+    """
+    if blocks_per_chunk < 1:
+        raise ConfigError(f"blocks_per_chunk is {blocks_per_chunk}; it must be at least 1")
+    config = Config.parse(options, "open_cache")
+    paged = PagedTensors.bind(layout, tensors)
+    namespace = Namespace(
+        model=model, weights=weights, dtype=str(tensors[0].dtype).removeprefix("torch."), layout=layout.fingerprint,
+        chunk_tokens=blocks_per_chunk * layout.block_tokens, salt=salt or config.salt or None,
+    )  # fmt: skip
+    part_nbytes = layout.part_nbytes(blocks_per_chunk)
+    arena = open_arena(config, SlotGeometry(part_nbytes, len(layout.planes)), uuid.uuid4().hex, expected=1)
+    try:
+        transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
+    except BaseException:
+        arena.close()
+        raise
+    shape = ChunkShape(namespace.root, part_nbytes, part_nbytes, len(layout.planes), 0, namespace.chunk_tokens)
+    return PagedCache(build_cache(arena), transfer, arena, namespace, shape)

@@ -1,0 +1,288 @@
+"""One file of slots in shared memory, created by whoever comes first and mapped by all. Knows bytes, not tensors or keys.
+
+    file = header page | slot 0 | slot 1 | ...        slots as in slots.py
+
+Life of the file: the first process creates and prefaults it under a record lock, the others wait for the lock and check
+that they mean the same geometry. Every process holds a shared flock while it maps the file, so a file nobody has locked
+is stale and is swept at the next start. With `expected` set (embedded mode) the last process to attach unlinks the name:
+the memory then dies with its mappings, even on kill -9.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import format_nbytes
+from .errors import ArenaError, ConfigError
+from .slots import PAGE, SlotGeometry, SlotState, round_up
+
+Progress = Callable[[str], None]
+
+_FILE_MAGIC = b"KVKARENA"
+_FILE_HEADER = struct.Struct("<8sIIQQQQ32s")  # magic, version, attached, slots, part bytes, planes, world size, identity
+_FILE_VERSION = 1
+_PIECE = 256 << 20
+_LOCK_WAIT_S = 600.0
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSpec:
+    """What an arena file must look like for a process to attach to it."""
+
+    geometry: SlotGeometry
+    num_slots: int
+    identity: bytes = bytes(32)  # of the user: a layout fingerprint, say; processes with another are refused
+
+    @classmethod
+    def for_capacity(cls, geometry: SlotGeometry, capacity_nbytes: int, identity: bytes = bytes(32)) -> ArenaSpec:
+        """As many slots as fit. Raises ConfigError if that is none."""
+        slots = (capacity_nbytes - PAGE) // geometry.slot_nbytes
+        if slots < 1:
+            raise ConfigError(
+                f"capacity {format_nbytes(capacity_nbytes)} holds no slot: one chunk of this model needs "
+                f"{format_nbytes(geometry.slot_nbytes + PAGE)} (all layers, {geometry.world_size} rank(s)); "
+                f"raise the capacity or use fewer blocks per chunk"
+            )
+        return cls(geometry, slots, identity)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of the file."""
+        return round_up(PAGE + self.num_slots * self.geometry.slot_nbytes, PAGE)
+
+
+class Arena:
+    """A mapped arena. Use `create_or_attach`; `close` when no view of it is used any more."""
+
+    def __init__(self, spec: ArenaSpec, path: Path, fd: int, memory: mmap.mmap) -> None:
+        self.spec = spec
+        self.path = path
+        self._fd = fd
+        self._memory = memory
+        geometry, slots = spec.geometry, spec.num_slots
+        # [num_slots] structured view of every slot's header, shared with every other process
+        self.headers: npt.NDArray[np.void] = np.ndarray(
+            (slots,), geometry.dtype, memory, offset=PAGE, strides=(geometry.slot_nbytes,)
+        )
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)  # the whole file
+
+    def parts(
+        self,
+        rank: int,
+    ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view: every slot's part of one rank
+        """What a rank's worker copies into and out of. Row i is slot i; rows are page-aligned."""
+        geometry = self.spec.geometry
+        if not 0 <= rank < geometry.world_size:
+            raise ArenaError(f"rank {rank} is outside [0, {geometry.world_size}) of arena {self.path}")
+        start = PAGE + geometry.header_nbytes + rank * geometry.part_stride
+        shape, strides = (self.spec.num_slots, geometry.part_stride), (geometry.slot_nbytes, 1)
+        return np.lib.stride_tricks.as_strided(self.bytes[start:], shape, strides)
+
+    def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """Called by a reader that holds a lease: these slots did not verify."""
+        self.headers["state"][slots] = SlotState.BAD
+
+    def close(self) -> None:
+        """Drop the mapping once its last view is gone, and the lock. The file stays unless it was unlinked."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def create_or_attach(
+    spec: ArenaSpec,
+    path: Path,
+    expected: int = 0,  # processes that will attach in all; the last one unlinks the name. 0: never unlinked here
+    prefault: bool = True,
+    progress: Progress = lambda line: None,
+) -> Arena:
+    """Map the arena at `path`, creating it if nobody has. Returns when every page is there (prefault).
+
+    Raises ArenaError if the file system has no room, if the file is another arena's, or if the creator does not finish.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if not _still_named(fd, path):  # swept or unlinked between open and lock
+                os.close(fd)
+                continue
+            with _record_lock(fd, path):
+                created = os.fstat(fd).st_size == 0
+                memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
+                attached = _count_attach(memory)
+                if expected and attached >= expected:
+                    path.unlink(missing_ok=True)
+            return Arena(spec, path, fd, memory)
+        except BaseException:
+            os.close(fd)
+            raise
+
+
+def _still_named(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _record_lock(fd: int, path: Path) -> Iterator[None]:
+    """Exclusive lock between open files (also within a process), independent of the flock that proves liveness."""
+    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ArenaError(
+                    f"arena {path} is still being created by another process after {_LOCK_WAIT_S:.0f} s; "
+                    f"see whether that process hangs"
+                ) from error
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, PAGE, 0))
+
+
+def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> mmap.mmap:
+    _check_room(spec.nbytes, path)
+    try:
+        _allocate(fd, spec.nbytes, prefault, progress)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        os.ftruncate(fd, 0)
+        raise ArenaError(_no_room(spec.nbytes, path, f"the kernel says: {error.strerror}")) from error
+    memory = mmap.mmap(fd, spec.nbytes)
+    geometry = spec.geometry
+    memory[: _FILE_HEADER.size] = _FILE_HEADER.pack(
+        _FILE_MAGIC, _FILE_VERSION, 0, spec.num_slots, geometry.part_nbytes, geometry.max_planes, geometry.world_size,
+        spec.identity,
+    )  # fmt: skip
+    if prefault:
+        _populate(memory)
+    return memory
+
+
+def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> mmap.mmap:
+    raw = os.pread(fd, _FILE_HEADER.size, 0)
+    if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+        raise ArenaError(f"{path} exists but is no finished kvkern arena; if no engine uses it, remove it")
+    _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+    if version != _FILE_VERSION:
+        raise ArenaError(f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; upgrade the older side")
+    found = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
+    if found != spec or os.fstat(fd).st_size != spec.nbytes:
+        differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
+        raise ArenaError(f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options")
+    memory = mmap.mmap(fd, spec.nbytes)
+    if prefault:
+        _populate(memory)
+    return memory
+
+
+def _count_attach(memory: mmap.mmap) -> int:
+    """One more process has attached. Call under the record lock."""
+    attached = int(struct.unpack_from("<I", memory, 12)[0]) + 1
+    struct.pack_into("<I", memory, 12, attached)
+    return attached
+
+
+def _allocate(fd: int, nbytes: int, prefault: bool, progress: Progress) -> None:
+    """Reserve the pages, so that a full file system is an error now and not a SIGBUS later."""
+    if not prefault:
+        os.ftruncate(fd, nbytes)
+        return
+    start = time.monotonic()
+    for offset in range(0, nbytes, _PIECE):
+        os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
+        done = min(offset + _PIECE, nbytes)
+        if done % (16 * _PIECE) == 0 or done == nbytes:
+            seconds = time.monotonic() - start
+            progress(f"arena: {format_nbytes(done)} of {format_nbytes(nbytes)} ready after {seconds:.1f} s")
+
+
+def _populate(memory: mmap.mmap) -> None:
+    """Fill the page tables. Kernels without MADV_POPULATE_WRITE fault the pages in on first use instead."""
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError:
+        return
+
+
+def _check_room(nbytes: int, path: Path) -> None:
+    fs = os.statvfs(path.parent)
+    room = fs.f_bavail * fs.f_frsize
+    if nbytes > room:
+        raise ArenaError(_no_room(nbytes, path, f"{format_nbytes(room)} are free there"))
+    memory = _available_memory()
+    if nbytes > memory:
+        raise ArenaError(_no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left"))
+
+
+def _no_room(nbytes: int, path: Path, why: str) -> str:
+    return (
+        f"the arena needs {format_nbytes(nbytes)} in {path.parent}, but {why}. Lower `capacity`, or enlarge the mount "
+        f"(mount -o remount,size=..., docker run --shm-size=..., an emptyDir with medium: Memory in Kubernetes)"
+    )
+
+
+def _available_memory() -> int:
+    """Bytes this process could still allocate: MemAvailable, or what the cgroup leaves where that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (FileNotFoundError, ValueError):
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)
+
+
+def sweep_stale(directory: Path, prefix: str) -> list[Path]:
+    """Unlink this user's arenas that no process has mapped any more. Returns what was removed."""
+    removed = []
+    for path in directory.glob(f"{prefix}*"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, PermissionError):
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _still_named(fd, path):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        except BlockingIOError:
+            continue  # alive
+        finally:
+            os.close(fd)
+    return removed
+
+
+def arena_prefix(uid: int) -> str:
+    """Names of a user's arenas start with this: one arena per uid and trust domain."""
+    return f"kvkern-{uid}-"
+
+
+def process_start(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 if it is gone. With the pid it names a process for good."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat.rsplit(")", 1)[1].split()[19])

@@ -1,0 +1,52 @@
+"""The composition root: the only place that knows which classes make up a cache. Constructors elsewhere only store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
+from .cache import Cache
+from .config import Config
+from .kernels.paged_copy import PagedTensors
+from .policy.lru import LRU
+from .slots import SlotGeometry
+from .tiers.dram import DramTier
+from .transfer import Transfer
+
+logger = logging.getLogger("kvkern")
+
+
+def open_arena(
+    config: Config,
+    geometry: SlotGeometry,
+    name: str,  # processes that give the same name share the arena
+    expected: int,  # how many will attach; the last one unlinks the file's name
+    identity: bytes = bytes(32),
+    progress: Progress = logger.info,
+) -> Arena:
+    """Create or attach to the arena `name` of this user. Sweeps arenas that crashed processes left behind."""
+    prefix = arena_prefix(os.getuid())
+    for path in sweep_stale(config.arena_dir, prefix):
+        progress(f"arena: removed {path}, which no process used any more")
+    spec = ArenaSpec.for_capacity(geometry, config.capacity_nbytes, identity)
+    return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
+
+
+def build_cache(arena: Arena) -> Cache:
+    """A manager over the arena. One per arena: it alone allocates, evicts and publishes."""
+    return Cache(DramTier(arena, LRU()))
+
+
+def build_transfer(
+    config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
+) -> Transfer:
+    """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip."""
+    transfer = Transfer(groups, arena, rank, blocks_per_chunk, config.copy_threads)
+    try:
+        transfer.self_test()
+    except BaseException:
+        transfer.close()
+        raise
+    return transfer

@@ -1,0 +1,114 @@
+"""The manager: what is cached, what is read, what is written. Thread-safe; knows keys and slots, not tensors or engines.
+
+The one place where a fault becomes a miss: an unexpected error in a tier is counted, logged once per kind, and answered
+as if nothing were cached. Calls are batched, in prefix order, and linear in the number of chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .errors import KvkernError
+from .metrics import CacheCounters
+from .tiers.dram import ChunkShape, DramTier, Lease, Reservation
+
+logger = logging.getLogger("kvkern")
+
+NO_LEASE = Lease((), ())
+NO_RESERVATION = Reservation((), (), ())
+
+
+class Cache:
+    """One namespace-agnostic cache over the node's DRAM tier: keys already name model, weights and tenant."""
+
+    def __init__(self, dram: DramTier) -> None:
+        self._dram = dram
+        self._lock = threading.Lock()
+        self._logged: set[str] = set()
+        self.counters = CacheCounters()
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `keys` that could be acquired now. Pins and counts nothing."""
+        with self._lock, self._fault_is_miss():
+            return self._dram.contains(keys)
+        return 0
+
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+        """Pin the longest cached prefix (or, for windowed groups, all cached chunks with `prefix=False`).
+
+        The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
+        """
+        with self._lock, self._fault_is_miss():
+            lease = self._dram.acquire(keys, prefix)
+            self.counters.lookup_chunks += len(keys)
+            self.counters.hit_chunks += len(lease.slots)
+            return lease
+        return NO_LEASE
+
+    def release(self, lease: Lease) -> int:
+        """End a lease. Chunks its reader marked BAD are dropped and counted; returns how many."""
+        with self._lock, self._fault_is_miss():
+            bad = self._dram.drop_bad(lease)
+            self._dram.release(lease)
+            self.counters.bad_chunks += bad
+            if bad:
+                logger.warning("kvkern: %d chunk(s) failed verification and were dropped", bad)
+            return bad
+        return 0
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """The engine used these chunks from its own cache: they count as recently used here too."""
+        with self._lock, self._fault_is_miss():
+            self._dram.touch(keys)
+
+    def reserve(self, keys: Sequence[bytes], start: int, shape: ChunkShape) -> Reservation:
+        """Slots to write those of `keys[start:]` into that nobody has. See DramTier.reserve."""
+        with self._lock, self._fault_is_miss():
+            reservation = self._dram.reserve(keys, start, shape)
+            self.counters.dropped_chunks += reservation.dropped
+            self.counters.evicted_chunks += len(reservation.evicted)
+            return reservation
+        return NO_RESERVATION
+
+    def commit(self, reservation: Reservation) -> int:
+        """Publish the chunks every rank has written, free the others. Returns how many were published."""
+        with self._lock, self._fault_is_miss():
+            stored = self._dram.commit(reservation)
+            self.counters.stored_chunks += stored
+            self.counters.failed_chunks += len(reservation.slots) - stored
+            return stored
+        return 0
+
+    def abort(self, reservation: Reservation) -> None:
+        """Give reserved slots back unwritten. Only once no writer can still be writing them."""
+        with self._lock, self._fault_is_miss():
+            self._dram.abort(reservation)
+
+    def clear(self) -> int:
+        """Forget every chunk. Slots being read or written are freed when their lease or reservation ends."""
+        with self._lock, self._fault_is_miss():
+            count = self._dram.clear()
+            self.counters.cleared_chunks += count
+            return count
+        return 0
+
+    def usage(self) -> dict[str, int]:
+        """Slots in all and free ones; the rest are READY or being written."""
+        with self._lock:
+            return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
+
+    @contextmanager
+    def _fault_is_miss(self) -> Iterator[None]:
+        try:
+            yield
+        except KvkernError:
+            raise  # bad input is the caller's to see
+        except Exception as error:
+            self.counters.faults += 1
+            kind = type(error).__name__
+            if kind not in self._logged:
+                self._logged.add(kind)
+                logger.exception("kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind)

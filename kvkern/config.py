@@ -1,0 +1,96 @@
+"""The one configuration object: frozen, parsed at the edge, unknown keys refused. The only reader of the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
+MAX_THREADS = 64
+
+
+def parse_nbytes(value: int | str, name: str = "capacity") -> int:
+    """Bytes of `8GiB`, `500 MB` or a plain integer. Raises ConfigError for anything else, zero and below included."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB' or a number of bytes")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB', '500MB' or a number of bytes")
+    nbytes = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if not 0 < nbytes <= MAX_CAPACITY_NBYTES:
+        raise ConfigError(f"{name} is {value!r} = {nbytes} bytes; it must lie in 1..{MAX_CAPACITY_NBYTES} (64 TiB)")
+    return nbytes
+
+
+def format_nbytes(nbytes: int) -> str:
+    """`1.5 GiB`: for messages, not for parsing."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.4g} {unit}"
+    return f"{nbytes} B"
+
+
+def reject_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Raise ConfigError for the first key that is not known, with the nearest name that is."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"unknown key {key!r} in {where}; {hint}known keys: {', '.join(sorted(known))}")
+
+
+def _default_threads() -> int:
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a cache needs to know besides the engine's layout."""
+
+    capacity_nbytes: int  # of the arena: slots and their headers
+    arena_dir: Path = Path("/dev/shm")  # a tmpfs (or hugetlbfs) mount; everything in it is memory
+    threads: int = 0  # copy threads per process; 0: min(4, CPUs this process may use)
+    prefault: bool = True  # touch all pages at start instead of on first use
+    store_replies: bool = True  # keep the KV of generated tokens too (vLLM's own default keeps prompts only)
+    weights: str = ""  # overrides the fingerprint of the weights in the namespace
+    salt: str = ""  # folded into every key: caches with different salts never share
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
+        if not self.arena_dir.is_dir():
+            raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
+
+    @property
+    def copy_threads(self) -> int:
+        """Threads a process copies with."""
+        return self.threads or _default_threads()
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
+        """Config of user options: `capacity` (required, '8GiB') and any other field by name."""
+        known = {field.name for field in fields(cls)} - {"capacity_nbytes"} | {"capacity"}
+        reject_unknown(options, known, where)
+        if "capacity" not in options:
+            raise ConfigError(f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB'")
+        values: dict[str, Any] = {"capacity_nbytes": parse_nbytes(options["capacity"])}
+        for field in fields(cls):
+            if field.name in options:
+                values[field.name] = _convert(field.name, str(field.type), options[field.name], where)
+        return cls(**values)
+
+
+def _convert(name: str, kind: str, value: Any, where: str) -> Any:
+    types: dict[str, type | tuple[type, ...]] = {"int": int, "bool": bool, "str": str, "Path": (str, Path)}
+    if not isinstance(value, types[kind]) or (kind == "int" and isinstance(value, bool)):
+        raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}), expected {kind}")
+    return Path(value) if kind == "Path" else value

@@ -1,0 +1,29 @@
+"""Counters of one cache. Plain integers under the cache's lock; exporters read `snapshot()`. Ratios never exceed 1."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Counts of chunks unless the name says otherwise."""
+
+    lookup_chunks: int = 0  # asked for
+    hit_chunks: int = 0  # of those, found READY in an unbroken prefix
+    stored_chunks: int = 0  # published
+    failed_chunks: int = 0  # reserved but not written by every rank
+    dropped_chunks: int = 0  # found no room
+    evicted_chunks: int = 0
+    bad_chunks: int = 0  # failed their checksum: a miss
+    cleared_chunks: int = 0
+    faults: int = 0  # exceptions turned into misses
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hit chunks over looked-up chunks, 0 when nothing was looked up."""
+        return self.hit_chunks / self.lookup_chunks if self.lookup_chunks else 0.0
+
+    def snapshot(self) -> dict[str, int | float]:
+        """All counters and the hit ratio."""
+        return {**asdict(self), "hit_ratio": self.hit_ratio}

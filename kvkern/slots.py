@@ -1,0 +1,77 @@
+"""What a slot looks like in memory: header, then the payload of every rank. The header is also the remote value's header.
+
+    offset  field
+    0       magic u64, version u32, header bytes u32, key 32 B, namespace root 32 B
+    80      payload bytes u64, part bytes u64, world size u32, planes u32, generation u64, owner pid u64, owner start u64
+    128     state u32, codec u32, group u32, chunk tokens u32; reserved up to 256
+    256     written u64[world_size]: the generation a rank has completed
+    ...     checksum u64[world_size][planes]; the header ends at the next multiple of 4 KiB
+
+All integers little-endian. Knows bytes and offsets; knows nothing of files, indexes or tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+MAGIC = int.from_bytes(b"KVKERNS1", "little")
+VERSION = 1
+PAGE = 4096
+_FIXED_NBYTES = 256
+
+
+class SlotState(IntEnum):
+    """FREE -> WRITING -> READY -> FREE. BAD: a worker read it and it did not verify; the manager frees it."""
+
+    FREE = 0
+    WRITING = 1
+    READY = 2
+    BAD = 3
+
+
+def round_up(value: int, to: int) -> int:
+    """The least multiple of `to` that is not below `value`."""
+    return -(-value // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGeometry:
+    """Sizes every process that maps an arena must agree on."""
+
+    part_nbytes: int  # payload of one rank, the largest of all KV groups
+    max_planes: int  # checksums a rank has room for
+    world_size: int = 1
+
+    @property
+    def header_nbytes(self) -> int:
+        """4 KiB, or more where the checksums need it."""
+        return round_up(_FIXED_NBYTES + 8 * self.world_size * (1 + self.max_planes), PAGE)
+
+    @property
+    def part_stride(self) -> int:
+        """Bytes from one rank's part to the next: page-aligned, so that each can be registered and copied alone."""
+        return round_up(self.part_nbytes, PAGE)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Header and all parts."""
+        return self.header_nbytes + self.world_size * self.part_stride
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        """Structured dtype of a header."""
+        fields: list[tuple[str, object, int]] = [
+            ("magic", "<u8", 0), ("version", "<u4", 8), ("header_nbytes", "<u4", 12),
+            ("key", "V32", 16), ("namespace", "V32", 48),
+            ("payload_nbytes", "<u8", 80), ("part_nbytes", "<u8", 88), ("world_size", "<u4", 96), ("planes", "<u4", 100),
+            ("generation", "<u8", 104), ("owner_pid", "<u8", 112), ("owner_start", "<u8", 120),
+            ("state", "<u4", 128), ("codec", "<u4", 132), ("group", "<u4", 136), ("chunk_tokens", "<u4", 140),
+            ("written", ("<u8", (self.world_size,)), _FIXED_NBYTES),
+            ("checksum", ("<u8", (self.world_size, self.max_planes)), _FIXED_NBYTES + 8 * self.world_size),
+        ]  # fmt: skip
+        names, formats, offsets = zip(*fields, strict=True)
+        spec = {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": self.header_nbytes}
+        return np.dtype(spec)  # type: ignore[call-overload,no-any-return]  # numpy's stubs lack the offsets form

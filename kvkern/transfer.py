@@ -1,0 +1,166 @@
+"""Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
+
+    store: gather blocks -> part, checksums -> header, then `written[rank] = generation`    (release order)
+    load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
+
+Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL. The caller keeps the
+engine's blocks unused until a job is done, and slots leased or reserved until then.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .arena import Arena
+from .errors import LayoutError
+from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
+from .kernels.selftest import round_trip
+from .kernels.warm import warm
+from .slots import MAGIC, VERSION
+
+_PIECE_NBYTES = 8 << 20  # small enough to share among threads, large enough to forget the Python around it
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """Chunks of one KV group and where they go. Arrays are not copied; leave them alone until the job is done."""
+
+    group: int  # index into the transfer's groups
+    block_ids: npt.NDArray[np.int32]  # [n, blocks_per_chunk] int32; -1: not part of this transfer
+    slots: npt.NDArray[np.int64]  # [n] int64
+    generations: npt.NDArray[np.uint64]  # [n] uint64, of the reservation; unused in loads
+    keys: npt.NDArray[np.void]  # [n] V32
+    namespace: bytes  # 32-byte root
+
+
+@dataclass
+class Job:
+    """A transfer under way. `ok[i]` is final for chunk i once `done()`."""
+
+    nbytes: int
+    ok: npt.NDArray[np.bool_]  # [n] bool
+    futures: list[Future[None]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    finished: float = 0.0
+
+    def done(self) -> bool:
+        """Whether every piece has ended. Raises what a piece raised."""
+        if not all(future.done() for future in self.futures):
+            return False
+        for future in self.futures:
+            future.result()
+        return True
+
+    def wait(self) -> Job:
+        """Block until done."""
+        wait(self.futures)
+        self.done()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Wall time from submission to the end of the last piece."""
+        return self.finished - self.started
+
+
+class Transfer:
+    """Copies for one rank. Thread-safe: jobs on distinct slots and blocks may overlap."""
+
+    def __init__(
+        self,
+        groups: Sequence[PagedTensors],
+        arena: Arena,
+        rank: int,
+        blocks_per_chunk: int,
+        threads: int,
+        cpus: frozenset[int] | None = None,  # where copy threads may run; None: where the creating thread may
+    ) -> None:
+        self._groups = tuple(groups)
+        self._arena = arena
+        self._rank = rank
+        self.blocks_per_chunk = blocks_per_chunk
+        self._parts = arena.parts(rank)
+        self._sizes = [group.layout.part_nbytes(blocks_per_chunk) for group in self._groups]
+        geometry = arena.spec.geometry
+        for group, size in zip(self._groups, self._sizes, strict=True):
+            planes = len(group.layout.planes)
+            if size > geometry.part_nbytes or planes > geometry.max_planes:
+                raise LayoutError(
+                    f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
+                    f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
+                )
+        initializer = (lambda: os.sched_setaffinity(0, cpus)) if cpus else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy", initializer=initializer)
+        warm()
+
+    def self_test(self) -> None:
+        """Round trip of every group through its registered tensors. Raises LayoutError. Before the first request."""
+        for group in self._groups:
+            round_trip(group, self.blocks_per_chunk)
+
+    def store(self, batches: Sequence[ChunkBatch]) -> Job:
+        """Start writing chunks into reserved slots. Chunk i is WRITTEN for this rank when ok[i]."""
+        return self._submit(batches, self._store_piece)
+
+    def load(self, batches: Sequence[ChunkBatch]) -> Job:
+        """Start reading leased slots into blocks. Where not ok[i] the slot is BAD and the blocks hold nothing."""
+        return self._submit(batches, self._load_piece)
+
+    def close(self) -> None:
+        """Wait for running pieces and end the threads."""
+        self._pool.shutdown(wait=True)
+
+    def _submit(self, batches: Sequence[ChunkBatch], piece) -> Job:  # type: ignore[no-untyped-def]
+        chunks = [len(batch.slots) for batch in batches]
+        nbytes = sum(n * self._sizes[batch.group] for n, batch in zip(chunks, batches, strict=True))
+        job = Job(nbytes, np.zeros(sum(chunks), dtype=np.bool_))
+        begin = 0
+        for batch, count in zip(batches, chunks, strict=True):
+            step = max(1, _PIECE_NBYTES // max(1, self._sizes[batch.group]))
+            for at in range(0, count, step):
+                rows = slice(at, min(at + step, count))
+                ok = job.ok[begin + rows.start : begin + rows.stop]
+                job.futures.append(self._pool.submit(self._timed, job, piece, batch, rows, ok))
+            begin += count
+        if not job.futures:
+            job.finished = job.started
+        return job
+
+    @staticmethod
+    def _timed(job: Job, piece, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:  # type: ignore[no-untyped-def]
+        piece(batch, rows, ok)
+        job.finished = max(job.finished, time.perf_counter())
+
+    def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
+        group, slots = self._groups[batch.group], batch.slots[rows]
+        sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
+        headers = self._arena.headers
+        current = headers["generation"][slots] == batch.generations[rows]  # else the slot has a new owner: hands off
+        if current.all():
+            gather_chunks(group, batch.block_ids[rows], self._parts, slots, sums)
+            headers["checksum"][slots, self._rank, : sums.shape[1]] = sums
+            headers["written"][slots, self._rank] = batch.generations[rows]
+        ok[:] = current.all()
+
+    def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
+        group, slots, headers = self._groups[batch.group], batch.slots[rows], self._arena.headers
+        sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
+        expected = {
+            "magic": MAGIC, "version": VERSION, "key": batch.keys[rows], "namespace": np.void(batch.namespace),
+            "part_nbytes": self._sizes[batch.group], "planes": sums.shape[1],
+        }  # fmt: skip
+        good = headers["written"][slots, self._rank] == headers["generation"][slots]
+        for name, value in expected.items():
+            good &= headers[name][slots] == value
+        read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
+        scatter_chunks(group, np.ascontiguousarray(read), self._parts, slots, sums)
+        good &= (headers["checksum"][slots, self._rank, : sums.shape[1]] == sums).all(axis=1)
+        self._arena.mark_bad(slots[~good])
+        ok[:] = good
