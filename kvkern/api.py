@@ -112,7 +112,7 @@ class PagedCache:
         """
         keys = self.keys(tokens, extras)
         table = self._rows(block_table, len(keys))
-        reservation = self._cache.reserve(keys, start // self.chunk_tokens, self._shape)
+        reservation = self._cache.reserve(keys, keys[start // self.chunk_tokens :], self._shape)
         if not reservation.slots:
             return 0
         at = {key: i for i, key in enumerate(keys)}
@@ -187,5 +187,5 @@ def open_cache(
     except BaseException:
         arena.close()
         raise
-    shape = ChunkShape(namespace.root, part_nbytes, part_nbytes, len(layout.planes), 0, namespace.chunk_tokens)
+    shape = ChunkShape(namespace.root, group=0, chunk_tokens=namespace.chunk_tokens)
     return PagedCache(build_cache(arena), transfer, arena, namespace, shape)

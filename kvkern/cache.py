@@ -64,10 +64,10 @@ class Cache:
         with self._lock, self._fault_is_miss():
             self._dram.touch(keys)
 
-    def reserve(self, keys: Sequence[bytes], start: int, shape: ChunkShape) -> Reservation:
-        """Slots to write those of `keys[start:]` into that nobody has. See DramTier.reserve."""
+    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+        """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
         with self._lock, self._fault_is_miss():
-            reservation = self._dram.reserve(keys, start, shape)
+            reservation = self._dram.reserve(chain, wanted, shape)
             self.counters.dropped_chunks += reservation.dropped
             self.counters.evicted_chunks += len(reservation.evicted)
             return reservation

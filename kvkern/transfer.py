@@ -154,7 +154,7 @@ class Transfer:
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
         expected = {
             "magic": MAGIC, "version": VERSION, "key": batch.keys[rows], "namespace": np.void(batch.namespace),
-            "part_nbytes": self._sizes[batch.group], "planes": sums.shape[1],
+            "part_nbytes": self._arena.spec.geometry.part_nbytes, "planes": self._arena.spec.geometry.max_planes,
         }  # fmt: skip
         good = headers["written"][slots, self._rank] == headers["generation"][slots]
         for name, value in expected.items():

@@ -46,12 +46,9 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
-    """Header fields that are the same for every chunk of a KV group."""
+    """Header fields that are the same for every chunk of a KV group; the sizes are the arena's."""
 
     namespace: bytes  # 32-byte root
-    payload_nbytes: int
-    part_nbytes: int
-    planes: int
     group: int
     chunk_tokens: int
 
@@ -131,22 +128,23 @@ class DramTier:
         """Used now, though nobody reads them here: an engine hit them in its own cache."""
         self._policy.touch(self._resident(keys))
 
-    def reserve(self, keys: Keys, start: int, shape: ChunkShape) -> Reservation:
-        """Slots for those of `keys[start:]` that are neither READY nor WRITING, evicting others if need be.
+    def reserve(self, chain: Keys, wanted: Keys, shape: ChunkShape) -> Reservation:
+        """Slots for those of `wanted` that are neither READY nor WRITING, evicting others if need be.
 
-        `keys` is the sequence from its first chunk, so that a chunk's ancestors count as used and stay longer than it.
-        Never evicts a chunk of `keys` itself. If leases leave too little room, the first chunks get it.
+        `chain` is the sequence from its first chunk: its resident chunks count as used now and are not evicted for
+        `wanted`, so that ancestors stay longer than what hangs on them. If leases leave too little room, the first
+        of `wanted` get it.
         """
-        chain = self._resident(keys)
-        self._policy.touch(chain)
+        resident = self._resident(chain)
+        self._policy.touch(resident)
         index = self._index
-        wanted = list(dict.fromkeys(key for key in keys[start:] if key not in index))
-        evicted = self._evict(len(wanted) - len(self._free), chain)
-        granted = wanted[: len(self._free)]
+        missing = list(dict.fromkeys(key for key in wanted if key not in index))
+        evicted = self._evict(len(missing) - len(self._free), resident)
+        granted = missing[: len(self._free)]
         slots = [self._free.pop() for _ in granted]
         generations = self._begin(granted, slots, shape)
         return Reservation(
-            tuple(granted), tuple(slots), tuple(generations), len(wanted) - len(granted), tuple(evicted), self._epoch
+            tuple(granted), tuple(slots), tuple(generations), len(missing) - len(granted), tuple(evicted), self._epoch
         )
 
     def commit(self, reservation: Reservation) -> int:
@@ -236,8 +234,8 @@ class DramTier:
         values = {
             "state": SlotState.WRITING, "generation": generations, "magic": MAGIC, "version": VERSION,
             "header_nbytes": geometry.header_nbytes, "key": np.frombuffer(b"".join(keys), dtype="V32"),
-            "namespace": np.void(shape.namespace), "payload_nbytes": shape.payload_nbytes,
-            "part_nbytes": shape.part_nbytes, "world_size": geometry.world_size, "planes": shape.planes,
+            "namespace": np.void(shape.namespace), "payload_nbytes": geometry.world_size * geometry.part_nbytes,
+            "part_nbytes": geometry.part_nbytes, "world_size": geometry.world_size, "planes": geometry.max_planes,
             "owner_pid": self._owner[0], "owner_start": self._owner[1], "codec": 0, "group": shape.group,
             "chunk_tokens": shape.chunk_tokens,
         }  # fmt: skip
