@@ -1,0 +1,285 @@
+"""Holds the import levels, and the rules that a syntax tree can show. Reads source; imports only in subprocesses.
+
+- The level of a module is that of the longest prefix of its name in LEVELS; a module under no prefix fails.
+- Imports go down or stay level, and those at module level make no cycle.
+- An import inside a function counts for levels and for torch, not for cycles: that is how a registry stays lazy.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+KERNELS = "kvkern.kernels"
+LEVELS = {
+    KERNELS: 0,  # and it imports nothing of kvkern but itself
+    "kvkern.errors": 0,
+    "kvkern.types": 0,
+    "kvkern.config": 1,
+    "kvkern.metrics": 1,
+    "kvkern.keys": 1,
+    "kvkern.slots": 1,
+    "kvkern.arena": 1,
+    "kvkern.policy": 1,
+    "kvkern.transfer": 2,
+    "kvkern.tiers": 2,
+    "kvkern.remote": 2,
+    "kvkern.cache": 3,
+    "kvkern.node": 4,
+    "kvkern.assemble": 4,
+    "kvkern.api": 4,
+    "kvkern.integrations": 5,
+    "kvkern.cli": 5,
+    "kvkern.demo": 5,
+}
+TOP = {"kvkern", "kvkern.__main__"}  # re-export and start: import anything, and only level 5 imports them
+# Beyond transfer a chunk is bytes: the manager and its daemon run where torch is not installed.
+TORCH_FREE = (
+    *(m for m, n in LEVELS.items() if n in (1, 3)),
+    "kvkern.errors",
+    "kvkern.types",
+    "kvkern.tiers",
+    "kvkern.remote",
+    "kvkern.node",
+)
+BROAD_EXCEPT_ALLOWED = {"kvkern/cache.py"}  # the one place where a fault becomes a miss
+ENVIRON_ALLOWED = ("kvkern/config.py", "kernels/target.py", "kvkern/demo/", "kvkern/integrations/")
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+MAX_LINES = 500
+
+
+@dataclass(frozen=True)
+class Module:
+    path: Path
+
+    @cached_property
+    def rel(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    @cached_property
+    def name(self) -> str:
+        parts = list(self.path.relative_to(ROOT).with_suffix("").parts)
+        if parts[0] == "kernels":
+            parts.insert(0, "kvkern")
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"), filename=self.rel)
+
+    @cached_property
+    def package(self) -> str:
+        return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
+
+    def imports(self, *, at_module_level: bool = False) -> Iterator[tuple[int, str]]:
+        """Yields (line, absolute dotted name); `from a import b` gives a.b, which `known` cuts back where b is no module."""
+        for node in walk_module_level(self.tree) if at_module_level else ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    up = self.package.split(".")
+                    base = ".".join([*up[: len(up) - node.level + 1], *([base] if base else [])])
+                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def walk_module_level(node: ast.AST) -> Iterator[ast.AST]:
+    """Like ast.walk, without what runs later (functions) or never (`if TYPE_CHECKING:`)."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield from walk_module_level(child)
+
+
+def source_files(*folders: str) -> list[Path]:
+    """Python files under the folders; the link kvkern/kernels is left out, kernels/ being walked itself."""
+    link = ROOT / "kvkern" / "kernels"
+    files = (p for folder in folders for p in sorted((ROOT / folder).rglob("*.py")))
+    return [p for p in files if link not in p.parents]
+
+
+MODULES = [Module(p) for p in source_files("kernels", "kvkern")]
+NAMES = {m.name for m in MODULES}
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: m.rel)
+
+
+def known(dotted: str) -> str | None:
+    """The longest prefix that is a module of ours, or None for anybody else's."""
+    while dotted and dotted not in NAMES:
+        dotted = dotted.rpartition(".")[0]
+    return dotted or None
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def level(name: str) -> int:
+    if name in TOP:
+        return 5
+    prefixes = [p for p in LEVELS if under(name, p)]
+    assert prefixes, f"{name} is in no level: place it in LEVELS of tests/test_imports.py"
+    return LEVELS[max(prefixes, key=len)]
+
+
+def test_both_trees_are_read() -> None:
+    assert {"kvkern", KERNELS} <= NAMES, f"found only {sorted(NAMES)}"
+
+
+@each_module
+def test_imports_go_down_or_stay_level(module: Module) -> None:
+    own = level(module.name)
+    wrong = [
+        f"{module.rel}:{line} (level {own}) imports {target} (level {level(target)})"
+        for line, dotted in module.imports()
+        if (target := known(dotted)) and level(target) > own
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if under(m.name, KERNELS)], ids=lambda m: m.rel)
+def test_kernels_import_nothing_of_kvkern(module: Module) -> None:
+    wrong = [
+        f"{module.rel}:{line} imports {dotted}"
+        for line, dotted in module.imports()
+        if under(dotted, "kvkern") and not under(dotted, KERNELS)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_cycles() -> None:
+    edges = {
+        m.name: sorted({t for _, d in m.imports(at_module_level=True) if (t := known(d)) and t != m.name})
+        for m in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "import cycle: " + " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for target in edges[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if any(under(m.name, p) for p in TORCH_FREE)], ids=lambda m: m.rel
+)
+def test_no_torch_beyond_transfer(module: Module) -> None:
+    wrong = [f"{module.rel}:{line} imports {d}" for line, d in module.imports() if under(d, "torch")]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("names", [
+    ["kvkern"],
+    ["kvkern", "kvkern.cache", "kvkern.arena", "kvkern.keys", "kvkern.policy.lru", "kvkern.tiers.dram"],
+    sorted(m.name for m in MODULES if any(under(m.name, p) for p in TORCH_FREE if p != "kvkern.remote")),
+], ids=["package", "manager", "all"])  # fmt: skip
+def test_torch_is_not_loaded(names: list[str]) -> None:
+    """Sees what the tree does not show: torch loaded through somebody else's module."""
+    code = f"import sys, {', '.join(names)}; sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def is_broad(node: ast.expr | None) -> bool:
+    if node is None:
+        return True
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    return any(ast.unparse(p).rpartition(".")[2] in {"Exception", "BaseException"} for p in parts)
+
+
+def swallows_everything(node: ast.AST) -> bool:
+    """A broad handler that ends in a bare `raise` only cleans up: it hides nothing."""
+    if isinstance(node, ast.ExceptHandler):
+        last = node.body[-1]
+        return is_broad(node.type) and not (isinstance(last, ast.Raise) and last.exc is None)
+    is_suppress = isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "suppress"
+    return is_suppress and any(is_broad(arg) for arg in node.args)
+
+
+@each_module
+def test_no_broad_except(module: Module) -> None:
+    if module.rel in BROAD_EXCEPT_ALLOWED:
+        return
+    wrong = [
+        f"{module.rel}:{node.lineno} catches everything: name the exceptions, or leave it to kvkern/cache.py"
+        for node in ast.walk(module.tree)
+        if swallows_everything(node)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@each_module
+def test_environment_is_read_at_the_edge(module: Module) -> None:
+    if module.rel.startswith(ENVIRON_ALLOWED):
+        return
+    names = {"os.environ", "os.environb", "os.getenv", "os.putenv"}
+    wrong = [f"{module.rel}:{line} imports {d}" for line, d in module.imports() if d in names] + [
+        f"{module.rel}:{node.lineno} uses {ast.unparse(node)}"
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in names
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@each_module
+def test_nothing_unpickles(module: Module) -> None:
+    wrong = [f"{module.rel}:{line} imports {d}" for line, d in module.imports() if d.partition(".")[0] in UNPICKLERS]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "path", source_files("kernels", "kvkern", "tests", "bench"), ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_no_file_is_two_ideas(path: Path) -> None:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES, f"{num_lines} lines, the limit is {MAX_LINES}: split it"
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ("import torch.nn", ["torch.nn"]),
+    ("from .base import Tier", ["kvkern.tiers.base.Tier"]),
+    ("from . import base", ["kvkern.tiers.base"]),
+    ("from ..errors import KvkernError as E", ["kvkern.errors.KvkernError"]),
+    ("def f():\n    import torch", ["torch"]),
+])  # fmt: skip
+def test_reader_of_imports(source: str, expected: list[str]) -> None:
+    module = Module(ROOT / "kvkern" / "tiers" / "dram.py")
+    module.__dict__["tree"] = ast.parse(source)
+    assert [dotted for _, dotted in module.imports()] == expected
+    lazy = [dotted for _, dotted in module.imports(at_module_level=True)]
+    assert lazy == ([] if source.startswith("def") else expected)
+
+
+def test_an_unplaced_module_fails() -> None:
+    with pytest.raises(AssertionError, match="is in no level"):
+        level("kvkern.misc")
+    assert level("kvkern.policy.lru") == 1
+
+
+@pytest.mark.parametrize(("handler", "expected"), [
+    ("except:\n    pass", True),
+    ("except (OSError, Exception) as e:\n    log(e)", True),
+    ("except BaseException:\n    close()\n    raise", False),
+    ("except BaseException:\n    if x:\n        raise", True),
+    ("except OSError:\n    pass", False),
+])  # fmt: skip
+def test_reader_of_handlers(handler: str, expected: bool) -> None:
+    nodes = list(ast.walk(ast.parse(f"try:\n    f()\n{handler}")))
+    assert any(map(swallows_everything, nodes)) is expected
+    assert swallows_everything(ast.parse("suppress(Exception)").body[0].value)  # type: ignore[attr-defined]
