@@ -21,14 +21,14 @@ from .arena import Arena
 from .assemble import build_cache, build_transfer, open_arena
 from .cache import Cache
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, KvkernError
 from .kernels.chunk_keys import Tokens, chunk_keys
 from .kernels.layout import PagedLayout
 from .kernels.paged_copy import PagedTensors
 from .keys import Namespace, split_keys
 from .slots import SlotGeometry
 from .tiers.dram import ChunkShape, Lease
-from .transfer import ChunkBatch, Transfer
+from .transfer import ChunkBatch, Job, Transfer
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,8 @@ class PagedCache:
         first = start // self.chunk_tokens
         table = table.copy()
         table.reshape(-1)[: start // self._block_tokens] = -1
-        job = self._transfer.load([self._batch(table[first:], lease.keys[first:], lease.slots[first:], ())]).wait()
+        job = self._transfer.load([self._batch(table[first:], lease.keys[first:], lease.slots[first:], ())])
+        self._finish(job)
         good = int(job.ok.cumprod().sum())
         return start if good == 0 else (first + good) * self.chunk_tokens
 
@@ -117,7 +118,7 @@ class PagedCache:
             return 0
         at = {key: i for i, key in enumerate(keys)}
         rows = table[[at[key] for key in reservation.keys]]
-        self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)]).wait()
+        self._finish(self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)]))
         return self._cache.commit(reservation)
 
     def clear(self) -> int:
@@ -132,6 +133,12 @@ class PagedCache:
         """End the copy threads and let the arena go. No call may be under way."""
         self._transfer.close()
         self._arena.close()
+
+    @staticmethod
+    def _finish(job: Job) -> None:
+        """Wait; bad input that a piece met is the caller's to see, anything else is a miss."""
+        if isinstance(job.wait().error, KvkernError):
+            raise job.error
 
     @property
     def _block_tokens(self) -> int:

@@ -51,18 +51,18 @@ class Job:
     finished: float = 0.0
 
     def done(self) -> bool:
-        """Whether every piece has ended. Raises what a piece raised."""
-        if not all(future.done() for future in self.futures):
-            return False
-        for future in self.futures:
-            future.result()
-        return True
+        """Whether every piece has ended."""
+        return all(future.done() for future in self.futures)
 
     def wait(self) -> Job:
         """Block until done."""
         wait(self.futures)
-        self.done()
         return self
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the first failed piece raised; its chunks are not ok. Call when done."""
+        return next((error for future in self.futures if (error := future.exception()) is not None), None)
 
     @property
     def seconds(self) -> float:
@@ -113,6 +113,11 @@ class Transfer:
         """Start reading leased slots into blocks. Where not ok[i] the slot is BAD and the blocks hold nothing."""
         return self._submit(batches, self._load_piece)
 
+    def reject(self, slots: npt.NDArray[np.int64]) -> Job:
+        """A load that cannot be done: its slots are marked BAD, so that nobody asks for them again."""
+        self._arena.mark_bad(slots)
+        return Job(0, np.zeros(len(slots), dtype=np.bool_))
+
     def close(self) -> None:
         """Wait for running pieces and end the threads."""
         self._pool.shutdown(wait=True)
@@ -150,17 +155,24 @@ class Transfer:
         ok[:] = current.all()
 
     def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
+        try:
+            ok[:] = self._scatter_verified(batch, rows)
+        finally:
+            self._arena.mark_bad(batch.slots[rows][~ok])  # also after an exception: a retry must not meet them again
+
+    def _scatter_verified(self, batch: ChunkBatch, rows: slice) -> npt.NDArray[np.bool_]:
+        """[rows] bool: whose header and payload are what they should be."""
         group, slots, headers = self._groups[batch.group], batch.slots[rows], self._arena.headers
+        geometry = self._arena.spec.geometry
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
         expected = {
             "magic": MAGIC, "version": VERSION, "key": batch.keys[rows], "namespace": np.void(batch.namespace),
-            "part_nbytes": self._arena.spec.geometry.part_nbytes, "planes": self._arena.spec.geometry.max_planes,
+            "part_nbytes": geometry.part_nbytes, "planes": geometry.max_planes,
         }  # fmt: skip
-        good = headers["written"][slots, self._rank] == headers["generation"][slots]
+        good: npt.NDArray[np.bool_] = headers["written"][slots, self._rank] == headers["generation"][slots]
         for name, value in expected.items():
             good &= headers[name][slots] == value
         read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
         scatter_chunks(group, np.ascontiguousarray(read), self._parts, slots, sums)
         good &= (headers["checksum"][slots, self._rank, : sums.shape[1]] == sums).all(axis=1)
-        self._arena.mark_bad(slots[~good])
-        ok[:] = good
+        return good

@@ -1,0 +1,98 @@
+"""`KvkernConnector`: vLLM's offloading connector with kvkern's spec, and what the stock one lacks.
+
+The stock worker asserts that no load ever fails and so would kill the engine; a reset makes the stock scheduler forget
+jobs whose memory is still being written. Both are handled here, from the outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import shim
+from .identity import namespace_of, resolve_weights
+from .jobs import SlotSpec
+from .manager import KvkernManager
+from .options import fill_defaults, parse_options, refuse_unsupported
+from .worker import KvkernWorker
+
+
+class KvkernConnector(shim.OffloadingConnector):
+    """Configure with `kv_connector_module_path="kvkern.integrations.vllm"`; see options.kv_transfer_config."""
+
+    def __init__(
+        self, vllm_config: shim.VllmConfig, role: shim.KVConnectorRole, kv_cache_config: shim.KVCacheConfig
+    ) -> None:
+        refuse_unsupported(vllm_config)
+        fill_defaults(vllm_config)
+        options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._load_requests: dict[int, str] = {}  # worker: load job -> request
+        self._tickets: dict[int, list[int]] = {}  # scheduler: job -> [ticket, ranks still at it]
+        self._world_size = vllm_config.parallel_config.world_size
+        manager = shim.scheduler_manager(self)
+        if manager is not None:
+            self._manager: KvkernManager = manager
+            weights = resolve_weights(vllm_config, options)
+            offload = shim.build_offloading_config(vllm_config, kv_cache_config)
+            manager.bind(
+                namespace=lambda: namespace_of(vllm_config, offload, options, weights),
+                windowed=shim.windowed_groups(kv_cache_config),
+            )
+
+    # -- worker ------------------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Remember whose loads these are, then start them."""
+        metadata = self._connector_metadata
+        assert isinstance(metadata, shim.OffloadingConnectorMetadata)
+        self._load_requests.update((job_id, job.req_id) for job_id, job in metadata.load_jobs.items())
+        super().start_load_kv(forward_context, **kwargs)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> shim.KVConnectorTransferResults:
+        """Finished loads, and those of them that did not verify: vLLM recomputes these requests."""
+        sending, receiving = self.get_finished(finished_req_ids)
+        worker: KvkernWorker = shim.worker_of(self)
+        failed_jobs = worker.take_failed()
+        failed = {self._load_requests[job_id] for job_id in failed_jobs if job_id in self._load_requests}
+        done = receiving | failed
+        self._load_requests = {job: req for job, req in self._load_requests.items() if req not in done}
+        return shim.KVConnectorTransferResults(sending, receiving, failed)
+
+    # -- scheduler ---------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: shim.Request) -> None:
+        """Let the manager see the request's block hashes."""
+        super().on_new_request(request)
+        self._manager.attach(request)
+
+    def build_connector_meta(self, scheduler_output: shim.SchedulerOutput) -> shim.KVConnectorMetadata:
+        """Note which job runs under which ticket."""
+        metadata = super().build_connector_meta(scheduler_output)
+        assert isinstance(metadata, shim.OffloadingConnectorMetadata)
+        for job_id, job in metadata.load_jobs.items():
+            assert isinstance(job.src_spec, SlotSpec)
+            self._tickets[job_id] = [job.src_spec.ticket, self._world_size]
+        for job_id, job in metadata.store_jobs.items():
+            assert isinstance(job.dst_spec, SlotSpec)
+            self._tickets[job_id] = [job.dst_spec.ticket, self._world_size]
+        return metadata
+
+    def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
+        """End the tickets of jobs that all ranks have finished, also of jobs vLLM has forgotten in a reset."""
+        metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, shim.OffloadingWorkerMetadata):
+            for job_id, count in metadata.completed_jobs.items():
+                if (entry := self._tickets.get(job_id)) is not None:
+                    entry[1] -= count
+                    if entry[1] <= 0:
+                        del self._tickets[job_id]
+                        self._manager.finish(entry[0])
+        super().update_connector_output(connector_output)
+
+    # -- front end ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config: shim.VllmConfig, *args: Any, **kwargs: Any) -> shim.KVConnectorPromMetrics:
+        """The front end runs in another process: it needs the spec's name too."""
+        fill_defaults(vllm_config)
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)

@@ -1,0 +1,71 @@
+"""Which namespace a vLLM engine's KV belongs to: model, weights, layout, parallel sizes and the identity of its hashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blake3 import blake3
+
+from ...config import Config
+from ...errors import ConfigError
+from ...keys import Namespace, weights_fingerprint
+from . import shim
+
+_VOLATILE = ("_name_or_path", "transformers_version")
+
+
+def _model_path(vllm_config: shim.VllmConfig) -> Path | None:
+    path = Path(vllm_config.model_config.model)
+    return path if path.exists() else None
+
+
+def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
+    """Identity of the weights: the user's word, a fingerprint of local files, or the hub's resolved revision."""
+    if config.weights:
+        return config.weights
+    model = vllm_config.model_config
+    if (path := _model_path(vllm_config)) is not None:
+        return weights_fingerprint(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"cannot tell which revision of {model.model!r} is loaded; "
+            f'set "weights" in the kvkern options to a name that changes with the weights'
+        )
+    return Path(found).parent.name  # snapshots/<commit>/config.json
+
+
+def _architecture(vllm_config: shim.VllmConfig) -> str:
+    """Hash of the model's configuration: rope scaling and quantisation change KV without changing weights."""
+    values = {k: v for k, v in vllm_config.model_config.hf_config.to_dict().items() if k not in _VOLATILE}
+    return blake3(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def resolve_weights(vllm_config: shim.VllmConfig, config: Config) -> str:
+    """The `weights` field of the namespace. Reads files; call it once, at start."""
+    return f"{_weights(vllm_config, config)}:{_architecture(vllm_config)}"
+
+
+def namespace_of(vllm_config: shim.VllmConfig, offload: shim.OffloadingConfig, config: Config, weights: str) -> Namespace:
+    """Namespace of adopted keys. Call when the engine has started: the hash seed is not known before."""
+    path = _model_path(vllm_config)
+    cache, parallel = offload.cache, offload.parallel
+    tokens = {group.tokens_per_block for group in offload.groups}
+    layers = sum(len(group.layer_names) for group in offload.groups)
+    blocks = "+".join(str(size) for size in sorted(tokens))
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    return Namespace(
+        model=path.resolve().name if path else offload.model.name,
+        weights=weights,
+        dtype=offload.model.dtype,
+        layout=f"{offload.kv_cache_layout}:{offload.worker_kv_bytes_per_block}:{layers}:{blocks}",
+        chunk_tokens=max(tokens) * cache.blocks_per_chunk,
+        group=None,  # in the adopted key
+        tp_size=parallel.tp_size,
+        pp_size=parallel.pp_size,
+        salt=config.salt or None,
+        engine_hash=f"{algorithm}:{shim.none_hash().hex()}:{cache.tokens_per_hash}",
+    )

@@ -1,0 +1,248 @@
+"""Scheduler side: answers vLLM's lookups and gives its transfers slots. Runs in the scheduler's thread, never blocks.
+
+    first lookup of a request:  acquire everything cached of it in one batch; HIT is a promise, so it stays pinned
+    prepare_load:               the pins go over to the load (a ticket)
+    prepare_store:              reserve slots for chunks nobody has (a ticket)
+    every rank has finished:    `finish(ticket)` releases the lease or publishes the reservation
+
+Tickets, not requests, own slots: they outlive aborts and resets until every worker is done with the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from ...cache import Cache
+from ...keys import Namespace
+from ...kernels.chunk_keys import adopt_keys
+from ...tiers.dram import ChunkShape, Lease, Reservation
+from . import shim
+from .jobs import GroupChunks, SlotSpec
+
+NO_TICKET = -1
+PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One KV group as the scheduler sees it."""
+
+    group_id: int  # vLLM's index, part of the offload key
+    hashes_per_chunk: int
+    chunk_tokens: int
+
+
+@dataclass
+class RequestState:
+    """What the manager remembers of a live request. Chains are in sequence order, by group id."""
+
+    request: shim.Request | None = None
+    theirs: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)
+    chains: dict[int, list[bytes]] = field(default_factory=dict)  # our keys, parallel to `theirs`
+    ours: dict[shim.OffloadKey, bytes] = field(default_factory=dict)
+    leases: list[Lease] = field(default_factory=list)
+    hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
+    pinned_at: int = -1  # step; -1: not looked up
+    broken: set[int] = field(default_factory=set)  # groups with a chunk that found no room: what follows is unreachable
+
+
+class KvkernManager(shim.OffloadingManager):
+    """vLLM's OffloadingManager over a kvkern Cache. `bind` before the first request."""
+
+    def __init__(self, cache: Cache, groups: Iterable[Group]) -> None:
+        self._cache = cache
+        self._groups = {group.group_id: group for group in groups}
+        self._namespace: Callable[[], Namespace] | None = None
+        self._root = b""
+        self._requests: dict[str, RequestState] = {}
+        self._waiting: set[str] = set()  # requests that hold pins between lookup and load
+        self._windowed: frozenset[int] = frozenset()
+        self._tickets: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
+        self._next_ticket = 0
+        self._step = 0
+        self._reported = cache.counters.snapshot()
+
+    def bind(self, namespace: Callable[[], Namespace], windowed: Iterable[int] = ()) -> None:
+        """Give the namespace, asked for at the first request, when the engine's hash seed is known.
+
+        `windowed` are the groups of sliding windows and states: there any cached chunk helps, not only a prefix.
+        """
+        self._namespace = namespace
+        self._windowed = frozenset(windowed)
+
+    def attach(self, request: shim.Request) -> None:
+        """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
+        self._requests[request.request_id].request = request
+
+    # -- vLLM's interface ------------------------------------------------------------------------------------------
+
+    def on_new_request(self, req_context: shim.ReqContext) -> shim.RequestOffloadingContext:
+        """See OffloadingManager."""
+        if not self._root:
+            assert self._namespace is not None, "bind() was not called"
+            self._root = self._namespace().root
+        self._requests[req_context.req_id] = RequestState()
+        return shim.RequestOffloadingContext()
+
+    def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
+        """HIT if the chunk is cached and pinned for this request, else MISS. The first call pins the whole prefix."""
+        state = self._requests.get(req_context.req_id)
+        if state is None:
+            return shim.LookupResult.MISS
+        if state.pinned_at < 0:
+            self._pin(req_context.req_id, state)
+        if key in state.hits or (key not in state.ours and self._pin_boundary(state, key)):
+            return shim.LookupResult.HIT
+        return shim.LookupResult.MISS
+
+    def get_load_source(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.CacheHitSource:
+        """Host memory."""
+        return shim.CacheHitSource.HOST
+
+    def prepare_load(self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext) -> shim.LoadStoreSpec:
+        """Hand the request's pins over to the load that is about to be submitted."""
+        state = self._requests[req_context.req_id]
+        slot_of = {key: slot for lease in state.leases for key, slot in zip(lease.keys, lease.slots, strict=True)}
+        by_group = self._by_group(state, keys)
+        groups = tuple(GroupChunks.of(ours, [slot_of[key] for key in ours]) for ours in by_group.values())
+        ticket = self._ticket(state.leases)
+        state.leases = []
+        self._unpin(req_context.req_id, state)
+        return SlotSpec(ticket, self._root, groups)
+
+    def prepare_store(
+        self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext
+    ) -> shim.PrepareStoreOutput | None:
+        """Reserve slots for those chunks that nobody has; evicts if need be."""
+        state = self._requests[req_context.req_id]
+        self._extend(state)
+        by_group = self._by_group(state, keys)
+        theirs = {ours: key for key in keys if (ours := self._our_key(state, key))}
+        reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
+        granted = [theirs[key] for reservation in reservations for key in reservation.keys]
+        groups = tuple(GroupChunks.of(r.keys, r.slots, r.generations) for r in reservations)
+        ticket = self._ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
+        return shim.PrepareStoreOutput(granted, SlotSpec(ticket, self._root, groups), [])
+
+    def on_request_finished(self, req_context: shim.ReqContext) -> None:
+        """Drop the request's pins and state. Its tickets live on until the workers are done."""
+        state = self._requests.pop(req_context.req_id, None)
+        if state is not None:
+            self._unpin(req_context.req_id, state)
+
+    def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
+        """Requests that were not scheduled for PIN_STEPS steps give their pins back."""
+        self._step += 1
+        for req_id in [r for r in self._waiting if self._step - self._requests[r].pinned_at > PIN_STEPS]:
+            self._unpin(req_id, self._requests[req_id])
+
+    def has_pending_work(self) -> bool:
+        """Keeps the engine stepping until slots of reset transfers are flushed."""
+        return bool(self._tickets)
+
+    def reset_cache(self) -> None:
+        """Forget everything. Slots under a ticket are freed when their transfer has ended."""
+        for req_id, state in self._requests.items():
+            self._unpin(req_id, state)
+            state.broken.clear()
+        self._cache.clear()
+
+    def get_stats(self) -> shim.OffloadingConnectorStats | None:
+        """Counters since the last call."""
+        now = self._cache.counters.snapshot()
+        stats = shim.OffloadingConnectorStats()
+        for name in metric_definitions():
+            field_name = name.split(":", 1)[1]
+            if delta := now[field_name] - self._reported[field_name]:
+                stats.increase_counter(name, delta)
+        self._reported = now
+        return None if stats.is_empty() else stats
+
+    # -- the connector's --------------------------------------------------------------------------------------------
+
+    def finish(self, ticket: int) -> None:
+        """Every rank has ended the transfer of this ticket: release its lease, or publish what all ranks have written."""
+        for owned in self._tickets.pop(ticket, ()):
+            if isinstance(owned, Lease):
+                self._cache.release(owned)
+            else:
+                self._cache.commit(owned)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _extend(self, state: RequestState) -> None:
+        """Name the chunks the request has filled since the last call."""
+        hashes = state.request.block_hashes if state.request is not None else ()
+        for group_id, group in self._groups.items():
+            theirs, step = state.theirs.setdefault(group_id, []), group.hashes_per_chunk
+            chain = state.chains.setdefault(group_id, [])
+            last = len(theirs) * step + step - 1  # index of the hash that names the next chunk
+            if last < len(hashes):
+                fresh = [shim.make_offload_key(h, group_id) for h in islice(hashes, last, None, step)]
+                named = adopt_keys(self._root, fresh)
+                theirs += fresh
+                chain += named
+                state.ours.update(zip(fresh, named, strict=True))
+
+    def _our_key(self, state: RequestState, key: shim.OffloadKey) -> bytes:
+        """Keys that are not in the request's chains name a boundary inside a chunk: hybrid models with aligned states."""
+        return state.ours.get(key) or adopt_keys(self._root, [key])[0]
+
+    def _by_group(self, state: RequestState, keys: Iterable[shim.OffloadKey]) -> dict[int, list[bytes]]:
+        """Our keys by group id, in the given order; every group is there, in the connector's order."""
+        result: dict[int, list[bytes]] = {group_id: [] for group_id in self._groups}
+        for key in keys:
+            result[shim.get_offload_group_idx(key)].append(self._our_key(state, key))
+        return result
+
+    def _pin(self, req_id: str, state: RequestState) -> None:
+        self._extend(state)
+        for group_id, chain in state.chains.items():
+            lease = self._cache.acquire(chain, prefix=group_id not in self._windowed)
+            state.leases.append(lease)
+            held = set(lease.keys)
+            state.hits.update(key for key, ours in zip(state.theirs[group_id], chain, strict=True) if ours in held)
+        state.pinned_at = self._step
+        self._waiting.add(req_id)
+
+    def _pin_boundary(self, state: RequestState, key: shim.OffloadKey) -> bool:
+        lease = self._cache.acquire([self._our_key(state, key)])
+        state.leases.append(lease)
+        state.hits.update([key] if lease.keys else ())
+        return bool(lease.keys)
+
+    def _unpin(self, req_id: str, state: RequestState) -> None:
+        for lease in state.leases:
+            self._cache.release(lease)
+        state.leases, state.hits, state.pinned_at = [], set(), -1
+        self._waiting.discard(req_id)
+
+    def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
+        if not wanted or group_id in state.broken:
+            return Reservation((), (), ())
+        shape = ChunkShape(self._root, group_id, self._groups[group_id].chunk_tokens)
+        reservation = self._cache.reserve(state.chains[group_id], wanted, shape)
+        if reservation.dropped and group_id not in self._windowed:
+            state.broken.add(group_id)
+        return reservation
+
+    def _ticket(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
+        self._next_ticket += 1
+        self._tickets[self._next_ticket] = owned
+        return self._next_ticket
+
+
+def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
+    """Prometheus counters of this adapter, beside vLLM's own for bytes and seconds."""
+    texts = {
+        "lookup_chunks": "KV chunks asked for.",
+        "hit_chunks": "Of those, chunks found.",
+        "stored_chunks": "KV chunks stored.",
+        "evicted_chunks": "KV chunks evicted to make room.",
+        "dropped_chunks": "KV chunks not stored for want of room.",
+        "bad_chunks": "KV chunks that failed verification and were dropped.",
+        "faults": "Faults in the cache that were answered as a miss.",
+    }
+    return {f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text) for name, text in texts.items()}

@@ -1,0 +1,79 @@
+"""What a user may say in `kv_connector_extra_config`, what it defaults to, and what is refused by name at start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...config import Config, reject_unknown
+from ...errors import ConfigError, UnsupportedError
+from . import shim
+
+MODULE = "kvkern.integrations.vllm"
+OPTIONS_KEY = "kvkern"
+SPEC_NAME = "KvkernSpec"
+# vLLM's own keys of kv_connector_extra_config that keep their meaning
+_VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only"}
+_HASHES = ("sha256", "sha256_cbor")
+
+
+def kv_transfer_config(capacity: str | int, blocks_per_chunk: int = 1, **options: Any) -> shim.KVTransferConfig:
+    """The `kv_transfer_config` argument of `vllm.LLM`; options are those of `kvkern.config.Config`."""
+    return shim.KVTransferConfig(
+        kv_connector="KvkernConnector",
+        kv_connector_module_path=MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={
+            "blocks_per_chunk": blocks_per_chunk,
+            OPTIONS_KEY: {"capacity": capacity, **options},
+        },
+    )
+
+
+def parse_options(extra_config: Any) -> Config:
+    """Config of `kv_connector_extra_config["kvkern"]`. Raises ConfigError for keys nobody knows."""
+    reject_unknown(extra_config, _VLLM_KEYS | {OPTIONS_KEY}, "kv_connector_extra_config")
+    options = extra_config.get(OPTIONS_KEY)
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"kv_connector_extra_config[{OPTIONS_KEY!r}] is {options!r}; expected an object such as "
+            f'{{"kvkern": {{"capacity": "8GiB"}}}}'
+        )
+    config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
+    if extra_config.get("offload_prompt_only") and config.store_replies and "store_replies" in options:
+        raise ConfigError("offload_prompt_only=True and store_replies=True contradict each other; give one of them")
+    return config
+
+
+def fill_defaults(vllm_config: shim.VllmConfig) -> None:
+    """Name our spec, so that users need not. Idempotent."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    extra.setdefault("spec_name", SPEC_NAME)
+    extra.setdefault("spec_module_path", MODULE)
+
+
+def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
+    """Raise for what would be served wrongly or not at all, before anything is allocated."""
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    if transfer.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}: a chunk that fails its checksum would fail "
+            f'the request; set "kv_load_failure_policy": "recompute"'
+        )
+    if transfer.kv_role != "kv_both":
+        raise ConfigError(f'kv_role is {transfer.kv_role!r}; kvkern stores and loads: set "kv_role": "kv_both"')
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if algorithm not in _HASHES:
+        raise UnsupportedError(
+            f"prefix_caching_hash_algo is {algorithm!r}, which is not collision resistant; use {' or '.join(_HASHES)}"
+        )
+    sizes = {
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size,
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size > 1:
+            raise UnsupportedError(f"{name} is {size}; kvkern supports tensor parallelism only, set it to 1")
+    if vllm_config.attention_config.hisparse_config is not None:
+        raise UnsupportedError("HiSparse keeps part of the KV cache on the host already; kvkern does not support it")

