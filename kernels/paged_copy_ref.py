@@ -45,7 +45,7 @@ def gather_chunks(
             blocks = torch.from_numpy(out)[: block_ids.shape[1] * plane.block_nbytes].view(block_ids.shape[1], -1)
             present = torch.from_numpy(np.flatnonzero(block_ids[c] >= 0))
             ids = torch.from_numpy(block_ids[c][block_ids[c] >= 0].astype(np.int64))
-            blocks[present] = view.index_select(0, ids.to(view.device)).reshape(len(ids), -1).cpu()
+            blocks[present] = view.index_select(0, ids.to(view.device)).reshape(len(ids), plane.block_nbytes).cpu()
             checksums[c, p] = checksum(out)
 
 
