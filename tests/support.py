@@ -1,0 +1,80 @@
+"""What several test files need: arenas in a temporary folder, distinct keys, guarded memory. Asserts nothing itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvkern.arena import Arena, ArenaSpec, create_or_attach
+from kvkern.cache import Cache
+from kvkern.slots import SlotGeometry
+from kvkern.tiers.dram import ChunkShape, DramTier, Reservation
+
+GUARD = 0xA5
+NAMESPACE = bytes(range(32))
+SHAPE = ChunkShape(NAMESPACE, group=0, chunk_tokens=16)
+
+
+def key(*parts: object) -> bytes:
+    """A 32-byte key of its own for every tuple of parts."""
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def chain_keys(name: object, count: int, start: int = 0) -> list[bytes]:
+    """Keys of chunks [start, start + count) of one sequence."""
+    return [key(name, i) for i in range(start, start + count)]
+
+
+def make_arena(
+    directory: Path, slots: int = 8, part_nbytes: int = 256, planes: int = 2, world_size: int = 1, name: str = "arena"
+) -> Arena:
+    spec = ArenaSpec(SlotGeometry(part_nbytes, planes, world_size), slots)
+    return create_or_attach(spec, directory / name)
+
+
+def write(arena: Arena, reservation: Reservation, ranks: Iterable[int] | None = None) -> None:
+    """What `Transfer.store` leaves in the headers, without any payload."""
+    slots = np.array(reservation.slots, dtype=np.int64)
+    for rank in range(arena.spec.geometry.world_size) if ranks is None else ranks:
+        arena.headers["written"][slots, rank] = np.array(reservation.generations, dtype=np.uint64)
+
+
+def put(cache: Cache | DramTier, arena: Arena, chain: Sequence[bytes]) -> int:
+    """Reserve, write and commit all of a sequence. Returns the number of chunks published."""
+    reservation = cache.reserve(chain, chain, SHAPE)
+    write(arena, reservation)
+    return cache.commit(reservation)
+
+
+def guarded(
+    nbytes: int,
+    seed: int,
+    guard: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([nbytes] uint8 noise, the whole buffer): the noise lies inside a buffer of GUARD bytes."""
+    whole = torch.full((nbytes + 2 * guard,), GUARD, dtype=torch.uint8)
+    inner = whole[guard : guard + nbytes]
+    inner.copy_(torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
+    return inner, whole
+
+
+def twin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same views of copies of their storages; tensors that share a storage go on sharing one."""
+    copies: dict[int, torch.UntypedStorage] = {}
+    out = []
+    for t in tensors:
+        storage = t.untyped_storage()
+        copy = copies.setdefault(storage.data_ptr(), storage.clone())
+        empty = torch.empty(0, dtype=t.dtype)
+        out.append(empty.set_(copy, t.storage_offset(), t.shape, t.stride()))
+    return out
+
+
+def storage_bytes(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[np.uint8]]:
+    """Copies of the whole storages behind some tensors, guards included."""
+    return [torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone().numpy() for t in tensors]
