@@ -35,10 +35,11 @@ $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 	  local n=0 total=$$1 line; shift; \
 	  $(PY) -m pip install --disable-pip-version-check --progress-bar off "$$@" 2>&1 | tee -a $$log | while IFS= read -r line; do \
 	    case "$$line" in \
-	      Collecting*|Requirement*) n=$$((n + 1)); \
+	      Collecting*|Processing*) n=$$((n + 1)); \
 	        if [ -t 1 ]; then printf '\r  %3d of about %d  %-50.50s' $$n $$total "$${line#* }"; \
 	        elif [ $$((n % 40)) = 0 ]; then say "  $$n of about $$total"; fi ;; \
-	      Installing\ collected*) if [ -t 1 ]; then printf '\r%-78s\r' ''; fi; say "  unpacking (the longest step: a minute or two)" ;; \
+	      Installing\ collected*) if [ -t 1 ]; then printf '\r%-78s\r' ''; fi; \
+	        if [ $$total -gt 1 ]; then say "  unpacking them, the longest step: a minute or two"; fi ;; \
 	      ERROR*|error*) echo "  $$line" ;; \
 	    esac; \
 	  done || { say "failed; the last lines of $$log:"; tail -n 15 $$log; exit 1; }; \
