@@ -118,10 +118,10 @@ class DramTier:
             if pins[slot] == 0:
                 idle.append(slot)
         if doomed:
-            dead = [slot for slot in idle if slot in doomed]
-            doomed.difference_update(dead)
-            idle = [slot for slot in idle if slot not in set(dead)]
-            self._recycle(dead)
+            dead = doomed.intersection(idle)
+            doomed -= dead
+            idle = [slot for slot in idle if slot not in dead]
+            self._recycle(list(dead))
         self._policy.unpin(idle)
 
     def touch(self, keys: Keys) -> None:
