@@ -1,0 +1,97 @@
+"""What a user may write, and what each mistake answers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvkern.config import MAX_CAPACITY_NBYTES, Config, format_nbytes, parse_nbytes, reject_unknown
+from kvkern.errors import ConfigError, KvkernError
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [
+    (1, 1), (4096, 4096), ("1", 1), ("8GiB", 8 << 30), ("8 gib", 8 << 30), (" 500MB ", 500 * 10**6), ("0.5GiB", 1 << 29),
+    ("1.5 KiB", 1536), ("7B", 7), ("64TiB", 1 << 46), ("1kB", 1000), ("2TB", 2 * 10**12), (MAX_CAPACITY_NBYTES, 1 << 46),
+])  # fmt: skip
+def test_sizes(text: int | str, nbytes: int) -> None:
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("bad", [
+    0, -1, "0", "0GiB", "0.0001B", "-5GiB", "", "GiB", "8G", "8 GiBs", "eight", "1e9", "8,5GiB", "nan", "inf", 8.5e9, None,
+    True, [8], b"8GiB", MAX_CAPACITY_NBYTES + 1, "65TiB", "9" * 40, "8iB",
+], ids=repr)  # fmt: skip
+def test_sizes_that_are_none(bad: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"capacity is {bad!r}")):
+        parse_nbytes(bad)
+
+
+@pytest.mark.parametrize("bad", ["9" * 5000, "9" * 400 + ".5GiB"], ids=["digits", "infinite"])
+@pytest.mark.xfail(strict=True, reason="DEFECT: int() of 4301 digits and int(inf) raise their own errors")
+def test_absurd_digits(bad: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_nbytes(bad)
+
+
+@given(st.integers(1, 1 << 46))
+def test_formatted_sizes_are_close_and_parse(nbytes: int) -> None:
+    assert parse_nbytes(format_nbytes(nbytes)) == pytest.approx(nbytes, rel=1e-3)
+
+
+def test_defaults() -> None:
+    config = Config.parse({"capacity": "1GiB"})
+    assert config == Config(1 << 30)
+    assert config.arena_dir == Path("/dev/shm")
+    assert config.store_replies  # vLLM's own default drops the tokens it generated
+    assert 1 <= config.copy_threads <= 4
+    assert Config.parse({"capacity": 1, "threads": 7}).copy_threads == 7
+
+
+def test_every_option(tmp_path: Path) -> None:
+    options = {
+        "capacity": "1GiB", "arena_dir": str(tmp_path), "threads": 3, "prefault": False, "store_replies": False,
+        "weights": "abc", "salt": "tenant",
+    }  # fmt: skip
+    assert Config.parse(options) == Config(1 << 30, tmp_path, 3, False, False, "abc", "tenant")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "no capacity in the options; say how much memory"),
+    ({"capactiy": "1GiB"}, "unknown key 'capactiy' in the options; did you mean 'capacity'?"),
+    ({"capacity_nbytes": 5}, "did you mean 'capacity'?"),
+    ({"capacity": 1, "thread": 1}, "did you mean 'threads'?"),
+    ({"capacity": 1, "xyz": 1}, "unknown key 'xyz' in the options; known keys: arena_dir, capacity, "),
+    ({"capacity": 1, "threads": "4"}, "threads in the options is '4' (str), expected int"),
+    ({"capacity": 1, "threads": True}, "threads in the options is True (bool), expected int"),
+    ({"capacity": 1, "threads": 1.5}, "1.5 (float), expected int"),
+    ({"capacity": 1, "threads": -1}, "threads is -1; it must lie in 0..64"),
+    ({"capacity": 1, "threads": 65}, "threads is 65"),
+    ({"capacity": 1, "prefault": 1}, "prefault in the options is 1 (int), expected bool"),
+    ({"capacity": 1, "salt": 5}, "salt in the options is 5 (int), expected str"),
+    ({"capacity": 1, "salt": None}, "salt in the options is None"),
+    ({"capacity": 1, "arena_dir": 5}, "arena_dir in the options is 5"),
+    ({"capacity": 1, "arena_dir": "/nowhere/at/all"}, "arena_dir is '/nowhere/at/all', which is no directory"),
+    ({"capacity": 0}, "capacity is 0"),
+    ({1: 2}, "unknown key 1"),
+], ids=repr)  # fmt: skip
+def test_mistakes_name_the_value_and_the_remedy(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        Config.parse(options, "the options")
+    assert isinstance(caught.value, KvkernError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config(1).threads = 5  # type: ignore[misc]
+
+
+def test_known_keys_pass() -> None:
+    reject_unknown({"a": 1}, {"a", "b"}, "here")
+    reject_unknown({}, set(), "here")
