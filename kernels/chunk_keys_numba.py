@@ -115,6 +115,6 @@ def extend(
     segment, chain, parent = (
         np.frombuffer(b, dtype="<u4").copy() for b in (segment_key(state.root), state.chain, state.segment_end)
     )
-    _chain(np.require(tokens, np.uint32, "CW"), chunk_tokens, state.num_chunks, segment, chain, parent, keys)
+    _chain(np.require(tokens, np.uint32, ["C", "W"]), chunk_tokens, state.num_chunks, segment, chain, parent, keys)
     end = type(state)(state.root, state.num_chunks + count, chain.tobytes(), parent.tobytes())
     return keys.view(np.uint8), end
