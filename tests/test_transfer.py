@@ -30,9 +30,7 @@ PART = 4 * PER_CHUNK * 512
 
 def paged(seed: int, layers: int = 2) -> PagedTensors:
     shape = (2, NUM_BLOCKS, *BLOCK)
-    tensors = [
-        guarded(2 * NUM_BLOCKS * 512, seed * 10 + i)[0].view(torch.bfloat16).view(shape) for i in range(layers)
-    ]
+    tensors = [guarded(2 * NUM_BLOCKS * 512, seed * 10 + i)[0].view(torch.bfloat16).view(shape) for i in range(layers)]
     return PagedTensors.bind(L.flash_attention(tensors), tensors)
 
 
