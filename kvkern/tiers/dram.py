@@ -169,8 +169,8 @@ class DramTier:
 
     def drop_bad(self, lease: Lease) -> int:
         """Forget the slots of this lease that a reader marked BAD; they are freed with their last lease. Returns the count."""
-        states = self._arena.headers["state"][np.array(lease.slots, dtype=np.int64)]
-        bad = [slot for slot, state in zip(lease.slots, states, strict=True) if state == SlotState.BAD]
+        slots = np.array(lease.slots, dtype=np.int64)
+        bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
         self._drop(bad)
         return len(bad)
 
