@@ -84,20 +84,20 @@ class DramTier:
 
     def contains(self, keys: Keys) -> int:
         """Length of the longest READY prefix of `keys`. No side effect."""
-        get, state = self._index.get, self._state
+        get, state, ready = self._index.get, self._state, SlotState.READY
         for count, key in enumerate(keys):
             slot = get(key)
-            if slot is None or state[slot] is not SlotState.READY:
+            if slot is None or state[slot] is not ready:
                 return count
         return len(keys)
 
     def acquire(self, keys: Keys, prefix: bool = True) -> Lease:
         """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows)."""
-        get, state, pins = self._index.get, self._state, self._pins
+        get, state, pins, ready = self._index.get, self._state, self._pins, SlotState.READY
         found_keys, found, fresh = [], [], []
         for key in keys:
             slot = get(key)
-            if slot is None or state[slot] is not SlotState.READY:
+            if slot is None or state[slot] is not ready:
                 if prefix:
                     break
                 continue
