@@ -250,7 +250,7 @@ def test_bad_input_is_refused(cache: PagedCache, name: str) -> None:
 )
 def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int]) -> None:
     """And the same tokens can be stored with a right table afterwards."""
-    with pytest.raises(LayoutError):
+    with pytest.raises(KvkernError):
         cache.store([5] * CHUNK, table)
     assert cache.stats()["free_slots"] == cache.stats()["slots"]
     assert cache.store([5] * CHUNK, [0, 1]) == 1
