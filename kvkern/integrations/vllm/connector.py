@@ -78,7 +78,13 @@ class KvkernConnector(shim.OffloadingConnector):
         return metadata
 
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
-        """End the tickets of jobs that all ranks have finished, also of jobs vLLM has forgotten in a reset."""
+        """End the tickets of jobs that all ranks have finished, also of jobs vLLM has forgotten in a reset.
+
+        Requests whose load failed are computed, and all their chunks are offered for storing again.
+        """
+        for req_id in connector_output.failed_recving:
+            self._manager.load_failed(req_id)
+            shim.restart_stores(self, req_id)
         metadata = connector_output.kv_connector_worker_meta
         if isinstance(metadata, shim.OffloadingWorkerMetadata):
             for job_id, count in metadata.completed_jobs.items():

@@ -45,6 +45,7 @@ class RequestState:
     leases: list[Lease] = field(default_factory=list)
     hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
     pinned_at: int = -1  # step; -1: not looked up
+    load_failed: bool = False  # recomputes without loading; see KvkernManager.load_failed
     broken: set[int] = field(default_factory=set)  # groups with a chunk that found no room: what follows is unreachable
 
 
@@ -89,7 +90,7 @@ class KvkernManager(shim.OffloadingManager):
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
         """HIT if the chunk is cached and pinned for this request, else MISS. The first call pins the whole prefix."""
         state = self._requests.get(req_context.req_id)
-        if state is None:
+        if state is None or state.load_failed:
             return shim.LookupResult.MISS
         if state.pinned_at < 0:
             self._pin(req_context.req_id, state)
@@ -169,6 +170,15 @@ class KvkernManager(shim.OffloadingManager):
                 self._cache.release(owned)
             else:
                 self._cache.commit(owned)
+
+    def load_failed(self, req_id: str) -> None:
+        """A load of this request did not verify: compute it without another load.
+
+        vLLM 0.32 keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
+        pool would wait for itself for ever.
+        """
+        if (state := self._requests.get(req_id)) is not None:
+            state.load_failed = True
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import UnsupportedError
 
-SUPPORTED = ("0.32",)  # minor releases, each run by tests/vllm
+SUPPORTED = ("0.32",)  # minor releases, each run by tests/vllm_engine
 
 
 def _vllm_version() -> str:
@@ -113,6 +113,7 @@ __all__ = [
     "logger",
     "make_offload_key",
     "none_hash",
+    "restart_stores",
     "scheduler_manager",
     "windowed_groups",
     "worker_of",
@@ -140,3 +141,11 @@ def windowed_groups(kv_cache_config: KVCacheConfig) -> list[int]:
     """Ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
     groups = enumerate(kv_cache_config.kv_cache_groups)
     return [i for i, group in groups if not isinstance(group.kv_cache_spec, FullAttentionSpec)]
+
+
+def restart_stores(connector: OffloadingConnector, req_id: str) -> None:
+    """Let the scheduler side offer a request's chunks from the first on: it had counted a failed load's as stored."""
+    scheduler = connector.connector_scheduler
+    if scheduler is not None and (status := scheduler._req_status.get(req_id)) is not None:
+        for group in status.group_states:
+            group.next_stored_chunk_idx = 0

@@ -1,0 +1,161 @@
+"""A vLLM engine with kvkern, small enough for a test: builds models, runs prompts, looks into the cache."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+BLOCK_TOKENS = 32
+VOCAB = 512
+
+
+def _llama(config_class: Any, **extra: Any) -> Any:
+    return config_class(
+        vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=256, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **extra,
+    )  # fmt: skip
+
+
+def _config(kind: str) -> Any:
+    import transformers as hf
+
+    match kind:
+        case "llama":
+            return _llama(hf.LlamaConfig)
+        case "sliding":  # full attention and sliding window by turns: two KV groups
+            layers = ["sliding_attention", "full_attention"]
+            return _llama(
+                hf.Gemma3TextConfig, sliding_window=64, layer_types=layers, query_pre_attn_scalar=32,
+                architectures=["Gemma3ForCausalLM"],
+            )  # fmt: skip
+        case "mla":
+            return hf.DeepseekV2Config(
+                vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32,
+                intermediate_size=256, first_k_dense_replace=2, n_routed_experts=2, n_shared_experts=1, moe_intermediate_size=64, num_experts_per_tok=1,
+                max_position_embeddings=4096, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
+                topk_method="greedy", n_group=1, topk_group=1,
+            )  # fmt: skip
+        case "recurrent":  # short convolutions and attention by turns: a state beside the KV
+            return _llama(hf.Lfm2Config, layer_types=["conv", "full_attention"], conv_L_cache=3, conv_dim=128, conv_dim_out=128, block_dim=128,
+                block_ff_dim=256, block_auto_adjust_ff_dim=False)
+        case _:
+            raise ValueError(kind)
+
+
+def build_model(kind: str, path: Path) -> str:
+    """Write a random model of `kind` to `path` and return it."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = _config(kind)
+    model = hf.AutoModelForCausalLM.from_config(config).to(torch.float32)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Random token ids."""
+    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one prompt."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    cached_tokens: int
+
+
+class Engine:
+    """`vllm.LLM` with kvkern unless `capacity` is None."""
+
+    def __init__(self, model: str, capacity: str | None = "64MiB", blocks_per_chunk: int = 1, **options: Any) -> None:
+        from vllm import LLM
+
+        from kvkern.integrations.vllm import kv_transfer_config
+
+        defaults = dict(
+            dtype="float32", block_size=BLOCK_TOKENS, num_gpu_blocks_override=40, max_model_len=1024, enforce_eager=True,
+            skip_tokenizer_init=True, max_num_batched_tokens=256, max_num_seqs=8, scheduling_policy="priority", seed=0,
+            kv_cache_memory_bytes=64 << 20, distributed_executor_backend="mp",  # a second worker in one process fails
+        )  # fmt: skip
+        kvkern_options = options.pop("kvkern_options", {})
+        transfer = kv_transfer_config(capacity, blocks_per_chunk, **kvkern_options) if capacity else None
+        self.llm = LLM(model, kv_transfer_config=transfer, **(defaults | options))
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def cache(self) -> Any:
+        """The kvkern Cache of the scheduler."""
+        return self.scheduler.connector._manager._cache
+
+    @property
+    def dram(self) -> Any:
+        return self.cache._dram
+
+    def params(self, tokens: int = 4) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=tokens, temperature=0, logprobs=1, detokenize=False, ignore_eos=True)
+
+    def run(self, prompts: Sequence[list[int]], tokens: int = 4, **kwargs: Any) -> list[Reply]:
+        """Greedy replies."""
+        inputs = [{"prompt_token_ids": p} for p in prompts]
+        outputs = self.llm.generate(inputs, self.params(tokens), use_tqdm=False, **kwargs)
+        return [_reply(output) for output in outputs]
+
+    def one(self, tokens_in: list[int], tokens: int = 4) -> Reply:
+        return self.run([tokens_in], tokens)[0]
+
+    def steps(self, condition: Callable[[], bool], limit: int = 2000) -> None:
+        """Step the engine until `condition`."""
+        for _ in range(limit):
+            if condition():
+                return
+            self.llm.llm_engine.step()
+        raise AssertionError("the engine did not get there")
+
+    def settle(self) -> None:
+        """Step until no transfer is under way."""
+        self.steps(lambda: not self.scheduler.connector.has_pending_push_work())
+
+    def reset_native(self) -> None:
+        """Empty vLLM's own prefix cache, not kvkern's."""
+        self.settle()
+        assert self.llm.reset_prefix_cache()
+
+    def reset_everything(self) -> None:
+        self.settle()
+        assert self.llm.reset_prefix_cache(reset_connector=True)
+
+    def accounted(self) -> bool:
+        """Every slot is free or READY and unpinned: nothing leaked."""
+        dram = self.dram
+        return dram.num_free + len(dram) == dram.num_slots and not any(dram._pins) and not dram._doomed
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def _reply(output: Any) -> Reply:
+    completion = output.outputs[0]
+    chosen = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    return Reply(tuple(completion.token_ids), tuple(chosen), output.num_cached_tokens or 0)
