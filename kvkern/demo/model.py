@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvkern.demo import corpus
+from . import corpus
 
 if TYPE_CHECKING:
     import torch

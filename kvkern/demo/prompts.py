@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from kvkern.demo import corpus
+from . import corpus
 
 TEXT_CHARS = 1_200_000
 PIECE_CHARS = 20_000  # encoding is linear in small pieces

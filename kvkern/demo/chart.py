@@ -1,0 +1,85 @@
+"""Draws the rows as one picture. Knows rows and matplotlib; measures nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import Row
+
+# case -> (legend, colour); cases of one legend share it
+STYLES = {
+    "recompute": ("vLLM, computed", "#9aa5b1"),
+    "overcommit_native": ("vLLM, computed", "#9aa5b1"),
+    "native_hit": ("vLLM, still in its own pool", "#4c78a8"),
+    "kvkern_hit": ("loaded by kvkern", "#e4572e"),
+    "overcommit_kvkern": ("loaded by kvkern", "#e4572e"),
+}
+BAR_WIDTH = 0.8
+GROUP_GAP = 0.9
+
+
+def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
+    """Write a PNG of the TTFT medians, one group of bars per prompt length. Replaces the file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _bars(axes, _groups(rows))
+    axes.set_yscale("log")
+    axes.set_ylim(_decade_below(min(row.ttft_s for row in rows)), max(row.ttft_s for row in rows) * 3.5)
+    axes.set_ylabel("time to first token [s], log scale")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(axis="y", which="major", color="#e6e8eb")
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.suptitle("A prompt seen before is loaded, not computed again", fontsize=14, fontweight="bold")
+    axes.set_title(subtitle, fontsize=9, color="#52606d")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _decade_below(value_s: float) -> float:
+    """Return the power of ten that leaves the shortest bar some height."""
+    decade_s: float = 10.0 ** math.floor(math.log10(value_s / 1.2))
+    return decade_s
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    hits = [row for row in rows if not row.case.startswith("overcommit")]
+    beyond = [row for row in rows if row.case.startswith("overcommit")]
+    lengths = sorted({row.prompt_tokens for row in hits})
+    groups = [(f"{length:,} tokens", [row for row in hits if row.prompt_tokens == length]) for length in lengths]
+    if beyond:
+        count, length = beyond[0].runs, beyond[0].prompt_tokens
+        groups.append((f"{count} prompts of {length:,} tokens,\nmore than vLLM's pool holds", beyond))
+    return groups
+
+
+def _bars(axes: Any, groups: Sequence[tuple[str, list[Row]]]) -> None:
+    left, centres, named = 0.0, [], set()
+    for _, group in groups:
+        for index, row in enumerate(group):
+            legend, colour = STYLES[row.case]
+            label = "_" if legend in named else legend  # a leading underscore keeps it out of the legend
+            named.add(legend)
+            bar = axes.bar(left + index, row.ttft_s, BAR_WIDTH, color=colour, label=label)
+            axes.bar_label(bar, [_label(row, group)], padding=3, fontsize=9)
+        centres.append(left + (len(group) - 1) / 2)
+        left += len(group) + GROUP_GAP
+    axes.set_xticks(centres, [title for title, _ in groups])
+    axes.tick_params(which="both", length=0)
+    axes.legend(frameon=False, loc="upper left", ncols=3, fontsize=9)
+
+
+def _label(row: Row, group: Sequence[Row]) -> str:
+    time = f"{row.ttft_s:.2f} s" if row.ttft_s < 10 else f"{row.ttft_s:.1f} s"
+    computed = next((other for other in group if other.case in ("recompute", "overcommit_native")), None)
+    if computed is None or computed is row:
+        return time
+    return f"{time}\n{computed.ttft_s / row.ttft_s:.0f}x faster"

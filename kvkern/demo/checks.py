@@ -1,0 +1,118 @@
+"""Judges the answers: did kvkern load anything, and is what it gave what vLLM itself would have given?
+
+    bf16      kvkern's answer == native hit's answer for the same prompt at the same cached length, bit for bit
+    float32   recompute == native hit == kvkern hit: tokens equal, log-probabilities within FLOAT32_TOLERANCE
+
+Knows answers; knows nothing of engines. A comparison that could not be made counts as failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .wire import Answer
+
+FLOAT32_TOLERANCE = 1e-4  # of a log-probability: recompute adds up in another order than a hit does
+LOADED_CASES = ("kvkern_hit", "overcommit_kvkern", "kvkern_recheck", "kvkern_hit_float32")
+NATIVE_CASES = ("native_hit", "check")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check over many answers."""
+
+    name: str
+    num_compared: int
+    problems: tuple[str, ...]  # empty when the check holds
+
+    @property
+    def ok(self) -> bool:
+        return self.num_compared > 0 and not self.problems
+
+    def line(self) -> str:
+        if self.ok:
+            return f"{self.name}: {self.num_compared} of {self.num_compared} equal"
+        if not self.num_compared:
+            return f"{self.name}: nothing to compare"
+        return f"{self.name}: {len(self.problems)} of {self.num_compared} failed; first: {self.problems[0]}"
+
+
+def judge(answers: Sequence[Answer]) -> list[Finding]:
+    """Return every check in the order it is shown."""
+    documents = _against_native("bf16, kvkern hit and native hit", answers, ("kvkern_hit",))
+    overcommit = _against_native("bf16, prompts beyond the pool", answers, ("overcommit_kvkern",))
+    recheck = _against_native("bf16, conversation turns", answers, ("kvkern_recheck",))
+    return [
+        documents,
+        overcommit,
+        recheck,
+        _across_engines(answers),
+        _in_float32(answers, "native_hit_float32"),
+        _in_float32(answers, "kvkern_hit_float32"),
+    ]
+
+
+def loaded(answers: Sequence[Answer]) -> Finding:
+    """Check that kvkern had a part in every answer that is shown as its own."""
+    asked = [answer for answer in answers if answer.case in LOADED_CASES]
+    empty = [f"{_who(answer)} loaded nothing" for answer in asked if not answer.cached_tokens]
+    empty += [f"no {case} loaded a token" for case in LOADED_CASES if not _any_loaded(asked, case)]
+    return Finding("tokens were loaded", len(asked), tuple(empty))
+
+
+def _any_loaded(asked: Iterable[Answer], case: str) -> bool:
+    return any(answer.loaded_tokens for answer in asked if answer.case == case)
+
+
+def _against_native(name: str, answers: Sequence[Answer], cases: tuple[str, ...]) -> Finding:
+    native = {answer.prompt_id: answer for answer in answers if answer.case in NATIVE_CASES}
+    ours = [answer for answer in answers if answer.case in cases]
+    problems = [problem for answer in ours if (problem := _differs(answer, native.get(answer.prompt_id)))]
+    return Finding(name, len(ours), tuple(problems))
+
+
+def _across_engines(answers: Sequence[Answer]) -> Finding:
+    alone = {answer.prompt_id: answer for answer in answers if answer.case == "turn_vllm"}
+    ours = [answer for answer in answers if answer.case == "turn_kvkern"]
+    problems = [problem for answer in ours if (problem := _differs(answer, alone.get(answer.prompt_id)))]
+    return Finding("bf16, the conversation in an engine without kvkern", len(ours), tuple(problems))
+
+
+def _differs(ours: Answer, reference: Answer | None) -> str | None:
+    if reference is None:
+        return f"{_who(ours)} has no native answer"
+    if ours.cached_tokens != reference.cached_tokens:
+        return f"{_who(ours)} reused {ours.cached_tokens} tokens, vLLM itself {reference.cached_tokens}"
+    if ours.tokens != reference.tokens:
+        return f"{_who(ours)} gave other tokens than {reference.case}"
+    if ours.logprobs != reference.logprobs:
+        return f"{_who(ours)} gave log-probabilities up to {_distance(ours, reference):.2g} off {reference.case}"
+    return None
+
+
+def _in_float32(answers: Sequence[Answer], case: str) -> Finding:
+    recomputed = {answer.prompt_id: answer for answer in answers if answer.case == "recompute_float32"}
+    ours = [answer for answer in answers if answer.case == case]
+    problems = []
+    for answer in ours:
+        reference = recomputed.get(answer.prompt_id)
+        if reference is None or answer.tokens != reference.tokens:
+            problems.append(f"{_who(answer)} gave other tokens than recompute")
+        elif (distance := _distance(answer, reference)) > FLOAT32_TOLERANCE:
+            problems.append(f"{_who(answer)} gave log-probabilities up to {distance:.2g} off recompute")
+    return Finding(f"float32, {case.removesuffix('_float32')} and recompute", len(ours), tuple(problems))
+
+
+def _distance(ours: Answer, reference: Answer) -> float:
+    """Return the largest difference of a log-probability; infinite where other tokens are listed."""
+    distance = 0.0
+    for mine, theirs in zip(ours.logprobs, reference.logprobs, strict=True):
+        by_token = dict(theirs)
+        for token, logprob in mine:
+            distance = max(distance, abs(logprob - by_token.get(token, float("inf"))))
+    return distance
+
+
+def _who(answer: Answer) -> str:
+    return f"{answer.case} {answer.prompt_id} ({answer.prompt_tokens} tokens)"

@@ -1,0 +1,120 @@
+"""The measurements, one function per engine. Knows prompts and an engine; prints nothing and judges nothing.
+
+vllm      pass 1 over 16 documents (recompute), pass 2 over the same (overcommit_native), long documents
+kvkern    pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
+float32   recompute, native hit and kvkern hit of the same prompt, where all three must agree
+both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Protocol
+
+from .prompts import Library
+from .wire import Answer, Plan, Progress
+
+
+class Asks(Protocol):
+    """The part of `Engine` that phases need."""
+
+    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int) -> Answer: ...
+    def forget(self) -> None: ...
+
+
+Emit = Callable[[Answer | Progress], None]
+Prompts = dict[str, list[int]]
+
+
+class Desk:
+    """Asks an engine and passes every answer on."""
+
+    def __init__(self, engine: Asks, library: Library, plan: Plan, emit: Emit) -> None:
+        self.engine, self.library, self.plan, self._emit = engine, library, plan, emit
+        self.overcommit = self._documents("overcommit", plan.overcommit_prompts, plan.short_tokens)
+        self.long = self._documents("long", plan.long_runs, plan.long_tokens)
+        self.turns = [library.document(plan.turn_tokens) for _ in range(plan.turns)]
+        self.short = self._documents("short", 1, plan.short_tokens)
+
+    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None) -> Answer:
+        answer = self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens)
+        self._emit(answer)
+        return answer
+
+    def ask_all(self, case: str, prompts: Prompts) -> list[Answer]:
+        """Ask every prompt once, in order, with a line before and after."""
+        tokens = len(next(iter(prompts.values())))
+        answers = [self.ask(case, prompt_id, prompt) for prompt_id, prompt in prompts.items()]
+        ttft_s = median(answer.ttft_s for answer in answers)
+        self.say(f"{case}: {len(answers)} x {tokens:,} tokens, median {ttft_s:.2f} s to the first token")
+        return answers
+
+    def say(self, text: str) -> None:
+        self._emit(Progress(text))
+
+    def _documents(self, kind: str, count: int, num_tokens: int) -> Prompts:
+        return {f"{kind}-{index}": self.library.document(num_tokens) for index in range(count)}
+
+
+def vllm_alone(desk: Desk) -> None:
+    """What vLLM does without kvkern: every forgotten prompt is computed again."""
+    desk.ask_all("recompute", desk.overcommit)
+    desk.ask_all("overcommit_native", desk.overcommit)
+    desk.ask_all("recompute", desk.long)
+    _converse(desk, "turn_vllm", forget=False)
+
+
+def vllm_with_kvkern(desk: Desk) -> None:
+    """What is loaded instead, and the native hit of the same cached length beside it."""
+    desk.ask_all("fill", desk.overcommit)
+    for prompt_id, prompt in desk.overcommit.items():
+        desk.ask("overcommit_kvkern", prompt_id, prompt)
+        desk.ask("check", prompt_id, prompt)
+    desk.say(f"overcommit_kvkern: {len(desk.overcommit)} x {desk.plan.short_tokens:,} tokens asked again")
+    _hit_pairs(desk, desk.short)
+    _hit_pairs(desk, dict(list(desk.long.items())[:1]))
+    _converse(desk, "turn_kvkern", forget=True)
+
+
+def float32(desk: Desk) -> None:
+    """In bf16 vLLM's own prefill differs from its own hits in the last bits; in float32 all three agree."""
+    for prompt_id, prompt in list(desk.overcommit.items())[: desk.plan.float32_prompts]:
+        desk.ask("recompute_float32", prompt_id, prompt)
+        desk.ask("native_hit_float32", prompt_id, prompt)
+        desk.engine.forget()
+        desk.ask("kvkern_hit_float32", prompt_id, prompt)
+        desk.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
+
+
+def _hit_pairs(desk: Desk, prompts: Prompts) -> None:
+    for prompt_id, prompt in prompts.items():
+        desk.ask("fill", prompt_id, prompt)
+        pairs = []
+        for _ in range(desk.plan.pairs):
+            desk.engine.forget()
+            pairs.append((desk.ask("kvkern_hit", prompt_id, prompt), desk.ask("native_hit", prompt_id, prompt)))
+        ours_s, native_s = (median(answer.ttft_s for answer in side) for side in zip(*pairs, strict=True))
+        desk.say(f"{len(pairs)} x {len(prompt):,} tokens: kvkern hit {ours_s:.3f} s, native hit {native_s:.3f} s")
+
+
+def _converse(desk: Desk, case: str, *, forget: bool) -> None:
+    history: list[int] = []
+    for index, user_tokens in enumerate(desk.turns):
+        history = history + user_tokens
+        if forget:
+            desk.engine.forget()
+        answer = desk.ask(case, f"turn-{index}", history, desk.plan.turn_reply_tokens)
+        if forget:
+            desk.engine.forget()
+            desk.ask("kvkern_recheck", f"turn-{index}", history)
+            desk.ask("check", f"turn-{index}", history)
+        history = history + list(answer.tokens)
+    desk.say(f"conversation: {len(desk.turns)} turns, {len(history):,} tokens")
+
+
+PHASES: dict[str, Callable[[Desk], None]] = {
+    "vllm": vllm_alone,
+    "kvkern": vllm_with_kvkern,
+    "float32": float32,
+}

@@ -1,0 +1,136 @@
+"""Runs one engine process and yields its events. Knows pipes and process groups; knows nothing of vLLM's API.
+
+The child leads a process group of its own, so that ending it also ends vLLM's engine core and workers,
+and so that a Ctrl-C in the terminal reaches only the parent, which then ends the group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from . import wire
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+STOP_LIMIT_S = 10.0
+LOG_TAIL_LINES = 25
+
+
+class EngineFailed(RuntimeError):
+    """The engine process ended before its phase was complete. The message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Logs:
+    """Where vLLM's own output goes."""
+
+    folder: Path
+    verbose: bool  # to the terminal instead, with vLLM at level INFO
+
+    def path(self, phase: str) -> Path:
+        return self.folder / f"engine-{phase}.log"
+
+
+def run(job: wire.Job, logs: Logs) -> Iterator[wire.Answer | wire.Progress | wire.Done]:
+    """Start the job's process and yield its events up to Done. Ends the process group however this is left."""
+    read_fd, write_fd = os.pipe()
+    with _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
+        process = _start(write_fd, log, verbose=logs.verbose)
+        os.close(write_fd)  # the child has its own: events ends when the child does
+        try:
+            _send(process, job)
+            for line in events:
+                event = wire.decode_event(line)
+                yield event
+                if isinstance(event, wire.Done):
+                    return
+            raise EngineFailed(_failure(process.wait(), job, logs))
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _log(job: wire.Job, logs: Logs) -> Iterator[IO[bytes] | None]:
+    if logs.verbose:
+        yield None
+        return
+    with logs.path(job.phase).open("wb") as log:
+        yield log
+
+
+def _start(write_fd: int, log: IO[bytes] | None, *, verbose: bool) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvkern.demo.child", str(write_fd)],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        pass_fds=(write_fd,),
+        env=environment(verbose=verbose),
+        start_new_session=True,
+    )
+
+
+def environment(*, verbose: bool) -> dict[str, str]:
+    """Return this process's environment with what a quiet, offline vLLM needs."""
+    paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved_cpus(len(os.sched_getaffinity(0)))),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked engine core would hold our pipe open after a crash
+    }
+
+
+def reserved_cpus(
+    num_cpus: int,  # that this process may use
+) -> int:
+    """Return how many CPUs vLLM's CPU backend keeps free of compute threads, the same for every engine.
+
+    Left alone it keeps one, and two with any KV connector, unless that leaves none, and then zero: on two CPUs an
+    engine with a connector would compute on both, one without on a single one, and no comparison would be fair.
+    """
+    return 0 if num_cpus <= 2 else 1
+
+
+def _send(process: subprocess.Popen[bytes], job: wire.Job) -> None:
+    assert process.stdin is not None  # a pipe was asked for
+    process.stdin.write(wire.encode(job))
+    process.stdin.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the group: by itself, then on SIGTERM, then by SIGKILL, which also gets stray workers."""
+    try:
+        if process.poll() is None:
+            _signal_group(process.pid, signal.SIGTERM)
+            process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return  # everyone has left
+
+
+def _failure(exit_code: int, job: wire.Job, logs: Logs) -> str:
+    message = f"the {job.phase} engine ended with exit code {exit_code} before its phase was complete"
+    if logs.verbose:
+        return message
+    path = logs.path(job.phase)
+    tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([f"{message}; the end of {path}:", *tail])

