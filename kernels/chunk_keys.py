@@ -50,7 +50,7 @@ def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
     if array.ndim != 1:
         raise LayoutError(f"tokens have {array.ndim} dimensions, expected 1")
     if array.dtype == np.uint32:
-        return array
+        return array.astype(np.uint32, copy=False)
     if array.size and not (array.dtype.kind in "iu" and 0 <= int(array.min()) and int(array.max()) < 1 << 32):
         raise LayoutError(f"tokens are {array.dtype} in [{array.min()}, {array.max()}], expected integers in [0, 2^32)")
     return array.astype(np.uint32)

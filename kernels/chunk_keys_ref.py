@@ -3,6 +3,8 @@
     seg     = derive_key("kvkern segment v1", root)
     c_i     = keyed_hash(key = seg if i % 128 == 0 else c_{i-1},  data = tokens of chunk i as uint32le + extra_i)
     key_i   = keyed_hash(key = root if segment 0 else key_{128*s - 1},  data = c_i)           s = i // 128
+
+Tokens are little-endian uint32; `extra_i` is empty for text.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ class PagedLayout:
             if plane.stride_token < 0 or plane.stride_head < 0 or plane.stride_block < 0 or plane.offset < 0:
                 raise LayoutError(f"{plane}: negative strides and offsets are not supported")
         if self.num_blocks < 1 or self.block_tokens < 1:
-            raise LayoutError(f"num_blocks={self.num_blocks}, block_tokens={self.block_tokens}: both must be at least 1")
+            raise LayoutError(
+                f"num_blocks={self.num_blocks}, block_tokens={self.block_tokens}: both must be at least 1"
+            )
 
     @property
     def block_nbytes(self) -> int:
@@ -250,7 +252,7 @@ def fused_kv(
 
 
 def token_pool(
-    buffers: Sequence[torch.Tensor],  # K0, V0, K1, ... each [num_slots, num_kv_heads, head_dim] (MLA: [num_slots, latent])
+    buffers: Sequence[torch.Tensor],  # K0, V0, K1, ..., each [num_slots, num_kv_heads, head_dim] or [num_slots, latent]
     page_size: int,  # tokens per block: block b is slots [b * page_size, (b + 1) * page_size)
 ) -> PagedLayout:
     """SGLang's token pools. A last page that is not whole is not addressable."""

@@ -57,7 +57,9 @@ def _check(
     checksums: npt.NDArray[np.uint64],
 ) -> None:
     if block_ids.ndim != 2 or block_ids.dtype != np.int32 or not block_ids.flags.c_contiguous:
-        raise LayoutError(f"block_ids is {block_ids.dtype} {block_ids.shape}, expected int32 [chunks, blocks_per_chunk]")
+        raise LayoutError(
+            f"block_ids is {block_ids.dtype} {block_ids.shape}, expected int32 [chunks, blocks_per_chunk]"
+        )
     n, blocks_per_chunk = block_ids.shape
     if slot_ids.shape != (n,) or slot_ids.dtype != np.int64 or not slot_ids.flags.c_contiguous:
         raise LayoutError(f"slot_ids is {slot_ids.dtype} {slot_ids.shape}, expected int64 ({n},)")

@@ -38,7 +38,8 @@ def _row_loop(store: str) -> Any:
         signature = types.void(types.int64, types.int64, types.int64, types.int64)
 
         def codegen(context, builder, _signature, args):  # type: ignore[no-untyped-def]
-            _emit_rows(builder, *args, store=store)
+            dst, src, rows, acc = args
+            _emit_rows(builder, dst, src, rows, acc, store)
             return context.get_dummy_value()
 
         return signature, codegen

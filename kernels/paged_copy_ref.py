@@ -2,6 +2,8 @@
 
     gather:   slot[chunk][plane][block] <- paged[plane][block_ids[chunk, block]]     and the checksum of each plane
     scatter:  the other way; the checksum is of the slot as read, absent blocks included
+
+Slow on purpose: whatever is faster must give the same bytes.
 """
 
 from __future__ import annotations

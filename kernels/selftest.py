@@ -36,7 +36,9 @@ def round_trip(
         raise LayoutError(f"layout {layout.name!r} has {len(layout.planes)} planes, its tensors mean {len(views)}")
     count = min(blocks_per_chunk, layout.num_blocks)
     tested = np.array([layout.num_blocks - 1, *range(count - 1)][:count], dtype=np.int32)
-    watched = sorted({0, 1, layout.num_blocks // 2, layout.num_blocks - 1, *map(int, tested)} & set(range(layout.num_blocks)))
+    watched = sorted(
+        {0, 1, layout.num_blocks // 2, layout.num_blocks - 1, *map(int, tested)} & set(range(layout.num_blocks))
+    )
     saved = [[view[b].clone() for b in watched] for view in views]
     try:
         _compare(paged, views, tested, watched, blocks_per_chunk, backend)

@@ -1,10 +1,10 @@
 """The hook for any engine: match a prompt, load the hit into paged tensors by block table, store what was computed.
 
-    cache = kvkern.open_cache(layout, tensors, model="my-model", weights=revision, capacity="8GiB")
-    with cache.match(tokens) as hit:                       # longest cached prefix, pinned
-        num_loaded = cache.load(hit, block_table)          # verified tokens now in the engine's blocks
-    ...                                                    # the engine computes tokens[num_loaded:]
-    cache.store(tokens, block_table)                       # whole chunks that are not cached yet
+cache = kvkern.open_cache(layout, tensors, model="my-model", weights=revision, capacity="8GiB")
+with cache.match(tokens) as hit:                       # longest cached prefix, pinned
+    num_loaded = cache.load(hit, block_table)          # verified tokens now in the engine's blocks
+...                                                    # the engine computes tokens[num_loaded:]
+cache.store(tokens, block_table)                       # whole chunks that are not cached yet
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class PagedCache:
             return 0
         at = {key: i for i, key in enumerate(keys)}
         rows = table[[at[key] for key in reservation.keys]]
-        self._finish(self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)]))
+        self._finish(
+            self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)])
+        )
         return self._cache.commit(reservation)
 
     def clear(self) -> int:
@@ -137,8 +139,9 @@ class PagedCache:
     @staticmethod
     def _finish(job: Job) -> None:
         """Wait; bad input that a piece met is the caller's to see, anything else is a miss."""
-        if isinstance(job.wait().error, KvkernError):
-            raise job.error
+        error = job.wait().error
+        if isinstance(error, KvkernError):
+            raise error
 
     @property
     def _block_tokens(self) -> int:

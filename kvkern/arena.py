@@ -30,7 +30,8 @@ from .slots import PAGE, SlotGeometry, SlotState, round_up
 Progress = Callable[[str], None]
 
 _FILE_MAGIC = b"KVKARENA"
-_FILE_HEADER = struct.Struct("<8sIIQQQQ32s")  # magic, version, attached, slots, part bytes, planes, world size, identity
+# magic, version, attached, slots, part bytes, planes, world size, identity
+_FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
 _FILE_VERSION = 1
 _PIECE = 256 << 20
 _LOCK_WAIT_S = 600.0
@@ -185,7 +186,9 @@ def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> mmap.mmap:
         raise ArenaError(f"{path} exists but is no finished kvkern arena; if no engine uses it, remove it")
     _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
     if version != _FILE_VERSION:
-        raise ArenaError(f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; upgrade the older side")
+        raise ArenaError(
+            f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; upgrade the older side"
+        )
     found = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
     if found != spec or os.fstat(fd).st_size != spec.nbytes:
         differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
@@ -232,7 +235,9 @@ def _check_room(nbytes: int, path: Path) -> None:
         raise ArenaError(_no_room(nbytes, path, f"{format_nbytes(room)} are free there"))
     memory = _available_memory()
     if nbytes > memory:
-        raise ArenaError(_no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left"))
+        raise ArenaError(
+            _no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left")
+        )
 
 
 def _no_room(nbytes: int, path: Path, why: str) -> str:

@@ -111,4 +111,6 @@ class Cache:
             kind = type(error).__name__
             if kind not in self._logged:
                 self._logged.add(kind)
-                logger.exception("kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind)
+                logger.exception(
+                    "kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind
+                )

@@ -93,4 +93,4 @@ def _convert(name: str, kind: str, value: Any, where: str) -> Any:
     types: dict[str, type | tuple[type, ...]] = {"int": int, "bool": bool, "str": str, "Path": (str, Path)}
     if not isinstance(value, types[kind]) or (kind == "int" and isinstance(value, bool)):
         raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}), expected {kind}")
-    return Path(value) if kind == "Path" else value
+    return Path(str(value)) if kind == "Path" else value

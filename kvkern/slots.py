@@ -73,5 +73,10 @@ class SlotGeometry:
             ("checksum", ("<u8", (self.world_size, self.max_planes)), _FIXED_NBYTES + 8 * self.world_size),
         ]  # fmt: skip
         names, formats, offsets = zip(*fields, strict=True)
-        spec = {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": self.header_nbytes}
+        spec = {
+            "names": list(names),
+            "formats": list(formats),
+            "offsets": list(offsets),
+            "itemsize": self.header_nbytes,
+        }
         return np.dtype(spec)  # type: ignore[call-overload,no-any-return]  # numpy's stubs lack the offsets form

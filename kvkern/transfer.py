@@ -54,9 +54,9 @@ class Job:
         """Whether every piece has ended."""
         return all(future.done() for future in self.futures)
 
-    def wait(self) -> Job:
-        """Block until done."""
-        wait(self.futures)
+    def wait(self, timeout_s: float | None = None) -> Job:
+        """Block until done, or for `timeout_s`."""
+        wait(self.futures, timeout_s)
         return self
 
     @property

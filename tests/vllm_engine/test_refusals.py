@@ -9,7 +9,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 from kvkern.errors import ArenaError, ConfigError, KvkernError, UnsupportedError
 from kvkern.integrations.vllm import kv_transfer_config, options, shim
-
 from tests.vllm_engine.engine import Engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -19,7 +18,9 @@ def vllm_config(llama: str, **changes: Any) -> Any:
     transfer = kv_transfer_config("64MiB")
     for name in [n for n in changes if hasattr(transfer, n)]:
         setattr(transfer, name, changes.pop(name))
-    return EngineArgs(model=llama, skip_tokenizer_init=True, kv_transfer_config=transfer, **changes).create_engine_config()
+    return EngineArgs(
+        model=llama, skip_tokenizer_init=True, kv_transfer_config=transfer, **changes
+    ).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any
 
 from . import shim
 from .identity import namespace_of, resolve_weights
-from .jobs import SlotSpec
+from .jobs import SlotSpec, StepMetadata
 from .manager import KvkernManager
 from .options import fill_defaults, parse_options, refuse_unsupported
 from .worker import KvkernWorker
+
+IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load instead of polling for it
 
 
 class KvkernConnector(shim.OffloadingConnector):
@@ -50,8 +52,10 @@ class KvkernConnector(shim.OffloadingConnector):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> shim.KVConnectorTransferResults:
         """Finished loads, and those of them that did not verify: vLLM recomputes these requests."""
-        sending, receiving = self.get_finished(finished_req_ids)
         worker: KvkernWorker = shim.worker_of(self)
+        if getattr(self._connector_metadata, "idle", False):
+            worker.wait_for_loads(IDLE_WAIT_S)
+        sending, receiving = self.get_finished(finished_req_ids)
         failed_jobs = worker.take_failed()
         failed = {self._load_requests[job_id] for job_id in failed_jobs if job_id in self._load_requests}
         done = receiving | failed
@@ -75,7 +79,8 @@ class KvkernConnector(shim.OffloadingConnector):
         for job_id, job in metadata.store_jobs.items():
             assert isinstance(job.dst_spec, SlotSpec)
             self._tickets[job_id] = [job.dst_spec.ticket, self._world_size]
-        return metadata
+        idle = scheduler_output.total_num_scheduled_tokens == 0
+        return StepMetadata(metadata.load_jobs, metadata.store_jobs, metadata.jobs_to_flush, idle)
 
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
         """End the tickets of jobs that all ranks have finished, also of jobs vLLM has forgotten in a reset.

@@ -49,7 +49,9 @@ def resolve_weights(vllm_config: shim.VllmConfig, config: Config) -> str:
     return f"{_weights(vllm_config, config)}:{_architecture(vllm_config)}"
 
 
-def namespace_of(vllm_config: shim.VllmConfig, offload: shim.OffloadingConfig, config: Config, weights: str) -> Namespace:
+def namespace_of(
+    vllm_config: shim.VllmConfig, offload: shim.OffloadingConfig, config: Config, weights: str
+) -> Namespace:
     """Namespace of adopted keys. Call when the engine has started: the hash seed is not known before."""
     path = _model_path(vllm_config)
     cache, parallel = offload.cache, offload.parallel

@@ -31,6 +31,13 @@ class GroupChunks:
 
 
 @dataclass
+class StepMetadata(shim.OffloadingConnectorMetadata):
+    """A step's jobs, and whether the engine computes nothing in it: then a worker may wait for its loads."""
+
+    idle: bool = False
+
+
+@dataclass
 class SlotSpec(shim.LoadStoreSpec):
     """The arena's side of a transfer. `ticket` names the lease or reservation it runs under."""
 
@@ -48,7 +55,7 @@ def batches(
     With `whole` (stores) a chunk that lacks blocks is left out: it is never published, rather than published with holes.
     """
     result, begin = [], 0
-    block_ids = np.asarray(engine.block_ids, dtype=np.int32)
+    block_ids: npt.NDArray[np.int32] = np.asarray(engine.block_ids, dtype=np.int32)
     for index, chunks in enumerate(arena.groups):
         count = int(engine.group_sizes[index])
         skip = int(engine.block_indices[index]) % blocks_per_chunk
@@ -57,9 +64,9 @@ def batches(
         room = len(chunks.slots) * blocks_per_chunk
         if skip + count > room or (whole and count and skip + count < room):
             return None  # which block belongs to which chunk cannot be told
-        table = np.full(room, -1, dtype=np.int32)
-        table[skip : skip + count] = np.where(ids > 0, ids, -1)  # block 0 is vLLM's null block
-        table = table.reshape(-1, blocks_per_chunk)
+        flat = np.full(room, -1, dtype=np.int32)
+        flat[skip : skip + count] = np.where(ids > 0, ids, -1)  # block 0 is vLLM's null block
+        table = flat.reshape(-1, blocks_per_chunk)
         rows = np.flatnonzero((table >= 0).all(axis=1) if whole else (table >= 0).any(axis=1))
         if len(rows):
             generations = chunks.generations[rows] if whole else chunks.generations

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ...cache import Cache
-from ...keys import Namespace
 from ...kernels.chunk_keys import adopt_keys
+from ...keys import Namespace
 from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
 from .jobs import GroupChunks, SlotSpec

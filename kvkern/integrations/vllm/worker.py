@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -56,6 +57,12 @@ class KvkernWorker(shim.OffloadingWorker):
         """Load jobs among the finished whose blocks hold nothing usable, each reported once."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def wait_for_loads(self, seconds: float) -> None:
+        """Block until the loads under way have ended, at most `seconds`. The copy threads get the CPU meanwhile."""
+        deadline = time.perf_counter() + seconds
+        for job_id in self._loads & self._jobs.keys():
+            self._jobs[job_id].wait(max(0.0, deadline - time.perf_counter()))
 
     def wait(self, job_ids: set[int]) -> None:
         """Block until these jobs have ended; unknown ids have ended long ago."""
