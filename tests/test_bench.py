@@ -1,0 +1,52 @@
+"""The benches run and write the JSON that design and documents promise. Says nothing of times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_quick(name: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """(the JSON, what was printed) of `bench/<name>.py --quick`."""
+    out = folder / f"{name}.json"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick", "--json", str(out)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"kvkern-{os.getuid()}-bench")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "bench" / "_common.py").exists(), reason="bench/_common.py is not in this tree")
+def test_cache(tmp_path: Path) -> None:
+    result, printed = run_quick("cache", tmp_path)
+    assert {"cpu", "threads", "gpu", "commit", "versions"} <= set(result["meta"])
+    small, large, overload = result["rows"]
+    for row, tokens in ((small, 2048), (large, 8192)):
+        assert (row["case"], row["tokens"], row["chunk_tokens"]) == ("full_hit", tokens, 16)
+        assert all(
+            row[name] > 0 for name in ("ms", "min_ms", "keys_ms", "lookup_ms", "acquire_ms", "release_ms", "runs")
+        )
+        assert row["min_ms"] <= row["ms"]
+    assert large["time_ratio"] == pytest.approx(large["ms"] / small["ms"])
+    assert overload["case"] == "overload"
+    assert overload["offered_chunks"] > overload["slots"]  # it was one
+    assert overload["dropped_chunks"] == 0
+    assert overload["evicted_chunks"] == overload["offered_chunks"] - overload["slots"]
+    assert overload["rate"] > 0
+    assert printed.count("full_hit") == 2
+    assert printed.count("overload") == 1
+    assert shared_memory() == set()
