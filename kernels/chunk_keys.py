@@ -40,6 +40,8 @@ class ChainState:
 
 def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
     """[n] uint32. Arrays of uint32 are taken as they are; negative ids and ids above 2^32 - 1 are refused."""
+    if isinstance(tokens, bytes | bytearray | memoryview | str):
+        raise LayoutError(f"tokens are {type(tokens).__name__}, expected a sequence of integers or an integer array")
     if isinstance(tokens, np.ndarray):
         array = tokens
     else:

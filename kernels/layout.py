@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -117,7 +118,7 @@ class PagedLayout:
             if opaque:
                 order = f"page of {self.block_tokens} tokens"
             words.append(f"{order} {p.num_heads}x{p.head_nbytes}")
-        return "; ".join(f"{words.count(w)} planes of {w}" for w in dict.fromkeys(words))
+        return "; ".join(f"{len(list(run))} planes of {word}" for word, run in groupby(words))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -198,6 +199,12 @@ LAYOUTS = ("pages", "flash_attention", "split_kv", "fused_nhd", "fused_hnd", "ml
 def _build(name: str, tensors: Sequence[torch.Tensor], block_tokens: int) -> PagedLayout:
     views = plane_views(name, tensors, block_tokens)
     per_tensor = len(views) // len(tensors)
+    for i, view in enumerate(views):
+        if view.shape[:2] != views[0].shape[:2]:
+            raise LayoutError(
+                f"plane {i} has {view.shape[0]} blocks of {view.shape[1]} tokens, "
+                f"plane 0 {views[0].shape[0]} of {views[0].shape[1]}: layers of one group must agree"
+            )
     planes = tuple(_plane(i // per_tensor, view, tensors[i // per_tensor]) for i, view in enumerate(views))
     return PagedLayout(name, planes, num_blocks=views[0].shape[0], block_tokens=block_tokens)
 

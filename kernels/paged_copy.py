@@ -30,6 +30,11 @@ class PagedTensors:
     tensors: tuple[torch.Tensor, ...]
     bases: npt.NDArray[np.int64]  # [planes] int64 addresses
 
+    @property
+    def device(self) -> str:
+        """Where the tensors are, "cpu" or such."""
+        return str(self.tensors[0].device)
+
     @classmethod
     def bind(cls, layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> PagedTensors:
         """Check that every byte the layout can address lies inside the tensors' storages."""
@@ -61,15 +66,17 @@ def _check(
             f"block_ids is {block_ids.dtype} {block_ids.shape}, expected int32 [chunks, blocks_per_chunk]"
         )
     n, blocks_per_chunk = block_ids.shape
+    if blocks_per_chunk < 1:
+        raise LayoutError(f"block_ids is {block_ids.shape}: a chunk has at least one block")
     if slot_ids.shape != (n,) or slot_ids.dtype != np.int64 or not slot_ids.flags.c_contiguous:
         raise LayoutError(f"slot_ids is {slot_ids.dtype} {slot_ids.shape}, expected int64 ({n},)")
     planes = len(paged.layout.planes)
     if checksums.shape != (n, planes) or checksums.dtype != np.uint64 or not checksums.flags.c_contiguous:
         raise LayoutError(f"checksums is {checksums.dtype} {checksums.shape}, expected uint64 ({n}, {planes})")
-    part_nbytes = paged.layout.part_nbytes(blocks_per_chunk) if blocks_per_chunk else 0
+    part_nbytes = paged.layout.part_nbytes(blocks_per_chunk)
     if slots.ndim != 2 or slots.dtype != np.uint8 or slots.shape[1] < part_nbytes or slots.strides[1] != 1:
         raise LayoutError(f"slots is {slots.dtype} {slots.shape}, expected uint8 [num_slots, >= {part_nbytes}]")
-    if n and blocks_per_chunk:
+    if n:
         if int(block_ids.max()) >= paged.layout.num_blocks or int(block_ids.min()) < -1:
             bad = int(block_ids.max()) if int(block_ids.max()) >= paged.layout.num_blocks else int(block_ids.min())
             raise LayoutError(f"block id {bad} is outside [-1, {paged.layout.num_blocks})")
@@ -91,7 +98,7 @@ def gather_chunks(
     thread and process. Releases the GIL (numba). Raises LayoutError on any mismatch, before a byte is written.
     """
     _check(paged, block_ids, slots, slot_ids, checksums)
-    _backend(backend).gather_chunks(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend, paged).gather_chunks(paged, block_ids, slots, slot_ids, checksums)
 
 
 def scatter_chunks(
@@ -107,11 +114,13 @@ def scatter_chunks(
     The blocks are written before the checksum can be judged: until the caller has compared it, the blocks hold nothing.
     """
     _check(paged, block_ids, slots, slot_ids, checksums)
-    _backend(backend).scatter_chunks(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend, paged).scatter_chunks(paged, block_ids, slots, slot_ids, checksums)
 
 
-def _backend(name: Backend):  # type: ignore[no-untyped-def]  # modules are the registry's values
+def _backend(name: Backend, paged: PagedTensors):  # type: ignore[no-untyped-def]  # modules are the registry's values
     if name == "numba":
+        if paged.device != "cpu":
+            raise LayoutError(f"the tensors are on {paged.device}; the numba backend copies host memory only")
         from . import paged_copy_numba
 
         return paged_copy_numba

@@ -139,9 +139,12 @@ def _move(dst, src, nbytes, acc, stream):  # type: ignore[no-untyped-def]
         _copy_rows(dst, src, nbytes >> 6, acc)
 
 
-_SIGNATURE = (
-    "void(boolean, int64[::1], int64[:, ::1], int64[::1], int32[:, ::1], int64, int64, int64[::1], uint64[:, ::1])"
-)
+_BLOCK_IDS = types.Array(types.int32, 2, "C", readonly=True)  # read-only ones and others
+_SLOT_IDS = types.Array(types.int64, 1, "C", readonly=True)
+_SIGNATURE = types.void(
+    types.boolean, types.int64[::1], types.int64[:, ::1], types.int64[::1],  # to_slots, bases, geometry, offsets
+    _BLOCK_IDS, types.int64, types.int64, _SLOT_IDS, types.uint64[:, ::1],
+)  # fmt: skip
 
 
 @njit(_SIGNATURE, nogil=True, cache=True, boundscheck=False)

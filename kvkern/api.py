@@ -21,7 +21,7 @@ from .arena import Arena
 from .assemble import build_cache, build_transfer, open_arena
 from .cache import Cache
 from .config import Config
-from .errors import ConfigError, KvkernError
+from .errors import ConfigError, KvkernError, LayoutError
 from .kernels.chunk_keys import Tokens, chunk_keys
 from .kernels.layout import PagedLayout
 from .kernels.paged_copy import PagedTensors
@@ -58,7 +58,13 @@ class Match:
         self.release()
 
     def __del__(self) -> None:
-        self.release()
+        if not self._released:
+            self._cache.release_later(self.lease)
+
+    @property
+    def released(self) -> bool:
+        """Whether the chunks may be gone."""
+        return self._released
 
 
 class PagedCache:
@@ -90,11 +96,13 @@ class PagedCache:
         A chunk that fails its checksum ends the result there and is forgotten; blocks behind it hold nothing.
         """
         lease = match.lease
+        if match.released:
+            raise ConfigError("the match was released, its chunks may be gone; load before release, or match again")
         table = self._rows(block_table, len(lease.slots))
-        if start % self._block_tokens or start > match.num_tokens:
+        if start % self._block_tokens or not 0 <= start <= match.num_tokens:
             raise ConfigError(
                 f"start is {start}; it must be a multiple of the block size {self._block_tokens} "
-                f"and at most the match's {match.num_tokens} tokens"
+                f"from 0 to the match's {match.num_tokens} tokens"
             )
         first = start // self.chunk_tokens
         table = table.copy()
@@ -113,15 +121,18 @@ class PagedCache:
         """
         keys = self.keys(tokens, extras)
         table = self._rows(block_table, len(keys))
+        if start < 0:
+            raise ConfigError(f"start is {start}; it must be at least 0")
         reservation = self._cache.reserve(keys, keys[start // self.chunk_tokens :], self._shape)
         if not reservation.slots:
             return 0
         at = {key: i for i, key in enumerate(keys)}
         rows = table[[at[key] for key in reservation.keys]]
-        self._finish(
-            self._transfer.store([self._batch(rows, reservation.keys, reservation.slots, reservation.generations)])
-        )
-        return self._cache.commit(reservation)
+        batch = self._batch(rows, reservation.keys, reservation.slots, reservation.generations)
+        job = self._transfer.store([batch]).wait()
+        stored = self._cache.commit(reservation)
+        self._finish(job)
+        return stored
 
     def clear(self) -> int:
         """Forget everything, after a change of weights for example. Returns the number of chunks forgotten."""
@@ -150,10 +161,15 @@ class PagedCache:
     def _rows(self, block_table: BlockTable, chunks: int) -> npt.NDArray[np.int32]:
         """[chunks, blocks_per_chunk] of the table's first blocks."""
         per_chunk = self._transfer.blocks_per_chunk
-        table = np.asarray(block_table, dtype=np.int32).reshape(-1)
+        table = np.asarray(block_table, dtype=np.int64).reshape(-1)
         if len(table) < chunks * per_chunk:
             raise ConfigError(f"block_table has {len(table)} blocks; {chunks} chunks need {chunks * per_chunk}")
-        return table[: chunks * per_chunk].reshape(chunks, per_chunk)
+        used = table[: chunks * per_chunk]
+        num_blocks = self._transfer.num_blocks
+        if used.size and not (0 <= int(used.min()) and int(used.max()) < num_blocks):
+            bad = used[(used < 0) | (used >= num_blocks)][0]
+            raise LayoutError(f"block id {bad} is outside [0, {num_blocks}), the engine's blocks")
+        return used.astype(np.int32).reshape(chunks, per_chunk)
 
     def _batch(
         self, rows: npt.NDArray[np.int32], keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int]

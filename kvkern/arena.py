@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -114,22 +115,37 @@ def create_or_attach(
     Raises ArenaError if the file system has no room, if the file is another arena's, or if the creator does not finish.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
+            _check_owner(fd, path)
             fcntl.flock(fd, fcntl.LOCK_SH)
-            if not _still_named(fd, path):  # swept or unlinked between open and lock
-                os.close(fd)
-                continue
             with _record_lock(fd, path):
-                created = os.fstat(fd).st_size == 0
-                memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
-                attached = _count_attach(memory)
-                if expected and attached >= expected:
-                    path.unlink(missing_ok=True)
-            return Arena(spec, path, fd, memory)
+                if _still_named(fd, path):  # else: swept, unlinked or given up by its creator while this process waited
+                    return Arena(spec, path, fd, _map(fd, spec, path, expected, prefault, progress))
         except BaseException:
             os.close(fd)
             raise
+        os.close(fd)
+
+
+def _map(fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress) -> mmap.mmap:
+    """Create or attach, and unlink the name if this is the last process expected. Call under the record lock."""
+    created = os.fstat(fd).st_size == 0
+    memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
+    attached = int(struct.unpack_from("<I", memory, 12)[0]) + 1
+    struct.pack_into("<I", memory, 12, attached)
+    if expected and attached >= expected:
+        path.unlink(missing_ok=True)
+    return memory
+
+
+def _check_owner(fd: int, path: Path) -> None:
+    owner = os.fstat(fd).st_uid
+    if owner != os.getuid():
+        raise ArenaError(
+            f"arena {path} belongs to uid {owner}, this process is uid {os.getuid()}: its owner could read all of it; "
+            f"remove it, or use another arena_dir"
+        )
 
 
 def _still_named(fd: int, path: Path) -> bool:
@@ -162,13 +178,13 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
 
 
 def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> mmap.mmap:
-    _check_room(spec.nbytes, path)
     try:
-        _allocate(fd, spec.nbytes, prefault, progress)
-    except OSError as error:
+        _check_room(spec.nbytes, path)
+        _allocate(fd, spec.nbytes, path, prefault, progress)
+    except BaseException:
         path.unlink(missing_ok=True)
         os.ftruncate(fd, 0)
-        raise ArenaError(_no_room(spec.nbytes, path, f"the kernel says: {error.strerror}")) from error
+        raise
     memory = mmap.mmap(fd, spec.nbytes)
     geometry = spec.geometry
     memory[: _FILE_HEADER.size] = _FILE_HEADER.pack(
@@ -199,21 +215,17 @@ def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> mmap.mmap:
     return memory
 
 
-def _count_attach(memory: mmap.mmap) -> int:
-    """One more process has attached. Call under the record lock."""
-    attached = int(struct.unpack_from("<I", memory, 12)[0]) + 1
-    struct.pack_into("<I", memory, 12, attached)
-    return attached
-
-
-def _allocate(fd: int, nbytes: int, prefault: bool, progress: Progress) -> None:
+def _allocate(fd: int, nbytes: int, path: Path, prefault: bool, progress: Progress) -> None:
     """Reserve the pages, so that a full file system is an error now and not a SIGBUS later."""
     if not prefault:
         os.ftruncate(fd, nbytes)
         return
     start = time.monotonic()
     for offset in range(0, nbytes, _PIECE):
-        os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
+        try:
+            os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
+        except OSError as error:
+            raise ArenaError(_no_room(nbytes, path, f"the kernel says: {error.strerror}")) from error
         done = min(offset + _PIECE, nbytes)
         if done % (16 * _PIECE) == 0 or done == nbytes:
             seconds = time.monotonic() - start
@@ -264,7 +276,9 @@ def sweep_stale(directory: Path, prefix: str) -> list[Path]:
     removed = []
     for path in directory.glob(f"{prefix}*"):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if not stat.S_ISREG(path.lstat().st_mode):
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except (FileNotFoundError, PermissionError):
             continue
         try:
@@ -287,7 +301,7 @@ def arena_prefix(uid: int) -> str:
 def process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot; 0 if it is gone. With the pid it names a process for good."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return int(stat.rsplit(")", 1)[1].split()[19])
+    return int(fields.rsplit(")", 1)[1].split()[19])

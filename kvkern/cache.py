@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +29,7 @@ class Cache:
         self._dram = dram
         self._lock = threading.Lock()
         self._logged: set[str] = set()
+        self._late: deque[Lease] = deque()  # abandoned leases, see release_later
         self.counters = CacheCounters()
 
     def lookup(self, keys: Sequence[bytes]) -> int:
@@ -58,6 +60,10 @@ class Cache:
                 logger.warning("kvkern: %d chunk(s) failed verification and were dropped", bad)
             return bad
         return 0
+
+    def release_later(self, lease: Lease) -> None:
+        """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
+        self._late.append(lease)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The engine used these chunks from its own cache: they count as recently used here too."""
@@ -103,6 +109,8 @@ class Cache:
     @contextmanager
     def _fault_is_miss(self) -> Iterator[None]:
         try:
+            while self._late:
+                self._dram.release(self._late.popleft())
             yield
         except KvkernError:
             raise  # bad input is the caller's to see

@@ -16,6 +16,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 MAX_THREADS = 64
+_MAX_DIGITS = 100
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
@@ -25,6 +26,8 @@ def parse_nbytes(value: int | str, name: str = "capacity") -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB', '500MB' or a number of bytes")
+    if len(match[1]) > _MAX_DIGITS:
+        raise ConfigError(f"{name} is {str(value)[:_MAX_DIGITS]}...; it must lie in 1..{MAX_CAPACITY_NBYTES} (64 TiB)")
     nbytes = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
     if not 0 < nbytes <= MAX_CAPACITY_NBYTES:
         raise ConfigError(f"{name} is {value!r} = {nbytes} bytes; it must lie in 1..{MAX_CAPACITY_NBYTES} (64 TiB)")

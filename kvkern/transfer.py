@@ -100,6 +100,11 @@ class Transfer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy", initializer=initializer)
         warm()
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the engine has in every group."""
+        return min(group.layout.num_blocks for group in self._groups)
+
     def self_test(self) -> None:
         """Round trip of every group through its registered tensors. Raises LayoutError. Before the first request."""
         for group in self._groups:
@@ -167,7 +172,9 @@ class Transfer:
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
         expected = {
             "magic": MAGIC, "version": VERSION, "key": batch.keys[rows], "namespace": np.void(batch.namespace),
-            "part_nbytes": geometry.part_nbytes, "planes": geometry.max_planes,
+            "header_nbytes": geometry.header_nbytes, "payload_nbytes": geometry.world_size * geometry.part_nbytes,
+            "part_nbytes": geometry.part_nbytes, "world_size": geometry.world_size, "planes": geometry.max_planes,
+            "codec": 0,
         }  # fmt: skip
         good: npt.NDArray[np.bool_] = headers["written"][slots, self._rank] == headers["generation"][slots]
         for name, value in expected.items():

@@ -163,9 +163,6 @@ def test_a_match_pins_until_its_release(tensors: list[torch.Tensor], tmp_path: P
         assert cache.store(TOKENS, TABLE) == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: Match.__del__ takes the cache's lock; a collection inside it never ends"
-)
 def test_a_match_collected_inside_the_cache_does_not_deadlock(
     cache: PagedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,9 +242,6 @@ def test_bad_input_is_refused(cache: PagedCache, name: str) -> None:
 
 
 @pytest.mark.parametrize("table", [[0, NUM_BLOCKS], [0, -2]], ids=str)
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: store raises before commit or abort: the reservation's slots never come back"
-)
 def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int]) -> None:
     """And the same tokens can be stored with a right table afterwards."""
     with pytest.raises(KvkernError):
@@ -256,7 +250,6 @@ def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int
     assert cache.store([5] * CHUNK, [0, 1]) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: -1 in a store's table is published as a chunk of zeros")
 def test_an_absent_block_is_never_stored_as_zeros(cache: PagedCache, tensors: list[torch.Tensor]) -> None:
     """Engines pad block tables with -1: what they did not compute must not become a hit."""
     try:
@@ -268,29 +261,23 @@ def test_an_absent_block_is_never_stored_as_zeros(cache: PagedCache, tensors: li
         assert hit.num_tokens <= CHUNK
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: int64 block ids are cut to 32 bits: 2^32 + 5 is block 5")
 def test_block_ids_are_not_cut_to_32_bits(cache: PagedCache) -> None:
     with pytest.raises(KvkernError):
         cache.store([5] * CHUNK, np.array([0, (1 << 32) + 5]))
 
 
 @pytest.mark.parametrize("start", [-BLOCK_TOKENS, -CHUNK])
-@pytest.mark.xfail(strict=True, reason="DEFECT: a negative start counts from the end")
 def test_a_negative_start_is_refused(cache: PagedCache, start: int) -> None:
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit, pytest.raises(ConfigError):
         cache.load(hit, ELSEWHERE, start)
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: a negative start counts from the end")
 def test_a_negative_start_of_a_store_is_refused(cache: PagedCache) -> None:
     with pytest.raises(ConfigError):
         cache.store(TOKENS, TABLE, start=-CHUNK)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: a load with a bad block table marks good chunks BAD; the release drops them"
-)
 def test_bad_input_loses_nothing_that_is_stored(cache: PagedCache) -> None:
     """Failure rule 3."""
     cache.store(TOKENS, TABLE)
@@ -300,7 +287,6 @@ def test_bad_input_loses_nothing_that_is_stored(cache: PagedCache) -> None:
         assert hit.num_tokens == 3 * CHUNK
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: a load after the release marks slots BAD that others own by now")
 def test_a_released_match_harms_nobody(tensors: list[torch.Tensor], tmp_path: Path) -> None:
     with closing(open_cache(tensors, tmp_path, slots=3)) as cache:
         cache.store(TOKENS, TABLE)
@@ -328,15 +314,9 @@ OPENING: dict[str, tuple[dict[str, Any], type[KvkernError], str]] = {
 
 
 @pytest.mark.parametrize("name", OPENING)
-def test_opening_refuses(
-    tensors: list[torch.Tensor], tmp_path: Path, name: str, request: pytest.FixtureRequest
-) -> None:
+def test_opening_refuses(tensors: list[torch.Tensor], tmp_path: Path, name: str) -> None:
     """With a reason, and nothing is left behind."""
     options, error, message = OPENING[name]
-    if name == "absurd capacity":
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="DEFECT: the empty file stays; see tests/test_arena.py")
-        )
     with pytest.raises(error, match=message):
         open_cache(tensors, tmp_path, **options)
     assert list(tmp_path.iterdir()) == []

@@ -284,9 +284,6 @@ def test_a_view_keeps_an_arena_alive_after_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "socket"])
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: sweep_stale opens whatever has the prefix; a folder or socket raises OSError"
-)
 def test_sweep_passes_over_what_is_no_file(tmp_path: Path, kind: str) -> None:
     """/dev/shm is everybody's: a folder or socket of that name must not keep an engine from starting."""
     import socket
@@ -306,9 +303,6 @@ def test_sweep_passes_over_what_is_no_file(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: only root can make a file of another user")
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: an arena owned by another user is attached to; its owner can read all of it"
-)
 def test_an_arena_of_another_user_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "a"):
         pass
@@ -401,7 +395,6 @@ def test_no_memory_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         create_or_attach(SPEC, tmp_path / "a")
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: _check_room raises outside the clean-up, and the empty file stays")
 def test_a_refused_arena_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena_module, "_available_memory", lambda: 1 << 10)
     with pytest.raises(ArenaError):
@@ -409,9 +402,6 @@ def test_a_refused_arena_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: whoever waited for a failed creator makes its arena in the unlinked file"
-)
 def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arena import Arena, process_start
+from ..errors import ConfigError
+from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy
 from ..slots import MAGIC, VERSION, SlotState
 
@@ -41,6 +43,7 @@ class Reservation:
     generations: tuple[int, ...]  # what each rank writes into the header's `written`
     dropped: int = 0  # chunks that found no room: everything else is leased or being written
     evicted: tuple[bytes, ...] = ()
+    chain: tuple[bytes, ...] = field(default=(), repr=False)  # the sequence from its first chunk on
     epoch: int = field(default=0, compare=False)
 
 
@@ -138,14 +141,18 @@ class DramTier:
         resident = self._resident(chain)
         self._policy.touch(resident)
         index = self._index
+        for key in wanted:
+            if len(key) != KEY_NBYTES:
+                raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}")
         missing = list(dict.fromkeys(key for key in wanted if key not in index))
         evicted = self._evict(len(missing) - len(self._free), resident)
         granted = missing[: len(self._free)]
         slots = [self._free.pop() for _ in granted]
         generations = self._begin(granted, slots, shape)
         return Reservation(
-            tuple(granted), tuple(slots), tuple(generations), len(missing) - len(granted), tuple(evicted), self._epoch
-        )
+            tuple(granted), tuple(slots), tuple(generations),
+            len(missing) - len(granted), tuple(evicted), tuple(chain), self._epoch,
+        )  # fmt: skip
 
     def commit(self, reservation: Reservation) -> int:
         """Publish what every rank has written; free the rest. Returns the number of chunks published."""
@@ -160,6 +167,7 @@ class DramTier:
         for slot in ready:
             self._state[slot] = SlotState.READY
         self._policy.insert(ready)
+        self._policy.touch(self._resident(reservation.chain))  # else a tail would be newer than its ancestors
         self._recycle([slot for slot, ok in zip(reservation.slots, written, strict=True) if not ok])
         return len(ready)
 
@@ -171,8 +179,7 @@ class DramTier:
         """Forget the slots of this lease that a reader marked BAD; they are freed with their last lease. Returns the count."""
         slots = np.array(lease.slots, dtype=np.int64)
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
-        self._drop(bad)
-        return len(bad)
+        return self._drop(bad)
 
     def clear(self) -> int:
         """Forget everything. What is being written stays its writer's until commit or abort frees it. Returns the count."""
@@ -184,12 +191,14 @@ class DramTier:
         self._index.clear()
         return count
 
-    def _drop(self, slots: Iterable[int]) -> None:
-        """READY slots leave the index now; pinned ones are freed with their last lease."""
+    def _drop(self, slots: Iterable[int]) -> int:
+        """READY slots leave the index now; pinned ones are freed with their last lease. Returns how many were in it."""
+        count = 0
         for slot in slots:
             key = self._key_of[slot]
             if key is None:
                 continue  # dropped before, still leased
+            count += 1
             if self._pins[slot]:
                 del self._index[key]
                 self._key_of[slot] = None
@@ -197,6 +206,7 @@ class DramTier:
             else:
                 self._policy.remove([slot])
                 self._recycle([slot])
+        return count
 
     def _resident(self, keys: Keys) -> list[int]:
         get = self._index.get

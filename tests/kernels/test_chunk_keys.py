@@ -202,7 +202,6 @@ def test_what_is_no_token_is_refused(bad: Any) -> None:
 @pytest.mark.parametrize(
     "data", [b"\x01\x00\x00\x00\x02\x00\x00\x00", bytearray(8), b"abc"], ids=["bytes", "bytearray", "odd"]
 )
-@pytest.mark.xfail(strict=True, reason="DEFECT: array('I', bytes) reads four bytes as one token (or raises ValueError)")
 def test_bytes_are_tokens_or_refused_but_never_words(data: bytes) -> None:
     """bytes are a Sequence[int]: each byte is an id, or the type is refused."""
     try:

@@ -163,7 +163,6 @@ def test_strides_alone_do_not_change_the_fingerprint() -> None:
     assert plain.fingerprint == outermost.fingerprint == sliced.fingerprint
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: slot_order counts planes of a kind and forgets where they lie")
 def test_the_order_of_unlike_planes_is_in_the_fingerprint() -> None:
     """[wide, narrow, wide, narrow] and [wide, wide, narrow, narrow] lie differently in a slot: they must not share."""
     wide, narrow = empty(32, 2, 16), empty(32, 2, 8)
@@ -211,7 +210,6 @@ def test_bad_input_names_the_value(name: str) -> None:
     pytest.param(lambda: L.split_kv([empty(8, 16, 4, 8)], [empty(8, 32, 4, 8)]), id="block size of split"),
     pytest.param(lambda: L.mla([empty(8, 16, 8), empty(8, 32, 8)]), id="block size of MLA"),
 ])  # fmt: skip
-@pytest.mark.xfail(strict=True, reason="DEFECT: layers of unlike block sizes, or (FA) numbers of blocks, are accepted")
 def test_layers_of_one_group_agree_on_blocks(make: Callable[[], object]) -> None:
     with pytest.raises(LayoutError):
         make()

@@ -280,9 +280,6 @@ def test_an_unknown_backend_is_named() -> None:
         )  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: blocks_per_chunk 0 passes the check, and numba leaves the checksums unset"
-)
 def test_chunks_of_no_blocks() -> None:
     """Either refused, or both backends answer with the checksum of nothing."""
     paged = CASES["FA bf16"]()
@@ -295,9 +292,6 @@ def test_chunks_of_no_blocks() -> None:
         assert (sums == 0).all(), backend
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: a tensor that is not in host memory reaches the numba kernel's pointers"
-)
 def test_numba_refuses_tensors_off_the_cpu() -> None:
     """No byte may be touched through an address of another device; 'meta' stands for one (its address is 0)."""
     meta = torch.empty(2, 4, 16, 2, 8, device="meta")
@@ -307,9 +301,6 @@ def test_numba_refuses_tensors_off_the_cpu() -> None:
         gather_chunks(paged, none, np.zeros((1, 1 << 16), U8), np.zeros(0, I64), np.zeros((0, 2), U64))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: the numba kernels' signatures refuse read-only index arrays with a TypeError"
-)
 def test_read_only_indices() -> None:
     """Arrays over a received message are read-only; so are those of frozen engines."""
     paged = CASES["FA bf16"]()

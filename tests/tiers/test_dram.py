@@ -182,7 +182,6 @@ def test_growing_a_sequence_never_evicts_its_own_prefix(tier: DramTier, arena: A
     assert tier.reserve(longer, longer, SHAPE).dropped == 4  # all room is this sequence's own
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: commit inserts a tail as newer than its ancestors: they leave first")
 def test_a_grown_sequence_leaves_from_its_new_tail(tier: DramTier, arena: Arena) -> None:
     """Two turns of one conversation, then pressure: the first turn is worth more than the second."""
     put(tier, arena, chain_keys("a", 4))
@@ -274,7 +273,6 @@ def test_bad_slots_are_dropped_with_their_lease(tier: DramTier, arena: Arena) ->
     assert tier.contains(chain) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: drop_bad counts a slot once for every lease that holds it")
 def test_a_bad_slot_is_counted_once(tier: DramTier, arena: Arena) -> None:
     fill(tier, arena, "a")
     first, second = tier.acquire(chain_keys("a", 4)), tier.acquire(chain_keys("a", 4))
@@ -296,9 +294,6 @@ def test_generations_go_on_in_an_arena_that_was_used_before(arena: Arena) -> Non
 
 
 @pytest.mark.parametrize("bad", [b"", b"short", bytes(33)], ids=len)
-@pytest.mark.xfail(
-    strict=True, reason="DEFECT: _begin enters keys into the index before their length is refused: slots leak"
-)
 def test_keys_of_another_length_leak_nothing(tier: DramTier, arena: Arena, bad: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # LayoutError and ConfigError are ValueErrors too
         tier.reserve([bad], [bad], SHAPE)

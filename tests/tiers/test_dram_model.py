@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -185,7 +184,6 @@ TestWalk = Walk.TestCase
 TestWalk.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.xfail(strict=True, reason="DEFECT: commit inserts a tail as newer than its ancestors: they leave first")
 @settings(max_examples=200, deadline=None, database=None, print_blob=False)
 @given(st.lists(st.tuples(st.sampled_from(["store", "read"]), paths), max_size=30))
 def test_eviction_never_breaks_a_prefix(steps: list[tuple[str, tuple[bool, ...]]]) -> None:

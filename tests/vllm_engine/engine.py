@@ -41,8 +41,8 @@ def _config(kind: str) -> Any:
                 vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                 kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32,
                 intermediate_size=256, first_k_dense_replace=2, n_routed_experts=2, n_shared_experts=1,
-                moe_intermediate_size=64, num_experts_per_tok=1, max_position_embeddings=4096, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
-                topk_method="greedy", n_group=1, topk_group=1,
+                moe_intermediate_size=64, num_experts_per_tok=1, max_position_embeddings=4096,
+                initializer_range=0.1, bos_token_id=1, eos_token_id=2, topk_method="greedy", n_group=1, topk_group=1,
             )  # fmt: skip
         case "recurrent":  # short convolutions and attention by turns: a state beside the KV
             return _llama(
