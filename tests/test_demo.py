@@ -1,0 +1,454 @@
+"""The demo without an engine: model, prompts, phases, verdicts, report and chart; a made-up vLLM answers the phases."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+for _module in ("matplotlib", "safetensors", "tokenizers", "torch"):
+    pytest.importorskip(_module, reason="the demo's packages are not installed: pip install kvkern[demo]")
+
+from kvkern.demo import checks, corpus, model, phases, process, prompts, report, run, wire  # noqa: E402
+from kvkern.demo.prompts import Library  # noqa: E402
+from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Plan, Progress  # noqa: E402
+
+BLOCK_TOKENS = 16
+POOL_BLOCKS = 20
+TINY = model.ModelConfig(
+    hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=512, max_tokens=64
+)  # fmt: skip
+# Four documents of six blocks each push the first one wholly out of 20 blocks; one of 16 fits.
+PLAN = Plan(
+    short_tokens=100, long_tokens=256, long_runs=2, pairs=3, overcommit_prompts=5, reply_tokens=3,
+    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2,
+)  # fmt: skip
+
+Prefix = tuple[int, ...]
+
+
+@dataclass
+class FakeEngine:
+    """Answers as vLLM does: a pool that forgets the least recently used, and kvkern beside it, which forgets nothing."""
+
+    kvkern: bool
+    wrong_when_loaded: bool = False  # a wrong KV block shows in the reply
+    pool: dict[Prefix, None] = field(default_factory=dict)  # whole blocks, oldest first
+    kept: set[Prefix] = field(default_factory=set)
+
+    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int) -> Answer:
+        reusable = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS  # vLLM computes at least one token
+        native = _held(prompt[:reusable], self.pool)
+        cached = max(native, _held(prompt[:reusable], self.kept) if self.kvkern else 0)
+        wrong = self.wrong_when_loaded and cached > native
+        tokens = tuple((sum(prompt) + index + wrong) % 500 for index in range(reply_tokens))
+        self._remember([*prompt, *tokens[:-1]])
+        return Answer(
+            case=case, prompt_id=prompt_id, prompt_tokens=len(prompt), cached_tokens=cached, loaded_tokens=cached - native,
+            ttft_s=1e-3 * (len(prompt) - native - 0.9 * (cached - native)), tokens=tokens,
+            logprobs=tuple(((token, -0.5), (token + 1, -2.0)) for token in tokens),
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        self.pool.clear()
+
+    def _remember(self, sequence: list[int]) -> None:
+        for prefix in reversed(_prefixes(sequence)):  # so that the end of a sequence goes first
+            self.pool.pop(prefix, None)
+            self.pool[prefix] = None
+            self.kept.add(prefix)
+        while len(self.pool) > POOL_BLOCKS:
+            del self.pool[next(iter(self.pool))]
+
+
+def _prefixes(sequence: Sequence[int]) -> list[Prefix]:
+    return [tuple(sequence[:end]) for end in range(BLOCK_TOKENS, len(sequence) + 1, BLOCK_TOKENS)]
+
+
+def _held(sequence: Sequence[int], store: dict[Prefix, None] | set[Prefix]) -> int:
+    held = 0
+    for prefix in _prefixes(sequence):
+        if prefix not in store:
+            break
+        held = len(prefix)
+    return held
+
+
+def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Progress]:
+    """All that a phase emits."""
+    events: list[Answer | Progress] = []
+    phases.PHASES[phase](phases.Desk(engine, Library(list(range(50_000))), plan, events.append))
+    return events
+
+
+def all_answers(**flags: bool) -> list[Answer]:
+    """The answers of the three engines of a demo."""
+    engines = {
+        "vllm": FakeEngine(kvkern=False),
+        "kvkern": FakeEngine(**{"kvkern": True} | flags),
+        "float32": FakeEngine(**{"kvkern": True} | flags),
+    }
+    events = [event for phase, engine in engines.items() for event in play(phase, engine)]
+    return [event for event in events if isinstance(event, Answer)]
+
+
+def quiet() -> run.Clock:
+    return run.Clock(Console(file=io.StringIO(), width=110))
+
+
+def printed(clock: run.Clock) -> str:
+    assert isinstance(clock.console.file, io.StringIO)
+    return clock.console.file.getvalue()
+
+
+# --- model and prompts
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a model of two layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "TRAIN_CHARS", 100_000)
+        patch.setattr(prompts, "TEXT_CHARS", 100_000)
+        yield model.ensure(TINY, tmp_path_factory.mktemp("models"))
+
+
+def test_model_has_the_weights_its_config_promises(tiny: Path) -> None:
+    from safetensors import safe_open
+
+    config = json.loads((tiny / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    with safe_open(tiny / "model.safetensors", framework="pt") as weights:
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    assert len(shapes) == 2 * 9 + 3
+    assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (512, 32)
+    assert shapes["model.layers.1.self_attn.q_proj.weight"] == (32, 32)
+    assert shapes["model.layers.1.self_attn.k_proj.weight"] == (16, 32)
+    assert shapes["model.layers.1.mlp.down_proj.weight"] == (32, 48)
+
+
+def test_model_is_built_once_and_nothing_half_built_stays(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_write", lambda config, folder: pytest.fail("built again"))
+    assert model.ensure(TINY, tiny.parent) == tiny
+    assert [path.name for path in tiny.parent.iterdir()] == [TINY.name()]
+
+
+def test_model_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(config: model.ModelConfig, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.ensure(TINY, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_other_shapes_or_seeds_never_share_a_folder() -> None:
+    configs = [model.ModelConfig(), TINY, model.ModelConfig(seed=21), model.ModelConfig(init_std=0.04)]
+    assert len({config.name() for config in configs}) == len(configs)
+    assert model.ModelConfig().kv_nbytes_per_token(2) == 12 << 10
+
+
+def test_prompts_have_exactly_the_asked_tokens_and_a_first_block_of_their_own(tiny: Path) -> None:
+    library = Library.from_model(tiny)
+    documents = [*library.documents(20, 300), *library.documents(7, 129)]
+    assert [len(document) for document in documents] == [300] * 20 + [129] * 7
+    assert all(0 <= token < TINY.vocab_size for document in documents for token in document)
+    assert len({tuple(document[:128]) for document in documents}) == len(documents)
+    assert Library.from_model(tiny).documents(20, 300) == documents[:20]  # as another process cuts them
+
+
+def test_library_says_when_the_text_is_used_up() -> None:
+    library = Library(list(range(10)))
+    assert library.document(10) == list(range(10))
+    with pytest.raises(prompts.OutOfText, match="1 tokens asked, 0 left"):
+        library.document(1)
+
+
+def test_corpus_is_the_same_text_each_time_and_never_longer() -> None:
+    assert corpus.text(5000) == corpus.text(70_000)[:5000]
+    assert len(corpus.text(70_000)) == 70_000
+
+
+# --- phases
+
+
+def test_vllm_alone_computes_again_what_its_pool_has_lost() -> None:
+    answers = [event for event in play("vllm", FakeEngine(kvkern=False)) if isinstance(event, Answer)]
+    by_case = _by_case(answers)
+    assert {case: len(group) for case, group in by_case.items()} == {
+        "recompute": 5 + 2, "overcommit_native": 5, "turn_vllm": 3,
+    }  # fmt: skip
+    assert {answer.cached_tokens for answer in by_case["recompute"] + by_case["overcommit_native"]} == {0}
+    assert [answer.prompt_id for answer in by_case["overcommit_native"]] == [f"overcommit-{i}" for i in range(5)]
+
+
+def test_kvkern_loads_the_whole_reusable_prefix_and_every_load_has_its_native_hit() -> None:
+    answers = [event for event in play("kvkern", FakeEngine(kvkern=True)) if isinstance(event, Answer)]
+    by_case = _by_case(answers)
+    assert len(by_case["kvkern_hit"]) == len(by_case["native_hit"]) == 2 * PLAN.pairs
+    assert len(by_case["overcommit_kvkern"]) == PLAN.overcommit_prompts
+    for ours, native in zip(by_case["kvkern_hit"], by_case["native_hit"], strict=True):
+        assert ours.loaded_tokens == ours.cached_tokens == native.cached_tokens == (ours.prompt_tokens - 1) // 16 * 16
+        assert native.loaded_tokens == 0
+    assert all(answer.loaded_tokens == 96 for answer in by_case["overcommit_kvkern"])
+
+
+def test_both_engines_hold_the_same_conversation() -> None:
+    by_case = _by_case(all_answers())
+    alone, ours = by_case["turn_vllm"], by_case["turn_kvkern"]
+    assert [(turn.prompt_id, turn.prompt_tokens, turn.tokens) for turn in alone] == [
+        (turn.prompt_id, turn.prompt_tokens, turn.tokens) for turn in ours
+    ]
+    assert [turn.prompt_tokens for turn in ours] == [40, 100, 160]  # what the user adds, and each reply
+
+
+def test_phases_report_progress() -> None:
+    lines = [event.text for event in play("float32", FakeEngine(kvkern=True)) if isinstance(event, Progress)]
+    assert len(lines) == PLAN.float32_prompts
+
+
+def _by_case(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    groups: dict[str, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.case, []).append(answer)
+    return groups
+
+
+# --- verdicts
+
+
+def test_a_right_engine_passes_every_check() -> None:
+    answers = all_answers()
+    findings = [checks.loaded(answers), *checks.judge(answers)]
+    assert [finding.line() for finding in findings if not finding.ok] == []
+    assert all(
+        finding.line().endswith(f"{finding.num_compared} of {finding.num_compared} equal") for finding in findings
+    )
+
+
+def test_wrong_tokens_after_a_load_are_found_everywhere() -> None:
+    findings = checks.judge(all_answers(wrong_when_loaded=True))
+    failed = {finding.name for finding in findings if not finding.ok}
+    assert failed == {finding.name for finding in findings} - {"float32, native_hit and recompute"}
+    assert "gave other tokens than" in findings[0].line()
+
+
+def test_nothing_loaded_is_a_failure_though_the_tokens_are_right() -> None:
+    finding = checks.loaded(all_answers(kvkern=False))
+    assert not finding.ok
+    assert "no kvkern_hit loaded a token" in finding.problems
+
+
+def test_no_answers_at_all_are_a_failure() -> None:
+    for finding in [checks.loaded([]), *checks.judge([])]:
+        assert not finding.ok, finding.name
+
+
+Change = Callable[[Answer], Answer]
+
+
+def _other_logprob(answer: Answer, by: float) -> Answer:
+    (token, logprob), *rest = answer.logprobs[0]
+    return msgspec.structs.replace(answer, logprobs=(((token, logprob + by), *rest), *answer.logprobs[1:]))
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "says"),
+    [
+        ("kvkern_hit", lambda answer: _other_logprob(answer, 1e-6), "log-probabilities up to 1e-06 off native_hit"),
+        (
+            "kvkern_hit",
+            lambda answer: msgspec.structs.replace(answer, cached_tokens=16),
+            "reused 16 tokens, vLLM itself 96",
+        ),
+        ("kvkern_hit", lambda answer: msgspec.structs.replace(answer, prompt_id="nobody"), "has no native answer"),
+        (
+            "kvkern_hit_float32",
+            lambda answer: _other_logprob(answer, 1e-3),
+            "log-probabilities up to 0.001 off recompute",
+        ),
+        ("turn_kvkern", lambda answer: msgspec.structs.replace(answer, tokens=(1,)), "other tokens than turn_vllm"),
+    ],
+)
+def test_one_changed_answer_fails_exactly_one_check(case: str, change: Change, says: str) -> None:
+    answers = all_answers()
+    index = next(index for index, answer in enumerate(answers) if answer.case == case)
+    answers[index] = change(answers[index])
+    failed = [finding for finding in checks.judge(answers) if not finding.ok]
+    assert [len(finding.problems) for finding in failed] == [1]
+    assert says in failed[0].line()
+
+
+def test_float32_tolerates_another_order_of_summation() -> None:
+    answers = [
+        _other_logprob(answer, 1e-5) if answer.case == "kvkern_hit_float32" else answer for answer in all_answers()
+    ]
+    assert all(finding.ok for finding in checks.judge(answers))
+
+
+# --- report and chart
+
+
+def test_rows_are_medians_in_the_tables_order() -> None:
+    answers = all_answers()
+    rows = report.rows(answers)
+    assert [(row.case, row.prompt_tokens, row.runs) for row in rows] == [
+        ("recompute", 100, 5), ("native_hit", 100, 3), ("kvkern_hit", 100, 3),
+        ("recompute", 256, 2), ("native_hit", 256, 3), ("kvkern_hit", 256, 3),
+        ("overcommit_native", 100, 5), ("overcommit_kvkern", 100, 5),
+    ]  # fmt: skip
+    hits = [answer for answer in answers if answer.case == "kvkern_hit" and answer.prompt_tokens == 256]
+    assert rows[5].ttft_s == median(answer.ttft_s for answer in hits)
+    assert (rows[5].cached_tokens, rows[5].loaded_tokens) == (240, 240)
+    assert (rows[4].cached_tokens, rows[4].loaded_tokens) == (240, 0)
+
+
+def test_table_compares_with_computing_and_with_the_native_hit() -> None:
+    console = Console(file=io.StringIO(), width=110)
+    console.print(report.table(report.rows(all_answers())))
+    assert isinstance(console.file, io.StringIO)
+    lines = {line.split("  ")[0].strip(): line.split() for line in console.file.getvalue().splitlines()}
+    assert lines["overcommit, kvkern"][-2:] == ["7.4x", "5"]  # 100 / (4 + 9.6)
+    assert [cell for cell in lines["kvkern hit"] if cell.endswith("x")] == ["6.4x", "2.50x"]  # 256 / 40, 40 / 16
+
+
+def test_conclusion_writes_json_as_designed_and_a_chart(tmp_path: Path) -> None:
+    options = run.Options(json_path=tmp_path / "deep" / "demo.json", workdir=tmp_path)
+    clock = quiet()
+    assert run._conclude(options, all_answers(), clock) == run.EXIT_OK
+    written = json.loads((tmp_path / "deep" / "demo.json").read_text())
+    assert {"cpu", "threads", "gpu", "commit", "versions"} <= set(written["meta"])
+    assert written["engine"].startswith("vllm ")
+    assert written["tokens_equal"] is True
+    assert [row["case"] for row in written["rows"]] == [row.case for row in report.rows(all_answers())]
+    for row in written["rows"]:
+        assert {"case", "prompt_tokens", "loaded_tokens", "ttft_s", "runs"} <= set(row)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "the demo holds" in printed(clock)
+
+
+@pytest.mark.parametrize("flags", [{"wrong_when_loaded": True}, {"kvkern": False}])
+def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flags: dict[str, bool]) -> None:
+    options = run.Options(json_path=tmp_path / "demo.json", chart_path=tmp_path / "here.png", workdir=tmp_path)
+    clock = quiet()
+    assert run._conclude(options, all_answers(**flags), clock) == run.EXIT_WRONG
+    assert "FAIL" in printed(clock)
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert not all(check["ok"] for check in written["checks"])
+    assert written["tokens_equal"] is all(check["ok"] for check in written["checks"][1:])
+    assert (tmp_path / "here.png").exists()
+
+
+# --- the whole, and its engine processes
+
+
+def test_demo_runs_three_engines_with_the_asked_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[EngineSpec] = []
+
+    def fake(job: Job, logs: process.Logs) -> Iterator[wire.Event]:
+        started.append(job.engine)
+        yield from play(job.phase, FakeEngine(kvkern=job.engine.kvkern_capacity is not None), job.plan)
+        yield Done(start_s=0.0)
+
+    monkeypatch.setattr(process, "run", fake)
+    assert run.demo(run.Options(model=tmp_path, workdir=tmp_path, capacity="1GiB"), PLAN) == run.EXIT_OK
+    assert [(engine.dtype, engine.kvkern_capacity) for engine in started] == [
+        ("bfloat16", None), ("bfloat16", "1GiB"), ("float32", "1GiB"),
+    ]  # fmt: skip
+    assert {engine.model for engine in started} == {str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(process.EngineFailed("the vllm engine ended"), run.EXIT_ENGINE), (KeyboardInterrupt(), run.EXIT_INTERRUPTED)],
+)
+def test_an_engine_that_dies_and_an_interrupt_have_codes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int
+) -> None:
+    def fake(job: Job, logs: process.Logs) -> Iterator[wire.Event]:
+        yield Progress("up")
+        raise failure
+
+    monkeypatch.setattr(process, "run", fake)
+    assert run.demo(run.Options(model=tmp_path, workdir=tmp_path), PLAN) == code
+
+
+def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Popen[bytes]]:
+    """Let `process.run` start this source instead of an engine; the list gets the process."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start(write_fd: int, log: Any, *, verbose: bool) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", f"import os, sys, time\njob = sys.stdin.read()\nfd = {write_fd}\n{source}"]
+        children.append(
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write_fd,), start_new_session=True
+            )
+        )
+        return children[-1]
+
+    monkeypatch.setattr(process, "_start", start)
+    return children
+
+
+JOB = Job("vllm", EngineSpec(model="none"), PLAN)
+
+
+def test_a_dead_engine_is_reported_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _child(monkeypatch, "print('out of memory', flush=True); sys.exit(7)")
+    with pytest.raises(process.EngineFailed, match=r"exit code 7[\s\S]*out of memory"):
+        list(process.run(JOB, process.Logs(tmp_path, verbose=False)))
+
+
+def test_a_finished_engine_does_not_outlive_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = wire.encode(Done(start_s=2.5))
+    children = _child(monkeypatch, f"os.write(fd, {done!r}); time.sleep(600)")
+    assert list(process.run(JOB, process.Logs(tmp_path, verbose=False))) == [Done(start_s=2.5)]
+    assert children[0].poll() is not None
+
+
+def test_messages_survive_the_pipe_bit_for_bit() -> None:
+    answer = _other_logprob(FakeEngine(kvkern=True).ask("fill", "short-0", list(range(100)), 3), 1 / 3)
+    assert wire.decode_event(wire.encode(answer)) == answer
+    assert wire.decode_job(wire.encode(JOB)) == JOB
+    assert wire.encode(answer).count(b"\n") == 1
+
+
+def test_every_engine_keeps_the_same_cpus_free() -> None:
+    assert [process.reserved_cpus(cpus) for cpus in (1, 2, 3, 64)] == [0, 0, 1, 1]
+    settings = process.environment(verbose=False)
+    assert settings["VLLM_CPU_NUM_OF_RESERVED_CPU"] == str(process.reserved_cpus(len(os.sched_getaffinity(0))))
+
+
+def test_version_costs_neither_torch_nor_vllm() -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['kvkern', 'version']\n"
+        "try:\n    runpy.run_module('kvkern', run_name='__main__')\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))\n"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    version, loaded = done.stdout.splitlines()
+    assert version[0].isdigit()
+    assert loaded == "[]"
