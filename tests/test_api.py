@@ -227,8 +227,8 @@ REFUSED: dict[str, tuple[Callable[[PagedCache, Any], object], type[KvkernError],
     "start behind the match": (lambda c, hit: c.load(hit, TABLE, 4 * CHUNK), ConfigError, "start is 32"),
     "token": (lambda c, hit: c.match([-1] * CHUNK), LayoutError, r"\[0, 2\^32\)"),
     "extra": (lambda c, hit: c.match(TOKENS, {0: b"short"}), LayoutError, "extra of chunk 0 has 5 bytes"),
-    "block, store": (lambda c, hit: c.store([5] * CHUNK, [0, NUM_BLOCKS]), LayoutError, "block id 40 is outside"),
-    "block, load": (lambda c, hit: c.load(hit, [*TABLE[:5], NUM_BLOCKS]), LayoutError, "block id 40 is outside"),
+    "block, store": (lambda c, hit: c.store([5] * CHUNK, [0, NUM_BLOCKS]), LayoutError, "block id 40 .*is outside"),
+    "block, load": (lambda c, hit: c.load(hit, [*TABLE[:5], NUM_BLOCKS]), LayoutError, "block id 40 .*is outside"),
     "block far away": (lambda c, hit: c.store([5] * CHUNK, [0, 1 << 40]), (KvkernError, OverflowError), r"\w"),  # type: ignore[dict-item]
 }  # fmt: skip
 
