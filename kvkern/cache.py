@@ -110,7 +110,9 @@ class Cache:
     def _fault_is_miss(self) -> Iterator[None]:
         try:
             while self._late:
-                self._dram.release(self._late.popleft())
+                lease = self._late.popleft()
+                self.counters.bad_chunks += self._dram.drop_bad(lease)
+                self._dram.release(lease)
             yield
         except KvkernError:
             raise  # bad input is the caller's to see

@@ -185,6 +185,19 @@ def test_a_match_collected_inside_the_cache_does_not_deadlock(
     assert not thread.is_alive()  # a daemon: if it is stuck, it ends with the process
 
 
+def test_a_collected_match_still_drops_what_was_bad(cache: PagedCache) -> None:
+    """Otherwise every later request hits the spoiled chunk, and no store ever replaces it."""
+    cache.store(TOKENS, TABLE)
+    hit = cache.match(TOKENS)
+    cache._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
+    assert cache.load(hit, ELSEWHERE) == CHUNK
+    del hit
+    with cache.match([1] * CHUNK):  # the next call ends the lease
+        pass
+    assert cache.store(TOKENS, TABLE) == 1
+    assert cache.stats()["bad_chunks"] == 1
+
+
 def test_salts_and_models_never_meet(tensors: list[torch.Tensor], tmp_path: Path) -> None:
     variants: list[dict[str, Any]] = [{}, {"salt": "a"}, {"salt": "b"}, {"model": "n"}, {"weights": "x"}]
     keys = []
