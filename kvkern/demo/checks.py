@@ -32,7 +32,7 @@ class Finding:
 
     def line(self) -> str:
         if self.ok:
-            return f"{self.name}: {self.num_compared} of {self.num_compared} equal"
+            return f"{self.name}: {self.num_compared} of {self.num_compared}"
         if not self.num_compared:
             return f"{self.name}: nothing to compare"
         return f"{self.name}: {len(self.problems)} of {self.num_compared} failed; first: {self.problems[0]}"
@@ -40,9 +40,11 @@ class Finding:
 
 def judge(answers: Sequence[Answer]) -> list[Finding]:
     """Return every check in the order it is shown."""
-    documents = _against_native("bf16, kvkern hit and native hit", answers, ("kvkern_hit",))
-    overcommit = _against_native("bf16, prompts beyond the pool", answers, ("overcommit_kvkern",))
-    recheck = _against_native("bf16, conversation turns", answers, ("kvkern_recheck",))
+    documents = _against_native("bf16, kvkern hit = native hit", answers, ("kvkern_hit",))
+    overcommit = _against_native(
+        "bf16, kvkern hit = native hit, prompts beyond the pool", answers, ("overcommit_kvkern",)
+    )
+    recheck = _against_native("bf16, kvkern hit = native hit, conversation", answers, ("kvkern_recheck",))
     return [
         documents,
         overcommit,
@@ -76,7 +78,7 @@ def _across_engines(answers: Sequence[Answer]) -> Finding:
     alone = {answer.prompt_id: answer for answer in answers if answer.case == "turn_vllm"}
     ours = [answer for answer in answers if answer.case == "turn_kvkern"]
     problems = [problem for answer in ours if (problem := _differs(answer, alone.get(answer.prompt_id)))]
-    return Finding("bf16, the conversation in an engine without kvkern", len(ours), tuple(problems))
+    return Finding("bf16, conversation = the same one without kvkern", len(ours), tuple(problems))
 
 
 def _differs(ours: Answer, reference: Answer | None) -> str | None:
@@ -101,7 +103,9 @@ def _in_float32(answers: Sequence[Answer], case: str) -> Finding:
             problems.append(f"{_who(answer)} gave other tokens than recompute")
         elif (distance := _distance(answer, reference)) > FLOAT32_TOLERANCE:
             problems.append(f"{_who(answer)} gave log-probabilities up to {distance:.2g} off recompute")
-    return Finding(f"float32, {case.removesuffix('_float32')} and recompute", len(ours), tuple(problems))
+    return Finding(
+        f"float32, {case.removesuffix('_float32').replace('_', ' ')} = recompute", len(ours), tuple(problems)
+    )
 
 
 def _distance(ours: Answer, reference: Answer) -> float:

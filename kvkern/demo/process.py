@@ -83,6 +83,7 @@ def environment(*, verbose: bool) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # as patient as its parent by default, which then kills them both
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved_cpus(len(os.sched_getaffinity(0)))),
         "HF_HUB_OFFLINE": "1",

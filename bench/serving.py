@@ -1,0 +1,193 @@
+"""What kvkern costs where it cannot help: eight streams of prompts that nobody has seen, with and without it.
+
+    both engines stay up, idle but for their own turns; a round is one turn each, in alternating order
+    a turn: 8 clients, each a few requests in a row; replies differ in length, so prefills meet other clients' tokens
+    ratio = the median over rounds of (with kvkern) / (without), so what slows the machine for a minute slows both
+
+Targets: throughput at least 0.97 of vLLM alone, 99th percentile of the inter-token latency at most 1.05 times its.
+Every stored token counts as overhead here; hits are the demo's subject.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _common import print_row, write_json
+
+from kvkern.demo import model, process, run
+from kvkern.demo.engine import connector, engine_kwargs
+from kvkern.demo.prompts import Library
+from kvkern.demo.wire import EngineSpec
+
+CASES = {"vllm": None, "vllm_kvkern": "2GiB"}  # capacity
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One turn: the same prompts and reply lengths for either engine."""
+
+    clients: int = 8
+    requests_per_client: int = 2
+    prompt_tokens: int = 512
+    reply_tokens: int = 64  # of client 0
+    reply_step_tokens: int = 8  # more for each further client
+
+    def replies(self) -> list[int]:
+        return [self.reply_tokens + self.reply_step_tokens * client for client in range(self.clients)]
+
+    def total_tokens(self) -> int:
+        return self.requests_per_client * (self.clients * self.prompt_tokens + sum(self.replies()))
+
+    def prompts(self, library: Library) -> list[list[list[int]]]:
+        """Return, per client, the prompts it sends one after the other; no two alike."""
+        return [library.documents(self.requests_per_client, self.prompt_tokens) for _ in range(self.clients)]
+
+
+@dataclass
+class Turn:
+    """One engine's measurements in one round."""
+
+    wall_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)  # between consecutive outputs of one stream
+
+    def tok_s(self, load: Load) -> float:
+        return load.total_tokens() / self.wall_s
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+class Server:
+    """Owns one AsyncLLM until `close()`."""
+
+    def __init__(self, case: str, spec: EngineSpec) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(**engine_kwargs(spec), kv_transfer_config=connector(spec), disable_log_stats=True)
+        self.case = case
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        self._serial = itertools.count()
+
+    async def turn(self, load: Load, prompts: Sequence[Sequence[list[int]]]) -> Turn:
+        result = Turn()
+        started_s = time.perf_counter()
+        await asyncio.gather(
+            *(
+                self._client(requests, reply_tokens, result)
+                for requests, reply_tokens in zip(prompts, load.replies(), strict=True)
+            )
+        )
+        result.wall_s = time.perf_counter() - started_s
+        return result
+
+    async def _client(self, requests: Sequence[list[int]], reply_tokens: int, result: Turn) -> None:
+        for prompt in requests:
+            last_s: float | None = None
+            async for _ in self._stream(prompt, reply_tokens):
+                now_s = time.perf_counter()
+                if last_s is not None:
+                    result.itl_s.append(now_s - last_s)
+                last_s = now_s
+
+    def _stream(self, prompt: list[int], reply_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=reply_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
+        return self._engine.generate({"prompt_token_ids": prompt}, params, f"{self.case}-{next(self._serial)}")
+
+    def close(self) -> None:
+        self._engine.shutdown()
+        del self._engine  # its __del__ needs modules that are gone when Python ends
+
+
+async def measure(servers: Sequence[Server], load: Load, library: Library, num_rounds: int) -> list[dict[str, Turn]]:
+    """Return one dict of case -> turn per round, after one round that does not count."""
+    rounds = []
+    for index in range(num_rounds + 1):
+        prompts = load.prompts(library)
+        order = servers if index % 2 else list(reversed(servers))
+        turns = {server.case: await server.turn(load, prompts) for server in order}
+        if index:
+            rounds.append(turns)
+            print_row({"round": index} | {f"{case} tok_s": turn.tok_s(load) for case, turn in turns.items()})
+    return rounds
+
+
+def rows(rounds: Sequence[dict[str, Turn]], load: Load) -> list[Row]:
+    """Return a row per case and the row of ratios."""
+    result: list[Row] = [_row(case, [turns[case] for turns in rounds], load) for case in CASES]
+    throughput = [turns["vllm_kvkern"].tok_s(load) / turns["vllm"].tok_s(load) for turns in rounds]
+    latency = [percentile(turns["vllm_kvkern"].itl_s, 99) / percentile(turns["vllm"].itl_s, 99) for turns in rounds]
+    ratios: Row = {"case": "ratio", "concurrency": load.clients}
+    for name, values in (("ratio_throughput", throughput), ("ratio_itl_p99", latency)):
+        ratios |= {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return [*result, ratios | {"runs": len(rounds)}]
+
+
+def _row(case: str, turns: Sequence[Turn], load: Load) -> Row:
+    return {
+        "case": case,
+        "concurrency": load.clients,
+        "prompt_tokens": load.prompt_tokens,
+        "output_tokens": round(sum(load.replies()) / load.clients),  # mean of a request
+        "tok_s": median(turn.tok_s(load) for turn in turns),
+        "itl_p50_s": median(percentile(turn.itl_s, 50) for turn in turns),
+        "itl_p99_s": median(percentile(turn.itl_s, 99) for turn in turns),
+        "runs": len(turns),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--model", type=Path, help="a model folder to use instead of the demo's")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each engine that count (default 7)")
+    parser.add_argument("--quick", action="store_true", help="one short round: for smoke tests, not for numbers")
+    return parser.parse_args()
+
+
+async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
+    library = Library.from_model(folder)
+    servers: list[Server] = []
+    try:
+        for case, capacity in CASES.items():
+            print(f"starting {case}", flush=True)
+            servers.append(Server(case, EngineSpec(model=str(folder), kvkern_capacity=capacity)))
+        return rows(await measure(servers, load, library, num_rounds), load)
+    finally:
+        for server in servers:
+            server.close()
+
+
+def main() -> None:
+    args = parse()
+    os.environ.update(process.environment(verbose=False))  # before anything imports vllm
+    load = Load(clients=2, requests_per_client=1, reply_tokens=8) if args.quick else Load()
+    folder = args.model or model.ensure(model.ModelConfig(), run.default_workdir())
+    measured = asyncio.run(bench(folder, load, 1 if args.quick else args.rounds))
+    for row in measured:
+        print_row(row)
+    if args.json:
+        write_json(args.json, measured)
+
+
+if __name__ == "__main__":
+    main()
