@@ -63,7 +63,8 @@ class DramTier:
         num_slots = arena.spec.num_slots
         self._arena = arena
         self._policy = policy
-        self._index: dict[bytes, int] = {}  # READY and WRITING
+        self._index: dict[bytes, int] = {}  # READY
+        self._writing: dict[bytes, int] = {}  # WRITING
         self._key_of: list[bytes | None] = [None] * num_slots
         self._state: list[SlotState] = [SlotState.FREE] * num_slots
         self._pins: list[int] = [0] * num_slots
@@ -87,30 +88,23 @@ class DramTier:
 
     def contains(self, keys: Keys) -> int:
         """Length of the longest READY prefix of `keys`. No side effect."""
-        get, state, ready = self._index.get, self._state, SlotState.READY
-        for count, key in enumerate(keys):
-            slot = get(key)
-            if slot is None or state[slot] is not ready:
-                return count
-        return len(keys)
+        hits = map(self._index.__contains__, keys)
+        return next((count for count, hit in enumerate(hits) if not hit), len(keys))
 
     def acquire(self, keys: Keys, prefix: bool = True) -> Lease:
         """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows)."""
-        get, state, pins, ready = self._index.get, self._state, self._pins, SlotState.READY
-        found_keys, found, fresh = [], [], []
-        for key in keys:
-            slot = get(key)
-            if slot is None or state[slot] is not ready:
-                if prefix:
-                    break
-                continue
-            if pins[slot] == 0:
+        if prefix:
+            keys = keys[: self.contains(keys)]
+        else:
+            keys = [key for key in keys if key in self._index]
+        slots, pins = tuple(map(self._index.__getitem__, keys)), self._pins
+        fresh = []
+        for slot in slots:
+            if not pins[slot]:
                 fresh.append(slot)
             pins[slot] += 1
-            found_keys.append(key)
-            found.append(slot)
         self._policy.pin(fresh)
-        return Lease(tuple(found_keys), tuple(found))
+        return Lease(tuple(keys), slots)
 
     def release(self, lease: Lease) -> None:
         """End a lease; its slots become evictable again, or free if they were dropped meanwhile."""
@@ -140,11 +134,10 @@ class DramTier:
         """
         resident = self._resident(chain)
         self._policy.touch(resident)
-        index = self._index
         for key in wanted:
             if len(key) != KEY_NBYTES:
                 raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}")
-        missing = list(dict.fromkeys(key for key in wanted if key not in index))
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._index and key not in self._writing]
         evicted = self._evict(len(missing) - len(self._free), resident)
         granted = missing[: len(self._free)]
         slots = [self._free.pop() for _ in granted]
@@ -166,6 +159,8 @@ class DramTier:
         headers["state"][ready] = SlotState.READY
         for slot in ready:
             self._state[slot] = SlotState.READY
+            if (key := self._key_of[slot]) is not None:
+                self._index[key] = self._writing.pop(key)
         self._policy.insert(ready)
         self._policy.touch(self._resident(reservation.chain))  # else a tail would be newer than its ancestors
         self._recycle([slot for slot, ok in zip(reservation.slots, written, strict=True) if not ok])
@@ -183,12 +178,11 @@ class DramTier:
 
     def clear(self) -> int:
         """Forget everything. What is being written stays its writer's until commit or abort frees it. Returns the count."""
-        count = len(self._index)
         self._epoch += 1
-        self._drop([slot for slot in self._index.values() if self._state[slot] is SlotState.READY])
-        for slot in self._index.values():  # WRITING: a new writer of the same key gets a slot of its own
+        for slot in self._writing.values():  # a new writer of the same key gets a slot of its own
             self._key_of[slot] = None
-        self._index.clear()
+        count = len(self._writing) + self._drop(list(self._index.values()))
+        self._writing.clear()
         return count
 
     def _drop(self, slots: Iterable[int]) -> int:
@@ -224,7 +218,7 @@ class DramTier:
         for slot in slots:
             key = self._key_of[slot]
             if key is not None:
-                del self._index[key]
+                del (self._writing if self._state[slot] is SlotState.WRITING else self._index)[key]
                 self._key_of[slot] = None
             self._state[slot] = SlotState.FREE
         self._arena.headers["state"][list(slots)] = SlotState.FREE
@@ -235,7 +229,7 @@ class DramTier:
         if not slots:
             return []
         for key, slot in zip(keys, slots, strict=True):
-            self._index[key] = slot
+            self._writing[key] = slot
             self._key_of[slot] = key
             self._state[slot] = SlotState.WRITING
         headers, at = self._arena.headers, np.array(slots, dtype=np.int64)

@@ -167,7 +167,8 @@ class Walk(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_bounded_by_the_slots(self) -> None:
-        assert len(self.tier._index) == len(self.ready) + sum(1 for k in self.writing.values() if k)
+        assert len(self.tier._index) == len(self.ready)
+        assert len(self.tier._writing) == sum(1 for k in self.writing.values() if k)
         assert len(self.policy) == sum(1 for slot in self.ready.values() if not self.pins.get(slot))
 
     @invariant()
