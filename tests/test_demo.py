@@ -389,7 +389,7 @@ def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Pope
     children: list[subprocess.Popen[bytes]] = []
 
     def start(write_fd: int, log: Any, *, verbose: bool) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", f"import os, sys, time\njob = sys.stdin.read()\nfd = {write_fd}\n{source}"]
+        command = [sys.executable, "-c", f"import os, sys, time\njob = sys.stdin.readline()\nfd = {write_fd}\n{source}"]
         children.append(
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write_fd,), start_new_session=True
@@ -412,9 +412,21 @@ def test_a_dead_engine_is_reported_with_the_end_of_its_log(tmp_path: Path, monke
 
 def test_a_finished_engine_does_not_outlive_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = wire.encode(Done(start_s=2.5))
+    monkeypatch.setattr(process, "STOP_LIMIT_S", 0.2)
     children = _child(monkeypatch, f"os.write(fd, {done!r}); time.sleep(600)")
     assert list(process.run(JOB, process.Logs(tmp_path, verbose=False))) == [Done(start_s=2.5)]
     assert children[0].poll() is not None
+
+
+def test_an_engine_that_is_no_longer_wanted_is_told_by_the_end_of_its_stdin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = wire.encode(Progress("up"))
+    children = _child(monkeypatch, f"os.write(fd, {line!r}); sys.stdin.read(); sys.exit(5)")
+    events = process.run(JOB, process.Logs(tmp_path, verbose=False))
+    assert next(events) == Progress("up")
+    events.close()
+    assert children[0].returncode == 5  # by itself, not killed
 
 
 def test_messages_survive_the_pipe_bit_for_bit() -> None:

@@ -1,14 +1,17 @@
 """The engine process: reads one Job on stdin, writes events on the pipe it was given, ends with the engine.
 
-Started as `python -m kvkern.demo.child FD`. stdout and stderr belong to vLLM.
+Started as `python -m kvkern.demo.child FD`. stdout and stderr belong to vLLM. The end of stdin means: stop now.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from . import wire
 from .engine import Engine
@@ -19,6 +22,7 @@ from .prompts import Library
 def main() -> None:
     started_s = time.monotonic()
     job = wire.decode_job(sys.stdin.buffer.readline())
+    _stop_when_stdin_ends()
     pipe_fd = int(sys.argv[1])
     os.set_inheritable(pipe_fd, False)  # the parent waits for the end of the pipe: vLLM's processes must not hold it
     with os.fdopen(pipe_fd, "wb", buffering=0) as pipe:
@@ -37,6 +41,22 @@ def main() -> None:
         finally:
             engine.close()
         emit(wire.Done(start_s=start_s))
+
+
+def _stop_when_stdin_ends() -> None:
+    """Turn the end of stdin into SystemExit in the main thread, wherever it waits."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
+        sys.exit(128 + number)
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs one engine process and yields its events. Knows pipes and process groups; knows nothing of vLLM's API.
 
-The child leads a process group of its own, so that ending it also ends vLLM's engine core and workers,
-and so that a Ctrl-C in the terminal reaches only the parent, which then ends the group.
+The child leads a process group of its own, so that a Ctrl-C in the terminal reaches only the parent. The parent then
+closes the child's stdin, and the child stops its engine: cut off in the middle, vLLM leaves shared memory behind.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -38,7 +38,7 @@ class Logs:
         return self.folder / f"engine-{phase}.log"
 
 
-def run(job: wire.Job, logs: Logs) -> Iterator[wire.Answer | wire.Progress | wire.Done]:
+def run(job: wire.Job, logs: Logs) -> Generator[wire.Event, None, None]:
     """Start the job's process and yield its events up to Done. Ends the process group however this is left."""
     read_fd, write_fd = os.pipe()
     with _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
@@ -103,29 +103,26 @@ def reserved_cpus(
 
 
 def _send(process: subprocess.Popen[bytes], job: wire.Job) -> None:
+    """Write the job. stdin stays open: its end tells the child to stop, also when this process is killed."""
     assert process.stdin is not None  # a pipe was asked for
-    process.stdin.write(wire.encode(job))
-    process.stdin.close()
+    with suppress(BrokenPipeError):  # a child that is gone already is reported with its log
+        process.stdin.write(wire.encode(job))
+        process.stdin.flush()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the group: by itself, then on SIGTERM, then by SIGKILL, which also gets stray workers."""
+    """Ask the child to end with its engine, then kill what is left of its group."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
     try:
-        if process.poll() is None:
-            _signal_group(process.pid, signal.SIGTERM)
-            process.wait(STOP_LIMIT_S)
+        process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        _signal_group(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # everyone has left
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return  # everyone has left
 
 
 def _failure(exit_code: int, job: wire.Job, logs: Logs) -> str:

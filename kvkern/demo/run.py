@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,14 +106,15 @@ def _model(options: Options, clock: Clock) -> Path:
 
 def _answers(job: Job, logs: process.Logs, say: Callable[[str], None]) -> list[Answer]:
     answers = []
-    for event in process.run(job, logs):
-        match event:
-            case Answer():
-                answers.append(event)
-            case Progress(text=text):
-                say(f"  {text}")
-            case Done(start_s=start_s):
-                say(f"  done; the engine's start took {start_s:.0f} s")
+    with closing(process.run(job, logs)) as events:
+        for event in events:
+            match event:
+                case Answer():
+                    answers.append(event)
+                case Progress(text=text):
+                    say(f"  {text}")
+                case Done(start_s=start_s):
+                    say(f"  done; the engine's start took {start_s:.0f} s")
     return answers
 
 
