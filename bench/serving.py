@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 from _common import print_row, write_json
 
 from kvkern.demo import model, process, run
@@ -204,7 +205,7 @@ async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
     try:
         for case, capacity in CASES.items():
             print(f"starting {case}", flush=True)
-            servers.append(Server(case, EngineSpec(model=str(folder), kvkern_capacity=capacity)))
+            servers.append(Server(case, msgspec.structs.replace(run.engine_spec(folder), kvkern_capacity=capacity)))
         return rows(await measure(servers, load, library, num_rounds), load)
     finally:
         for server in servers:

@@ -38,7 +38,9 @@ def demo(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Write the chart there. Default: demo.png in the workdir.")] = None,
-    capacity: Annotated[str, typer.Option(help="Memory that kvkern may use.")] = "2GiB",
+    capacity: Annotated[
+        str | None, typer.Option(help="Memory that kvkern may use. Default: for all documents, 2GiB at least.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's own log.")] = False,
 ) -> None:
     """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 5 minutes."""

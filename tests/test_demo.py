@@ -20,7 +20,7 @@ from rich.console import Console
 for _module in ("matplotlib", "safetensors", "tokenizers", "torch"):
     pytest.importorskip(_module, reason="the demo's packages are not installed: pip install kvkern[demo]")
 
-from kvkern.demo import checks, corpus, model, phases, process, prompts, report, run, wire  # noqa: E402
+from kvkern.demo import checks, corpus, model, need, phases, process, prompts, report, run, wire  # noqa: E402
 from kvkern.demo.prompts import Library  # noqa: E402
 from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Plan, Progress  # noqa: E402
 
@@ -158,7 +158,6 @@ def test_model_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypat
 def test_models_of_other_shapes_or_seeds_never_share_a_folder() -> None:
     configs = [model.ModelConfig(), TINY, model.ModelConfig(seed=21), model.ModelConfig(init_std=0.04)]
     assert len({config.name() for config in configs}) == len(configs)
-    assert model.ModelConfig().kv_nbytes_per_token(2) == 12 << 10
 
 
 def test_prompts_have_exactly_the_asked_tokens_and_a_first_block_of_their_own(tiny: Path) -> None:
@@ -355,6 +354,7 @@ def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flag
 
 def test_demo_runs_three_engines_with_the_asked_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[EngineSpec] = []
+    (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
 
     def fake(job: Job, logs: process.Logs) -> Iterator[wire.Event]:
         started.append(job.engine)
@@ -367,6 +367,8 @@ def test_demo_runs_three_engines_with_the_asked_capacity(tmp_path: Path, monkeyp
         ("bfloat16", None), ("bfloat16", "1GiB"), ("float32", "1GiB"),
     ]  # fmt: skip
     assert {engine.model for engine in started} == {str(tmp_path)}
+    kv_nbytes_per_token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, dim, bf16
+    assert {engine.kv_pool_nbytes for engine in started} == {run.POOL_TOKENS * kv_nbytes_per_token}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +383,34 @@ def test_an_engine_that_dies_and_an_interrupt_have_codes_of_their_own(
         raise failure
 
     monkeypatch.setattr(process, "run", fake)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path), PLAN) == code
+
+
+def test_what_is_missing_is_said_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process, "run", lambda job, logs: pytest.fail("started an engine"))
+    options = run.Options(model=tmp_path, workdir=tmp_path)
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    monkeypatch.setattr(need, "PACKAGES", ("sys", "no_such_package"))
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    printed = capsys.readouterr().out
+    for words in ("has no config.json", "does not describe an attention model", "the demo needs no_such_package: run"):
+        assert words in printed
+
+
+def test_engines_are_sized_by_the_model(tmp_path: Path) -> None:
+    def sizes(config: dict[str, object]) -> tuple[int, str]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return run.engine_spec(tmp_path).kv_pool_nbytes, run.default_capacity(tmp_path)
+
+    small = model.ModelConfig().hf_config()
+    assert sizes(small) == (127 * 128 * 12 << 10, str(2 << 30))
+    large = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    assert sizes({"text_config": large}) == (127 * 128 * 128 << 10, str(16 << 30))
 
 
 def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Popen[bytes]]:
@@ -401,7 +430,7 @@ def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Pope
     return children
 
 
-JOB = Job("vllm", EngineSpec(model="none"), PLAN)
+JOB = Job("vllm", EngineSpec(model="none", kv_pool_nbytes=1), PLAN)
 
 
 def test_a_dead_engine_is_reported_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

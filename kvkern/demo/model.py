@@ -42,12 +42,6 @@ class ModelConfig:
     init_std: float = 0.05
     seed: int = 20
 
-    def kv_nbytes_per_token(
-        self,
-        dtype_nbytes: int,  # 2 for bf16, 4 for float32
-    ) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_nbytes
-
     def name(self) -> str:
         """Name the folder of this exact model: two configs never share one."""
         digest = hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()

@@ -16,17 +16,19 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from . import chart, checks, model, process, report
+from . import chart, checks, model, need, process, report
 from .wire import Answer, Done, EngineSpec, Job, Plan, Progress
 
 EXIT_OK = 0
 EXIT_WRONG = 1  # tokens differ, or nothing was loaded
+EXIT_NOT_READY = 2  # a package or the model is missing
 EXIT_ENGINE = 3  # an engine did not come up or died
 EXIT_INTERRUPTED = 130
 
-BF16_SPEC = EngineSpec(model="")
-# float32 needs twice the memory per token and is asked for short prompts only.
-FLOAT32_SPEC = msgspec.structs.replace(BF16_SPEC, dtype="float32", max_model_tokens=4096)
+POOL_TOKENS = 127 * 128  # of vLLM's own KV pool in bf16: the long document fits, the overcommit prompts do not
+CAPACITY_TOKENS = 1 << 16  # that kvkern can keep at least: all documents of the demo
+MIN_CAPACITY_NBYTES = 2 << 30
+FLOAT32_MODEL_TOKENS = 4096  # the same pool holds half the tokens in float32
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Options:
     workdir: Path = field(default_factory=lambda: default_workdir())
     json_path: Path | None = None
     chart_path: Path | None = None  # None: demo.png in the workdir
-    capacity: str = "2GiB"
+    capacity: str | None = None  # None: enough for every document, 2 GiB at least
     verbose: bool = False
 
 
@@ -58,14 +60,20 @@ class Clock:
     def say(self, text: str) -> None:
         self.console.print(f"[dim]\\[{self.elapsed_s():5.0f} s][/dim] {text}", highlight=False, soft_wrap=True)
 
+    def fail(self, failure: Exception) -> None:
+        self.console.print(f"kvkern demo: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+
 
 def demo(options: Options, plan: Plan | None = None) -> int:
     """Run everything and return the exit code."""
     clock = Clock(Console())
     try:
         return _demo(options, plan or Plan(), clock)
+    except need.NotReadyError as failure:
+        clock.fail(failure)
+        return EXIT_NOT_READY
     except process.EngineFailed as failure:
-        clock.console.print(f"kvkern demo: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+        clock.fail(failure)
         return EXIT_ENGINE
     except KeyboardInterrupt:
         clock.say("interrupted; the engine has been stopped")
@@ -73,26 +81,37 @@ def demo(options: Options, plan: Plan | None = None) -> int:
 
 
 def _demo(options: Options, plan: Plan, clock: Clock) -> int:
+    need.require_packages()
     options.workdir.mkdir(parents=True, exist_ok=True)
     folder = _model(options, clock)
     logs = process.Logs(options.workdir, options.verbose)
     answers: list[Answer] = []
-    for title, job in jobs(str(folder), options.capacity, plan):
+    for title, job in jobs(folder, options.capacity, plan):
         clock.say(f"[bold]{title}[/bold]: starting the engine (15 to 40 s)")
         answers += _answers(job, logs, clock.say)
     return _conclude(options, answers, clock)
 
 
-def jobs(folder: str, capacity: str, plan: Plan) -> list[tuple[str, Job]]:
+def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]]:
     """Return the engines in the order they run, each with its title."""
-    alone = msgspec.structs.replace(BF16_SPEC, model=folder)
-    ours = msgspec.structs.replace(alone, kvkern_capacity=capacity)
-    exact = msgspec.structs.replace(FLOAT32_SPEC, model=folder, kvkern_capacity=capacity)
+    alone = engine_spec(folder)
+    ours = msgspec.structs.replace(alone, kvkern_capacity=capacity or default_capacity(folder))
+    exact = msgspec.structs.replace(ours, dtype="float32", max_model_tokens=FLOAT32_MODEL_TOKENS)
     return [
         ("vLLM alone, bf16", Job("vllm", alone, plan)),
         ("vLLM with kvkern, bf16", Job("kvkern", ours, plan)),
         ("vLLM with kvkern, float32", Job("float32", exact, plan)),
     ]
+
+
+def engine_spec(folder: Path) -> EngineSpec:
+    """Return vLLM alone with this model in bf16 and a pool of POOL_TOKENS."""
+    return EngineSpec(model=str(folder), kv_pool_nbytes=POOL_TOKENS * need.kv_nbytes_per_token(folder, 2))
+
+
+def default_capacity(folder: Path) -> str:
+    """Return how many bytes kvkern gets for this model when the user does not say."""
+    return str(max(MIN_CAPACITY_NBYTES, CAPACITY_TOKENS * need.kv_nbytes_per_token(folder, 4)))
 
 
 def _model(options: Options, clock: Clock) -> Path:

@@ -15,7 +15,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # folder
     dtype: str = "bfloat16"
     kvkern_capacity: str | None = None  # None: vLLM alone
-    kv_pool_nbytes: int = 200_000_000  # vLLM's own KV blocks
+    kv_pool_nbytes: int  # vLLM's own KV blocks
     block_tokens: int = 128
     max_model_tokens: int = 12_288
     max_batched_tokens: int = 2048
