@@ -129,9 +129,10 @@ class PagedCache:
         at = {key: i for i, key in enumerate(keys)}
         rows = table[[at[key] for key in reservation.keys]]
         batch = self._batch(rows, reservation.keys, reservation.slots, reservation.generations)
-        job = self._transfer.store([batch]).wait()
-        stored = self._cache.commit(reservation)
-        self._finish(job)
+        try:
+            self._finish(self._transfer.store([batch]))
+        finally:  # whatever was not written is freed
+            stored = self._cache.commit(reservation)
         return stored
 
     def clear(self) -> int:
@@ -150,7 +151,12 @@ class PagedCache:
     @staticmethod
     def _finish(job: Job) -> None:
         """Wait; bad input that a piece met is the caller's to see, anything else is a miss."""
-        error = job.wait().error
+        try:
+            job.wait()
+        except BaseException:
+            job.wait()  # an interrupt: the copies end before the lease or reservation does
+            raise
+        error = job.error
         if isinstance(error, KvkernError):
             raise error
 

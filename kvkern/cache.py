@@ -35,6 +35,7 @@ class Cache:
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix of `keys` that could be acquired now. Pins and counts nothing."""
         with self._lock, self._fault_is_miss():
+            self._end_late()
             return self._dram.contains(keys)
         return 0
 
@@ -44,6 +45,7 @@ class Cache:
         The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
         """
         with self._lock, self._fault_is_miss():
+            self._end_late()
             lease = self._dram.acquire(keys, prefix)
             self.counters.lookup_chunks += len(keys)
             self.counters.hit_chunks += len(lease.slots)
@@ -62,7 +64,7 @@ class Cache:
         return 0
 
     def release_later(self, lease: Lease) -> None:
-        """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
+        """For finalizers, which may run while this thread holds the lock: the next lookup or store ends the lease."""
         self._late.append(lease)
 
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -73,6 +75,7 @@ class Cache:
     def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
         """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
         with self._lock, self._fault_is_miss():
+            self._end_late()
             reservation = self._dram.reserve(chain, wanted, shape)
             self.counters.dropped_chunks += reservation.dropped
             self.counters.evicted_chunks += len(reservation.evicted)
@@ -106,13 +109,15 @@ class Cache:
         with self._lock:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
 
+    def _end_late(self) -> None:
+        while self._late:
+            lease = self._late.popleft()
+            self.counters.bad_chunks += self._dram.drop_bad(lease)
+            self._dram.release(lease)
+
     @contextmanager
     def _fault_is_miss(self) -> Iterator[None]:
         try:
-            while self._late:
-                lease = self._late.popleft()
-                self.counters.bad_chunks += self._dram.drop_bad(lease)
-                self._dram.release(lease)
             yield
         except KvkernError:
             raise  # bad input is the caller's to see

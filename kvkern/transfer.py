@@ -9,7 +9,6 @@ engine's blocks unused until a job is done, and slots leased or reserved until t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,7 +79,6 @@ class Transfer:
         rank: int,
         blocks_per_chunk: int,
         threads: int,
-        cpus: frozenset[int] | None = None,  # where copy threads may run; None: where the creating thread may
     ) -> None:
         self._groups = tuple(groups)
         self._arena = arena
@@ -96,8 +94,7 @@ class Transfer:
                     f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
                     f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
                 )
-        initializer = (lambda: os.sched_setaffinity(0, cpus)) if cpus else None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy", initializer=initializer)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy")
         warm()
 
     @property
@@ -121,7 +118,9 @@ class Transfer:
     def reject(self, slots: npt.NDArray[np.int64]) -> Job:
         """A load that cannot be done: its slots are marked BAD, so that nobody asks for them again."""
         self._arena.mark_bad(slots)
-        return Job(0, np.zeros(len(slots), dtype=np.bool_))
+        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))  # never an empty one: `all()` of nothing is True
+        job.finished = job.started
+        return job
 
     def close(self) -> None:
         """Wait for running pieces and end the threads."""
@@ -145,8 +144,10 @@ class Transfer:
 
     @staticmethod
     def _timed(job: Job, piece, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:  # type: ignore[no-untyped-def]
-        piece(batch, rows, ok)
-        job.finished = max(job.finished, time.perf_counter())
+        try:
+            piece(batch, rows, ok)
+        finally:
+            job.finished = max(job.finished, time.perf_counter())
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
         group, slots = self._groups[batch.group], batch.slots[rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,15 +330,5 @@ def test_a_layout_that_does_not_round_trip_is_an_error_at_start(tmp_path: Path) 
     transfer = Transfer([good, swapped], arena, 0, PER_CHUNK, threads=1)
     with pytest.raises(LayoutError, match="does not round-trip"):
         transfer.self_test()
-    transfer.close()
-    arena.close()
-
-
-def test_copy_threads_stay_where_they_are_told(tmp_path: Path) -> None:
-    mine = os.sched_getaffinity(0)
-    arena = make_arena(tmp_path, part_nbytes=PART, planes=4)
-    transfer = Transfer([paged(0)], arena, 0, PER_CHUNK, threads=2, cpus=frozenset({min(mine)}))
-    assert transfer._pool.submit(os.sched_getaffinity, 0).result() == {min(mine)}
-    assert os.sched_getaffinity(0) == mine
     transfer.close()
     arena.close()

@@ -39,8 +39,10 @@ def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
 
 
 def _architecture(vllm_config: shim.VllmConfig) -> str:
-    """Hash of the model's configuration: rope scaling and quantisation change KV without changing weights."""
-    values = {k: v for k, v in vllm_config.model_config.hf_config.to_dict().items() if k not in _VOLATILE}
+    """Hash of the model's configuration: rope scaling, quantisation and dtype change KV without changing weights."""
+    model = vllm_config.model_config
+    values = {k: v for k, v in model.hf_config.to_dict().items() if k not in _VOLATILE}
+    values |= {"runtime_quantization": str(model.quantization), "runtime_dtype": str(model.dtype)}
     return blake3(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -62,7 +62,9 @@ def batches(
         ids = block_ids[begin : begin + count]
         begin += count
         room = len(chunks.slots) * blocks_per_chunk
-        if skip + count > room or (whole and count and skip + count < room):
+        if whole and skip + count < room:
+            continue  # a chunk with gaps: its blocks cannot be told apart, so this group's chunks stay unpublished
+        if skip + count > room:
             return None  # which block belongs to which chunk cannot be told
         flat = np.full(room, -1, dtype=np.int32)
         flat[skip : skip + count] = np.where(ids > 0, ids, -1)  # block 0 is vLLM's null block

@@ -45,6 +45,7 @@ class RequestState:
     leases: list[Lease] = field(default_factory=list)
     hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
     pinned_at: int = -1  # step; -1: not looked up
+    outdated: bool = False  # was alive when the cache was reset
     load_failed: bool = False  # recomputes without loading; see KvkernManager.load_failed
     broken: set[int] = field(default_factory=set)  # groups with a chunk that found no room: what follows is unreachable
 
@@ -107,7 +108,11 @@ class KvkernManager(shim.OffloadingManager):
         state = self._requests[req_context.req_id]
         slot_of = {key: slot for lease in state.leases for key, slot in zip(lease.keys, lease.slots, strict=True)}
         by_group = self._by_group(state, keys)
-        groups = tuple(GroupChunks.of(ours, [slot_of[key] for key in ours]) for ours in by_group.values())
+        if all(key in slot_of for ours in by_group.values() for key in ours):
+            groups = tuple(GroupChunks.of(ours, [slot_of[key] for key in ours]) for ours in by_group.values())
+        else:  # vLLM loads what it was not promised: the worker cannot pair it and reports a failed load
+            shim.logger.error("kvkern: vLLM asks to load chunks that were no hit; the request is computed")
+            groups = tuple(GroupChunks.of((), ()) for _ in by_group)
         ticket = self._ticket(state.leases)
         state.leases = []
         self._unpin(req_context.req_id, state)
@@ -134,8 +139,10 @@ class KvkernManager(shim.OffloadingManager):
             self._unpin(req_context.req_id, state)
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
-        """Requests that were not scheduled for PIN_STEPS steps give their pins back."""
+        """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""
         self._step += 1
+        for req_id in self._waiting.intersection(context.new_req_ids):
+            self._unpin(req_id, self._requests[req_id])
         for req_id in [r for r in self._waiting if self._step - self._requests[r].pinned_at > PIN_STEPS]:
             self._unpin(req_id, self._requests[req_id])
 
@@ -144,10 +151,13 @@ class KvkernManager(shim.OffloadingManager):
         return bool(self._tickets)
 
     def reset_cache(self) -> None:
-        """Forget everything. Slots under a ticket are freed when their transfer has ended."""
+        """Forget everything. Slots under a ticket are freed when their transfer has ended.
+
+        Live requests store nothing any more: part of their KV may be of the weights before the reset.
+        """
         for req_id, state in self._requests.items():
             self._unpin(req_id, state)
-            state.broken.clear()
+            state.outdated = True
         self._cache.clear()
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
@@ -219,9 +229,11 @@ class KvkernManager(shim.OffloadingManager):
 
     def _pin_boundary(self, state: RequestState, key: shim.OffloadKey) -> bool:
         lease = self._cache.acquire([self._our_key(state, key)])
+        if not lease.keys:
+            return False
         state.leases.append(lease)
-        state.hits.update([key] if lease.keys else ())
-        return bool(lease.keys)
+        state.hits.add(key)
+        return True
 
     def _unpin(self, req_id: str, state: RequestState) -> None:
         for lease in state.leases:
@@ -230,7 +242,7 @@ class KvkernManager(shim.OffloadingManager):
         self._waiting.discard(req_id)
 
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
-        if not wanted or group_id in state.broken:
+        if not wanted or state.outdated or group_id in state.broken:
             return Reservation((), (), ())
         shape = ChunkShape(self._root, group_id, self._groups[group_id].chunk_tokens)
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape)
@@ -250,6 +262,7 @@ def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
         "lookup_chunks": "KV chunks asked for.",
         "hit_chunks": "Of those, chunks found.",
         "stored_chunks": "KV chunks stored.",
+        "failed_chunks": "KV chunks reserved but not written by every rank.",
         "evicted_chunks": "KV chunks evicted to make room.",
         "dropped_chunks": "KV chunks not stored for want of room.",
         "bad_chunks": "KV chunks that failed verification and were dropped.",

@@ -40,8 +40,11 @@ def parse_options(extra_config: Any) -> Config:
             f'{{"kvkern": {{"capacity": "8GiB"}}}}'
         )
     config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
-    if extra_config.get("offload_prompt_only") and config.store_replies and "store_replies" in options:
-        raise ConfigError("offload_prompt_only=True and store_replies=True contradict each other; give one of them")
+    prompt_only = extra_config.get("offload_prompt_only")
+    if prompt_only is not None and "store_replies" in options and bool(prompt_only) == config.store_replies:
+        raise ConfigError(
+            f"offload_prompt_only={prompt_only} and store_replies={config.store_replies} contradict; give one of them"
+        )
     return config
 
 
@@ -71,9 +74,20 @@ def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size,
+        "nnodes": parallel.nnodes,
     }
     for name, size in sizes.items():
         if size > 1:
-            raise UnsupportedError(f"{name} is {size}; kvkern supports tensor parallelism only, set it to 1")
+            raise UnsupportedError(
+                f"{name} is {size}; kvkern supports tensor parallelism on one node only, set it to 1"
+            )
+    if parallel.distributed_executor_backend not in ("mp", "uni"):
+        raise UnsupportedError(
+            f"distributed_executor_backend is {parallel.distributed_executor_backend!r}: its workers may run on other "
+            f"nodes, which share no memory; use 'mp'"
+        )
+    spec = transfer.kv_connector_extra_config.get("spec_name", SPEC_NAME)
+    if spec != SPEC_NAME:
+        raise ConfigError(f"spec_name is {spec!r}; leave it out, KvkernConnector brings its own")
     if vllm_config.attention_config.hisparse_config is not None:
         raise UnsupportedError("HiSparse keeps part of the KV cache on the host already; kvkern does not support it")
