@@ -43,9 +43,9 @@ class Desk:
         return answer
 
     def ask_all(self, case: str, prompts: Prompts) -> list[Answer]:
-        """Ask every prompt once, in order, with a line before and after."""
+        """Ask every prompt once, in order, for one token: only the time counts."""
         tokens = len(next(iter(prompts.values())))
-        answers = [self.ask(case, prompt_id, prompt) for prompt_id, prompt in prompts.items()]
+        answers = [self.ask(case, prompt_id, prompt, 1) for prompt_id, prompt in prompts.items()]
         ttft_s = median(answer.ttft_s for answer in answers)
         self.say(f"{case}: {len(answers)} x {tokens:,} tokens, median {ttft_s:.2f} s to the first token")
         return answers
@@ -89,7 +89,7 @@ def float32(desk: Desk) -> None:
 
 def _hit_pairs(desk: Desk, prompts: Prompts) -> None:
     for prompt_id, prompt in prompts.items():
-        desk.ask("fill", prompt_id, prompt)
+        desk.ask("fill", prompt_id, prompt, 1)
         pairs = []
         for _ in range(desk.plan.pairs):
             desk.engine.forget()
