@@ -61,14 +61,14 @@ def test_prompts_nobody_has_seen_miss(engine: Engine) -> None:
 
 
 def test_preemption_keeps_the_tokens(engine: Engine) -> None:
-    """Eight requests that need 8 * 500 tokens in a pool of 40 * 32: vLLM preempts, and loads what it had computed."""
+    """Eight requests that need 8 * 400 tokens in a pool of 40 * 32: vLLM preempts, and loads what it had computed."""
     texts = [prompt(300, seed) for seed in range(20, 28)]
     preemptions = _count_preemptions(engine)
-    together = engine.run(texts, tokens=200)
+    together = engine.run(texts, tokens=100)
     assert preemptions[0] > 0
     engine.reset_everything()
     for text, reply in zip(texts, together, strict=True):
-        assert engine.one(text, tokens=200).tokens == reply.tokens
+        assert engine.one(text, tokens=100).tokens == reply.tokens
     engine.settle()
     assert engine.accounted()
 
