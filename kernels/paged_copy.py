@@ -1,14 +1,14 @@
 """Paged blocks to and from contiguous slots, with the payload checksum fused in. Checks once; the backends assume.
 
-Knows layouts, tensors and byte slots; knows nothing of keys, tiers or engines. Backends: `numba` (CPU production),
-`ref` (torch; what the others are compared with). Both compute the same bytes and the same checksums.
+Knows layouts, tensors and byte slots; knows nothing of keys, tiers or engines. Backends: `numba` (CPU production), `triton`
+(GPU), `ref` (torch; what the others are compared with). All compute the same bytes and the same checksums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ from .layout import PagedLayout
 if TYPE_CHECKING:
     import torch
 
-Backend = Literal["numba", "ref"]
+Backend = Literal["numba", "triton", "ref"]
+BACKENDS: tuple[Backend, ...] = ("numba", "triton", "ref")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class PagedTensors:
     layout: PagedLayout
     tensors: tuple[torch.Tensor, ...]
     bases: npt.NDArray[np.int64]  # [planes] int64 addresses
+    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What a backend works out once of this layout and `key`, and keeps here."""
+        found = self._plans.get(key)
+        return self._plans.setdefault(key, make()) if found is None else found
 
     @property
     def device(self) -> str:
@@ -124,8 +131,13 @@ def _backend(name: Backend, paged: PagedTensors):  # type: ignore[no-untyped-def
         from . import paged_copy_numba
 
         return paged_copy_numba
+    if name == "triton":
+        from . import paged_copy_host
+
+        paged_copy_host.check_device(paged.device)
+        return paged_copy_host
     if name == "ref":
         from . import paged_copy_ref
 
         return paged_copy_ref
-    raise LayoutError(f"unknown backend {name!r}; known: numba, ref")
+    raise LayoutError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")

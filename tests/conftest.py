@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from kvkern.cache import Cache
+from kvkern.kernels.target import interpreted
 from kvkern.policy.lru import LRU
 from kvkern.tiers.dram import DramTier
 from tests.support import make_arena
@@ -14,6 +16,17 @@ from tests.support import make_arena
 # Two workers share two cores with whatever else runs there: time says nothing about the code.
 settings.register_profile("kvkern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvkern")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Triton kernels run where Triton can: its interpreter is chosen by the environment, before the import."""
+    no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set; `make test` has a phase with it")
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("interpret") and not interpreted():
+            item.add_marker(no_interpreter)
+        if item.get_closest_marker("gpu") and (interpreted() or not torch.cuda.is_available()):
+            item.add_marker(no_gpu)
 
 
 @pytest.fixture

@@ -63,18 +63,23 @@ def guarded(
     return inner, whole
 
 
-def twin(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same views of copies of their storages; tensors that share a storage go on sharing one."""
+def twin(tensors: Sequence[torch.Tensor], device: str = "cpu") -> list[torch.Tensor]:
+    """The same views of copies of their storages on `device`; tensors that share a storage go on sharing one."""
     copies: dict[int, torch.UntypedStorage] = {}
     out = []
     for t in tensors:
         storage = t.untyped_storage()
-        copy = copies.setdefault(storage.data_ptr(), storage.clone())
-        empty = torch.empty(0, dtype=t.dtype)
+        if storage.data_ptr() not in copies:
+            copies[storage.data_ptr()] = storage.clone() if device == "cpu" else storage.to(device=device)
+        copy = copies[storage.data_ptr()]
+        empty = torch.empty(0, dtype=t.dtype, device=device)
         out.append(empty.set_(copy, t.storage_offset(), t.shape, t.stride()))
     return out
 
 
 def storage_bytes(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[np.uint8]]:
     """Copies of the whole storages behind some tensors, guards included."""
-    return [torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone().numpy() for t in tensors]
+    return [
+        torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone().cpu().numpy()
+        for t in tensors
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -50,3 +51,30 @@ def test_cache(tmp_path: Path) -> None:
     assert printed.count("full_hit") == 2
     assert printed.count("overload") == 1
     assert shared_memory() == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "bench" / "chunk_keys.py").exists(), reason="bench/chunk_keys.py is not in this tree")
+def test_chunk_keys(tmp_path: Path) -> None:
+    result, printed = run_quick("chunk_keys", tmp_path)
+    rows = result["rows"]
+    assert [(r["backend"], r["tokens"], r["input"]) for r in rows if "tokens" in r] == [
+        ("numba", 8192, "uint32"),
+        ("numba", 8192, "list"),
+        ("ref", 8192, "uint32"),
+        ("numba", 2048, "uint32"),
+        ("numba", 2048, "list"),
+    ]
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    for row in rows:
+        if "tokens" not in row:
+            assert set(row) == {"backend", "adopted_keys", "ms"}
+            assert row["ms"] > 0
+            continue
+        ratios = {"ratio_vllm_sha256", "ratio_vllm_sha256_cbor"}
+        assert set(row) == {"backend", "tokens", "chunk_tokens", "input", "ns_per_token", *ratios}
+        assert row["chunk_tokens"] == 16
+        assert row["ns_per_token"] > 0
+        assert all((row[name] > 0) if has_vllm else row[name] is None for name in ratios)
+    assert [row["backend"] for row in rows if "adopted_keys" in row] == ["numba", "ref"]
+    assert "Targets: " in printed

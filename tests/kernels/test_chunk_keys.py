@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import array
 import json
+import os
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkern.kernels.chunk_keys import Backend, ChainState, Tokens, adopt_keys, as_tokens, chunk_keys, extend
+from kvkern.kernels.chunk_keys_ref import SEGMENT_CHUNKS
 from kvkern.kernels.errors import LayoutError
 
 VECTORS = json.loads((Path(__file__).parent.parent / "data" / "keys_vectors.json").read_text())
@@ -91,6 +96,45 @@ def test_any_cut_on_any_backend(chunk_tokens: int, steps: list[int], rest: int, 
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+MOST_SEGMENTS = 33  # two rounds of sixteen lanes, and one alone
+LANE_SIZES = (1, 3, 15, 16, 17, 64, 255, 256)
+
+
+@cache
+def long_sequence(chunk_tokens: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
+    """(tokens, the reference's keys) of MOST_SEGMENTS whole segments. Keys of a prefix are a prefix of them."""
+    tokens = tokens_of(MOST_SEGMENTS * SEGMENT_CHUNKS * chunk_tokens, seed=chunk_tokens)
+    return tokens, chunk_keys(ROOT, tokens, chunk_tokens, backend="ref")
+
+
+@pytest.mark.parametrize("chunk_tokens", LANE_SIZES)
+def test_any_number_of_lanes(chunk_tokens: int) -> None:
+    """1 to 33 segments, the last of them whole, partial or a single chunk; then ten more chunks from where that ends."""
+    tokens, want = long_sequence(chunk_tokens)
+    for segments in range(1, MOST_SEGMENTS + 1):
+        for missing in (0, segments * 41 % SEGMENT_CHUNKS, SEGMENT_CHUNKS - 1):
+            count = segments * SEGMENT_CHUNKS - missing
+            cut = count * chunk_tokens
+            keys, state = extend(ChainState.start(ROOT), tokens[:cut], chunk_tokens)
+            np.testing.assert_array_equal(keys, want[:count])
+            more, _ = extend(state, tokens[cut : cut + 10 * chunk_tokens], chunk_tokens)
+            np.testing.assert_array_equal(more, want[count : count + 10])
+
+
+@pytest.mark.parametrize("chunk_tokens", LANE_SIZES)
+@pytest.mark.parametrize("start", [1, 15, 17, 112, 127, 128, 200])
+def test_lanes_from_the_middle_of_a_segment(start: int, chunk_tokens: int) -> None:
+    tokens, want = long_sequence(chunk_tokens)
+    _, state = extend(ChainState.start(ROOT), tokens[: start * chunk_tokens], chunk_tokens, backend="ref")
+    for count in (0, 1, 16, 17, 127, 128, 129, 256, 257, 384, 2048, 2200, len(want) - start):
+        stop = start + count
+        keys, end = extend(state, tokens[start * chunk_tokens : stop * chunk_tokens], chunk_tokens)
+        np.testing.assert_array_equal(keys, want[start:stop])
+        assert end.num_chunks == stop
+        last_end = stop // SEGMENT_CHUNKS * SEGMENT_CHUNKS
+        assert end.segment_end == (want[last_end - 1].tobytes() if last_end else ROOT)
+
+
 @both
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17])
 def test_partial_chunks_have_no_key(count: int, backend: Backend) -> None:
@@ -154,6 +198,7 @@ INPUTS: dict[str, Tokens] = {
     "uint64": np.array(IDS, np.uint64),
     "big-endian": np.array(IDS, ">u4"),
     "strided": np.repeat(np.array(IDS, np.uint32), 2)[::2],
+    "unaligned": np.frombuffer(b"\0" + np.array(IDS, np.uint32).tobytes(), np.uint8)[1:].view(np.uint32),
     "read-only": np.frombuffer(np.array(IDS, np.uint32).tobytes(), np.uint32),
     "torch": torch.tensor(IDS).numpy(),
     "numpy scalars": [np.int64(i) for i in IDS],
@@ -174,6 +219,14 @@ def test_uint32_arrays_are_not_copied() -> None:
     assert as_tokens(tokens) is tokens
     assert as_tokens([2**32 - 1]).tolist() == [2**32 - 1]
     assert as_tokens([]).shape == (0,)
+
+
+def test_a_list_may_hold_whatever_is_an_index() -> None:
+    class Ids(list[int]):
+        pass
+
+    for ids in ([True, 2, np.uint32(3), np.int8(4)], Ids([1, 2, 3, 4]), (1, 2, 3, 4)):
+        assert as_tokens(ids).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("bad", [
@@ -223,9 +276,86 @@ def test_a_root_is_32_bytes(size: int) -> None:
         ChainState.start(bytes(size))
 
 
+@pytest.mark.parametrize("sizes", [
+    *(pytest.param([36] * count, id=f"{count} keys") for count in (0, 1, 15, 16, 17, 1000)),
+    pytest.param([36] * 20 + [32] + [36] * 20, id="one shorter"),
+    pytest.param([35, 37] * 20, id="36 on average"),
+    pytest.param([32] * 40, id="all shorter"),
+    pytest.param([0, 1, 64, 65, 1024, 5000], id="any"),
+])  # fmt: skip
+def test_adopted_keys(sizes: list[int]) -> None:
+    engine = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
+    assert adopt_keys(ROOT, engine) == [blake3(key, key=ROOT).digest() for key in engine]
+
+
+@settings(max_examples=60)
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.one_of(
+        st.lists(st.binary(min_size=36, max_size=36), max_size=40), st.lists(st.binary(max_size=80), max_size=20)
+    ),
+)
+def test_any_adopted_keys(root: bytes, engine: list[bytes]) -> None:
+    assert adopt_keys(root, engine) == [blake3(key, key=root).digest() for key in engine]
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_adopted_keys_need_a_root_of_32_bytes(size: int) -> None:
+    with pytest.raises(LayoutError, match=f"root has {size} bytes"):
+        adopt_keys(bytes(size), [bytes(36)])
+
+
 def test_adopted_keys_keep_hash_group_and_root_apart() -> None:
     engine = [h + g for h in (b"a" * 32, b"b" * 32) for g in (bytes(4), b"\0\0\0\1")]
     keys = {*adopt_keys(ROOT, engine), *adopt_keys(bytes(32), engine)}
     assert len(keys) == 8
     assert {len(k) for k in keys} == {32}
     assert adopt_keys(ROOT, []) == []
+
+
+def run_script(script: str, **env: str) -> str:
+    """What it prints, in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
+    return done.stdout
+
+
+def test_nothing_behind_the_tokens_is_read() -> None:
+    """Tokens that end where memory ends: idle lanes and whole-block loads must stay in front of it."""
+    script = """
+import ctypes, mmap
+import numpy as np
+from kvkern.kernels.chunk_keys import chunk_keys
+size = 4 << 20
+memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+words = np.frombuffer(memory, np.uint32, size // 4)
+for chunk_tokens in (1, 15, 16, 17, 256):
+    for chunks in (1, 17, 128, 300, 2000):
+        tokens = words[max(0, len(words) - chunks * chunk_tokens) :]
+        assert len(chunk_keys(bytes(32), tokens, chunk_tokens)) > 0
+print("alive")
+"""
+    assert run_script(script) == "alive\n"
+
+
+@pytest.mark.slow
+def test_kernels_are_loaded_not_compiled_again(tmp_path: Path) -> None:
+    """A second process finds every kernel in the cache, and no call of any kind compiles another version."""
+    script = """
+from numba.core import event
+with event.install_recorder("numba:compile") as compiled:
+    import numpy as np
+    from kvkern.kernels.chunk_keys import adopt_keys, chunk_keys
+    read_only = np.frombuffer(bytes(64 * 400), np.uint32)
+    for tokens in (read_only, read_only.copy(), read_only[::2], read_only.tolist()):
+        for chunk_tokens in (7, 16):
+            chunk_keys(bytes(32), tokens, chunk_tokens)
+    adopt_keys(bytes(32), [bytes(36)] * 20)
+print(len(compiled.buffer))
+"""
+    counts = [int(run_script(script, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2)]
+    assert counts[0] > 0
+    assert counts[1] == 0

@@ -1,0 +1,255 @@
+"""Compiles the Triton kernels for GPUs that are not there and counts what the compiler made of them.
+
+    python -m kvkern.kernels.aot                        every kernel, variant and target, a line each
+    python -m kvkern.kernels.aot --target sm_90 --asm DIR   also keep the assembly
+    python -m kvkern.kernels.aot --write FILE           the counts as JSON: the golden file of the tests
+
+Needs triton and no GPU. Counts come from SASS (NVIDIA) or AMD's assembly and from the binary's own resource usage, so a
+kernel that spills, or whose loads shrink to 8 bytes, is seen on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import chunk_keys_triton, paged_copy_triton
+from .target import TARGETS, Target, register_limit
+
+_POINTERS = {
+    "planes_ptr": "*i64", "weights_ptr": "*u64", "block_ids_ptr": "*i32", "slot_ids_ptr": "*i64", "slots_ptr": "*u8",
+    "checksums_ptr": "*i64", "tokens_ptr": "*i32", "cu_tokens_ptr": "*i64", "num_chunks_ptr": "*i64",
+    "num_chunks_out_ptr": "*i64",
+}  # fmt: skip  # any other pointer is to int32
+# (outer runs, inner runs, bytes of a run): what each layout makes of a block
+COPIES = {
+    "fused K and V 64 KiB": (1, 1, 64 << 10),
+    "split K/V 32 KiB": (1, 1, 32 << 10),
+    "MLA 18 KiB": (1, 1, 18 << 10),
+    "head-sliced rows 2 KiB": (16, 1, 2 << 10),
+    "one head of a token 256 B": (16, 8, 256),
+    "token pool, page 1": (1, 1, 2 << 10),
+    "MLA fp8 656 B, page 1": (1, 1, 656),
+}
+CHUNK_BLOCKS = 128  # of the compiled variants: more than any group holds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants."""
+
+    name: str
+    kernel: Any  # triton.JITFunction
+    constants: Mapping[str, Any]
+    num_warps: int
+    max_registers: int
+    moved_nbytes: int = 0  # a thread's, in one turn of its copy loop; 0: not a copy
+
+
+def variants(target: Target) -> Iterator[Variant]:
+    """Every kernel as launchers would launch it on this target."""
+    for layout, runs in COPIES.items():
+        geometry = paged_copy_triton.Geometry.of(runs, 16, CHUNK_BLOCKS, target.warp_size)
+        for op in ("gather", "scatter"):
+            constants = {"TO_SLOTS": op == "gather", **geometry.constants()}
+            moved = geometry.UNROLL * paged_copy_triton.VECTOR_NBYTES
+            registers = paged_copy_triton.MAX_REGISTERS
+            yield Variant(
+                f"{op}, {layout}", paged_copy_triton.copy_chunks, constants, geometry.num_warps, registers, moved
+            )
+    keys = chunk_keys_triton
+    for tokens, extras in ((16, False), (16, True), (128, False), (512, False)):
+        name = f"chain_segments, {tokens} tokens" + (", extras" if extras else "")
+        yield Variant(
+            name, keys.chain_segments, {"CHUNK_TOKENS": tokens, "EXTRAS": extras, "LANES": 32}, 1, keys.MAX_REGISTERS
+        )
+    yield Variant("chain_parents", keys.chain_parents, {"CHUNK_TOKENS": 16, "LANES": 32}, 1, keys.MAX_REGISTERS)
+    constants = {"CHUNK_TOKENS": 16, "LANES": 128}
+    yield Variant("chunk_keys_of_chains", keys.chunk_keys_of_chains, constants, 4, keys.MAX_REGISTERS)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of the machine code: instructions of one turn, and its global accesses by width in bits."""
+
+    instructions: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the compiler made of a variant."""
+
+    registers: int  # of a thread: 32-bit, vector registers on AMD
+    local_nbytes: int  # of a thread: stack and spilled registers
+    instructions: int
+    loops: tuple[Loop, ...]  # that touch global memory, innermost first
+    asm: str
+
+    @property
+    def copy_loop(self) -> Loop | None:
+        """The innermost loop that stores."""
+        return next((loop for loop in self.loops if loop.stores), None)
+
+
+def compile_variant(variant: Variant, target: Target) -> Built:
+    """Compile; a second or so."""
+    names = variant.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in variant.constants
+        else _POINTERS.get(name, "*i32") if name.endswith("_ptr")
+        else "i64" if name == "slot_stride" else "i32"
+        for name in names
+    }  # fmt: skip
+    aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name == "slot_stride"]
+    source = ASTSource(
+        variant.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": variant.num_warps, **register_limit(variant.max_registers, target.backend)},
+    )
+    if target.backend == "hip":
+        return _read_amd(compiled.asm["amdgcn"])
+    return _read_sass(compiled.asm["sass"], _resource_usage(compiled.asm["cubin"]))
+
+
+def _resource_usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _read_sass(asm: str, usage: str) -> Built:
+    code: list[str] = []
+    labels = {}
+    for line in asm.splitlines():
+        if found := re.fullmatch(r"(L\w+):", line.strip()):
+            labels[found[1]] = len(code)
+        elif found := re.fullmatch(r"(?:[-\w]+:){4}[-\w]+\s+(.*);", line):
+            code.append(found[1])
+    registers, stack, local = (_number(usage, rf"{name}:(\d+)") for name in ("REG", "STACK", "LOCAL"))
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in code)
+    return Built(registers, max(stack, local, 4 * spills), len(code), _loops(code, labels), asm)
+
+
+def _read_amd(asm: str) -> Built:
+    registers, local = (_number(asm, rf"\.{name}:\s*(\d+)") for name in ("vgpr_count", "private_segment_fixed_size"))
+    bodies: dict[str, list[str]] = {}  # by the header of the innermost loop, which LLVM names beside each block
+    block, instructions = "", 0
+    for line in asm.splitlines():
+        if found := re.match(r"\.(L\w+):|; (%bb\.\d+):", line):
+            block = header = (found[1] or found[2]).removeprefix("L")
+        if found := re.search(r"in Loop: Header=(\w+)", line):
+            header = found[1]
+        if line.startswith("\t") and line[1:2].islower() and block:
+            bodies.setdefault(header, []).append(line.strip())
+            instructions += 1
+    own = [name for name in bodies if re.search(rf"^\.L{re.escape(name)}:.*(?:\n\s*;.*)*Loop Header", asm, re.M)]
+    loops = (_loop(bodies[name], _amd_access) for name in own)
+    return Built(registers, local, instructions, tuple(loop for loop in reversed(list(loops)) if loop), asm)
+
+
+def _number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"the compiler's report has no {pattern}"
+    return int(found[1])
+
+
+def _loops(code: list[str], labels: dict[str, int]) -> tuple[Loop, ...]:
+    found = []
+    for i, line in enumerate(code):
+        target = re.search(
+            r"\bBRA\b.*?(?:(L\w+)|\b0x([0-9a-f]+))", line
+        )  # a label, or the address of a 16-byte instruction
+        if target:
+            begin = labels.get(target[1], len(code)) if target[1] else int(target[2], 16) // 16
+            if begin < i:
+                found.append(_loop(code[begin : i + 1], _sass_access))
+    return tuple(sorted(filter(None, found), key=lambda loop: loop.instructions))
+
+
+def _loop(body: list[str], access: Any) -> Loop | None:
+    """None where nothing global is touched."""
+    accesses = [found for line in body if (found := access(line))]
+    loads, stores = ([bits for kind, bits in accesses if kind == which] for which in ("load", "store"))
+    return Loop(len(body), _histogram(loads), _histogram(stores)) if accesses else None
+
+
+def _histogram(widths: list[int]) -> dict[int, int]:
+    return {bits: widths.count(bits) for bits in sorted(set(widths))}
+
+
+def _sass_access(line: str) -> tuple[str, int] | None:
+    found = re.search(r"\b(LDG|STG|LD|ST)\.([\w.]+)", line)
+    if found is None:
+        return None
+    sizes = {"128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
+    bits = next((sizes[part] for part in found[2].split(".") if part in sizes), 32)
+    return ("load" if found[1].startswith("L") else "store", bits)
+
+
+def _amd_access(line: str) -> tuple[str, int] | None:
+    found = re.match(r"(?:global|buffer|flat)_(load|store)_(\w+)", line)
+    if found is None:
+        return None
+    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+    return (found[1], sizes.get(found[2], 8))
+
+
+def counts(variant: Variant, built: Built) -> dict[str, Any]:
+    """The golden record of one variant and target."""
+    record: dict[str, Any] = {"registers": built.registers, "instructions": built.instructions}
+    if variant.moved_nbytes and built.copy_loop:
+        loop = built.copy_loop
+        per_byte = round(loop.instructions / variant.moved_nbytes, 2)
+        record |= {"loop_instructions": loop.instructions, "instructions_per_byte": per_byte}
+    return record
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=[target.name for target in TARGETS], help="only this one")
+    parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly of each variant here")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the counts as JSON")
+    args = parser.parse_args()
+    golden: dict[str, Any] = {}
+    for target in TARGETS:
+        if args.target not in (None, target.name):
+            continue
+        for variant in variants(target):
+            built = compile_variant(variant, target)
+            record = counts(variant, built)
+            golden[f"{variant.name} | {target.name}"] = record
+            loop = asdict(built.copy_loop) if built.copy_loop else ""
+            print(f"{target.name:7s} {variant.name:36s} local {built.local_nbytes} {record} {loop}", flush=True)
+            if args.asm:
+                args.asm.mkdir(parents=True, exist_ok=True)
+                name = re.sub(r"\W+", "_", f"{variant.name} {target.name}")
+                (args.asm / f"{name}.s").write_text(built.asm)
+    if args.write:
+        args.write.write_text(json.dumps({"triton": triton.__version__, "counts": golden}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""GPU backend of `paged_copy`: a persistent, capped grid copies blocks to and from slots and sums the checksum in registers.
+
+    for item in (chunk, plane, split), strided over the grid:                A = D = 0, one cell a thread and lane
+      for group of blocks in split:                                          read the block ids
+        for tile of W words x UNROLL:  v = load 16 B a thread, all of the tile before its first store;  store v
+                                       A += v;  D += v * (row of the tile's first word)
+      atomic: checksum[chunk, plane] += sum (P + row in tile * Q) * A + Q * D          see checksum.py; order is no matter
+
+What a layout fixes (run length, runs a block) is `constexpr`: divisions become shifts and multiplications, and one layout
+compiles once. Strides, ids and counts are arguments. All addresses are int64. 16-byte accesses need runs, strides and
+addresses in multiples of 16; `Geometry` finds what the layout allows and the kernel says it to the compiler, after the
+cast from integer to pointer, where alone it counts. Loads skip L1 (`.cg`), stores are marked to leave first (`.cs`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_NBYTES, ROW_WEIGHT
+from .target import register_limit, warp_size
+
+if TYPE_CHECKING:
+    from .paged_copy import PagedTensors
+
+MAX_CTAS = 32  # a copy that takes the whole GPU stalls decode: +47 % inter-token latency at p99, pegaflow issue 408
+VECTOR_NBYTES = 16
+MAX_REGISTERS = 128  # a thread: two CTAs of 256 threads fit an SM
+_MAX_UNROLL = 8  # 8 vectors a thread in flight: 32 KiB a CTA of 256 threads
+_META = 6  # int64 per plane in the kernel's table
+
+
+@triton.jit(do_not_specialize=["num_chunks", "blocks_per_chunk", "num_planes", "checksum_stride", "num_splits"])
+def copy_chunks(
+    planes_ptr,  # [planes, 6] int64: base, stride_block, stride_outer, stride_inner, offset in the part, plane index
+    weights_ptr,  # [32] uint64: P, then Q
+    block_ids_ptr,  # [chunks, blocks_per_chunk] int32; -1: absent
+    slot_ids_ptr,  # [chunks] int64
+    slots_ptr,  # uint8, slot 0
+    checksums_ptr,  # out: [chunks, all planes] int64, holding nbytes * R
+    slot_stride,  # bytes
+    num_chunks,
+    blocks_per_chunk,
+    num_planes,  # in planes_ptr
+    checksum_stride,  # planes of the layout
+    num_splits,
+    TO_SLOTS: tl.constexpr,  # gather; else scatter
+    BYTES: tl.constexpr,  # of an element: 4, or 1 where runs or addresses are odd
+    ALIGN: tl.constexpr,  # bytes every address is a multiple of: 16, 8, 4 or 1
+    PIECE: tl.constexpr,  # elements of the largest power of two that divides a run and fits the tile's width
+    RUN_PIECES: tl.constexpr,
+    INNER_RUNS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    GROUP: tl.constexpr,  # blocks of one outer step; whole 64-byte rows, or the whole chunk
+    ROWED: tl.constexpr,  # lanes stay in their columns: sums without weights in the loop
+    PAD: tl.constexpr,  # whether planes end in padding
+    ROWS: tl.constexpr,  # pieces side by side in the tile's width
+    UNROLL: tl.constexpr,
+):
+    PIECE_BYTES: tl.constexpr = PIECE * BYTES
+    dtype: tl.constexpr = tl.uint32 if BYTES == 4 else tl.uint8
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, PIECE)
+    place = row[:, None] * PIECE_BYTES + col[None, :] * BYTES  # byte within the tile's width
+    num_groups = tl.cdiv(blocks_per_chunk, GROUP)
+    for item in range(tl.program_id(0), num_chunks * num_planes * num_splits, tl.num_programs(0)):
+        split = item % num_splits
+        chunk = tl.cast(item // num_splits // num_planes, tl.int64)
+        meta = planes_ptr + item // num_splits % num_planes * 6
+        base = tl.load(meta)
+        stride_block = tl.load(meta + 1)
+        stride_outer = tl.load(meta + 2)
+        stride_inner = tl.load(meta + 3)
+        part = slots_ptr.to(tl.int64) + tl.load(slot_ids_ptr + chunk) * slot_stride + tl.load(meta + 4)
+        ids_ptr = block_ids_ptr + chunk * blocks_per_chunk
+        lanes = tl.zeros([ROWS, PIECE], tl.uint64)  # A
+        moments = tl.zeros([ROWS, PIECE], tl.uint64)  # D; where not ROWED, the weighted sum itself
+        for group in range(num_groups * split // num_splits, num_groups * (split + 1) // num_splits):
+            num_pieces = tl.minimum(GROUP, blocks_per_chunk - group * GROUP) * BLOCK_PIECES
+            group_offset = tl.cast(group, tl.int64) * (GROUP * BLOCK_PIECES * PIECE_BYTES)
+            if GROUP == 1:
+                block = tl.load(ids_ptr + group).to(tl.int64)
+                block_base = base + block * stride_block
+            for first in range(0, num_pieces, ROWS * UNROLL):
+                values = ()
+                outs = ()
+                masks = ()
+                for v in tl.static_range(UNROLL):
+                    piece = first + v * ROWS + row
+                    inside = piece < num_pieces
+                    if GROUP > 1:
+                        block = tl.load(ids_ptr + group * GROUP + piece // BLOCK_PIECES, inside, other=-1).to(tl.int64)
+                        block_base = base + block * stride_block
+                    present = inside & (block >= 0)
+                    run = piece % BLOCK_PIECES // RUN_PIECES
+                    page = (
+                        block_base
+                        + (run // INNER_RUNS).to(tl.int64) * stride_outer
+                        + (run % INNER_RUNS).to(tl.int64) * stride_inner
+                        + piece % RUN_PIECES * PIECE_BYTES
+                    )
+                    slot = part + group_offset + piece.to(tl.int64) * PIECE_BYTES
+                    page_ptrs = (page[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
+                    slot_ptrs = (slot[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
+                    page_ptrs = tl.max_contiguous(tl.multiple_of(page_ptrs, [ALIGN, ALIGN]), [1, PIECE])
+                    slot_ptrs = tl.max_contiguous(tl.multiple_of(slot_ptrs, [ALIGN, ALIGN]), [1, PIECE])
+                    if TO_SLOTS:
+                        values += (tl.load(page_ptrs, present[:, None], other=0, cache_modifier=".cg"),)
+                        outs += (slot_ptrs,)
+                        masks += (inside[:, None],)
+                    else:
+                        values += (tl.load(slot_ptrs, inside[:, None], other=0, cache_modifier=".cg"),)
+                        outs += (page_ptrs,)
+                        masks += (present[:, None],)
+                for v in tl.static_range(UNROLL):
+                    tl.store(outs[v], values[v], masks[v], cache_modifier=".cs")
+                    value = values[v].to(tl.uint64)
+                    at = group_offset + (first + v * ROWS) * PIECE_BYTES  # byte of the plane
+                    if ROWED:
+                        lanes += value
+                        moments += value * (at // 64).to(tl.uint64)
+                    else:
+                        moments += _weighted(value, at + place, weights_ptr)
+        p = tl.load(weights_ptr + place // 4 % 16)
+        q = tl.load(weights_ptr + 16 + place // 4 % 16)
+        total = (p + (place // 64).to(tl.uint64) * q) * lanes + q * moments if ROWED else moments
+        if PAD:
+            payload = tl.cast(blocks_per_chunk, tl.int64) * (BLOCK_PIECES * PIECE_BYTES)
+            tail = payload + tl.arange(0, 64 // BYTES) * BYTES
+            is_pad = (tail < tl.cdiv(payload, 64) * 64) & (split == num_splits - 1)
+            ptrs = (part + tail).to(tl.pointer_type(dtype))
+            if TO_SLOTS:
+                tl.store(ptrs, tl.zeros([64 // BYTES], dtype), is_pad)
+            else:
+                value = tl.load(ptrs, is_pad, other=0).to(tl.uint64)
+                pad_sum = tl.sum(_weighted(value, tail, weights_ptr)).to(tl.int64, bitcast=True)
+                tl.atomic_add(checksums_ptr + chunk * checksum_stride + tl.load(meta + 5), pad_sum)
+        whole = tl.sum(tl.sum(total, 1), 0).to(tl.int64, bitcast=True)
+        tl.atomic_add(checksums_ptr + chunk * checksum_stride + tl.load(meta + 5), whole)
+
+
+@triton.jit
+def _weighted(value, at, weights_ptr):
+    """value, a byte or a lane at byte `at` of its plane, times its weight."""
+    lane = at // 4 % 16
+    weight = tl.load(weights_ptr + lane) + (at // 64).to(tl.uint64) * tl.load(weights_ptr + 16 + lane)
+    return (value << (at % 4 * 8).to(tl.uint64)) * weight
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the compiler is told of one kind of plane. `num_warps` x warp size x 16 bytes are the tile's width."""
+
+    BYTES: int
+    ALIGN: int
+    PIECE: int
+    RUN_PIECES: int
+    INNER_RUNS: int
+    BLOCK_PIECES: int
+    GROUP: int
+    ROWED: bool
+    PAD: bool
+    ROWS: int
+    UNROLL: int
+    num_warps: int
+
+    @classmethod
+    def of(
+        cls,
+        runs: tuple[int, int, int],  # outer count, inner count, bytes of a run
+        align: int,  # every address and stride is a multiple of it
+        blocks_per_chunk: int,
+        threads_per_warp: int,
+    ) -> Geometry:
+        """The widest accesses and the fewest address computations that this plane allows."""
+        outer, inner, run_nbytes = runs
+        align = math.gcd(align, run_nbytes, VECTOR_NBYTES)
+        bytes_ = 4 if align >= 4 else 1
+        align = align if align >= 4 else 1
+        width = 4096 if run_nbytes % 4096 == 0 or run_nbytes % 2048 else 2048
+        piece_nbytes = math.gcd(run_nbytes, width)
+        block_nbytes = outer * inner * run_nbytes
+        whole_group = ROW_NBYTES // math.gcd(ROW_NBYTES, block_nbytes)  # so many blocks are whole 64-byte rows
+        group = max(1, width * _MAX_UNROLL // block_nbytes // whole_group) * whole_group
+        group = min(group, blocks_per_chunk)
+        steps = -(-group * block_nbytes // width)
+        unroll = -(-steps // -(-steps // _MAX_UNROLL))  # equal tiles, so that the last one is not mostly masked
+        return cls(
+            BYTES=bytes_, ALIGN=align, PIECE=piece_nbytes // bytes_, RUN_PIECES=run_nbytes // piece_nbytes,
+            INNER_RUNS=inner, BLOCK_PIECES=block_nbytes // piece_nbytes, GROUP=group, ROWED=bytes_ == 4,
+            PAD=block_nbytes * blocks_per_chunk % ROW_NBYTES != 0, ROWS=width // piece_nbytes, UNROLL=unroll,
+            num_warps=width // VECTOR_NBYTES // threads_per_warp,
+        )  # fmt: skip
+
+    def constants(self) -> dict[str, Any]:
+        """The kernel's `constexpr` arguments but for TO_SLOTS."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.isupper()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """Planes of one geometry, their table on the device."""
+
+    geometry: Geometry
+    planes: torch.Tensor  # [planes, 6] int64
+    num_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tables of one layout, chunk size and slot alignment, on the device, made once."""
+
+    launches: tuple[_Launch, ...]
+    lengths: torch.Tensor  # [all planes] int64: nbytes * R
+    weights: torch.Tensor  # [32] uint64
+
+    @classmethod
+    def of(cls, paged: PagedTensors, blocks_per_chunk: int, slot_align: int) -> Plan:
+        """Group the planes by geometry and upload their tables."""
+        layout, device = paged.layout, paged.tensors[0].device
+        offsets = layout.plane_offsets(blocks_per_chunk)
+        kinds: dict[Geometry, list[list[int]]] = {}
+        for i, (plane, base) in enumerate(zip(layout.planes, paged.bases, strict=True)):
+            outer, stride_outer, inner, stride_inner, run = plane.runs
+            align = math.gcd(slot_align, int(base), plane.stride_block, stride_outer, stride_inner)
+            geometry = Geometry.of((outer, inner, run), align, blocks_per_chunk, warp_size())
+            meta = [int(base), plane.stride_block, stride_outer, stride_inner, int(offsets[i]), i]
+            kinds.setdefault(geometry, []).append(meta)
+        launches = tuple(
+            _Launch(g, torch.tensor(rows, dtype=torch.int64, device=device), -(-blocks_per_chunk // g.GROUP))
+            for g, rows in kinds.items()
+        )
+        with np.errstate(over="ignore"):
+            lengths = (np.diff(offsets).astype(np.uint64) * np.uint64(LENGTH_WEIGHT)).view(np.int64)
+        weights = np.concatenate([LANE_WEIGHT, ROW_WEIGHT]).view(np.int64)
+        return cls(
+            launches, torch.from_numpy(lengths).to(device), torch.from_numpy(weights).to(device).view(torch.uint64)
+        )
+
+
+def _run(
+    to_slots: bool,
+    paged: PagedTensors,
+    block_ids: torch.Tensor,
+    slots: torch.Tensor,
+    slot_ids: torch.Tensor,
+    checksums: torch.Tensor,
+    max_ctas: int,
+) -> None:
+    num_chunks, blocks_per_chunk = block_ids.shape
+    slot_align = math.gcd(slots.data_ptr(), slots.stride(0), VECTOR_NBYTES)
+    plan = paged.plan(("triton", blocks_per_chunk, slot_align), lambda: Plan.of(paged, blocks_per_chunk, slot_align))
+    sums = checksums.view(torch.int64)
+    sums.copy_(plan.lengths.expand_as(sums))
+    for launch in plan.launches:
+        num_planes = len(launch.planes)
+        items = num_chunks * num_planes
+        splits = max(1, min(launch.num_groups, 2 * max_ctas // max(1, items)))  # few items: share their blocks out
+        copy_chunks[(min(max_ctas, items * splits),)](
+            launch.planes, plan.weights, block_ids, slot_ids,  # inputs
+            slots, sums,  # outputs
+            slots.stride(0), num_chunks, blocks_per_chunk, num_planes, sums.shape[1], splits,  # sizes
+            TO_SLOTS=to_slots, **launch.geometry.constants(),  # constants
+            num_warps=launch.geometry.num_warps, **register_limit(MAX_REGISTERS),  # options
+        )  # fmt: skip
+
+
+def gather_chunks(
+    paged: PagedTensors,
+    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, its bytes become zeros
+    slots: torch.Tensor,  # [num_slots, >= part_nbytes] uint8, rows contiguous: device memory, or pinned host memory
+    slot_ids: torch.Tensor,  # [n] int64 on the device, distinct rows of `slots`
+    checksums: torch.Tensor,  # out: [n, planes] uint64 on the device
+    max_ctas: int = MAX_CTAS,
+) -> None:
+    """Enqueue the gather of n > 0 chunks on the current stream. Arguments stay alive and unchanged until it has run.
+
+    Bytes as `paged_copy.gather_chunks`; nothing is checked here and no host synchronisation happens.
+    """
+    _run(True, paged, block_ids, slots, slot_ids, checksums, max_ctas)
+
+
+def scatter_chunks(
+    paged: PagedTensors,
+    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: leave the engine's block alone
+    slots: torch.Tensor,  # [num_slots, >= part_nbytes] uint8, rows contiguous: device memory, or pinned host memory
+    slot_ids: torch.Tensor,  # [n] int64 on the device
+    checksums: torch.Tensor,  # out: [n, planes] uint64 on the device, of what was read
+    max_ctas: int = MAX_CTAS,
+) -> None:
+    """Enqueue the scatter of n > 0 chunks on the current stream. See `gather_chunks`."""
+    _run(False, paged, block_ids, slots, slot_ids, checksums, max_ctas)

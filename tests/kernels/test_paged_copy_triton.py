@@ -1,0 +1,140 @@
+"""The Triton copies, bit for bit against tensor indexing: in Triton's interpreter, and on a GPU where there is one.
+
+`TRITON_INTERPRET=1` must be set before Triton is imported, so `make test` runs these in a phase of their own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kvkern.kernels import layout as L
+from kvkern.kernels.errors import LayoutError
+from kvkern.kernels.paged_copy import PagedTensors, gather_chunks
+from kvkern.kernels.selftest import round_trip
+from kvkern.kernels.target import interpreted
+from tests.kernels.copy_checks import (
+    check_any_strides,
+    check_beyond_4_gib,
+    check_gather,
+    check_scatter,
+    draw_ids,
+    planes,
+)
+from tests.kernels.paged_cases import CASES, NUM_BLOCKS
+from tests.support import twin
+
+interpret = pytest.mark.interpret
+gpu = pytest.mark.gpu
+SHAPES = [(1, 1, 0), (3, 2, 0), (2, 3, 1), (0, 2, 0), (1, 7, 32)]
+devices = pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpret), pytest.param("cuda", marks=gpu)])
+
+
+@devices
+@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), SHAPES)
+@pytest.mark.parametrize("name", CASES)
+def test_gather(name: str, n: int, blocks_per_chunk: int, shift: int, device: str) -> None:
+    check_gather(CASES[name](), draw_ids(n, blocks_per_chunk), shift, "triton", device)
+
+
+@devices
+@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), SHAPES)
+@pytest.mark.parametrize("name", CASES)
+def test_scatter(name: str, n: int, blocks_per_chunk: int, shift: int, device: str) -> None:
+    check_scatter(CASES[name](), draw_ids(n, blocks_per_chunk), shift, "triton", device)
+
+
+def big(name: str) -> PagedTensors:
+    """Blocks of several tiles, or tiles of several blocks, with a last tile that is not whole."""
+    shapes = {
+        "two tiles": lambda: [torch.zeros((NUM_BLOCKS, 66 << 10), dtype=torch.uint8)],
+        "18 KiB": lambda: [torch.zeros((NUM_BLOCKS, 18 << 10), dtype=torch.uint8)],
+        "20,016 bytes": lambda: [torch.zeros((NUM_BLOCKS, 20_016), dtype=torch.uint8)],  # four blocks are whole rows
+        "656 bytes": lambda: [torch.zeros((90, 656), dtype=torch.uint8)],
+        "planes of two kinds": lambda: [torch.zeros((NUM_BLOCKS, n), dtype=torch.uint8) for n in (4096, 48, 4096, 7)],
+    }
+    pages = shapes[name]()
+    for seed, page in enumerate(pages):
+        page.copy_(torch.randint(0, 256, page.shape, generator=torch.Generator().manual_seed(seed)))
+    return PagedTensors.bind(L.from_pages(pages, 16), pages)
+
+
+@devices
+@pytest.mark.parametrize("blocks_per_chunk", [1, 6])
+@pytest.mark.parametrize("name", ["two tiles", "18 KiB", "20,016 bytes", "656 bytes", "planes of two kinds"])
+def test_tiles_groups_and_splits(name: str, blocks_per_chunk: int, device: str) -> None:
+    """One chunk: its blocks are shared out among programs that add to one checksum."""
+    paged = big(name)
+    ids = draw_ids(1, blocks_per_chunk if name != "656 bytes" else 13 * blocks_per_chunk, paged.layout.num_blocks)
+    check_gather(paged, ids, 0, "triton", device)
+    check_scatter(paged, ids, 0, "triton", device)
+
+
+@devices
+@pytest.mark.parametrize("max_ctas", [1, 2, 5])
+def test_a_capped_grid_does_all_of_the_work(max_ctas: int, device: str) -> None:
+    from kvkern.kernels import paged_copy_triton
+
+    host = CASES["FA fp8"]()
+    paged = PagedTensors.bind(host.layout, twin(host.tensors, device))
+    ids = draw_ids(3, 2)
+    part = paged.layout.part_nbytes(2)
+    want, want_sums = np.zeros((3, part), np.uint8), np.zeros((3, 4), np.uint64)
+    gather_chunks(host, ids, want, np.arange(3), want_sums, "ref")
+    slots = torch.zeros((3, part), dtype=torch.uint8, device=device)
+    sums = torch.zeros((3, 4), dtype=torch.uint64, device=device)
+    slot_ids = torch.arange(3, device=device)
+    paged_copy_triton.gather_chunks(paged, torch.from_numpy(ids).to(device), slots, slot_ids, sums, max_ctas)
+    np.testing.assert_array_equal(slots.cpu().numpy(), want)
+    np.testing.assert_array_equal(sums.cpu().numpy(), want_sums)
+
+
+@interpret
+@settings(max_examples=60)
+@given(planes())
+def test_any_strides(case: tuple[PagedTensors, npt.NDArray[np.int32], int]) -> None:
+    check_any_strides(case, ("ref", "triton"))
+
+
+@interpret
+def test_offsets_beyond_4_gib() -> None:
+    check_beyond_4_gib(("triton",))
+
+
+@devices
+@pytest.mark.parametrize("name", ["FA bf16", "MLA 656", "fused HND (0, 1, 2)", "pages, odd rows"])
+def test_self_test_of_the_layout(name: str, device: str) -> None:
+    host = CASES[name]()
+    round_trip(PagedTensors.bind(host.layout, twin(host.tensors, device)), 2, "triton")
+
+
+@gpu
+def test_slots_in_pinned_host_memory() -> None:
+    """Kernels write and read host memory through its device address, without a staging buffer."""
+    from kvkern.kernels import paged_copy_triton
+
+    host = CASES["MLA 576 bf16"]()
+    paged = PagedTensors.bind(host.layout, twin(host.tensors, "cuda"))
+    ids, planes_ = draw_ids(3, 2), len(host.layout.planes)
+    part = paged.layout.part_nbytes(2)
+    want, want_sums = np.zeros((3, part), np.uint8), np.zeros((3, planes_), np.uint64)
+    gather_chunks(host, ids, want, np.arange(3), want_sums, "ref")
+    slots = torch.zeros((3, part), dtype=torch.uint8, pin_memory=True)
+    sums = torch.zeros((3, planes_), dtype=torch.uint64, device="cuda")
+    on_device = (torch.from_numpy(ids).cuda(), slots, torch.arange(3, device="cuda"), sums)
+    paged_copy_triton.gather_chunks(paged, *on_device)
+    torch.cuda.synchronize()
+    np.testing.assert_array_equal(slots.numpy(), want)
+    np.testing.assert_array_equal(sums.cpu().numpy(), want_sums)
+    sums.zero_()
+    paged_copy_triton.scatter_chunks(paged, *on_device)
+    np.testing.assert_array_equal(sums.cpu().numpy(), want_sums)
+
+
+@pytest.mark.skipif(interpreted() or torch.cuda.is_available(), reason="Triton can run here")
+def test_host_tensors_are_refused_where_nothing_can_run_it() -> None:
+    with pytest.raises(LayoutError, match="needs a GPU, or TRITON_INTERPRET=1"):
+        round_trip(CASES["FA bf16"](), 1, "triton")
