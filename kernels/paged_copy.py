@@ -80,7 +80,7 @@ def _check(
     planes = len(paged.layout.planes)
     if checksums.shape != (n, planes) or checksums.dtype != np.uint64 or not checksums.flags.c_contiguous:
         raise LayoutError(f"checksums is {checksums.dtype} {checksums.shape}, expected uint64 ({n}, {planes})")
-    part_nbytes = paged.layout.part_nbytes(blocks_per_chunk)
+    part_nbytes = paged.plan(("part_nbytes", blocks_per_chunk), lambda: paged.layout.part_nbytes(blocks_per_chunk))
     if slots.ndim != 2 or slots.dtype != np.uint8 or slots.shape[1] < part_nbytes or slots.strides[1] != 1:
         raise LayoutError(f"slots is {slots.dtype} {slots.shape}, expected uint8 [num_slots, >= {part_nbytes}]")
     if n:

@@ -190,8 +190,14 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
     _fence()
 
 
-def _geometry(paged: PagedTensors) -> npt.NDArray[np.int64]:
-    return np.array([(p.stride_block, *p.runs) for p in paged.layout.planes], dtype=np.int64)
+def _tables(paged: PagedTensors, blocks_per_chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """([planes, 6] int64 stride_block and runs, [planes + 1] int64 offsets), made once."""
+
+    def make() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        geometry = np.array([(p.stride_block, *p.runs) for p in paged.layout.planes], dtype=np.int64)
+        return geometry, paged.layout.plane_offsets(blocks_per_chunk)
+
+    return paged.plan(("numba", blocks_per_chunk), make)  # type: ignore[no-any-return]
 
 
 def _run(
@@ -204,9 +210,10 @@ def _run(
 ) -> None:
     if block_ids.size == 0:
         return
+    geometry, offsets = _tables(paged, block_ids.shape[1])
     _copy_chunks(
         to_slots,
-        paged.bases, _geometry(paged), paged.layout.plane_offsets(block_ids.shape[1]),  # layout
+        paged.bases, geometry, offsets,  # layout
         block_ids, slots.ctypes.data, slots.strides[0], slot_ids,  # inputs
         checksums,  # outputs
     )  # fmt: skip

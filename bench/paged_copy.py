@@ -1,0 +1,215 @@
+"""Paged copies into and out of a real arena, as the transfer runs them, beside a plain memcpy by as many threads.
+
+    gather:   blocks drawn at random -> slots    payload copied and checksummed, checksums written into the headers
+    scatter:  slots -> blocks                    headers and checksums verified
+    memcpy:   one large copy, split over the threads; in the same turn, so that a busy machine meets both
+    index_select: torch's gather into a buffer and its copy into the slots, or the way back by index_copy_; no checksum
+
+A run is what lies contiguous in a block. GB/s count the payload once. Targets, two threads: 0.95 of memcpy for runs of
+18 KiB and more, 0.50 at 2 KiB, and more than index_select everywhere. On a GPU host the Triton kernels get rows too, HBM to HBM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from _common import print_row, write_json
+
+from kvkern.assemble import build_cache, build_transfer, open_arena
+from kvkern.config import Config
+from kvkern.kernels import layout as L
+from kvkern.kernels.layout import PagedLayout
+from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.slots import SlotGeometry
+from kvkern.tiers.dram import ChunkShape
+from kvkern.transfer import ChunkBatch, Transfer
+
+MIN_RATIO_LONG, MIN_RATIO_SHORT, LONG_RUN_NBYTES = 0.95, 0.50, 18 << 10
+MEMCPY_NBYTES = 256 << 20
+NAMESPACE = bytes(range(32))
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with the run length it gives, and how to make its tensors for so many bytes."""
+
+    name: str
+    layers: int
+    blocks_per_chunk: int
+    block_nbytes: int  # of all layers
+    make: Callable[[int, int], tuple[PagedLayout, list[torch.Tensor]]]  # (layers, blocks)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """bfloat16 of random bits, every page touched."""
+    return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16).view(torch.bfloat16)
+
+
+def vllm_cpu(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
+    """vLLM's CPU pages: K and V of 128 tokens of 4 heads of 128, opaque."""
+    pages = [noise(blocks, 128 << 10).view(torch.int8) for _ in range(layers)]
+    return L.from_pages(pages, 128), pages
+
+
+def flash_attention(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
+    """FlashAttention, K and V apart: 16 tokens of 8 heads of 128."""
+    tensors = [noise(2, blocks, 16, 8, 128) for _ in range(layers)]
+    return L.flash_attention(tensors), tensors
+
+
+def mla(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
+    """DeepSeek-V3's latent: 16 tokens of 576."""
+    tensors = [noise(blocks, 16, 576) for _ in range(layers)]
+    return L.mla(tensors), tensors
+
+
+def head_slice(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
+    """Half the heads of every token: rows of 2 KiB in tokens of 4 KiB."""
+    tensors = [noise(2, blocks, 16, 16, 128)[..., :8, :] for _ in range(layers)]
+    return L.flash_attention(tensors), tensors
+
+
+CASES = (
+    Case("vllm_cpu", 24, 1, 24 * (256 << 10), vllm_cpu),
+    Case("flash_attention", 32, 4, 32 * (64 << 10), flash_attention),
+    Case("mla", 61, 4, 61 * (18 << 10), mla),
+    Case("head_slice", 32, 4, 32 * (64 << 10), head_slice),
+)
+
+
+class Copies:
+    """One layout, its pages and a real arena, both of about `nbytes`."""
+
+    def __init__(self, case: Case, nbytes: int, threads: int) -> None:
+        per_chunk = case.block_nbytes * case.blocks_per_chunk
+        self.num_chunks = max(2, nbytes // per_chunk)
+        blocks = self.num_chunks * case.blocks_per_chunk + 1
+        self.layout, tensors = case.make(case.layers, blocks)
+        self.paged = PagedTensors.bind(self.layout, tensors)
+        self.nbytes = self.num_chunks * per_chunk
+        geometry = SlotGeometry(self.layout.part_nbytes(case.blocks_per_chunk), len(self.layout.planes))
+        config = Config(4096 + self.num_chunks * geometry.slot_nbytes, threads=threads)
+        self.arena = open_arena(config, geometry, f"bench-copy-{time.time_ns()}", expected=1)
+        self.transfer: Transfer = build_transfer(config, self.arena, [self.paged], 0, case.blocks_per_chunk)
+        keys = [i.to_bytes(32, "little") for i in range(self.num_chunks)]
+        reservation = build_cache(self.arena).reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
+        order = np.random.default_rng(0).permutation(blocks)[: self.num_chunks * case.blocks_per_chunk]
+        self.block_ids = order.astype(np.int32).reshape(self.num_chunks, case.blocks_per_chunk)
+        self.batch = ChunkBatch(
+            0, self.block_ids, np.array(reservation.slots), np.array(reservation.generations, dtype=np.uint64),
+            np.frombuffer(b"".join(keys), dtype="V32"), NAMESPACE,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.transfer.close()
+        self.arena.close()
+
+    def gather(self) -> None:
+        if not self.transfer.store([self.batch]).wait().ok.all():
+            raise RuntimeError("a chunk was not stored")
+
+    def scatter(self) -> None:
+        if not self.transfer.load([self.batch]).wait().ok.all():
+            raise RuntimeError("a chunk did not verify")
+
+    def index_select(self) -> None:
+        for view, slots, ids in self._torch_pairs():
+            slots.copy_(view.index_select(0, ids).view(slots.shape))
+
+    def index_copy(self) -> None:
+        for view, slots, ids in self._torch_pairs():
+            view.index_copy_(0, ids, slots.reshape(len(ids), *view.shape[1:]))
+
+    def _torch_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(blocks [num_blocks, ...] int64, slots [chunks, words] int64, block ids) of every plane: torch's fastest form."""
+        offsets = self.layout.plane_offsets(self.block_ids.shape[1])
+        parts = torch.from_numpy(self.arena.parts(0))[torch.from_numpy(self.batch.slots)[0] :]
+        ids = torch.from_numpy(self.block_ids.reshape(-1).astype(np.int64))
+        views = L.plane_views(self.layout.name, self.paged.tensors, self.layout.block_tokens)
+        for view, plane, at in zip(views, self.layout.planes, offsets, strict=False):
+            nbytes = plane.block_nbytes * self.block_ids.shape[1]
+            slots = parts[: self.num_chunks, at : at + nbytes].view(torch.int64)
+            yield _words(view), slots, ids
+
+
+def _words(view: torch.Tensor) -> torch.Tensor:
+    """A plane's view [blocks, tokens, heads, elements] with rows of int64, contiguous dimensions merged."""
+    rows = view.flatten(2) if view.stride(2) == view.shape[3] * view.stride(3) else view
+    return (rows.flatten(1) if rows.stride(1) == rows.shape[2] else rows).view(torch.int64)
+
+
+@contextmanager
+def large_memcpy(nbytes: int, threads: int) -> Iterator[Callable[[], None]]:
+    """A copy of `nbytes` by so many threads, each its share; libc's memmove, which goes past the cache at such sizes."""
+    source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+    share = nbytes // threads
+    with ThreadPoolExecutor(threads) as pool:
+
+        def part(i: int) -> None:
+            ctypes.memmove(target.ctypes.data + i * share, source.ctypes.data + i * share, share)
+
+        yield lambda: [None for _ in pool.map(part, range(threads))] and None
+
+
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, nbytes: int, memcpy_nbytes: int, threads: int, runs: int) -> list[Row]:
+    """Both directions of one layout; every contender once a turn, after an uncounted turn."""
+    rows = []
+    with closing(Copies(case, nbytes, threads)) as copies, large_memcpy(memcpy_nbytes, threads) as memcpy:
+        for op, ours, torchs in (
+            ("gather", copies.gather, copies.index_select),
+            ("scatter", copies.scatter, copies.index_copy),
+        ):
+            turns = [(timed(ours), timed(memcpy), timed(torchs)) for _ in range(runs + 1)][1:]
+            rates = [(copies.nbytes / a, memcpy_nbytes / b, copies.nbytes / c) for a, b, c in turns]
+            rows.append({
+                "op": op, "backend": "numba", "layout": case.name, "run_nbytes": copies.layout.run_nbytes,
+                "nbytes": copies.nbytes, "threads": threads,
+                "gb_s": median(r[0] for r in rates) / 1e9, "memcpy_gb_s": median(r[1] for r in rates) / 1e9,
+                "ratio_memcpy": median(r[0] / r[1] for r in rates),
+                "ratio_index_select": median(r[0] / r[2] for r in rates),
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--threads", type=int, default=2, help="that copy, in every contender (default 2)")
+    parser.add_argument("--runs", type=int, default=9, help="turns that count (default 9)")
+    parser.add_argument("--mib", type=int, default=384, help="payload of a layout, far beyond any cache (default 384)")
+    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for numbers")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    nbytes, memcpy_nbytes, runs = (16 << 20, 16 << 20, 2) if args.quick else (args.mib << 20, MEMCPY_NBYTES, args.runs)
+    rows = []
+    for case in CASES:
+        for row in measure(case, nbytes, memcpy_nbytes, args.threads, runs):
+            rows.append(row)
+            print_row(row)
+    print(f"targets: ratio_memcpy >= {MIN_RATIO_LONG} for runs of {LONG_RUN_NBYTES} bytes and more, "
+          f">= {MIN_RATIO_SHORT} below; ratio_index_select > 1", flush=True)  # fmt: skip
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
