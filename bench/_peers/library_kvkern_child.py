@@ -1,0 +1,42 @@
+"""kvkern as a library: keys, gather with checksums into shared memory, verify and scatter. For library_common.py's loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from library_common import BLOCK_TOKENS, Cache, Job, LayerPages, Pages, main
+
+import kvkern
+
+
+class Kvkern:
+    """A kvkern.PagedCache over FlashAttention pages; chunks of one block."""
+
+    def __init__(self, job: Job, pages: LayerPages) -> None:
+        layout = kvkern.layout.flash_attention(pages.layers)
+        self._cache = kvkern.open_cache(
+            layout, pages.layers, model="bench", weights="none", capacity=f"{job.capacity_gib}GiB", threads=job.threads
+        )
+
+    def store(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
+        stored = self._cache.store(tokens.numpy().astype(np.uint32), blocks.numpy())
+        if stored != len(blocks):
+            raise RuntimeError(f"{stored} of {len(blocks)} chunks were stored")
+
+    def retrieve(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
+        with self._cache.match(tokens.numpy().astype(np.uint32)) as hit:
+            loaded = self._cache.load(hit, blocks.numpy())
+        if loaded != len(blocks) * BLOCK_TOKENS:
+            raise RuntimeError(f"{loaded} of {len(tokens)} tokens were loaded")
+
+    def forget(self) -> None:
+        self._cache.clear()
+
+
+def open_cache(job: Job) -> tuple[Pages, Cache]:
+    pages = LayerPages(job.num_blocks)
+    return pages, Kvkern(job, pages)
+
+
+if __name__ == "__main__":
+    main(open_cache)
