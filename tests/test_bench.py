@@ -78,3 +78,17 @@ def test_chunk_keys(tmp_path: Path) -> None:
         assert all((row[name] > 0) if has_vllm else row[name] is None for name in ratios)
     assert [row["backend"] for row in rows if "adopted_keys" in row] == ["numba", "ref"]
     assert "Targets: " in printed
+
+
+@pytest.mark.slow
+def test_paged_copy(tmp_path: Path) -> None:
+    result, printed = run_quick("paged_copy", tmp_path)
+    rows = result["rows"]
+    assert [(row["op"], row["run_nbytes"]) for row in rows] == [
+        (op, run << 10) for run in (256, 32, 18, 2) for op in ("gather", "scatter")
+    ]
+    for row in rows:
+        assert (row["backend"], row["threads"]) == ("numba", 2)
+        assert all(row[name] > 0 for name in ("nbytes", "gb_s", "memcpy_gb_s", "ratio_memcpy", "ratio_index_select"))
+    assert printed.count("gather") == printed.count("scatter") == 4
+    assert shared_memory() == set()

@@ -133,7 +133,7 @@ def test_a_job_says_what_it_moved(bench: Bench) -> None:
 
 def test_many_pieces_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ok` of a job is in the order of its batches, however it was cut."""
-    monkeypatch.setattr("kvkern.transfer._PIECE_NBYTES", PART)
+    monkeypatch.setattr("kvkern.transfer._MIN_PIECE_NBYTES", 1)
     bench = make(tmp_path, slots=8)
     bench.put("a", IDS)
     bench.put("b", ELSEWHERE)
