@@ -19,7 +19,7 @@ help:
 	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
 	@echo "make check   ruff format, ruff, mypy"
 	@echo "make bench   every bench/*.py but peers.py, results into bench/results/   (ARGS goes to each)"
-	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's own connector, into bench/results/   (ARGS='--level library')"
+	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/   (ARGS='--level library')"
 	@echo "make lock    resolve requirements/*.lock anew"
 	@echo "make clean   remove $(VENV) and every cache"
 	@echo "PYTHON=python3.12 make ... takes another interpreter (3.11 to 3.14)"
@@ -61,7 +61,10 @@ demo: $(VENV)/.stamp
 # want every core, one at a time. Pytest's 5, nothing collected, is no failure as long as some phase ran a test. A -m of your own makes
 # it one serial phase.
 test: $(VENV)/.stamp
-	@case " $$ARGS " in *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; esac; \
+	@case " $$ARGS " in \
+	  *" -m interpret"*) exec env TRITON_INTERPRET=1 $(PY) -m pytest -n 0 $(ARGS);; \
+	  *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; \
+	esac; \
 	status=0; ran=0; \
 	phase() { \
 	  local code=0; "$$@" || code=$$?; \

@@ -3,7 +3,7 @@
     gather:   blocks drawn at random -> slots    payload copied and checksummed, checksums written into the headers
     scatter:  slots -> blocks                    headers and checksums verified
     memcpy:   one large copy between a tensor and an arena, same direction and threads, in the same turn
-    index_select: torch's gather into a buffer and its copy into the slots, or the way back by index_copy_; no checksum
+    index_select: torch's gather into a buffer and its copy into the slots; back, the copy and index_copy_; no checksum
 
 A run is what lies contiguous in a block. GB/s count the payload once. Targets, two threads: 0.95 of memcpy for runs of
 18 KiB and more, 0.50 at 2 KiB, and more than index_select everywhere.
@@ -133,7 +133,10 @@ class Copies:
             view.index_copy_(0, ids, slots.reshape(len(ids), *view.shape[1:]))
 
     def _torch_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(blocks [num_blocks, ...] int64, slots [chunks, words] int64, block ids) of every plane: torch's fastest form."""
+        """(blocks [num_blocks, ...] int64, slots [chunks, words] int64, block ids) of every plane.
+
+        Words of 8 bytes are what torch is fastest with.
+        """
         offsets = self.layout.plane_offsets(self.block_ids.shape[1])
         parts = torch.from_numpy(self.arena.parts(0))[torch.from_numpy(self.batch.slots)[0] :]
         ids = torch.from_numpy(self.block_ids.reshape(-1).astype(np.int64))
@@ -184,7 +187,9 @@ class Memcpy:
             pass
 
 
-def timed(work: Callable[[], None]) -> float:
+def warm(work: Callable[[], None]) -> float:
+    """Seconds of the second of two calls: torch's threads still wait for work when the first one starts."""
+    work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -198,11 +203,8 @@ def measure(case: Case, nbytes: int, memcpy_nbytes: int, threads: int, runs: int
             ("gather", copies.gather, plain.to_arena, copies.index_select),
             ("scatter", copies.scatter, plain.from_arena, copies.index_copy),
         ):
-            turns = []
-            for _ in range(runs + 1):
-                ours()  # uncounted: torch's threads still wait for work, on the cores that copy
-                turns.append((timed(ours), timed(memcpy), timed(torchs)))
-            rates = [(copies.nbytes / a, memcpy_nbytes / b, copies.nbytes / c) for a, b, c in turns[1:]]
+            turns = [[warm(work) for work in (ours, memcpy, torchs)] for _ in range(runs)]
+            rates = [(copies.nbytes / a, memcpy_nbytes / b, copies.nbytes / c) for a, b, c in turns]
             rows.append({
                 "op": op, "backend": "numba", "layout": case.name, "run_nbytes": copies.layout.run_nbytes,
                 "nbytes": copies.nbytes, "threads": threads,

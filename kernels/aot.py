@@ -58,7 +58,7 @@ class Variant:
 
 
 def variants(target: Target) -> Iterator[Variant]:
-    """Every kernel as launchers would launch it on this target."""
+    """Every kernel with the constants and options that launchers use on this target."""
     for layout, runs in COPIES.items():
         geometry = paged_copy_triton.Geometry.of(runs, 16, CHUNK_BLOCKS, target.warp_size)
         for op in ("gather", "scatter"):
@@ -233,6 +233,8 @@ def main() -> None:
     parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly of each variant here")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the counts as JSON")
     args = parser.parse_args()
+    if args.target and args.write:
+        parser.error("--write is of every target: leave out --target")
     golden: dict[str, Any] = {}
     for target in TARGETS:
         if args.target not in (None, target.name):

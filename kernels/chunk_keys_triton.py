@@ -25,7 +25,7 @@ import triton.language as tl
 from .chunk_keys import ChainState
 from .chunk_keys_ref import SEGMENT_CHUNKS, segment_key
 from .errors import LayoutError
-from .target import register_limit, require_device
+from .target import register_limit, require_current, require_device
 
 MAX_TOKENS = 1024  # of a chunk: four leaves of BLAKE3's tree
 MAX_TOKENS_WITH_EXTRAS = 248  # one leaf
@@ -292,6 +292,40 @@ class DeviceStates:
         return [ChainState(*state) for state in fields]
 
 
+def _check(
+    tokens: torch.Tensor,
+    cu_tokens: torch.Tensor,
+    chunk_tokens: int,
+    keys: torch.Tensor,
+    extra_rows: torch.Tensor | None,
+    extras: torch.Tensor | None,
+) -> None:
+    limit = MAX_TOKENS if extras is None else MAX_TOKENS_WITH_EXTRAS
+    if not 1 <= chunk_tokens <= limit:
+        raise LayoutError(f"chunk_tokens is {chunk_tokens}; on a GPU it must be in [1, {limit}]; use backend='ref'")
+    require_current(tokens.device)
+    words = (torch.int32, torch.uint32)
+    _expect("tokens", tokens, words, tokens.dim() == 1, "1 dimension")
+    _expect("cu_tokens", cu_tokens, (torch.int64,), cu_tokens.dim() == 1 and cu_tokens.numel() > 0, "1 dimension")
+    rows = tokens.numel() // chunk_tokens
+    fits = keys.dim() == 2 and keys.shape[1] == 32 and len(keys) >= rows
+    _expect("keys", keys, (torch.uint8,), fits, f"[>= {rows}, 32]")
+    if (extra_rows is None) != (extras is None):
+        raise LayoutError("extra_rows and extras go together: give both or neither")
+    if extra_rows is not None and extras is not None:
+        _expect("extra_rows", extra_rows, (torch.int32,), extra_rows.shape == (rows,), f"[{rows}]")
+        _expect("extras", extras, (torch.uint8,), extras.dim() == 2 and extras.shape[1] == 32, "[n, 32]")
+
+
+def _expect(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], fits: bool, shape: str) -> None:
+    if tensor.dtype not in dtypes or not fits or not tensor.is_contiguous():
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise LayoutError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+            f"expected contiguous {kinds}, {shape}"
+        )
+
+
 def extend(
     states: DeviceStates,
     tokens: torch.Tensor,  # [total] int32 or uint32 on the device: the sequences one after the other
@@ -303,11 +337,9 @@ def extend(
 ) -> DeviceStates:
     """Enqueue the keys of all whole chunks on the current stream; the states after them. Partial chunks are left out.
 
-    Raises LayoutError where a chunk is longer than MAX_TOKENS, or MAX_TOKENS_WITH_EXTRAS.
+    Raises LayoutError where a chunk is longer than MAX_TOKENS, or MAX_TOKENS_WITH_EXTRAS, and for tensors that do not fit.
     """
-    limit = MAX_TOKENS if extras is None else MAX_TOKENS_WITH_EXTRAS
-    if not 1 <= chunk_tokens <= limit:
-        raise LayoutError(f"chunk_tokens is {chunk_tokens}; on a GPU it must be in [1, {limit}]; use backend='ref'")
+    _check(tokens, cu_tokens, chunk_tokens, keys, extra_rows, extras)
     num_sequences, total = cu_tokens.numel() - 1, tokens.numel()
     num_rows, num_slots = total // chunk_tokens, total // (SEGMENT_CHUNKS * chunk_tokens) + 2 * num_sequences
     device = tokens.device

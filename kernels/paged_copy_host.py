@@ -3,8 +3,7 @@
     on a GPU:        ids up;  gather -> device rows -> slots,  or  slots -> device rows -> scatter;  checksums down
     interpreted:     everything is host memory already; the kernels run on it as it is
 
-What proves the kernels and moves little. Bulk transfers keep their own buffers and streams and call
-`paged_copy_triton` directly.
+What proves the kernels and moves little. Who moves much keeps buffers and streams, and calls `paged_copy_triton` itself.
 """
 
 from __future__ import annotations

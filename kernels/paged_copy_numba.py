@@ -143,7 +143,10 @@ def _finish(acc, rows, nbytes):  # type: ignore[no-untyped-def]
 
 @njit("void(boolean, int64, int64, int64, int64, int64)", nogil=True, cache=True, boundscheck=False)
 def _move(to_slots, dst, src, nbytes, acc, following):  # type: ignore[no-untyped-def]
-    """Copy and sum a run of whole rows; `following` is where the next run starts. Prefetches _AHEAD bytes along the runs."""
+    """Copy and sum a run of whole rows; `following` is where the next run starts.
+
+    Prefetches what is read _AHEAD bytes later, or a run later where that is shorter.
+    """
     head = max(0, nbytes - _AHEAD)
     rows, last_rows = head >> 6, (nbytes - head) >> 6
     if dst & 63:
@@ -167,12 +170,15 @@ _SIGNATURE = types.void(
 
 @njit(inline="always")
 def _following(bases, geometry, block_ids, c, p, i):  # type: ignore[no-untyped-def]
-    """Where the next block's first run starts, in this plane or the next; this block's own if there is none."""
+    """Where the next block of this chunk starts, in this plane or the next; this block itself if there is none."""
+    next_p, next_i = p, i
     if i + 1 < block_ids.shape[1]:
-        i += 1
+        next_i = i + 1
     elif p + 1 < bases.shape[0]:
-        p, i = p + 1, 0
-    return bases[p] + max(np.int64(0), np.int64(block_ids[c, i])) * geometry[p, 0]
+        next_p, next_i = p + 1, 0
+    if block_ids[c, next_i] < 0:
+        next_p, next_i = p, i
+    return bases[next_p] + np.int64(block_ids[c, next_i]) * geometry[next_p, 0]
 
 
 @njit(_SIGNATURE, nogil=True, cache=True, boundscheck=False)

@@ -7,9 +7,10 @@
       atomic: checksum[chunk, plane] += sum (P + row in tile * Q) * A + Q * D          see checksum.py; order is no matter
 
 What a layout fixes (run length, runs a block) is `constexpr`: divisions become shifts and multiplications, and one layout
-compiles once. Strides, ids and counts are arguments. All addresses are int64. 16-byte accesses need runs, strides and
-addresses in multiples of 16; `Geometry` finds what the layout allows and the kernel says it to the compiler, after the
-cast from integer to pointer, where alone it counts. Loads skip L1 (`.cg`), stores are marked to leave first (`.cs`).
+compiles once a chunk size. Strides, ids and counts are arguments; addresses are int64, offsets inside a group of blocks int32.
+16-byte accesses need runs, strides and addresses in multiples of 16; `Geometry` finds what the layout allows and the kernel
+says it to the compiler after the cast from integer to pointer, where alone it counts. Loads skip L1 (`.cg`), stores are
+marked to leave first (`.cs`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import triton
 import triton.language as tl
 
 from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_NBYTES, ROW_WEIGHT
-from .target import register_limit, warp_size
+from .errors import LayoutError
+from .target import register_limit, require_current, warp_size
 
 if TYPE_CHECKING:
     from .paged_copy import PagedTensors
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 MAX_CTAS = 32  # a copy that takes the whole GPU stalls decode: +47 % inter-token latency at p99, pegaflow issue 408
 VECTOR_NBYTES = 16
 MAX_REGISTERS = 128  # a thread: two CTAs of 256 threads fit an SM
-_MAX_UNROLL = 8  # 8 vectors a thread in flight: 32 KiB a CTA of 256 threads
-_META = 6  # int64 per plane in the kernel's table
+_WIDTH = 4096  # bytes of a tile's width: 16 for each of 256 threads
+_MAX_UNROLL = 8  # widths in flight: 32 KiB a program
 
 
 @triton.jit(do_not_specialize=["num_chunks", "blocks_per_chunk", "num_planes", "checksum_stride", "num_splits"])
@@ -183,19 +185,22 @@ class Geometry:
         align = math.gcd(align, run_nbytes, VECTOR_NBYTES)
         bytes_ = 4 if align >= 4 else 1
         align = align if align >= 4 else 1
-        width = 4096 if run_nbytes % 4096 == 0 or run_nbytes % 2048 else 2048
-        piece_nbytes = math.gcd(run_nbytes, width)
+        piece_nbytes = math.gcd(run_nbytes, _WIDTH)
         block_nbytes = outer * inner * run_nbytes
         whole_group = ROW_NBYTES // math.gcd(ROW_NBYTES, block_nbytes)  # so many blocks are whole 64-byte rows
-        group = max(1, width * _MAX_UNROLL // block_nbytes // whole_group) * whole_group
+        group = max(1, _WIDTH * _MAX_UNROLL // block_nbytes // whole_group) * whole_group
         group = min(group, blocks_per_chunk)
-        steps = -(-group * block_nbytes // width)
+        if group * block_nbytes >= 1 << 31:  # offsets inside a group are 32 bits wide
+            raise LayoutError(
+                f"{group} blocks of {block_nbytes} bytes in one plane are 2 GiB or more; use smaller blocks"
+            )
+        steps = -(-group * block_nbytes // _WIDTH)
         unroll = -(-steps // -(-steps // _MAX_UNROLL))  # equal tiles, so that the last one is not mostly masked
         return cls(
             BYTES=bytes_, ALIGN=align, PIECE=piece_nbytes // bytes_, RUN_PIECES=run_nbytes // piece_nbytes,
             INNER_RUNS=inner, BLOCK_PIECES=block_nbytes // piece_nbytes, GROUP=group, ROWED=bytes_ == 4,
-            PAD=block_nbytes * blocks_per_chunk % ROW_NBYTES != 0, ROWS=width // piece_nbytes, UNROLL=unroll,
-            num_warps=width // VECTOR_NBYTES // threads_per_warp,
+            PAD=block_nbytes * blocks_per_chunk % ROW_NBYTES != 0, ROWS=_WIDTH // piece_nbytes, UNROLL=unroll,
+            num_warps=_WIDTH // VECTOR_NBYTES // threads_per_warp,
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
@@ -254,6 +259,10 @@ def _run(
     max_ctas: int,
 ) -> None:
     num_chunks, blocks_per_chunk = block_ids.shape
+    require_current(paged.tensors[0].device)
+    for name, tensor in (("block_ids", block_ids), ("slot_ids", slot_ids), ("checksums", checksums)):
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
     slot_align = math.gcd(slots.data_ptr(), slots.stride(0), VECTOR_NBYTES)
     plan = paged.plan(("triton", blocks_per_chunk, slot_align), lambda: Plan.of(paged, blocks_per_chunk, slot_align))
     sums = checksums.view(torch.int64)
@@ -281,7 +290,8 @@ def gather_chunks(
 ) -> None:
     """Enqueue the gather of n > 0 chunks on the current stream. Arguments stay alive and unchanged until it has run.
 
-    Bytes as `paged_copy.gather_chunks`; nothing is checked here and no host synchronisation happens.
+    Bytes as `paged_copy.gather_chunks`, which also checks ids; no host synchronisation. Raises LayoutError for tensors that
+    are not contiguous or not on the current device.
     """
     _run(True, paged, block_ids, slots, slot_ids, checksums, max_ctas)
 

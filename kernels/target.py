@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from .errors import LayoutError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,17 @@ def require_device() -> str:
             "backend 'triton' needs a GPU, or TRITON_INTERPRET=1 set before the start; this host has no GPU"
         )
     return "cuda"
+
+
+def require_current(device: torch.device) -> None:
+    """Raise LayoutError unless `device` is where Triton launches: the current device, on its current stream."""
+    import torch
+
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        current = torch.cuda.current_device()
+        raise LayoutError(
+            f"the tensors are on {device}, the current device is cuda:{current}: use torch.cuda.device({device.index})"
+        )
 
 
 @cache

@@ -69,6 +69,16 @@ class Job:
         return self.finished - self.started
 
 
+def piece_chunks(
+    job_nbytes: int,
+    chunk_nbytes: int,
+    threads: int,
+) -> int:
+    """Chunks of a piece: two pieces a thread, but none below 4 MiB or above 32 MiB as far as whole chunks allow."""
+    nbytes = max(_MIN_PIECE_NBYTES, min(job_nbytes // (2 * threads), _MAX_PIECE_NBYTES))
+    return max(1, nbytes // max(1, chunk_nbytes))
+
+
 class Transfer:
     """Copies for one rank. Thread-safe: jobs on distinct slots and blocks may overlap."""
 
@@ -132,9 +142,8 @@ class Transfer:
         nbytes = sum(n * self._sizes[batch.group] for n, batch in zip(chunks, batches, strict=True))
         job = Job(nbytes, np.zeros(sum(chunks), dtype=np.bool_))
         begin = 0
-        piece_nbytes = max(_MIN_PIECE_NBYTES, min(nbytes // (2 * self._threads), _MAX_PIECE_NBYTES))
         for batch, count in zip(batches, chunks, strict=True):
-            step = max(1, piece_nbytes // max(1, self._sizes[batch.group]))
+            step = piece_chunks(nbytes, self._sizes[batch.group], self._threads)
             for at in range(0, count, step):
                 rows = slice(at, min(at + step, count))
                 ok = job.ok[begin + rows.start : begin + rows.stop]
@@ -152,15 +161,15 @@ class Transfer:
             job.finished = max(job.finished, time.perf_counter())
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
-        group, slots = self._groups[batch.group], batch.slots[rows]
+        group, headers = self._groups[batch.group], self._arena.headers
+        current = headers["generation"][batch.slots[rows]] == batch.generations[rows]
+        mine = np.flatnonzero(current) + rows.start  # the other slots have a new owner: hands off
+        slots = batch.slots[mine]
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
-        headers = self._arena.headers
-        current = headers["generation"][slots] == batch.generations[rows]  # else the slot has a new owner: hands off
-        if current.all():
-            gather_chunks(group, batch.block_ids[rows], self._parts, slots, sums)
-            headers["checksum"][slots, self._rank, : sums.shape[1]] = sums
-            headers["written"][slots, self._rank] = batch.generations[rows]
-        ok[:] = current.all()
+        gather_chunks(group, batch.block_ids[mine], self._parts, slots, sums)
+        headers["checksum"][slots, self._rank, : sums.shape[1]] = sums
+        headers["written"][slots, self._rank] = batch.generations[mine]
+        ok[:] = current
 
     def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
         try:

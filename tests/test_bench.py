@@ -31,7 +31,6 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "bench" / "_common.py").exists(), reason="bench/_common.py is not in this tree")
 def test_cache(tmp_path: Path) -> None:
     result, printed = run_quick("cache", tmp_path)
     assert {"cpu", "threads", "gpu", "commit", "versions"} <= set(result["meta"])
@@ -54,7 +53,6 @@ def test_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "bench" / "chunk_keys.py").exists(), reason="bench/chunk_keys.py is not in this tree")
 def test_chunk_keys(tmp_path: Path) -> None:
     result, printed = run_quick("chunk_keys", tmp_path)
     rows = result["rows"]

@@ -62,7 +62,7 @@ def test_loads_make_a_row(rows: ModuleType) -> None:
     ({"cached_tokens": 0}, None, "1920 tokens were promised and 0 reused"),  # a failed load, computed after all
     ({"loaded_tokens": 0}, None, "0 tokens were promised"),  # vLLM had not forgotten
     ({"ttft_s": 1.5}, None, "too near"),
-    ({}, [1920], "its log has 1 loads of 1920 tokens, 2 were measured"),
+    ({}, [1920], "its log has 1 loads of 1920 tokens, 3 were asked for"),
 ])  # fmt: skip
 def test_what_is_no_load_is_no_row(
     rows: ModuleType, changes: dict[str, Any], logged: list[int] | None, said: str

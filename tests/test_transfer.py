@@ -19,7 +19,7 @@ from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
 from kvkern.tiers.dram import DramTier, Reservation
-from kvkern.transfer import ChunkBatch, Transfer
+from kvkern.transfer import ChunkBatch, Transfer, piece_chunks
 from tests.support import NAMESPACE, SHAPE, chain_keys, guarded, make_arena, storage_bytes
 
 NUM_BLOCKS, PER_CHUNK = 24, 2
@@ -145,6 +145,33 @@ def test_many_pieces_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (bench.cache.release(a), bench.cache.release(b)) == (0, 1)
     bench.ranks[0].close()
     bench.arena.close()
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("job", "chunk", "threads", "chunks"), [
+    (400 * MIB, 2 * MIB, 2, 16),  # 32 MiB at most
+    (48 * MIB, 2 * MIB, 2, 6),  # two pieces a thread
+    (48 * MIB, 2 * MIB, 4, 3),
+    (8 * MIB, 2 * MIB, 2, 2),  # 4 MiB at least
+    (2 * MIB, 2 * MIB, 2, 2),
+    (400 * MIB, 40 * MIB, 2, 1),  # a chunk is whole
+    (0, 0, 1, 4 * MIB),
+])  # fmt: skip
+def test_pieces_grow_with_the_job(job: int, chunk: int, threads: int, chunks: int) -> None:
+    assert piece_chunks(job, chunk, threads) == chunks
+
+
+def test_a_lost_slot_costs_its_neighbours_nothing(bench: Bench) -> None:
+    """One of three reservations has ended meanwhile: the other two are stored, the third is left alone."""
+    reservation = bench.reserve("a", 3)
+    generations = (reservation.generations[0], reservation.generations[1] + 1, reservation.generations[2])
+    before = bench.arena.parts(0)[reservation.slots[1]].copy()
+    job = bench.ranks[0].store([bench.batch(IDS, reservation.keys, reservation.slots, generations)]).wait()
+    assert job.error is None
+    assert job.ok.tolist() == [True, False, True]
+    np.testing.assert_array_equal(bench.arena.parts(0)[reservation.slots[1]], before)
 
 
 @pytest.mark.parametrize("at", [0, 1, 511, 512, 1023, 1024, PART // 2, PART - 1])

@@ -47,11 +47,11 @@ def engine_verdict(
             problems.append(f"{tokens} tokens: native hits reused {sorted(_cached(native))}")
             continue
         rows.append(_row(base, "ttft_native_hit", native))
-        wrong = _not_loaded(hits, reference, _ttft_s(recomputed), loads_logged)
+        asked = [*hits, *_of(group, "first_ttft_hit")]
+        wrong = _not_loaded(hits, len(asked), reference, _ttft_s(recomputed), loads_logged)
         if wrong:
             problems.append(f"{tokens} tokens: no ttft_hit, {wrong}")
             continue
-        asked = [*hits, *_of(group, "first_ttft_hit")]
         row = _row(base, "ttft_hit", hits) | {
             "ratio_native_hit": median(
                 ours["ttft_s"] / theirs["ttft_s"] for ours, theirs in zip(hits, native, strict=True)
@@ -60,8 +60,8 @@ def engine_verdict(
             "logprobs_equal": all(answer["logprobs"] == reference["logprobs"] for answer in asked),
         }
         rows.append(row)
-        if not row["tokens_equal"]:
-            problems.append(f"{tokens} tokens: loads gave other tokens than a native hit")
+        differing = [what for what in ("tokens", "logprobs") if not row[f"{what}_equal"]]
+        problems += [f"{tokens} tokens: loads gave other {what} than a native hit" for what in differing]
     return Verdict(rows, problems)
 
 
@@ -79,7 +79,7 @@ def _ttft_s(answers: Sequence[Answer]) -> float:
 
 
 def _not_loaded(
-    hits: Sequence[Answer], reference: Answer, recompute_s: float, loads_logged: Sequence[int] | None
+    hits: Sequence[Answer], num_asked: int, reference: Answer, recompute_s: float, loads_logged: Sequence[int] | None
 ) -> str | None:
     """Return what speaks against these being loads; None when nothing does."""
     expected = reference["cached_tokens"]
@@ -91,8 +91,8 @@ def _not_loaded(
             )
     if _ttft_s(hits) > MAX_OF_RECOMPUTE * recompute_s:
         return f"{_ttft_s(hits):.3f} s is too near the {recompute_s:.3f} s of computing"
-    if loads_logged is not None and (logged := list(loads_logged).count(expected)) < len(hits):
-        return f"its log has {logged} loads of {expected} tokens, {len(hits)} were measured"
+    if loads_logged is not None and (logged := list(loads_logged).count(expected)) < num_asked:
+        return f"its log has {logged} loads of {expected} tokens, {num_asked} were asked for"
     return None
 
 

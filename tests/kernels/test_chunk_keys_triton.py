@@ -97,11 +97,55 @@ def test_ragged_batches(chunk_tokens: int) -> None:
     starts = [0, 0, 1, 126, 127, 128, 129, 255, 256, 383] * 4
     chunks = [0, 3, 2, 1, 2, 3, 0, 3, 1, 2, 0, 0, 1] * 4
     states = [state_at(start, chunk_tokens, seed) for seed, start in enumerate(starts)]
-    sequences = [
-        tokens_of(count * chunk_tokens + seed % chunk_tokens, seed + 99)
-        for seed, (count, _) in enumerate(zip(chunks, starts, strict=False))
-    ]
-    check_batch(states, sequences[: len(states)], chunk_tokens)
+    sequences = [tokens_of(count * chunk_tokens, seed + 99) for seed, count in enumerate(chunks[: len(states)])]
+    check_batch(states, sequences, chunk_tokens)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 16])
+def test_rows_of_sequences_that_end_in_partial_chunks(chunk_tokens: int, device: str) -> None:
+    """Keys of sequence b start at row cu_tokens[b] // chunk_tokens; rows of no whole chunk keep what they held."""
+    from kvkern.kernels import chunk_keys_triton
+
+    lengths = [chunk_tokens * 2 + 1, chunk_tokens - 1, 0, chunk_tokens * 3 - 1, chunk_tokens, 1, chunk_tokens + 1, 2]
+    states = [state_at(start, chunk_tokens, start) for start in (0, 127, 5, 126, 255, 0, 128, 1)]
+    cu_tokens = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = tokens_of(int(cu_tokens[-1]))
+    keys = torch.full((len(tokens) // chunk_tokens + 1, 32), 0xA5, dtype=torch.uint8, device=device)
+    after = chunk_keys_triton.extend(
+        chunk_keys_triton.DeviceStates.of(states, device), torch.from_numpy(tokens.view(np.int32)).to(device),
+        torch.from_numpy(cu_tokens).to(device), chunk_tokens, keys,
+    ).to_host([state.root for state in states])  # fmt: skip
+    want = np.full(keys.shape, 0xA5, np.uint8)
+    for b, state in enumerate(states):
+        mine, end = extend(state, tokens[cu_tokens[b] : cu_tokens[b + 1]], chunk_tokens, backend="ref")
+        want[cu_tokens[b] // chunk_tokens :][: len(mine)] = mine
+        assert after[b] == end
+    np.testing.assert_array_equal(keys.cpu().numpy(), want)
+
+
+def test_tensors_that_do_not_fit_are_refused(device: str) -> None:
+    """Tokens of eight bytes would be read as twice as many of four, and only the first half be hashed."""
+    from kvkern.kernels import chunk_keys_triton
+
+    states = chunk_keys_triton.DeviceStates.of([ChainState.start(ROOT)], device)
+    good: dict[str, Any] = {
+        "tokens": torch.zeros(32, dtype=torch.int32, device=device), "cu_tokens": torch.tensor([0, 32], device=device),
+        "chunk_tokens": 16, "keys": torch.zeros((2, 32), dtype=torch.uint8, device=device),
+    }  # fmt: skip
+    rows, extras = (
+        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.zeros((1, 32), dtype=torch.uint8, device=device),
+    )
+    for bad, message in (
+        ({"tokens": torch.zeros(32, dtype=torch.int64, device=device)}, "tokens is torch.int64"),
+        ({"tokens": torch.zeros((32, 2), dtype=torch.int32, device=device)[:, 0]}, "tokens is .* strides"),
+        ({"cu_tokens": torch.tensor([0, 32], dtype=torch.int32, device=device)}, "cu_tokens is torch.int32"),
+        ({"keys": good["keys"][:1]}, r"expected contiguous uint8, \[>= 2, 32\]"),
+        ({"extras": extras}, "go together"),
+        ({"extras": extras, "extra_rows": rows[:1]}, "extra_rows is"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            chunk_keys_triton.extend(states, **{**good, **bad})
 
 
 def test_sequences_over_several_segments() -> None:

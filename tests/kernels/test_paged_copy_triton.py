@@ -104,6 +104,36 @@ def test_offsets_beyond_4_gib() -> None:
     check_beyond_4_gib(("triton",))
 
 
+@gpu
+def test_offsets_beyond_4_gib_on_a_gpu() -> None:
+    pages = torch.zeros(((5 << 30) >> 20, 1 << 20), dtype=torch.int8, device="cuda")
+    paged = PagedTensors.bind(L.from_pages([pages], 16), [pages])
+    ids = np.array([[len(pages) - 1], [2050]], dtype=np.int32)
+    pages[ids[:, 0].tolist()] = torch.tensor([[3], [4]], dtype=torch.int8, device="cuda")
+    slots, sums = np.zeros((2, 1 << 20), np.uint8), np.zeros((2, 1), np.uint64)
+    gather_chunks(paged, ids, slots, np.arange(2), sums, "triton")
+    assert [set(row.tolist()) for row in slots] == [{3}, {4}]
+
+
+@devices
+def test_strided_indices_are_refused(device: str) -> None:
+    """The kernels walk tables without strides: a view of a wider table would send sums to its neighbours."""
+    from kvkern.kernels import paged_copy_triton
+
+    host = CASES["FA bf16"]()
+    paged = PagedTensors.bind(host.layout, twin(host.tensors, device))
+    slots = torch.zeros((1, paged.layout.part_nbytes(1)), dtype=torch.uint8, device=device)
+    ids, slot_ids = (
+        torch.zeros((1, 1), dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    wide = torch.zeros((2, 8), dtype=torch.uint64, device=device)[:, :4]
+    with pytest.raises(LayoutError, match="checksums has strides"):
+        paged_copy_triton.gather_chunks(
+            paged, ids.expand(2, 1).contiguous(), slots, slot_ids.expand(2).contiguous(), wide
+        )
+
+
 @devices
 @pytest.mark.parametrize("name", ["FA bf16", "MLA 656", "fused HND (0, 1, 2)", "pages, odd rows"])
 def test_self_test_of_the_layout(name: str, device: str) -> None:
