@@ -32,6 +32,35 @@ def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(writable).to(device)
 
 
+def _run(
+    to_slots: bool,
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],
+    slots: npt.NDArray[np.uint8],
+    slot_ids: npt.NDArray[np.int64],
+    checksums: npt.NDArray[np.uint64],
+) -> None:
+    from . import paged_copy_triton
+
+    if not len(slot_ids):
+        return
+    device = paged.tensors[0].device
+    part_nbytes = paged.layout.part_nbytes(block_ids.shape[1])
+    sums = torch.empty(checksums.shape, dtype=torch.uint64, device=device)
+    row_ids = torch.arange(len(slot_ids), device=device)
+    if device.type == "cpu":
+        rows, row_ids = torch.from_numpy(slots) if to_slots else _to(slots, device), _to(slot_ids, device)
+    elif to_slots:
+        rows = torch.empty((len(slot_ids), part_nbytes), dtype=torch.uint8, device=device)
+    else:
+        rows = _to(slots[slot_ids, :part_nbytes], device)
+    copy = paged_copy_triton.gather_chunks if to_slots else paged_copy_triton.scatter_chunks
+    copy(paged, _to(block_ids, device), rows, row_ids, sums)
+    if to_slots and device.type != "cpu":
+        slots[slot_ids, :part_nbytes] = rows.cpu().numpy()
+    checksums[:] = sums.cpu().numpy()
+
+
 def gather_chunks(
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, its bytes become zeros
@@ -40,23 +69,7 @@ def gather_chunks(
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
     """See `paged_copy.gather_chunks`."""
-    from . import paged_copy_triton
-
-    if not len(slot_ids):
-        return
-    device = paged.tensors[0].device
-    sums = torch.empty(checksums.shape, dtype=torch.uint64, device=device)
-    if device.type == "cpu":
-        rows, row_ids = torch.from_numpy(slots), _to(slot_ids, device)
-    else:
-        rows = torch.empty(
-            (len(slot_ids), paged.layout.part_nbytes(block_ids.shape[1])), dtype=torch.uint8, device=device
-        )
-        row_ids = torch.arange(len(slot_ids), device=device)
-    paged_copy_triton.gather_chunks(paged, _to(block_ids, device), rows, row_ids, sums)
-    if device.type != "cpu":
-        slots[slot_ids, : rows.shape[1]] = rows.cpu().numpy()
-    checksums[:] = sums.cpu().numpy()
+    _run(True, paged, block_ids, slots, slot_ids, checksums)
 
 
 def scatter_chunks(
@@ -67,16 +80,4 @@ def scatter_chunks(
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
     """See `paged_copy.scatter_chunks`."""
-    from . import paged_copy_triton
-
-    if not len(slot_ids):
-        return
-    device = paged.tensors[0].device
-    sums = torch.empty(checksums.shape, dtype=torch.uint64, device=device)
-    if device.type == "cpu":
-        rows, row_ids = _to(slots, device), _to(slot_ids, device)
-    else:
-        rows = torch.from_numpy(slots[slot_ids, : paged.layout.part_nbytes(block_ids.shape[1])]).to(device)
-        row_ids = torch.arange(len(slot_ids), device=device)
-    paged_copy_triton.scatter_chunks(paged, _to(block_ids, device), rows, row_ids, sums)
-    checksums[:] = sums.cpu().numpy()
+    _run(False, paged, block_ids, slots, slot_ids, checksums)
