@@ -148,10 +148,11 @@ class PagedCache:
         self._transfer.close()
         self._arena.close()
 
-    @staticmethod
-    def _finish(job: Job) -> None:
-        """Wait; bad input that a piece met is the caller's to see, anything else is a miss."""
+    def _finish(self, job: Job) -> None:
+        """Copy along, then wait; bad input that a piece met is the caller's to see, anything else is a miss."""
         try:
+            with self._cache.fault_is_miss():
+                job.help()
             job.wait()
         except BaseException:
             job.wait()  # an interrupt: the copies end before the lease or reservation does

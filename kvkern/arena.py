@@ -11,7 +11,6 @@ the memory then dies with its mappings, even on kill -9.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import stat
 import struct
@@ -26,7 +25,8 @@ import numpy.typing as npt
 
 from .config import format_nbytes
 from .errors import ArenaError, ConfigError
-from .slots import PAGE, SlotGeometry, SlotState, round_up
+from .mapping import map_shared, populate
+from .slots import HEAD, IDENTITY, PAGE, SlotGeometry, SlotState, round_up
 
 Progress = Callable[[str], None]
 
@@ -36,7 +36,6 @@ _FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
 _FILE_VERSION = 1
 _PIECE = 256 << 20
 _LOCK_WAIT_S = 600.0
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +67,20 @@ class ArenaSpec:
 class Arena:
     """A mapped arena. Use `create_or_attach`; `close` when no view of it is used any more."""
 
-    def __init__(self, spec: ArenaSpec, path: Path, fd: int, memory: mmap.mmap) -> None:
+    def __init__(self, spec: ArenaSpec, path: Path, fd: int, memory: npt.NDArray[np.uint8]) -> None:
         self.spec = spec
         self.path = path
         self._fd = fd
-        self._memory = memory
-        geometry, slots = spec.geometry, spec.num_slots
         # [num_slots] structured view of every slot's header, shared with every other process
-        self.headers: npt.NDArray[np.void] = np.ndarray(
-            (slots,), geometry.dtype, memory, offset=PAGE, strides=(geometry.slot_nbytes,)
-        )
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)  # the whole file
+        self.headers = self._starts(spec.geometry.dtype, memory)
+        # [num_slots] views of what the headers start with: V104, see SlotGeometry.identities, and V144 of slots.HEAD
+        self.identities = self._starts(IDENTITY, memory)
+        self.heads = self._starts(np.dtype(f"V{HEAD.itemsize}"), memory)
+        self.bytes: npt.NDArray[np.uint8] = memory  # the whole file
+
+    def _starts(self, dtype: np.dtype[np.void], memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+        shape, strides = (self.spec.num_slots,), (self.spec.geometry.slot_nbytes,)
+        return np.ndarray(shape, dtype, memory.data, offset=PAGE, strides=strides)
 
     def parts(
         self,
@@ -128,12 +130,14 @@ def create_or_attach(
         os.close(fd)
 
 
-def _map(fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress) -> mmap.mmap:
+def _map(
+    fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress
+) -> npt.NDArray[np.uint8]:
     """Create or attach, and unlink the name if this is the last process expected. Call under the record lock."""
     created = os.fstat(fd).st_size == 0
     memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
-    attached = int(struct.unpack_from("<I", memory, 12)[0]) + 1
-    struct.pack_into("<I", memory, 12, attached)
+    attached = int(struct.unpack_from("<I", memory.data, 12)[0]) + 1
+    struct.pack_into("<I", memory.data, 12, attached)
     if expected and attached >= expected:
         path.unlink(missing_ok=True)
     return memory
@@ -177,26 +181,27 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, PAGE, 0))
 
 
-def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> mmap.mmap:
+def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> npt.NDArray[np.uint8]:
     try:
         _check_room(spec.nbytes, path)
-        _allocate(fd, spec.nbytes, path, prefault, progress)
+        os.ftruncate(fd, spec.nbytes)
+        memory = _map_file(fd, spec.nbytes, path)
+        if prefault:
+            _allocate(fd, memory, path, progress)
     except BaseException:
         path.unlink(missing_ok=True)
         os.ftruncate(fd, 0)
         raise
-    memory = mmap.mmap(fd, spec.nbytes)
     geometry = spec.geometry
-    memory[: _FILE_HEADER.size] = _FILE_HEADER.pack(
+    _FILE_HEADER.pack_into(
+        memory.data, 0,
         _FILE_MAGIC, _FILE_VERSION, 0, spec.num_slots, geometry.part_nbytes, geometry.max_planes, geometry.world_size,
         spec.identity,
     )  # fmt: skip
-    if prefault:
-        _populate(memory)
     return memory
 
 
-def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> mmap.mmap:
+def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> npt.NDArray[np.uint8]:
     raw = os.pread(fd, _FILE_HEADER.size, 0)
     if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
         raise ArenaError(f"{path} exists but is no finished kvkern arena; if no engine uses it, remove it")
@@ -209,35 +214,35 @@ def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> mmap.mmap:
     if found != spec or os.fstat(fd).st_size != spec.nbytes:
         differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
         raise ArenaError(f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options")
-    memory = mmap.mmap(fd, spec.nbytes)
+    memory = _map_file(fd, spec.nbytes, path)
     if prefault:
-        _populate(memory)
+        populate(memory)
     return memory
 
 
-def _allocate(fd: int, nbytes: int, path: Path, prefault: bool, progress: Progress) -> None:
-    """Reserve the pages, so that a full file system is an error now and not a SIGBUS later."""
-    if not prefault:
-        os.ftruncate(fd, nbytes)
-        return
-    start = time.monotonic()
+def _map_file(fd: int, nbytes: int, path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return map_shared(fd, nbytes)
+    except OSError as error:
+        raise ArenaError(
+            f"arena {path} of {format_nbytes(nbytes)} cannot be mapped: {error.strerror}; "
+            f"lower `capacity`, or raise the limit on address space (ulimit -v)"
+        ) from error
+
+
+def _allocate(fd: int, memory: npt.NDArray[np.uint8], path: Path, progress: Progress) -> None:
+    """Reserve and touch the pages, so that a full file system is an error now and not a SIGBUS later."""
+    start, nbytes = time.monotonic(), len(memory)
     for offset in range(0, nbytes, _PIECE):
         try:
             os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
         except OSError as error:
             raise ArenaError(_no_room(nbytes, path, f"the kernel says: {error.strerror}")) from error
         done = min(offset + _PIECE, nbytes)
+        populate(memory[offset:done])
         if done % (16 * _PIECE) == 0 or done == nbytes:
             seconds = time.monotonic() - start
             progress(f"arena: {format_nbytes(done)} of {format_nbytes(nbytes)} ready after {seconds:.1f} s")
-
-
-def _populate(memory: mmap.mmap) -> None:
-    """Fill the page tables. Kernels without MADV_POPULATE_WRITE fault the pages in on first use instead."""
-    try:
-        memory.madvise(_MADV_POPULATE_WRITE)
-    except OSError:
-        return
 
 
 def _check_room(nbytes: int, path: Path) -> None:

@@ -34,7 +34,7 @@ class Cache:
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix of `keys` that could be acquired now. Pins and counts nothing."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             self._end_late()
             return self._dram.contains(keys)
         return 0
@@ -44,7 +44,7 @@ class Cache:
 
         The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
         """
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             self._end_late()
             lease = self._dram.acquire(keys, prefix)
             self.counters.lookup_chunks += len(keys)
@@ -54,7 +54,7 @@ class Cache:
 
     def release(self, lease: Lease) -> int:
         """End a lease. Chunks its reader marked BAD are dropped and counted; returns how many."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             bad = self._dram.drop_bad(lease)
             self._dram.release(lease)
             self.counters.bad_chunks += bad
@@ -69,12 +69,12 @@ class Cache:
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The engine used these chunks from its own cache: they count as recently used here too."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             self._dram.touch(keys)
 
     def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
         """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             self._end_late()
             reservation = self._dram.reserve(chain, wanted, shape)
             self.counters.dropped_chunks += reservation.dropped
@@ -84,7 +84,7 @@ class Cache:
 
     def commit(self, reservation: Reservation) -> int:
         """Publish the chunks every rank has written, free the others. Returns how many were published."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             stored = self._dram.commit(reservation)
             self.counters.stored_chunks += stored
             self.counters.failed_chunks += len(reservation.slots) - stored
@@ -93,12 +93,12 @@ class Cache:
 
     def abort(self, reservation: Reservation) -> None:
         """Give reserved slots back unwritten. Only once no writer can still be writing them."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             self._dram.abort(reservation)
 
     def clear(self) -> int:
         """Forget every chunk. Slots being read or written are freed when their lease or reservation ends."""
-        with self._lock, self._fault_is_miss():
+        with self._lock, self.fault_is_miss():
             count = self._dram.clear()
             self.counters.cleared_chunks += count
             return count
@@ -116,7 +116,8 @@ class Cache:
             self._dram.release(lease)
 
     @contextmanager
-    def _fault_is_miss(self) -> Iterator[None]:
+    def fault_is_miss(self) -> Iterator[None]:
+        """Count and log what goes wrong inside; for callers too that work on chunks themselves. Bad input is raised."""
         try:
             yield
         except KvkernError:

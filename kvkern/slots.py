@@ -16,11 +16,33 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 MAGIC = int.from_bytes(b"KVKERNS1", "little")
 VERSION = 1
 PAGE = 4096
 _FIXED_NBYTES = 256
+_Fields = list[tuple[str, object, int]]  # name, format, offset
+_IDENTITY_FIELDS: _Fields = [
+    ("magic", "<u8", 0), ("version", "<u4", 8), ("header_nbytes", "<u4", 12),
+    ("key", "V32", 16), ("namespace", "V32", 48),
+    ("payload_nbytes", "<u8", 80), ("part_nbytes", "<u8", 88), ("world_size", "<u4", 96), ("planes", "<u4", 100),
+]  # fmt: skip
+_STATE_FIELDS: _Fields = [
+    ("generation", "<u8", 104), ("owner_pid", "<u8", 112), ("owner_start", "<u8", 120),
+    ("state", "<u4", 128), ("codec", "<u4", 132), ("group", "<u4", 136), ("chunk_tokens", "<u4", 140),
+]  # fmt: skip
+
+
+def _structure(fields: _Fields, nbytes: int) -> np.dtype[np.void]:
+    names, formats, offsets = zip(*fields, strict=True)
+    spec = {"names": list(names), "formats": list(formats), "offsets": list(offsets), "itemsize": nbytes}
+    return np.dtype(spec)  # type: ignore[call-overload,no-any-return]  # numpy's stubs lack the offsets form
+
+
+_IDENTITY = _structure(_IDENTITY_FIELDS, 104)
+IDENTITY = np.dtype("V104")  # a header's first bytes, up to and with `planes`, compared as one value
+HEAD = _structure([("identity", IDENTITY, 0), *_STATE_FIELDS], 144)  # what a reservation writes, as one value
 
 
 class SlotState(IntEnum):
@@ -60,23 +82,29 @@ class SlotGeometry:
         """Header and all parts."""
         return self.header_nbytes + self.world_size * self.part_stride
 
+    def identities(
+        self,
+        keys: npt.NDArray[np.void],  # [n] V32
+        namespace: bytes,  # 32 bytes
+    ) -> npt.NDArray[np.void]:
+        """[n] V104: what the headers of these chunks start with, the format, the chunk and its sizes."""
+        headers = np.empty(len(keys), dtype=_IDENTITY)
+        values = {
+            "magic": MAGIC, "version": VERSION, "header_nbytes": self.header_nbytes, "key": keys,
+            "namespace": np.void(namespace), "payload_nbytes": self.world_size * self.part_nbytes,
+            "part_nbytes": self.part_nbytes, "world_size": self.world_size, "planes": self.max_planes,
+        }  # fmt: skip
+        for name, value in values.items():
+            headers[name] = value
+        return headers.view(IDENTITY)
+
     @property
     def dtype(self) -> np.dtype[np.void]:
         """Structured dtype of a header."""
-        fields: list[tuple[str, object, int]] = [
-            ("magic", "<u8", 0), ("version", "<u4", 8), ("header_nbytes", "<u4", 12),
-            ("key", "V32", 16), ("namespace", "V32", 48),
-            ("payload_nbytes", "<u8", 80), ("part_nbytes", "<u8", 88), ("world_size", "<u4", 96), ("planes", "<u4", 100),
-            ("generation", "<u8", 104), ("owner_pid", "<u8", 112), ("owner_start", "<u8", 120),
-            ("state", "<u4", 128), ("codec", "<u4", 132), ("group", "<u4", 136), ("chunk_tokens", "<u4", 140),
+        fields = [
+            *_IDENTITY_FIELDS,
+            *_STATE_FIELDS,
             ("written", ("<u8", (self.world_size,)), _FIXED_NBYTES),
             ("checksum", ("<u8", (self.world_size, self.max_planes)), _FIXED_NBYTES + 8 * self.world_size),
         ]  # fmt: skip
-        names, formats, offsets = zip(*fields, strict=True)
-        spec = {
-            "names": list(names),
-            "formats": list(formats),
-            "offsets": list(offsets),
-            "itemsize": self.header_nbytes,
-        }
-        return np.dtype(spec)  # type: ignore[call-overload,no-any-return]  # numpy's stubs lack the offsets form
+        return _structure(fields, self.header_nbytes)

@@ -3,16 +3,19 @@
     store: gather blocks -> part, checksums -> header, then `written[rank] = generation`    (release order)
     load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
 
-Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL. The caller keeps the
-engine's blocks unused until a job is done, and slots leased or reserved until then.
+Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
+else to do takes pieces too (`Job.help`). The caller keeps the engine's blocks unused until a job is done, and slots
+leased or reserved until then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,6 @@ from .errors import LayoutError
 from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from .kernels.selftest import round_trip
 from .kernels.warm import warm
-from .slots import MAGIC, VERSION
 
 _MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
 
@@ -45,13 +47,35 @@ class Job:
 
     nbytes: int
     ok: npt.NDArray[np.bool_]  # [n] bool
-    futures: list[Future[None]] = field(default_factory=list)
+    futures: list[Future[None]] = field(default_factory=list)  # one a piece
+    unclaimed: deque[tuple[Future[None], Callable[[], None]]] = field(default_factory=deque)  # pieces nobody has begun
     started: float = field(default_factory=time.perf_counter)
     finished: float = 0.0
 
     def done(self) -> bool:
         """Whether every piece has ended."""
         return all(future.done() for future in self.futures)
+
+    def run_piece(self) -> bool:
+        """Run a piece nobody has begun, in this thread; False if there is none. Raises what the piece raises."""
+        try:
+            future, piece = self.unclaimed.popleft()
+        except IndexError:
+            return False
+        try:
+            piece()
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        finally:
+            self.finished = max(self.finished, time.perf_counter())
+        future.set_result(None)
+        return True
+
+    def help(self) -> None:
+        """Run pieces in this thread until all have been begun. Raises what one of them raises; `wait` in any case."""
+        while self.run_piece():
+            pass
 
     def wait(self, timeout_s: float | None = None) -> Job:
         """Block until done, or for `timeout_s`."""
@@ -147,18 +171,14 @@ class Transfer:
             for at in range(0, count, step):
                 rows = slice(at, min(at + step, count))
                 ok = job.ok[begin + rows.start : begin + rows.stop]
-                job.futures.append(self._pool.submit(self._timed, job, piece, batch, rows, ok))
+                job.unclaimed.append((Future(), partial(piece, batch, rows, ok)))
             begin += count
+        job.futures += [future for future, _ in job.unclaimed]
         if not job.futures:
             job.finished = job.started
+        for _ in job.futures:
+            self._pool.submit(job.run_piece)
         return job
-
-    @staticmethod
-    def _timed(job: Job, piece, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:  # type: ignore[no-untyped-def]
-        try:
-            piece(batch, rows, ok)
-        finally:
-            job.finished = max(job.finished, time.perf_counter())
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
         group, headers = self._groups[batch.group], self._arena.headers
@@ -180,17 +200,12 @@ class Transfer:
     def _scatter_verified(self, batch: ChunkBatch, rows: slice) -> npt.NDArray[np.bool_]:
         """[rows] bool: whose header and payload are what they should be."""
         group, slots, headers = self._groups[batch.group], batch.slots[rows], self._arena.headers
-        geometry = self._arena.spec.geometry
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
-        expected = {
-            "magic": MAGIC, "version": VERSION, "key": batch.keys[rows], "namespace": np.void(batch.namespace),
-            "header_nbytes": geometry.header_nbytes, "payload_nbytes": geometry.world_size * geometry.part_nbytes,
-            "part_nbytes": geometry.part_nbytes, "world_size": geometry.world_size, "planes": geometry.max_planes,
-            "codec": 0,
-        }  # fmt: skip
-        good: npt.NDArray[np.bool_] = headers["written"][slots, self._rank] == headers["generation"][slots]
-        for name, value in expected.items():
-            good &= headers[name][slots] == value
+        good: npt.NDArray[np.bool_] = self._arena.identities[slots] == self._arena.spec.geometry.identities(
+            batch.keys[rows], batch.namespace
+        )
+        good &= headers["written"][slots, self._rank] == headers["generation"][slots]
+        good &= headers["codec"][slots] == 0
         read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
         scatter_chunks(group, np.ascontiguousarray(read), self._parts, slots, sums)
         good &= (headers["checksum"][slots, self._rank, : sums.shape[1]] == sums).all(axis=1)

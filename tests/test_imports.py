@@ -27,6 +27,7 @@ LEVELS = {
     "kvkern.keys": 1,
     "kvkern.slots": 1,
     "kvkern.arena": 1,
+    "kvkern.mapping": 0,
     "kvkern.policy": 1,
     "kvkern.transfer": 2,
     "kvkern.tiers": 2,

@@ -21,7 +21,7 @@ from ..arena import Arena, process_start
 from ..errors import ConfigError
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy
-from ..slots import MAGIC, VERSION, SlotState
+from ..slots import HEAD, SlotState
 
 Keys = Sequence[bytes]
 
@@ -232,17 +232,15 @@ class DramTier:
             self._writing[key] = slot
             self._key_of[slot] = key
             self._state[slot] = SlotState.WRITING
-        headers, at = self._arena.headers, np.array(slots, dtype=np.int64)
-        geometry = self._arena.spec.geometry
-        generations: npt.NDArray[np.uint64] = headers["generation"][at] + np.uint64(1)
+        at = np.array(slots, dtype=np.int64)
+        generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
         values = {
-            "state": SlotState.WRITING, "generation": generations, "magic": MAGIC, "version": VERSION,
-            "header_nbytes": geometry.header_nbytes, "key": np.frombuffer(b"".join(keys), dtype="V32"),
-            "namespace": np.void(shape.namespace), "payload_nbytes": geometry.world_size * geometry.part_nbytes,
-            "part_nbytes": geometry.part_nbytes, "world_size": geometry.world_size, "planes": geometry.max_planes,
-            "owner_pid": self._owner[0], "owner_start": self._owner[1], "codec": 0, "group": shape.group,
-            "chunk_tokens": shape.chunk_tokens,
+            "identity": self._arena.spec.geometry.identities(np.frombuffer(b"".join(keys), "V32"), shape.namespace),
+            "generation": generations, "owner_pid": self._owner[0], "owner_start": self._owner[1],
+            "state": SlotState.WRITING, "codec": 0, "group": shape.group, "chunk_tokens": shape.chunk_tokens,
         }  # fmt: skip
+        heads = np.empty(len(at), dtype=HEAD)
         for name, value in values.items():
-            headers[name][at] = value
-        return [int(g) for g in generations]
+            heads[name] = value
+        self._arena.heads[at] = heads.view(self._arena.heads.dtype)
+        return generations.tolist()  # type: ignore[no-any-return]
