@@ -6,9 +6,9 @@ engine level, time to first token of a prompt computed before (cases ttft_hit, t
     lmcache_mp      LMCache's server beside the engine, LMCacheMPConnector, shared memory between them
   Each in an engine of its own, one alive at a time; (vLLM forgets, hit, native hit) in turns; replies compared, see rows.py.
 library level, GB/s of paged KV of Llama-3.1-8B, random blocks in host memory, no engine (cases store, retrieve):
-    kvkern          kvkern.open_cache: keys, copy and checksums
-    lmcache_inproc  LMCache's in-process engine with its own CPU copy
-    aibrix          AIBrix's L1; whole blocks only, since its gather kernel needs a GPU: in its favour
+    kvkern          kvkern.open_cache: keys, copy and checksums, on both kinds of pages
+    lmcache_inproc  LMCache's in-process engine with its own CPU copy, on pages of layers (FlashAttention)
+    aibrix          AIBrix's L1, on pages that are whole blocks, since its gather kernel needs a GPU
   A memcpy of the same process and threads is measured in the same loop; every round trip is compared byte for byte.
 
 ratio_kvkern > 1 means kvkern is better: kvkern's rate over theirs, their time over kvkern's. In rows of ttft_native_hit and
@@ -46,7 +46,7 @@ QUICK_ENGINES = engines.Plan(prompt_tokens=(1000, 2000), pairs=2, reply_tokens=4
 QUICK_LIBRARIES = libraries.Plan(sizes=(256, 1024), runs=2, capacity_gib=1)
 QUIET_CPUS = 0.2  # without a remark; processes that vLLM does not wait for count as others too, but stay below this
 SHOWN = (
-    "system", "case", "prompt_tokens", "tokens", "ttft_s", "gb_s", "memcpy_gb_s", "ratio_native_hit", "ratio_kvkern",
+    "system", "case", "pages", "prompt_tokens", "tokens", "ttft_s", "gb_s", "memcpy_gb_s", "ratio_native_hit", "ratio_kvkern",
     "ratio_kvkern_paired", "loaded_tokens", "tokens_equal", "other_cpus",
 )  # fmt: skip
 

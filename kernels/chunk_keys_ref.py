@@ -10,6 +10,7 @@ Tokens are little-endian uint32; `extra_i` is empty for text.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SEGMENT_CHUNKS = 128
 
 
+@lru_cache(maxsize=64)
 def segment_key(root: bytes) -> bytes:
     """32-byte key of the first chunk of every segment."""
     return blake3(root, derive_key_context="kvkern segment v1").digest()

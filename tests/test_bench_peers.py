@@ -100,6 +100,15 @@ def test_above_one_kvkern_is_better(rows: ModuleType) -> None:
     assert got[-1]["ratio_kvkern_paired"] == pytest.approx(1.5)
 
 
+def test_rates_are_compared_on_the_same_pages_only(rows: ModuleType) -> None:
+    base = {"case": "store", "tokens": 256}
+    ours = [
+        base | {"system": "kvkern", "pages": pages, "gb_s": gb_s} for pages, gb_s in (("layers", 8.0), ("blocks", 9.0))
+    ]
+    got = rows.with_ratios([*ours, base | {"system": "theirs", "pages": "blocks", "gb_s": 3.0}])
+    assert [row["ratio_kvkern"] for row in got] == [1.0, 1.0, 3.0]
+
+
 def test_library_rows(rows: ModuleType) -> None:
     measured = {
         "tokens": 256, "nbytes": 2_000_000_000, "memcpy_nbytes": 1_000_000_000, "threads": 2, "round_trip_equal": True,

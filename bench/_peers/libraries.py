@@ -17,13 +17,14 @@ from kvkern.demo import process
 from . import venvs
 from .children import Child
 from .engines import HERE, QUIET
-from .rows import Verdict, library_rows
+from .rows import Row, Verdict, library_rows
 
 SILENCE_LIMIT_S = 300.0  # the start with its fill of the cache, or one size
 # Torch's threads spin while they wait, as they do by default: told to sleep, they cost LMCache a third on a quiet machine. On a
 # busy one spinning costs it a factor of 20, hence other_cpus in every row.
 LIBRARY_ENV = {"LMCACHE_LOG_LEVEL": "ERROR"}
 SYSTEMS = {"kvkern": None, "lmcache_inproc": venvs.LMCACHE, "aibrix": venvs.AIBRIX}
+PAGES = {"kvkern": ("layers", "blocks"), "lmcache_inproc": ("layers",), "aibrix": ("blocks",)}  # that each can address
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ def measure(name: str, plan: Plan, workdir: Path, say: Callable[[str], None]) ->
     python = venvs.ensure(rival, workdir, say) if rival else Path(sys.executable)
     script = HERE / f"library_{name.removesuffix('_inproc')}_child.py"
     env = process.environment(verbose=False) | QUIET | LIBRARY_ENV
-    measured = []
-    with Child(f"the {name} library", [str(python), str(script)], env, workdir / f"library-{name}.log") as child:
-        child.send(asdict(plan))
-        for one in child.rows(SILENCE_LIMIT_S):
-            say(f"  {one['tokens']:,} tokens stored and retrieved {plan.runs} times")
-            measured.append(one)
     version = rival.version if rival else __version__
-    return Verdict(library_rows({"system": name, "version": version, "level": "library"}, measured), problems=[])
+    rows: list[Row] = []
+    for pages in PAGES[name]:
+        measured = []
+        with Child(f"the {name} library", [str(python), str(script)], env, workdir / f"library-{name}.log") as child:
+            child.send(asdict(plan) | {"pages": pages})
+            for one in child.rows(SILENCE_LIMIT_S):
+                say(f"  {one['tokens']:,} tokens stored and retrieved {plan.runs} times, pages of {pages}")
+                measured.append(one)
+        rows += library_rows({"system": name, "version": version, "level": "library", "pages": pages}, measured)
+    return Verdict(rows, problems=[])

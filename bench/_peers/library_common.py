@@ -77,6 +77,9 @@ class BlockPages:
         return torch.equal(bits[left], bits[right])
 
 
+PAGES = {"layers": LayerPages, "blocks": BlockPages}
+
+
 @dataclass(frozen=True)
 class Job:
     """What the parent asks for."""
@@ -85,6 +88,7 @@ class Job:
     runs: int
     threads: int
     capacity_gib: int
+    pages: str  # "layers" or "blocks", a key of PAGES
 
     @property
     def num_blocks(self) -> int:

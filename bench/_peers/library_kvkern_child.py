@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from library_common import BLOCK_TOKENS, Cache, Job, LayerPages, Pages, main
+from library_common import BLOCK_TOKENS, PAGES, BlockPages, Cache, Job, LayerPages, Pages, main
 
 import kvkern
 
 
 class Kvkern:
-    """A kvkern.PagedCache over FlashAttention pages; chunks of one block."""
+    """A kvkern.PagedCache over FlashAttention pages or whole blocks; chunks of one block."""
 
-    def __init__(self, job: Job, pages: LayerPages) -> None:
-        layout = kvkern.layout.flash_attention(pages.layers)
+    def __init__(self, job: Job, pages: LayerPages | BlockPages) -> None:
+        if isinstance(pages, LayerPages):
+            tensors = pages.layers
+            layout = kvkern.layout.flash_attention(tensors)
+        else:
+            tensors = [pages.blocks.view(torch.uint8).view(job.num_blocks, -1)]
+            layout = kvkern.layout.from_pages(tensors, BLOCK_TOKENS)
         self._cache = kvkern.open_cache(
-            layout, pages.layers, model="bench", weights="none", capacity=f"{job.capacity_gib}GiB", threads=job.threads
+            layout, tensors, model="bench", weights="none", capacity=f"{job.capacity_gib}GiB", threads=job.threads
         )
 
     def store(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
@@ -34,7 +39,7 @@ class Kvkern:
 
 
 def open_cache(job: Job) -> tuple[Pages, Cache]:
-    pages = LayerPages(job.num_blocks)
+    pages = PAGES[job.pages](job.num_blocks)
     return pages, Kvkern(job, pages)
 
 

@@ -136,7 +136,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def _key(row: Row) -> tuple[object, ...]:
-    return row["case"], row.get("prompt_tokens"), row.get("tokens")
+    return row["case"], row.get("prompt_tokens"), row.get("tokens"), row.get("pages")
 
 
 def _ratios(ours: Row | None, row: Row) -> Row:
