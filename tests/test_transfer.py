@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from kvkern import transfer as transfer_module
 from kvkern.arena import Arena
 from kvkern.cache import Cache
 from kvkern.errors import LayoutError
@@ -359,3 +360,32 @@ def test_a_layout_that_does_not_round_trip_is_an_error_at_start(tmp_path: Path) 
         transfer.self_test()
     transfer.close()
     arena.close()
+
+
+def test_a_caller_that_helps_does_every_piece(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's threads never come: the caller copies everything itself, and the pieces are done once."""
+    transfer, submitted = bench.ranks[0], []
+    monkeypatch.setattr(transfer_module, "_MIN_PIECE_NBYTES", 1)
+    monkeypatch.setattr(transfer_module, "_MAX_PIECE_NBYTES", 1)
+    monkeypatch.setattr(transfer._pool, "submit", submitted.append)
+    reserved = bench.reserve("a", 3)
+    job = transfer.store([bench.batch(range(1, 7), reserved.keys, reserved.slots, reserved.generations)])
+    assert (len(job.futures), len(submitted), job.done()) == (3, 3, False)
+    job.help()
+    assert job.done()
+    assert job.ok.all()
+    assert job.seconds > 0
+    assert job.run_piece() is False
+
+
+def test_what_a_helped_piece_raises_reaches_helper_and_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = bench.ranks[0]
+    monkeypatch.setattr(transfer._pool, "submit", lambda piece: None)
+    monkeypatch.setattr(transfer_module, "gather_chunks", lambda *args: 1 / 0)
+    reserved = bench.reserve("a", 1)
+    job = transfer.store([bench.batch(range(1, 3), reserved.keys, reserved.slots, reserved.generations)])
+    with pytest.raises(ZeroDivisionError):
+        job.help()
+    assert job.done()
+    assert isinstance(job.error, ZeroDivisionError)
+    assert not job.ok.any()
