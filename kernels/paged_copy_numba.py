@@ -229,6 +229,23 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
     _fence()
 
 
+@njit(
+    types.void(types.int64, types.int64, _SLOT_IDS, types.uint32[:, ::1], types.uint64[:, ::1]),
+    nogil=True, cache=True, boundscheck=False,
+)  # fmt: skip
+def _sum_planes(slots, slot_stride, slot_ids, plane_nbytes, checksums):  # type: ignore[no-untyped-def]
+    sums = np.empty(32, dtype=np.uint64)
+    acc = np.int64(sums.ctypes.data)
+    for c in range(slot_ids.shape[0]):
+        plane = slots + slot_ids[c] * slot_stride
+        for p in range(plane_nbytes.shape[1]):
+            nbytes = np.int64(plane_nbytes[c, p])
+            sums[:] = _U64(0)
+            _sum_rows(np.int64(0), plane, nbytes >> 6, acc, plane + nbytes)
+            checksums[c, p] = _finish(sums, nbytes >> 6, nbytes)
+            plane += nbytes
+
+
 def _tables(paged: PagedTensors, blocks_per_chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """([planes, 6] int64 stride_block and runs, [planes + 1] int64 offsets), made once."""
 
@@ -278,3 +295,16 @@ def scatter_chunks(
 ) -> None:
     """See `paged_copy.scatter_chunks`."""
     _run(False, paged, block_ids, slots, slot_ids, checksums)
+
+
+def checksum_planes(
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
+    slot_ids: npt.NDArray[np.int64],  # [n] int64
+    plane_nbytes: npt.NDArray[np.uint32],  # [n, planes] uint32, multiples of 64; planes lie one after the other
+) -> npt.NDArray[np.uint64]:
+    """[n, planes] uint64: checksums of what lies in slots, without a layout. The caller keeps sizes inside a slot."""
+    checksums = np.zeros(plane_nbytes.shape, dtype=np.uint64)
+    if checksums.size:
+        ids, sizes = np.ascontiguousarray(slot_ids), np.ascontiguousarray(plane_nbytes)
+        _sum_planes(slots.ctypes.data, slots.strides[0], ids, sizes, checksums)
+    return checksums

@@ -1,6 +1,7 @@
 """One file of slots in shared memory, created by whoever comes first and mapped by all. Knows bytes, not tensors or keys.
 
     file = header page | slot 0 | slot 1 | ...        slots as in slots.py
+    header page = sizes and identity, as in _FILE_HEADER; from byte 2048 on the processes a daemon has given the file to
 
 Life of the file: the first process creates and prefaults it under a record lock, the others wait for the lock and check
 that they mean the same geometry. Every process holds a shared flock while it maps the file, so a file nobody has locked
@@ -33,7 +34,9 @@ Progress = Callable[[str], None]
 _FILE_MAGIC = b"KVKARENA"
 # magic, version, attached, slots, part bytes, planes, world size, identity
 _FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
-_FILE_VERSION = 1
+_FILE_VERSION = 2
+_PROCESSES_AT, MAX_PROCESSES = 2048, 128
+_PROCESS = np.dtype([("pid", "<u8"), ("start", "<u8")])
 _PIECE = 256 << 20
 _LOCK_WAIT_S = 600.0
 
@@ -73,10 +76,12 @@ class Arena:
         self._fd = fd
         # [num_slots] structured view of every slot's header, shared with every other process
         self.headers = self._starts(spec.geometry.dtype, memory)
-        # [num_slots] views of what the headers start with: V104, see SlotGeometry.identities, and V144 of slots.HEAD
+        # [num_slots] views of what the headers start with: V104, see SlotGeometry.identities, and V152 of slots.HEAD
         self.identities = self._starts(IDENTITY, memory)
         self.heads = self._starts(np.dtype(f"V{HEAD.itemsize}"), memory)
         self.bytes: npt.NDArray[np.uint8] = memory  # the whole file
+        # [MAX_PROCESSES] of (pid, start): who may be reading or writing slots; zeros where nobody. A daemon's record.
+        self.processes: npt.NDArray[np.void] = np.ndarray((MAX_PROCESSES,), _PROCESS, memory.data, offset=_PROCESSES_AT)
 
     def _starts(self, dtype: np.dtype[np.void], memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
         shape, strides = (self.spec.num_slots,), (self.spec.geometry.slot_nbytes,)
@@ -97,6 +102,15 @@ class Arena:
     def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
         """Called by a reader that holds a lease: these slots did not verify."""
         self.headers["state"][slots] = SlotState.BAD
+
+    def descriptor(self) -> int:
+        """A descriptor of the file to pass to another process, opened anew: locks of this one do not travel with it."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def file_id(self) -> tuple[int, int]:
+        """Device and inode: two mappings of one memory have the same."""
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
         """Drop the mapping once its last view is gone, and the lock. The file stays unless it was unlinked."""
@@ -141,6 +155,33 @@ def _map(
     if expected and attached >= expected:
         path.unlink(missing_ok=True)
     return memory
+
+
+def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:
+    """Map an arena whose descriptor another process has passed. The arena owns `fd` from now on. Raises ArenaError."""
+    try:
+        return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_spec(path: Path) -> ArenaSpec | None:
+    """What the arena file at `path` holds, for a daemon to take it over; None if it is no finished arena of this version."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        _check_owner(fd, path)
+        raw = os.pread(fd, _FILE_HEADER.size, 0)
+        if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+            return None
+        _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+        spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
+        return spec if version == _FILE_VERSION and os.fstat(fd).st_size == spec.nbytes else None
+    finally:
+        os.close(fd)
 
 
 def _check_owner(fd: int, path: Path) -> None:
@@ -305,8 +346,19 @@ def arena_prefix(uid: int) -> str:
 
 def process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot; 0 if it is gone. With the pid it names a process for good."""
+    state, start = _process_stat(pid)
+    return start if state not in ("", "Z", "X") else 0  # a zombie has given its memory back
+
+
+def process_alive(pid: int, start: int) -> bool:
+    """Whether the process with this pid and start time may still touch memory."""
+    return start != 0 and process_start(pid) == start
+
+
+def _process_stat(pid: int) -> tuple[str, int]:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(fields.rsplit(")", 1)[1].split()[19])
+        return "", 0
+    rest = fields.rsplit(")", 1)[1].split()
+    return rest[0], int(rest[19])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
 from .config import Config
-from .kernels.paged_copy import PagedTensors
 from .policy.lru import LRU
 from .slots import SlotGeometry
 from .tiers.dram import DramTier
-from .transfer import Transfer
+
+if TYPE_CHECKING:  # a daemon assembles a cache without torch
+    from .kernels.paged_copy import PagedTensors
+    from .transfer import Transfer
 
 logger = logging.getLogger("kvkern")
 
@@ -43,6 +46,8 @@ def build_transfer(
     config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
 ) -> Transfer:
     """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip."""
+    from .transfer import Transfer
+
     transfer = Transfer(groups, arena, rank, blocks_per_chunk, config.copy_threads)
     try:
         transfer.self_test()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .errors import KvkernError
 from .metrics import CacheCounters
-from .tiers.dram import ChunkShape, DramTier, Lease, Reservation
+from .tiers.dram import Adopted, Changes, ChunkShape, DramTier, Lease, Reservation
 
 logger = logging.getLogger("kvkern")
 
@@ -96,13 +96,75 @@ class Cache:
         with self._lock, self.fault_is_miss():
             self._dram.abort(reservation)
 
-    def clear(self) -> int:
-        """Forget every chunk. Slots being read or written are freed when their lease or reservation ends."""
+    def clear(self, namespace: bytes | None = None) -> int:
+        """Forget every chunk, or those of a namespace (32-byte root).
+
+        Slots being read or written are freed when their lease or reservation ends.
+        """
         with self._lock, self.fault_is_miss():
-            count = self._dram.clear()
+            count = self._dram.clear(namespace)
             self.counters.cleared_chunks += count
             return count
         return 0
+
+    def drop(self, keys: Sequence[bytes]) -> int:
+        """Forget these chunks. Returns how many there were."""
+        with self._lock, self.fault_is_miss():
+            count = self._dram.drop(keys)
+            self.counters.cleared_chunks += count
+            return count
+        return 0
+
+    # -- for a daemon, whose clients are other processes --------------------------------------------------------------
+
+    def grant(self, count: int) -> Reservation:
+        """Slots for a client to fill and name. See DramTier.grant."""
+        with self._lock, self.fault_is_miss():
+            self._end_late()
+            reservation = self._dram.grant(count)
+            self.counters.evicted_chunks += len(reservation.evicted)
+            return reservation
+        return NO_RESERVATION
+
+    def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
+        """Make granted slots READY. See DramTier.publish."""
+        with self._lock, self.fault_is_miss():
+            published = self._dram.publish(reservation, namespace)
+            self.counters.stored_chunks += sum(published)
+            self.counters.failed_chunks += len(published) - sum(published)
+            return published
+        return [False] * len(reservation.slots)
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Granted slots come back unwritten. Only once no writer can still be writing them."""
+        with self._lock, self.fault_is_miss():
+            self._dram.give_back(slots)
+
+    def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
+        """Take over an arena's chunks. See DramTier.adopt."""
+        with self._lock:
+            return self._dram.adopt(alive)
+
+    def track(self) -> None:
+        """From now on `take_changes` tells what becomes cached and what is forgotten."""
+        with self._lock:
+            self._dram.changes = Changes()
+
+    def take_changes(self) -> Changes:
+        """Since the last call. The caller takes them often: they are kept until then."""
+        with self._lock:
+            changes, self._dram.changes = self._dram.changes, Changes()
+            return changes or Changes()
+
+    def all_keys(self) -> list[bytes]:
+        """All chunks that are cached."""
+        with self._lock:
+            return self._dram.all_keys()
+
+    def info(self, keys: Sequence[bytes]) -> list[dict[str, int | str]]:
+        """What the headers of cached chunks say, for operators."""
+        with self._lock:
+            return self._dram.info(keys)
 
     def usage(self) -> dict[str, int]:
         """Slots in all and free ones; the rest are READY or being written."""

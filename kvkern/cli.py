@@ -5,8 +5,10 @@ Commands import what they need when they run: `kvkern version` costs neither tor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +57,148 @@ def demo(
         verbose=verbose,
     )
     raise typer.Exit(run.demo(options))
+
+
+Socket = Annotated[Path, typer.Option(help="The daemon's Unix socket.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEFAULT_SOCKET = Path("/run/kvkern.sock")
+
+
+@app.command()
+def serve(
+    capacity: Annotated[str, typer.Option(help="Memory for the cache, such as 8GiB.")],
+    socket: Socket = DEFAULT_SOCKET,
+    name: Annotated[str, typer.Option(help="Of the trust domain; each has an arena of its own.")] = "default",
+    arena_dir: Annotated[Path, typer.Option(help="A tmpfs mount.")] = Path("/dev/shm"),
+    prefault: Annotated[bool, typer.Option(help="Touch all pages at start instead of on first use.")] = True,
+    allow_uid: Annotated[list[int] | None, typer.Option(help="Another user whose engines may read all of it.")] = None,
+    allow_gid: Annotated[list[int] | None, typer.Option(help="A group whose members' engines may.")] = None,
+    drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
+) -> None:
+    """Run the node's cache: one daemon that colocated engines share. Ends on SIGTERM; keeps its arena for the next start."""
+    import logging
+
+    from .config import parse_nbytes
+    from .node import server
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+    with _errors():
+        config = server.NodeConfig(
+            socket=socket.absolute(),
+            capacity_nbytes=parse_nbytes(capacity),
+            name=name,
+            arena_dir=arena_dir,
+            prefault=prefault,
+            uids=frozenset(allow_uid or ()),
+            gids=frozenset(allow_gid or ()),
+            drain_s=drain,
+        )
+        server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))
+
+
+@app.command()
+def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+    """Print a daemon's counters and what its clients hold."""
+    from .node import protocol
+
+    (row,) = _ask(socket, protocol.Stat(1))
+    _print_json(row) if json else _print_table([{"what": name, "value": value} for name, value in row.items()])
+
+
+@app.command(name="ls")
+def list_chunks(
+    socket: Socket = DEFAULT_SOCKET,
+    prefix: Annotated[str, typer.Option(help="First hex digits of the keys, an even number.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
+    json: AsJson = False,
+) -> None:
+    """List cached chunks."""
+    from .node import protocol
+
+    rows = _ask(socket, protocol.List(1, _key_bytes(prefix), limit))
+    _print_json(rows) if json else _print_table(rows)
+
+
+@app.command()
+def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+    """Show one chunk's header. Exit status 1 if it is not cached."""
+    from .node import protocol
+
+    rows = _ask(socket, protocol.List(1, _key_bytes(key), 1))
+    if not rows:
+        typer.echo(f"kvkern: no cached chunk's key starts with {key}", err=True)
+        raise typer.Exit(1)
+    _print_json(rows[0]) if json else _print_table([{"what": name, "value": value} for name, value in rows[0].items()])
+
+
+@app.command()
+def evict(prefix: str, socket: Socket = DEFAULT_SOCKET) -> None:
+    """Forget the chunks whose key starts with these hex digits."""
+    from .node import protocol
+
+    typer.echo(f"{_ask(socket, protocol.Evict(1, _key_bytes(prefix)))[0]['chunks']} chunks forgotten")
+
+
+@app.command()
+def clear(
+    socket: Socket = DEFAULT_SOCKET,
+    namespace: Annotated[str, typer.Option(help="64 hex digits of a namespace; default: everything.")] = "",
+) -> None:
+    """Forget everything, or a namespace."""
+    from .node import protocol
+
+    root = _key_bytes(namespace) or None
+    with _errors():
+        if root is not None and len(root) != protocol.KEY_NBYTES:
+            raise typer.BadParameter(f"{namespace!r} has {len(namespace)} digits; a namespace has 64, see `kvkern ls`")
+    typer.echo(f"{_ask(socket, protocol.Clear(1, root))[0]['chunks']} chunks forgotten")
+
+
+def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
+    from .node.operator import Operator
+
+    with _errors(), Operator(socket) as daemon:
+        return daemon.ask(request)
+    raise AssertionError("_errors leaves by typer.Exit")
+
+
+def _key_bytes(digits: str) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except ValueError as error:
+        raise typer.BadParameter(f"{digits!r} is no even number of hex digits; `kvkern ls` shows keys") from error
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Bad input is a line on stderr and exit status 2, not a traceback."""
+    from .errors import KvkernError
+
+    try:
+        yield
+    except KvkernError as error:
+        typer.echo(f"kvkern: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.encode(value).decode())
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        typer.echo("nothing is cached")
+        return
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(soft_wrap=True).print(table)
 
 
 def main() -> None:

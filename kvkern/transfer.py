@@ -1,6 +1,6 @@
 """Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
 
-    store: gather blocks -> part, checksums -> header, then `written[rank] = generation`    (release order)
+    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (release order)
     load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
 
 Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
@@ -25,6 +25,7 @@ from .errors import LayoutError
 from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from .kernels.selftest import round_trip
 from .kernels.warm import warm
+from .slots import seal
 
 _MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
 
@@ -128,9 +129,15 @@ class Transfer:
                     f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
                     f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
                 )
+        self._plane_nbytes = [self._plane_sizes(group, geometry.max_planes) for group in self._groups]
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy")
         warm()
+
+    def _plane_sizes(self, group: PagedTensors, max_planes: int) -> npt.NDArray[np.uint32]:
+        """[max_planes] uint32 of a chunk; zeros where the group has fewer planes."""
+        sizes = np.diff(group.layout.plane_offsets(self.blocks_per_chunk))
+        return np.pad(sizes, (0, max_planes - len(sizes))).astype(np.uint32)
 
     @property
     def num_blocks(self) -> int:
@@ -187,8 +194,10 @@ class Transfer:
         slots = batch.slots[mine]
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
         gather_chunks(group, batch.block_ids[mine], self._parts, slots, sums)
-        headers["checksum"][slots, self._rank, : sums.shape[1]] = sums
-        headers["written"][slots, self._rank] = batch.generations[mine]
+        generations, planes = batch.generations[mine], sums.shape[1]
+        headers["checksum"][slots, self._rank, :planes] = sums ^ seal(batch.keys[mine], generations)[:, None]
+        headers["plane_nbytes"][slots, self._rank] = self._plane_nbytes[batch.group]
+        headers["written"][slots, self._rank] = generations
         ok[:] = current
 
     def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
@@ -201,12 +210,14 @@ class Transfer:
         """[rows] bool: whose header and payload are what they should be."""
         group, slots, headers = self._groups[batch.group], batch.slots[rows], self._arena.headers
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
-        good: npt.NDArray[np.bool_] = self._arena.identities[slots] == self._arena.spec.geometry.identities(
-            batch.keys[rows], batch.namespace
-        )
-        good &= headers["written"][slots, self._rank] == headers["generation"][slots]
+        geometry = self._arena.spec.geometry
+        expected = geometry.identities(batch.keys[rows], np.void(batch.namespace))
+        good: npt.NDArray[np.bool_] = self._arena.identities[slots] == expected
+        generations = headers["generation"][slots]
+        good &= headers["written"][slots, self._rank] == generations
         good &= headers["codec"][slots] == 0
         read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
         scatter_chunks(group, np.ascontiguousarray(read), self._parts, slots, sums)
+        sums ^= seal(batch.keys[rows], generations)[:, None]
         good &= (headers["checksum"][slots, self._rank, : sums.shape[1]] == sums).all(axis=1)
         return good

@@ -18,7 +18,7 @@ def test_sizes() -> None:
     assert GEOMETRY.part_stride == 2 * PAGE
     assert GEOMETRY.slot_nbytes == PAGE + 2 * 2 * PAGE
     assert SPEC.nbytes == PAGE + 5 * 5 * PAGE
-    assert SlotGeometry(64, 600).header_nbytes == 2 * PAGE  # 601 checksums and generations do not fit in one page
+    assert SlotGeometry(64, 400).header_nbytes == 2 * PAGE  # 400 checksums and sizes do not fit in one page
     assert [round_up(n, 64) for n in (0, 1, 64, 65)] == [0, 64, 64, 128]
 
 

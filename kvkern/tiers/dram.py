@@ -1,8 +1,9 @@
 """The DRAM tier: which chunk is in which slot of the arena. Allocates, evicts and publishes; never touches payload.
 
     FREE -> WRITING   reserve: a writer owns the slot, the index already knows the key (so nobody writes it twice)
-    WRITING -> READY  commit: every rank has marked its part written under this generation
-    WRITING -> FREE   abort, or the cache was cleared meanwhile
+                      grant: a client in another process owns the slot and names the chunk later, in the header
+    WRITING -> READY  commit or publish: every rank has marked its part written under this generation
+    WRITING -> FREE   abort, or the namespace was cleared meanwhile
     READY -> FREE     eviction (never while pinned), drop, clear
 
 Not thread-safe: `Cache` holds the lock. Every structure is bounded by the number of slots.
@@ -11,7 +12,7 @@ Not thread-safe: `Cache` holds the lock. Every structure is bounded by the numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +20,14 @@ import numpy.typing as npt
 
 from ..arena import Arena, process_start
 from ..errors import ConfigError
+from ..kernels.checksum import ROW_NBYTES
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy
-from ..slots import HEAD, SlotState
+from ..slots import HEAD, SlotState, seal
 
 Keys = Sequence[bytes]
+_NO_POSITION = (1 << 32) - 1
+_VERIFY_SLOTS = 256  # at a time: bounds memory, not work
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,6 @@ class Reservation:
     dropped: int = 0  # chunks that found no room: everything else is leased or being written
     evicted: tuple[bytes, ...] = ()
     chain: tuple[bytes, ...] = field(default=(), repr=False)  # the sequence from its first chunk on
-    epoch: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,23 @@ class ChunkShape:
     namespace: bytes  # 32-byte root
     group: int
     chunk_tokens: int
+
+
+@dataclass(slots=True)
+class Changes:
+    """What an index has gained and lost since somebody took it; both in order. A key may be in both."""
+
+    added: list[bytes] = field(default_factory=list)
+    removed: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What a restarted daemon found in its arena."""
+
+    ready: int  # verified and served again
+    torn: int  # said to be READY, but did not verify: freed
+    unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of a live writer; not free until `give_back`
 
 
 class DramTier:
@@ -70,8 +90,10 @@ class DramTier:
         self._pins: list[int] = [0] * num_slots
         self._doomed: set[int] = set()  # pinned slots that are freed with their last lease
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
-        self._epoch = 0
+        self._granted: set[int] = set()  # WRITING slots whose chunk only their header names
+        self._stale: set[int] = set()  # WRITING slots that a clear has overtaken: never published
         self._owner = (os.getpid(), process_start(os.getpid()))
+        self.changes: Changes | None = None  # set: keys that become and cease to be READY are noted there
 
     def __len__(self) -> int:
         return sum(1 for state in self._state if state is SlotState.READY)
@@ -141,10 +163,10 @@ class DramTier:
         evicted = self._evict(len(missing) - len(self._free), resident)
         granted = missing[: len(self._free)]
         slots = [self._free.pop() for _ in granted]
-        generations = self._begin(granted, slots, shape)
+        generations = self._begin(granted, slots, shape, chain)
         return Reservation(
             tuple(granted), tuple(slots), tuple(generations),
-            len(missing) - len(granted), tuple(evicted), tuple(chain), self._epoch,
+            len(missing) - len(granted), tuple(evicted), tuple(chain),
         )  # fmt: skip
 
     def commit(self, reservation: Reservation) -> int:
@@ -152,19 +174,57 @@ class DramTier:
         headers = self._arena.headers
         slots = np.array(reservation.slots, dtype=np.int64)
         generations = np.array(reservation.generations, dtype=np.uint64)
-        written = (headers["written"][slots] == generations[:, None]).all(axis=1)
-        if reservation.epoch != self._epoch:
-            written[:] = False
-        ready = [slot for slot, ok in zip(reservation.slots, written, strict=True) if ok]
-        headers["state"][ready] = SlotState.READY
-        for slot in ready:
-            self._state[slot] = SlotState.READY
-            if (key := self._key_of[slot]) is not None:
-                self._index[key] = self._writing.pop(key)
-        self._policy.insert(ready)
+        written = (headers["written"][slots] == generations[:, None]).all(axis=1).tolist()
+        good = [ok and slot not in self._stale for slot, ok in zip(reservation.slots, written, strict=True)]
+        ready = [slot for slot, ok in zip(reservation.slots, good, strict=True) if ok]
+        self._make_ready(ready, [key for key, ok in zip(reservation.keys, good, strict=True) if ok])
         self._policy.touch(self._resident(reservation.chain))  # else a tail would be newer than its ancestors
-        self._recycle([slot for slot, ok in zip(reservation.slots, written, strict=True) if not ok])
+        self._recycle([slot for slot, ok in zip(reservation.slots, good, strict=True) if not ok])
         return len(ready)
+
+    def grant(self, count: int) -> Reservation:
+        """Up to `count` slots for a client to fill and name; evicts if need be. Its keys are empty."""
+        evicted = self._evict(count - len(self._free), ())
+        slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        for slot in slots:
+            self._state[slot] = SlotState.WRITING
+        self._granted.update(slots)
+        at = np.array(slots, dtype=np.int64)
+        generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
+        self._arena.headers["generation"][at] = (
+            generations  # whoever was granted it before can not complete it any more
+        )
+        return Reservation((), tuple(slots), tuple(generations.tolist()), count - len(slots), tuple(evicted))
+
+    def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
+        """Make granted slots READY whose header names the given key and that every rank has written; free the others.
+
+        Which of them were published; a chunk that somebody else has published meanwhile was not.
+        """
+        headers, geometry = self._arena.headers, self._arena.spec.geometry
+        slots = np.array(reservation.slots, dtype=np.int64)
+        generations = np.array(reservation.generations, dtype=np.uint64)
+        keys = np.frombuffer(b"".join(reservation.keys), dtype="V32")
+        good = self._arena.identities[slots] == geometry.identities(keys, np.void(namespace))
+        good &= headers["generation"][slots] == generations
+        good &= (headers["written"][slots] == generations[:, None]).all(axis=1)
+        result = []
+        for key, slot, ok in zip(reservation.keys, reservation.slots, good.tolist(), strict=True):
+            fresh = ok and slot in self._granted and slot not in self._stale and key not in self._index
+            result.append(fresh)
+            if fresh:
+                self._granted.discard(slot)
+                self._make_ready([slot], [key])
+            else:
+                self.give_back([slot])
+        self._policy.touch(self._resident(reservation.chain))
+        return result
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """Granted slots that nobody can be writing any more are free again."""
+        mine = self._granted.intersection(slots)
+        self._granted -= mine
+        self._recycle(sorted(mine))
 
     def abort(self, reservation: Reservation) -> None:
         """Give the slots back. Only when no writer can still be writing them."""
@@ -176,14 +236,87 @@ class DramTier:
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
         return self._drop(bad)
 
-    def clear(self) -> int:
-        """Forget everything. What is being written stays its writer's until commit or abort frees it. Returns the count."""
-        self._epoch += 1
-        for slot in self._writing.values():  # a new writer of the same key gets a slot of its own
-            self._key_of[slot] = None
-        count = len(self._writing) + self._drop(list(self._index.values()))
-        self._writing.clear()
-        return count
+    def clear(self, namespace: bytes | None = None) -> int:
+        """Forget everything, or a namespace. What is being written is never published. Returns the count."""
+        ready, writing, granted = list(self._index.values()), list(self._writing.values()), sorted(self._granted)
+        if namespace is not None:
+            ready, writing, granted = (self._of_namespace(slots, namespace) for slots in (ready, writing, granted))
+        for slot in writing:  # a new writer of the same key gets a slot of its own
+            if (key := self._key_of[slot]) is not None:
+                del self._writing[key]
+                self._key_of[slot] = None
+        self._stale.update(writing, granted)
+        return len(writing) + self._drop(ready)
+
+    def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
+        """Take over what lies in an arena whose daemon is gone. Call once, before anything else.
+
+        READY slots whose header and payload verify are served again; the rest is free, but for slots that a process
+        which is still `alive(pid, start)` has begun to write.
+        """
+        headers = self._arena.headers
+        state = headers["state"]
+        ready = np.flatnonzero(state == SlotState.READY)
+        ready = ready[
+            np.argsort(headers["position"][ready], kind="stable")
+        ]  # heads of sequences first, as policies want
+        good = ready[verify_slots(self._arena, ready)]
+        unfinished = {}
+        for slot in np.flatnonzero(state == SlotState.WRITING).tolist():
+            owner = int(headers["owner_pid"][slot]), int(headers["owner_start"][slot])
+            if alive(*owner):
+                unfinished[slot] = owner
+        first = {bytes(key): slot for key, slot in zip(headers["key"][good][::-1], good[::-1].tolist(), strict=True)}
+        keep = dict(sorted(first.items(), key=lambda item: int(headers["position"][item[1]])))
+        taken = {*keep.values(), *unfinished}
+        self._free = [slot for slot in self._free if slot not in taken]
+        state[np.array(self._free, dtype=np.int64)] = SlotState.FREE
+        for slot in unfinished:
+            self._state[slot] = SlotState.WRITING
+        self._granted.update(unfinished)
+        self._stale.update(unfinished)  # their writers' reservations went with the daemon
+        self._make_ready(list(keep.values()), list(keep))
+        return Adopted(len(keep), len(ready) - len(keep), unfinished)
+
+    def info(self, keys: Keys) -> list[dict[str, int | str]]:
+        """What the headers of these chunks say, for operators; chunks that are not READY are left out."""
+        names = ("generation", "group", "chunk_tokens", "position", "payload_nbytes")
+        rows = []
+        for key in keys:
+            if (slot := self._index.get(key)) is not None:
+                header = self._arena.headers[slot]
+                row: dict[str, int | str] = {
+                    "key": key.hex(),
+                    "namespace": bytes(header["namespace"]).hex(),
+                    "slot": slot,
+                }
+                rows.append(row | {name: int(header[name]) for name in names} | {"leases": self._pins[slot]})
+        return rows
+
+    def all_keys(self) -> list[bytes]:
+        """All READY chunks."""
+        return list(self._index)
+
+    def drop(self, keys: Keys) -> int:
+        """Forget these chunks. Returns how many were READY."""
+        return self._drop(self._resident(list(dict.fromkeys(keys))))
+
+    def _of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
+        at = np.array(slots, dtype=np.int64)
+        found: list[int] = at[self._arena.headers["namespace"][at] == np.void(namespace)].tolist()
+        return found
+
+    def _make_ready(self, slots: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Index chunks whose slots are complete; the state in the header comes last."""
+        for key, slot in zip(keys, slots, strict=True):
+            self._writing.pop(key, None)
+            self._index[key] = slot
+            self._key_of[slot] = key
+            self._state[slot] = SlotState.READY
+        if self.changes is not None:
+            self.changes.added += keys
+        self._policy.insert(slots)
+        self._arena.headers["state"][list(slots)] = SlotState.READY
 
     def _drop(self, slots: Iterable[int]) -> int:
         """READY slots leave the index now; pinned ones are freed with their last lease. Returns how many were in it."""
@@ -194,9 +327,10 @@ class DramTier:
                 continue  # dropped before, still leased
             count += 1
             if self._pins[slot]:
-                del self._index[key]
+                self._forget(key)
                 self._key_of[slot] = None
                 self._doomed.add(slot)
+                self._arena.headers["state"][slot] = SlotState.FREE  # a restarted daemon must not adopt it
             else:
                 self._policy.remove([slot])
                 self._recycle([slot])
@@ -214,33 +348,86 @@ class DramTier:
         self._recycle(victims)
         return keys
 
+    def _forget(self, key: bytes) -> None:
+        del self._index[key]
+        if self.changes is not None:
+            self.changes.removed.append(key)
+
     def _recycle(self, slots: Sequence[int]) -> None:
         for slot in slots:
             key = self._key_of[slot]
             if key is not None:
-                del (self._writing if self._state[slot] is SlotState.WRITING else self._index)[key]
+                if self._state[slot] is SlotState.WRITING:
+                    del self._writing[key]
+                else:
+                    self._forget(key)
                 self._key_of[slot] = None
             self._state[slot] = SlotState.FREE
+        self._stale.difference_update(slots)
         self._arena.headers["state"][list(slots)] = SlotState.FREE
         self._free.extend(slots)
 
-    def _begin(self, keys: Sequence[bytes], slots: Sequence[int], shape: ChunkShape) -> list[int]:
+    def _begin(self, keys: Sequence[bytes], slots: Sequence[int], shape: ChunkShape, chain: Keys) -> list[int]:
         """Headers of new WRITING slots; the generation moves on, so a late writer of an old one changes nothing."""
-        if not slots:
-            return []
         for key, slot in zip(keys, slots, strict=True):
             self._writing[key] = slot
             self._key_of[slot] = key
             self._state[slot] = SlotState.WRITING
         at = np.array(slots, dtype=np.int64)
         generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
-        values = {
-            "identity": self._arena.spec.geometry.identities(np.frombuffer(b"".join(keys), "V32"), shape.namespace),
-            "generation": generations, "owner_pid": self._owner[0], "owner_start": self._owner[1],
-            "state": SlotState.WRITING, "codec": 0, "group": shape.group, "chunk_tokens": shape.chunk_tokens,
-        }  # fmt: skip
-        heads = np.empty(len(at), dtype=HEAD)
-        for name, value in values.items():
-            heads[name] = value
-        self._arena.heads[at] = heads.view(self._arena.heads.dtype)
+        begin_slots(self._arena, at, generations, keys, shape, chain, self._owner)
         return generations.tolist()  # type: ignore[no-any-return]
+
+
+def begin_slots(
+    arena: Arena,
+    slots: npt.NDArray[np.int64],  # [n] int64, reserved or granted to the caller
+    generations: npt.NDArray[np.uint64],  # [n] uint64
+    keys: Keys,  # n
+    shape: ChunkShape,
+    chain: Keys,  # the sequence the chunks belong to, from its first chunk on
+    owner: tuple[int, int],  # pid and start time of who writes
+) -> None:
+    """Write the headers of chunks that are about to be written."""
+    if not len(slots):
+        return
+    positions = dict(zip(chain, range(len(chain)), strict=True))
+    values = {
+        "identity": arena.spec.geometry.identities(np.frombuffer(b"".join(keys), "V32"), np.void(shape.namespace)),
+        "generation": generations, "owner_pid": owner[0], "owner_start": owner[1],
+        "state": SlotState.WRITING, "codec": 0, "group": shape.group, "chunk_tokens": shape.chunk_tokens,
+        "position": [positions.get(key, _NO_POSITION) for key in keys],
+    }  # fmt: skip
+    heads = np.empty(len(slots), dtype=HEAD)
+    for name, value in values.items():
+        heads[name] = value
+    arena.heads[slots] = heads.view(arena.heads.dtype)
+
+
+def verify_slots(
+    arena: Arena,
+    slots: npt.NDArray[np.int64],  # [n] int64
+) -> npt.NDArray[np.bool_]:
+    """[n] bool: whose header is whole and whose payload has the checksums that the header says, on every rank."""
+    from ..kernels.paged_copy_numba import checksum_planes
+
+    headers, geometry = arena.headers, arena.spec.geometry
+    good = np.zeros(len(slots), dtype=np.bool_)
+    for begin in range(0, len(slots), _VERIFY_SLOTS):
+        rows = slice(begin, begin + _VERIFY_SLOTS)
+        at = slots[rows]
+        keys, generations = headers["key"][at], headers["generation"][at]
+        ok = arena.identities[at] == geometry.identities(keys, headers["namespace"][at])
+        ok &= headers["codec"][at] == 0
+        ok &= (headers["written"][at] == generations[:, None]).all(axis=1)
+        sizes: npt.NDArray[np.uint32] = headers["plane_nbytes"][at]  # [rows, world_size, planes]
+        totals = sizes.sum(axis=2, dtype=np.uint64)
+        ok &= ((totals > 0) & (totals <= geometry.part_nbytes)).all(axis=1)
+        ok &= (sizes.reshape(len(at), -1) % ROW_NBYTES == 0).all(axis=1)
+        sizes[~ok] = 0
+        seals = seal(keys, generations)[:, None]
+        for rank in range(geometry.world_size):
+            sums = checksum_planes(arena.parts(rank), at, sizes[:, rank]) ^ seals
+            ok &= ((headers["checksum"][at, rank] == sums) | (sizes[:, rank] == 0)).all(axis=1)
+        good[rows] = ok
+    return good

@@ -1,0 +1,352 @@
+"""An engine's side of the node's cache: the methods of `Cache`, answered by a daemon, without ever waiting for it.
+
+It keeps a replica of the daemon's index, so a lookup that misses costs no round trip, and a stock of granted slots, so a
+store can begin at once; `acquire` alone asks the daemon, because only a pinned chunk is a promise. While the daemon is
+away everything is a miss. Reading, writing and connecting again are the link's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..arena import Arena, process_start
+from ..cache import NO_LEASE, NO_RESERVATION
+from ..errors import ConfigError
+from ..metrics import CacheCounters
+from ..slots import SlotGeometry, SlotState
+from ..tiers.dram import ChunkShape, Lease, Reservation, begin_slots
+from . import protocol as p
+from .link import Link
+
+logger = logging.getLogger("kvkern")
+
+FIRST_GOAL = 64  # granted slots kept in stock until more are seen to be needed
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLease(Lease):
+    """A lease by a daemon, under a connection."""
+
+    number: int = 0
+    era: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReservation(Reservation):
+    """Granted slots that have been named."""
+
+    namespace: bytes = b""
+    era: int = 0
+
+
+class NodeClient:
+    """A `ChunkCache` over a socket. Thread-safe. `open` it, `close` it."""
+
+    def __init__(
+        self,
+        path: Path,
+        engine: str,
+        geometry: SlotGeometry,
+        index: bool = True,  # False: only the arena is wanted, by a process that copies
+        patience_s: float = 0.0,  # how long `reserve` may wait for slots; 0 in an engine's step
+    ) -> None:
+        self.counters = CacheCounters()
+        sizes = p.Geometry(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
+        self._link = Link(path, p.Hello(p.VERSION, engine, sizes, index), self._opened, self._lost, self._told)
+        self._lock = self._link.lock
+        self._index = index
+        self._patience_s = patience_s
+        self._owner = (os.getpid(), process_start(os.getpid()))
+        self._era = 0  # of the connection; what was leased or granted under another is the daemon's to end
+        self._held = 0  # leases and reservations of this era that have not ended
+        self._held_before = 0  # of earlier eras: the daemon keeps their slots until `Settle`
+        self._replica: set[bytes] = set()
+        self._writing: set[bytes] = set()
+        self._stock: deque[tuple[int, int]] = deque()
+        self._asked = 0  # slots asked for and not answered
+        self._goal, self._limit = FIRST_GOAL, 1 << 30
+        self._clears: dict[bytes, None] = {}  # namespaces to forget before anything else is asked
+        self._described: dict[bytes, dict[str, str]] = {}
+        self._late: deque[Lease] = deque()
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        engine: str,
+        geometry: SlotGeometry,
+        index: bool = True,
+        patience_s: float = 0.0,
+        timeout_s: float = 60.0,
+        prefault: bool = True,
+    ) -> NodeClient:
+        """Connect, waiting for a daemon at most `timeout_s`. Raises ConfigError if there is none or it refuses."""
+        client = cls(path, engine, geometry, index, patience_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                client._link.connect(prefault)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    client._link.close()
+                    raise ConfigError(
+                        f"no daemon answers on {path} ({error.strerror or error}); start one: "
+                        f"kvkern serve --socket {path} --capacity 8GiB"
+                    ) from error
+                time.sleep(0.1)
+            except BaseException:
+                client._link.close()
+                raise
+        client._link.start()
+        return client
+
+    @property
+    def arena(self) -> Arena:
+        """The shared memory. The same for the client's whole life."""
+        assert self._link.arena is not None
+        return self._link.arena
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon is there."""
+        return self._link.connected
+
+    # -- what an engine asks -----------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """Length of the longest prefix of `keys` in the replica: what an acquire would probably give."""
+        with self._lock:
+            return self._known(keys)
+
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+        """Pin the longest cached prefix, or every cached chunk. Done at once on a sure miss, else within ANSWER_S."""
+        result: Future[Lease] = Future()
+        self._end_late()
+        asked = list(keys[: p.MAX_KEYS])
+        with self._lock:
+            self.counters.lookup_chunks += len(keys)
+            if not self._link.behind():
+                asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
+            if not asked or not self.connected:
+                result.set_result(NO_LEASE)
+                return result
+            era = self._era
+
+            def answered(response: p.Response | None) -> None:
+                lease: Lease = NO_LEASE
+                if isinstance(response, p.Acquired) and response.slots:
+                    found = tuple(asked[row] for row in response.rows)
+                    lease = NodeLease(found, tuple(response.slots), response.lease, era)
+                    self.counters.hit_chunks += len(found)
+                    self._held += 1
+                result.set_result(lease)
+
+            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix), answered)
+        return result
+
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+        """`acquire_soon`, waited for."""
+        return self.acquire_soon(keys, prefix).result()
+
+    def release(self, lease: Lease) -> int:
+        """End a lease. Chunks its reader marked BAD are dropped by the daemon; returns how many."""
+        if not isinstance(lease, NodeLease):
+            return 0
+        bad = int((self.arena.headers["state"][np.array(lease.slots, dtype=np.int64)] == SlotState.BAD).sum())
+        with self._lock:
+            self.counters.bad_chunks += bad
+            if self._ended(lease.era):
+                self._link.send(p.Release([lease.number]))
+        return bad
+
+    def release_later(self, lease: Lease) -> None:
+        """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
+        self._late.append(lease)
+
+    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+        """Slots from the stock for those of `wanted` that nobody is known to have or to be writing."""
+        self._end_late()
+        with self._lock:
+            missing = [key for key in dict.fromkeys(wanted) if key not in self._replica and key not in self._writing]
+            if not self.connected or not missing:
+                return NO_RESERVATION
+            self._goal = max(self._goal, 2 * len(missing))
+            self._refill(len(missing))
+            if self._patience_s:
+                enough = min(len(missing), self._limit)
+                self._lock.wait_for(lambda: not self.connected or len(self._stock) >= enough, self._patience_s)
+            granted = missing[: len(self._stock)]
+            taken = [self._stock.popleft() for _ in granted]
+            slots, generations = tuple(slot for slot, _ in taken), tuple(generation for _, generation in taken)
+            dropped = len(missing) - len(granted)
+            self.counters.dropped_chunks += dropped
+            if granted:
+                at, under = np.array(slots, dtype=np.int64), np.array(generations, dtype=np.uint64)
+                begin_slots(self.arena, at, under, granted, shape, chain, self._owner)
+                self._writing.update(granted)
+                self._held += 1
+            return NodeReservation(
+                tuple(granted), slots, generations, dropped, (), tuple(chain), shape.namespace, self._era
+            )
+
+    def commit_soon(self, reservation: Reservation) -> Future[int]:
+        """Ask the daemon to publish what every rank has written. The result is how many chunks it did."""
+        result: Future[int] = Future()
+        with self._lock:
+            if not isinstance(reservation, NodeReservation) or not reservation.slots:
+                result.set_result(0)
+                return result
+            self._writing.difference_update(reservation.keys)
+            if not self._ended(reservation.era):
+                self.counters.failed_chunks += len(reservation.slots)
+                result.set_result(0)
+                return result
+
+            def answered(response: p.Response | None) -> None:
+                published = response.published if isinstance(response, p.Published) else []
+                stored = sum(published)
+                self._replica.update(key for key, ok in zip(reservation.keys, published, strict=False) if ok)
+                self.counters.stored_chunks += stored
+                self.counters.failed_chunks += len(reservation.slots) - stored
+                result.set_result(stored)
+
+            keys, chain = p.join_keys(reservation.keys), p.join_keys(reservation.chain[: p.MAX_KEYS])
+            slots, generations = list(reservation.slots), list(reservation.generations)
+            namespace = reservation.namespace
+            self._link.ask(lambda number: p.Publish(number, namespace, slots, generations, keys, chain), answered)
+            self._refill(0)
+        return result
+
+    def commit(self, reservation: Reservation) -> int:
+        """`commit_soon`, waited for: when it returns, every engine's lookup hits what was published."""
+        return self.commit_soon(reservation).result()
+
+    def clear(self, namespace: bytes | None = None) -> int:
+        """Forget a namespace, before anything that is asked later; also if the daemon is away at the moment."""
+        if namespace is None:
+            raise ConfigError("an engine clears its own namespaces only; `kvkern clear` empties the whole cache")
+        with self._lock:
+            self._clears[namespace] = None
+            self._send_clears()
+        return 0
+
+    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+        """Say what a namespace root stands for, for operators and for warnings about mistaken settings."""
+        with self._lock:
+            self._described[root] = fields
+            self._link.ask(partial(_describe, root, fields), self._warned)
+
+    def usage(self) -> dict[str, int]:
+        """Slots of the arena, what this client has in stock, and whether the daemon is there."""
+        with self._lock:
+            return {
+                "slots": self.arena.spec.num_slots, "stock_slots": len(self._stock), "known_chunks": len(self._replica),
+                "connected": int(self.connected),
+            }  # fmt: skip
+
+    @property
+    def stock(self) -> tuple[int, int]:
+        """(slots a reserve could have at once, the most it could ever have)."""
+        with self._lock:
+            return len(self._stock), self._limit if self.connected else 0
+
+    def close(self) -> None:
+        """End the connection and the thread. What is still held the daemon frees when this process is gone."""
+        with self._lock:
+            self._link.send(p.GiveBack([slot for slot, _ in self._stock]))
+        self._link.close()
+
+    # -- under the lock ------------------------------------------------------------------------------------------------
+
+    def _known(self, keys: Sequence[bytes]) -> int:
+        hits = map(self._replica.__contains__, keys)
+        return next((count for count, hit in enumerate(hits) if not hit), len(keys))
+
+    def _ended(self, era: int) -> bool:
+        """A lease or reservation has ended. Returns whether the daemon knows it, else settles when it was the last."""
+        if era == self._era:
+            self._held -= 1
+            return self.connected
+        self._held_before -= 1
+        self._settle()
+        return False
+
+    def _settle(self) -> None:
+        if self._held_before == 0 and self.connected and self._index:
+            self._link.send(p.Settle())
+
+    def _refill(self, needed: int) -> None:
+        goal = min(self._limit, max(self._goal, needed))
+        short = goal - len(self._stock) - self._asked
+        if self._index and self.connected and short > 0 and 2 * short >= goal:
+            count = min(short, p.MAX_SLOTS)
+            self._asked += count
+
+            def answered(response: p.Response | None) -> None:
+                self._asked = max(0, self._asked - count)
+                if isinstance(response, p.Granted):
+                    self._limit = response.limit
+                    self._stock.extend(zip(response.slots, response.generations, strict=True))
+
+            self._link.ask(lambda number: p.Grant(number, count), answered)
+
+    def _send_clears(self) -> None:
+        for namespace in list(self._clears) if self.connected else ():
+            self._link.ask(partial(_clear, namespace), self._cleared(namespace))
+
+    def _cleared(self, namespace: bytes) -> Callable[[p.Response | None], None]:
+        def answered(response: p.Response | None) -> None:
+            if isinstance(response, p.Answer):
+                self._clears.pop(namespace, None)
+
+        return answered
+
+    @staticmethod
+    def _warned(response: p.Response | None) -> None:
+        if isinstance(response, p.Described) and response.warning:
+            logger.warning("kvkern: %s", response.warning)
+
+    def _opened(self) -> None:
+        self._era += 1
+        self._held_before += self._held
+        self._held = 0
+        self._send_clears()
+        self._settle()
+        for root, fields in self._described.items():
+            self._link.ask(partial(_describe, root, fields), self._warned)
+        self._refill(0)
+
+    def _lost(self) -> None:
+        self._stock.clear()
+        self._replica.clear()
+        self._asked = 0
+
+    def _told(self, response: p.Response) -> None:
+        if isinstance(response, p.Changed):
+            if response.fresh:
+                self._replica.clear()
+            self._replica.update(p.cut_keys(response.added))
+            self._replica.difference_update(p.cut_keys(response.removed))
+
+    def _end_late(self) -> None:
+        while self._late:
+            self.release(self._late.popleft())
+
+
+def _clear(namespace: bytes, number: int) -> p.Request:
+    return p.Clear(number, namespace)
+
+
+def _describe(root: bytes, fields: dict[str, str], number: int) -> p.Request:
+    return p.Describe(number, root, fields)

@@ -1,0 +1,65 @@
+"""What an operator asks a daemon: one blocking request at a time, over a session without an arena."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from . import protocol as p
+
+TIMEOUT_S = 10.0
+
+
+class Operator:
+    """Use as a context manager. Raises ConfigError if no daemon answers or it refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(TIMEOUT_S)
+        self._frames = p.Frames()
+        self._ready: list[bytes] = []
+
+    def __enter__(self) -> Operator:
+        try:
+            self._socket.connect(str(self._path))
+            self._socket.sendall(p.encode(p.Hello(p.VERSION)))
+            first = self._receive()
+        except PermissionError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"{self._path} may not be opened by this user; join the group of the socket, or run as its owner"
+            ) from error
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"no daemon answers on {self._path} ({error.strerror or error}); start one: kvkern serve"
+            ) from error
+        if isinstance(first, p.Refused):
+            self._socket.close()
+            raise ConfigError(f"the daemon refuses: {first.reason}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
+        """The daemon's rows. Raises ConfigError if it does not answer."""
+        try:
+            self._socket.sendall(p.encode(request))
+            answer = self._receive()
+        except OSError as error:
+            raise ConfigError(f"the daemon on {self._path} does not answer ({error.strerror or error})") from error
+        if not isinstance(answer, p.Answer):
+            raise p.ProtocolError(f"the daemon answers with {type(answer).__name__}")
+        return answer.rows
+
+    def _receive(self) -> p.Response:
+        while not self._ready:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise ConnectionError("it hung up")
+            self._ready += self._frames.feed(data)
+        return p.decode_response(self._ready.pop(0))

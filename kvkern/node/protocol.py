@@ -1,0 +1,302 @@
+"""What daemon and clients say to each other: frames of msgpack over a Unix socket. Knows bytes; opens nothing.
+
+    frame = length of the body as u32le | body: one message, a msgpack array with the message's tag first
+
+A connection starts with Hello and is answered by Welcome, beside which the arena's descriptor travels, or by Refused.
+Whatever does not decode to a message of this file, or is longer than MAX_FRAME_NBYTES, ends the connection.
+Keys travel as one byte string of 32 bytes each. KV bytes never travel: they lie in the arena.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ..errors import KvkernError
+
+VERSION = 1
+MAX_FRAME_NBYTES = 4 << 20
+MAX_KEYS = 65_536  # in one message
+MAX_SLOTS = 65_536
+KEY_NBYTES = 32
+_LENGTH = struct.Struct("<I")
+
+Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Count = Annotated[int, Meta(ge=0, le=MAX_SLOTS)]
+Size = Annotated[int, Meta(ge=1, lt=1 << 46)]
+Slot = Annotated[int, Meta(ge=0, lt=1 << 40)]
+Generation = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Root = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Keys = Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
+Name = Annotated[str, Meta(max_length=256)]
+Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
+Generations = Annotated[list[Generation], Meta(max_length=MAX_SLOTS)]
+Ids = Annotated[list[Id], Meta(max_length=MAX_SLOTS)]
+
+
+class ProtocolError(KvkernError):
+    """The other side sent what is no message; the connection ends."""
+
+
+class Geometry(Struct, array_like=True, forbid_unknown_fields=True):
+    """Of the slots an engine needs; see slots.SlotGeometry."""
+
+    part_nbytes: Size
+    max_planes: Annotated[int, Meta(ge=1, le=1 << 16)]
+    world_size: Annotated[int, Meta(ge=1, le=1 << 10)]
+
+
+class _Message(Struct, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+# -- client to daemon ---------------------------------------------------------------------------------------------------
+
+
+class Hello(_Message, tag=1):
+    """First message. Without geometry an operator: no arena, no credits."""
+
+    version: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    engine: Name = ""  # processes of one engine give the same name: what one of them holds lives as long as any of them
+    geometry: Geometry | None = None
+    index: bool = False  # send the index and its changes; who only copies needs neither
+
+
+class Describe(_Message, tag=2):
+    """What a namespace root stands for; fields as in keys.Namespace. Answered by Described."""
+
+    id: Id
+    root: Root
+    fields: Annotated[dict[Name, Name], Meta(max_length=16)]
+
+
+class Acquire(_Message, tag=3):
+    """Pin the longest cached prefix, or with `prefix=False` all cached chunks. Answered by Acquired."""
+
+    id: Id
+    keys: Keys
+    prefix: bool
+
+
+class Release(_Message, tag=4):
+    """End leases. Slots marked BAD meanwhile are dropped. Not answered."""
+
+    leases: Ids
+
+
+class Grant(_Message, tag=5):
+    """Ask for slots to write into. Answered by Granted, perhaps with fewer."""
+
+    id: Id
+    count: Count
+
+
+class Publish(_Message, tag=6):
+    """Granted slots are written, of these chunks. Answered by Published."""
+
+    id: Id
+    namespace: Root
+    slots: Slots
+    generations: Generations
+    keys: Keys  # of the slots
+    chain: Keys  # of the sequence, from its first chunk on
+
+
+class GiveBack(_Message, tag=7):
+    """Granted slots nobody is writing. Not answered."""
+
+    slots: Slots
+
+
+class Clear(_Message, tag=8):
+    """Forget a namespace, or everything. Answered by Answer."""
+
+    id: Id
+    namespace: Root | None
+
+
+class Settle(_Message, tag=9):
+    """Every transfer this engine had begun before its present connection has ended. Not answered."""
+
+
+class Stat(_Message, tag=10):
+    """Answered by Answer."""
+
+    id: Id
+
+
+class List(_Message, tag=11):
+    """Chunks whose key starts with `prefix`, at most `limit`. Answered by Answer."""
+
+    id: Id
+    prefix: Annotated[bytes, Meta(max_length=KEY_NBYTES)]
+    limit: Annotated[int, Meta(ge=1, le=1000)]
+
+
+class Evict(_Message, tag=12):
+    """Forget chunks whose key starts with `prefix`. Answered by Answer."""
+
+    id: Id
+    prefix: Annotated[bytes, Meta(min_length=1, max_length=KEY_NBYTES)]
+
+
+# -- daemon to client ---------------------------------------------------------------------------------------------------
+
+
+class Welcome(_Message, tag=65):
+    """The session is open. With an arena its descriptor comes along, and its sizes."""
+
+    version: int
+    pid: int  # of the daemon
+    geometry: Geometry | None = None
+    num_slots: int = 0
+    path: str = ""
+
+
+class Refused(_Message, tag=66):
+    """The session is not opened; the text says why and what to do."""
+
+    reason: str
+
+
+class Described(_Message, tag=67):
+    """`warning` is empty, or says which other namespace this one was probably meant to be."""
+
+    id: Id
+    warning: str
+
+
+class Acquired(_Message, tag=68):
+    """`rows[i]` of the keys asked for is in `slots[i]`, until `lease` is released. An empty lease needs no release."""
+
+    id: Id
+    lease: Id
+    rows: Slots
+    slots: Slots
+
+
+class Granted(_Message, tag=69):
+    """Slots to write under these generations. `limit` is how many of them this client may hold at a time."""
+
+    id: Id
+    slots: Slots
+    generations: Generations
+    limit: int
+
+
+class Published(_Message, tag=70):
+    """Which of the chunks are READY now. One that another client had stored meanwhile is not."""
+
+    id: Id
+    published: Annotated[list[bool], Meta(max_length=MAX_SLOTS)]
+
+
+class Changed(_Message, tag=71):
+    """The index gained and lost these chunks. `fresh`: forget what you knew before."""
+
+    added: Keys
+    removed: Keys
+    fresh: bool = False
+
+
+class Answer(_Message, tag=72):
+    """Rows for an operator, or of counts."""
+
+    id: Id
+    rows: list[dict[str, Any]]
+
+
+class Failed(_Message, tag=73):
+    """The request was understood and refused."""
+
+    id: Id
+    reason: str
+
+
+class Draining(_Message, tag=74):
+    """The daemon ends soon: finish what is under way, begin nothing."""
+
+
+Request = (
+    Hello | Describe | Acquire | Release | Grant | Publish | GiveBack | Clear | Settle | Stat | List | Evict
+)  # fmt: skip
+Response = (
+    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Failed | Draining
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_responses: msgspec.msgpack.Decoder[Response] = msgspec.msgpack.Decoder(Response)
+
+
+def encode(message: _Message) -> bytes:
+    """The frame of a message."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_NBYTES:
+        raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes is above {MAX_FRAME_NBYTES}; send less")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_request(body: bytes | memoryview) -> Request:
+    """The message of a client's frame. Raises ProtocolError."""
+    return _decode(_requests, body)  # type: ignore[no-any-return]
+
+
+def decode_response(body: bytes | memoryview) -> Response:
+    """The message of a daemon's frame. Raises ProtocolError."""
+    return _decode(_responses, body)  # type: ignore[no-any-return]
+
+
+def _decode(decoder: Any, body: bytes | memoryview) -> Any:
+    try:
+        message = decoder.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ProtocolError(f"no message of protocol version {VERSION}: {error}") from error
+    for name in ("keys", "chain", "added", "removed"):
+        if len(getattr(message, name, b"")) % KEY_NBYTES:
+            raise ProtocolError(f"{name} of {type(message).__name__} are no whole number of {KEY_NBYTES} bytes")
+    if isinstance(message, Publish) and not (
+        len(message.slots) == len(message.generations) == len(message.keys) // KEY_NBYTES
+    ):
+        raise ProtocolError("Publish has not as many slots, generations and keys")
+    return message
+
+
+class Frames:
+    """Cuts a stream into frames. Holds at most one frame that is not whole yet."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Bodies of the frames that are whole now. Raises ProtocolError on a length above the limit, before it is buffered."""
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        try:
+            while len(buffer) - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(buffer, at)
+                if length > MAX_FRAME_NBYTES:
+                    raise ProtocolError(f"a frame of {length} bytes is above {MAX_FRAME_NBYTES}")
+                end = at + _LENGTH.size + length
+                if len(buffer) < end:
+                    return
+                body = bytes(buffer[at + _LENGTH.size : end])
+                at = end
+                yield body
+        finally:
+            del buffer[:at]
+
+
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Keys as one byte string."""
+    return b"".join(keys)
+
+
+def cut_keys(keys: bytes) -> list[bytes]:
+    """Keys of one byte string."""
+    return [keys[at : at + KEY_NBYTES] for at in range(0, len(keys), KEY_NBYTES)]

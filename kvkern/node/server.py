@@ -1,0 +1,484 @@
+"""The daemon: one per node and trust domain. Owns the arena, the index and the policy; answers on a Unix socket.
+
+One asyncio thread; a request is decoded, carried out and answered where its bytes arrive, so requests of one client are
+in order and no lock is needed. A client that does not read is disconnected before its answers fill the memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..arena import Arena, ArenaSpec, create_or_attach, process_start, read_spec
+from ..assemble import build_cache
+from ..config import format_nbytes
+from ..errors import ArenaError, ConfigError, KvkernError
+from ..slots import SlotGeometry
+from . import protocol as p
+from .sessions import Session, Sessions
+
+logger = logging.getLogger("kvkern")
+
+HELLO_S = 5.0  # a connection that has not said Hello by then is closed
+SWEEP_S = 0.25
+MAX_UNSENT_NBYTES = 64 << 20  # of one client
+MAX_CONNECTIONS = 512
+_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What a daemon needs to know."""
+
+    socket: Path
+    capacity_nbytes: int
+    name: str = "default"  # of the trust domain: part of the arena's file name
+    arena_dir: Path = Path("/dev/shm")
+    prefault: bool = True
+    uids: frozenset[int] = frozenset()  # that may connect, beside the daemon's own
+    gids: frozenset[int] = frozenset()  # whose members may connect
+    drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
+
+    def __post_init__(self) -> None:
+        if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
+            raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
+        if len(os.fsencode(self.socket)) > 107:
+            raise ConfigError(f"socket path {str(self.socket)!r} is longer than the 107 bytes Linux allows; shorten it")
+        if not self.arena_dir.is_dir():
+            raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
+        if not 0 <= self.drain_s <= 3600:
+            raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")
+
+    @property
+    def arena_path(self) -> Path:
+        """One file per uid and trust domain. Not among the names that embedded engines sweep."""
+        return self.arena_dir / f"kvkern-node-{os.getuid()}-{self.name}"
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._frames = p.Frames()
+        self._transport: asyncio.Transport | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._early: list[p.Request] = []  # after Hello, while the arena is being made
+        self._deadline: asyncio.TimerHandle | None = None
+        self.peer = (0, 0, 0)  # pid, uid, gid
+        self.session: Session | None = None
+        self.index = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Look who it is."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        raw = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.peer = _CREDENTIALS.unpack(raw)
+        self._server.connections.add(self)
+        if len(self._server.connections) > MAX_CONNECTIONS:
+            self.refuse(f"{MAX_CONNECTIONS} connections are open already; close some, or run another daemon")
+            return
+        self._deadline = self._server.loop.call_later(HELLO_S, self.close, "said no Hello")
+
+    def data_received(self, data: bytes) -> None:
+        """Carry out every request that is whole."""
+        try:
+            for body in self._frames.feed(data):
+                self._handle(p.decode_request(body))
+                if self._transport is None:
+                    return
+        except KvkernError as error:
+            self._server.bad_frames += isinstance(error, p.ProtocolError)
+            self.close(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the session."""
+        self._transport = None
+        self._server.connections.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
+        if self.session is not None:
+            self._server.detach(self.session)
+            self.session = None
+
+    def send(self, message: p.Response) -> None:
+        """Queue an answer; a client that reads too slowly is disconnected."""
+        transport = self._transport
+        if transport is None:
+            return
+        transport.write(p.encode(message))
+        if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
+            self.close(f"has {format_nbytes(MAX_UNSENT_NBYTES)} of answers unread")
+
+    def send_welcome(self, welcome: p.Welcome, descriptor: int | None) -> None:
+        """First answer: nothing is queued yet, so it can go past the transport, with the descriptor beside it."""
+        assert self._transport is not None
+        frame = p.encode(welcome)
+        if descriptor is None:
+            self._transport.write(frame)
+            return
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as sock:
+            sent = socket.send_fds(sock, [frame], [descriptor])
+        self._transport.write(frame[sent:])
+
+    def refuse(self, reason: str) -> None:
+        """Say why, then hang up."""
+        self.send(p.Refused(reason))
+        self.close(f"was refused: {reason}")
+
+    def close(self, why: str) -> None:
+        """Hang up, after what is queued if it can be sent at once."""
+        if self._transport is not None:
+            logger.info("kvkern: client pid %d uid %d %s", self.peer[0], self.peer[1], why)
+            transport, self._transport = self._transport, None
+            if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
+                transport.abort()
+            else:
+                transport.close()
+
+    def _handle(self, request: p.Request) -> None:
+        if self.session is not None:
+            self._server.handle(self, self.session, request)
+        elif self._opening is not None:
+            if len(self._early) >= 64:
+                raise p.ProtocolError("sends requests before it was welcomed")
+            self._early.append(request)
+        elif isinstance(request, p.Hello):
+            self._opening = self._server.loop.create_task(self._open(request))
+        else:
+            raise p.ProtocolError(f"says {type(request).__name__} before Hello")
+
+    async def _open(self, hello: p.Hello) -> None:
+        try:
+            self.session = await self._server.open(self, hello)
+        except KvkernError as error:
+            self.refuse(str(error))
+            return
+        finally:
+            if self._deadline is not None:
+                self._deadline.cancel()
+        early, self._early = self._early, []
+        try:
+            for request in early:
+                if self.session is not None:
+                    self._server.handle(self, self.session, request)
+        except KvkernError as error:
+            self.close(str(error))
+
+
+class Server:
+    """Run with `await run()`; `stop` ends it gracefully."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.connections: set[Connection] = set()
+        self.sessions: Sessions | None = None  # None: no arena yet, its slots' size is the first engine's
+        self.bad_frames = 0
+        self.started = time.time()
+        self._arena: Arena | None = None
+        self._making = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._draining = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop it runs in."""
+        return asyncio.get_running_loop()
+
+    # -- life ------------------------------------------------------------------------------------------------------------
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop`. Raises ConfigError or ArenaError if the socket or the arena cannot be had."""
+        with _only_one(self.config.socket), _only_one(self.config.arena_path):
+            spec = read_spec(self.config.arena_path)
+            if spec is not None:
+                await self._make_arena(spec)
+            listener = await asyncio.get_running_loop().create_unix_server(
+                lambda: Connection(self), sock=_bind(self.config.socket)
+            )
+            logger.info("kvkern: serving on %s", self.config.socket)
+            ready()
+            try:
+                while not self._stopping.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
+                    if self.sessions is not None:
+                        self.sessions.sweep()
+                        self._publish_changes()
+            finally:
+                listener.close()
+                self.config.socket.unlink(missing_ok=True)
+                await self._drain()
+
+    def stop(self) -> None:
+        """End gracefully: no new clients, transfers under way may finish."""
+        self._draining = True
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        for connection in list(self.connections):
+            connection.send(p.Draining())
+        deadline = time.monotonic() + self.config.drain_s
+        while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            connection.close("is let go: the daemon ends")
+        await asyncio.sleep(0)
+        if self._arena is not None:
+            self._arena.close()
+
+    def _busy(self) -> bool:
+        sessions = self.sessions.sessions.values() if self.sessions is not None else ()
+        return any(session.leases or session.granted for session in sessions)
+
+    # -- clients ---------------------------------------------------------------------------------------------------------
+
+    async def open(self, connection: Connection, hello: p.Hello) -> Session:
+        """Let a client in. Raises KvkernError with the reason if not."""
+        pid, uid, gid = connection.peer
+        if hello.version != p.VERSION:
+            raise ConfigError(
+                f"protocol version {hello.version} is not the daemon's {p.VERSION}; upgrade the older side"
+            )
+        if not self._may(uid, gid, pid):
+            raise ConfigError(
+                f"uid {uid} may not use this cache: who maps its arena reads all of it. Run a daemon of your own, "
+                f"or let it in with --allow-uid {uid}"
+            )
+        process = (pid, process_start(pid))
+        if not process[1]:
+            raise ConfigError(
+                f"process {pid} cannot be seen from the daemon, so its end cannot be told; share the pid namespace "
+                f"(hostPID or shareProcessNamespace in Kubernetes)"
+            )
+        if self._draining:
+            raise ConfigError("the daemon is ending; try again when it is back")
+        if hello.geometry is not None:
+            wanted = SlotGeometry(hello.geometry.part_nbytes, hello.geometry.max_planes, hello.geometry.world_size)
+            await self._ensure_arena(wanted)
+        if self.sessions is None or self._arena is None:
+            if hello.geometry is None:
+                connection.send_welcome(p.Welcome(p.VERSION, os.getpid()), None)
+                return Session(0, process, hello.engine, writer=False)
+            raise ArenaError("the arena could not be made")
+        session = self.sessions.attach(process, hello.engine, writer=hello.index and hello.geometry is not None)
+        spec = self._arena.spec
+        geometry = p.Geometry(spec.geometry.part_nbytes, spec.geometry.max_planes, spec.geometry.world_size)
+        welcome = p.Welcome(p.VERSION, os.getpid(), geometry, spec.num_slots, str(self._arena.path))
+        descriptor = self._arena.descriptor() if hello.geometry is not None else None
+        try:
+            connection.send_welcome(welcome, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        if hello.index:
+            self._publish_changes()
+            connection.index = True
+            for fresh, keys in _pages(self.sessions.cache.all_keys()):
+                connection.send(p.Changed(keys, b"", fresh))
+        return session
+
+    def detach(self, session: Session) -> None:
+        """A client is gone."""
+        if self.sessions is not None:
+            self.sessions.detach(session)
+            self._publish_changes()
+
+    def _may(self, uid: int, gid: int, pid: int) -> bool:
+        if uid in (0, os.getuid()) or uid in self.config.uids or gid in self.config.gids:
+            return True
+        return bool(self.config.gids & _groups(pid))
+
+    async def _ensure_arena(self, wanted: SlotGeometry) -> None:
+        async with self._making:
+            if self._arena is not None and self._arena.spec.geometry != wanted and self._replaceable():
+                self._arena.path.unlink(missing_ok=True)
+                self._arena.close()
+                self._arena = self.sessions = None
+            if self._arena is None:
+                await self._make_arena(ArenaSpec.for_capacity(wanted, self.config.capacity_nbytes))
+            found = self._arena.spec.geometry if self._arena is not None else wanted
+            if found != wanted:
+                raise ArenaError(
+                    f"this cache holds chunks of {found.part_nbytes} bytes in {found.max_planes} planes on "
+                    f"{found.world_size} rank(s); the engine needs {wanted.part_nbytes} bytes in {wanted.max_planes} planes "
+                    f"on {wanted.world_size}. Run another daemon for this model, or end the other engines and "
+                    f"`kvkern clear`"
+                )
+
+    def _replaceable(self) -> bool:
+        """Nobody holds anything of the arena, and nothing is in it."""
+        state = self.sessions
+        return state is None or not (state.sessions or state.quarantines or state.cache.all_keys())
+
+    async def _make_arena(self, spec: ArenaSpec) -> None:
+        path = self.config.arena_path
+        self._arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
+        self.sessions = Sessions(build_cache(self._arena), self._arena)
+        ready, torn = await asyncio.to_thread(self.sessions.adopt)
+        if ready or torn:
+            logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
+        self.sessions.cache.track()
+
+    # -- requests --------------------------------------------------------------------------------------------------------
+
+    def handle(self, connection: Connection, session: Session, request: p.Request) -> None:
+        """Carry out a request and answer it. Raises ProtocolError for what this client may not say."""
+        state = self.sessions
+        if isinstance(request, p.Hello):
+            raise p.ProtocolError("says Hello twice")
+        if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
+            connection.send(p.Answer(request.id, self._operate(request)))
+        elif state is None or not session.number:
+            raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
+        elif isinstance(request, p.Acquire):
+            keys = p.cut_keys(request.keys)
+            number, lease = state.acquire(session, keys, request.prefix)
+            rows = list(range(len(lease.slots))) if request.prefix else _rows(keys, lease.keys)
+            connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
+        elif isinstance(request, p.Release):
+            state.release(session, request.leases)
+        elif isinstance(request, p.Grant):
+            granted = state.grant(session, 0 if self._draining else request.count)
+            self._publish_changes()
+            connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), state.limit()))
+        elif isinstance(request, p.Publish):
+            keys, chain = p.cut_keys(request.keys), p.cut_keys(request.chain)
+            done = state.publish(session, request.namespace, request.slots, request.generations, keys, chain)
+            self._publish_changes()  # before the acknowledgement: what is acknowledged, every client has been told of
+            connection.send(p.Published(request.id, done))
+        elif isinstance(request, p.GiveBack):
+            state.give_back(session, request.slots)
+        elif isinstance(request, p.Settle):
+            state.settle(session)
+        else:
+            connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
+        self._publish_changes()
+
+    def _operate(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, int | float | str]]:
+        state = self.sessions
+        if isinstance(request, p.Stat):
+            return [self._stat()]
+        if state is None:
+            return [] if isinstance(request, p.List) else [{"chunks": 0}]
+        if isinstance(request, p.Clear):
+            return [{"chunks": state.cache.clear(request.namespace)}]
+        found = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
+        if isinstance(request, p.List):
+            return [dict(row) for row in state.cache.info(found[: request.limit])]
+        return [{"chunks": state.cache.drop(found)}]
+
+    def _stat(self) -> dict[str, int | float | str]:
+        row: dict[str, int | float | str] = {
+            "pid": os.getpid(), "uptime_s": time.time() - self.started, "connections": len(self.connections),
+            "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self.config.arena_path), "bad_frames": self.bad_frames,
+        }  # fmt: skip
+        if self.sessions is not None:
+            row |= self.sessions.usage()
+        return row
+
+    def _publish_changes(self) -> None:
+        if self.sessions is None:
+            return
+        changes = self.sessions.cache.take_changes()
+        if not (changes.added or changes.removed):
+            return
+        gone, there = set(changes.removed), set(changes.added)
+        both = gone & there  # what is the case now decides
+        if both:
+            known = set(self.sessions.cache.all_keys())
+            there -= both - known
+            gone -= both & known
+        for begin in range(0, max(len(there), len(gone)), p.MAX_KEYS // 2):
+            page = slice(begin, begin + p.MAX_KEYS // 2)
+            message = p.Changed(b"".join(list(there)[page]), b"".join(list(gone)[page]))
+            for connection in list(self.connections):
+                if connection.index:
+                    connection.send(message)
+
+
+def _pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
+    step = p.MAX_KEYS // 2
+    return [(at == 0, b"".join(keys[at : at + step])) for at in range(0, max(1, len(keys)), step)]
+
+
+def _rows(asked: list[bytes], found: tuple[bytes, ...]) -> list[int]:
+    at = {key: row for row, key in enumerate(asked)}
+    return [at[key] for key in found]
+
+
+def _groups(pid: int) -> frozenset[int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(int(gid) for line in lines if line.startswith("Groups:") for gid in line.split()[1:])
+
+
+@contextlib.contextmanager
+def _only_one(path: Path):  # type: ignore[no-untyped-def]
+    """Hold the lock file beside `path`: at most one daemon has it, and the lock dies with the daemon."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{lock} cannot be opened: {error.strerror}; create the folder, or name another path"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise ConfigError(f"another daemon already serves {path}; stop it, or name another path") from error
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _bind(path: Path) -> socket.socket:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} exists and is no socket; remove it, or name another path")
+        path.unlink()  # a daemon's that is gone: this one holds the lock
+    except FileNotFoundError:
+        pass
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    mask = os.umask(0o117)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {path}: {error.strerror}; create the folder, or name another path"
+        ) from error
+    finally:
+        os.umask(mask)
+    sock.listen(64)
+    return sock
+
+
+def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:
+    """Run a daemon until SIGTERM or SIGINT; `ready` is called when engines can connect. Raises ConfigError or ArenaError."""
+
+    async def main() -> None:
+        server = Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        await server.run(ready)
+
+    asyncio.run(main())

@@ -1,0 +1,256 @@
+"""Who holds what: leases and granted slots of every client, and those of clients that vanished. No sockets, no threads.
+
+session lost -> what it held stays quarantined until every process of its engine is gone (pid and start time), or
+                the engine is back and says that its transfers have ended (settle)
+daemon lost  -> the next one adopts the arena: chunks are served at once, but nothing is evicted under processes
+                that had the old daemon's file mapped, until they are back, gone, or RESTART_PIN_S have passed
+                (their reads are verified, so this deadline costs misses only); slots they were writing stay
+                theirs without any deadline
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..arena import MAX_PROCESSES, Arena, process_alive
+from ..cache import Cache
+from ..errors import ArenaError
+from ..tiers.dram import Lease, Reservation
+
+RESTART_PIN_S = 30.0
+GRANTED_SHARE = 8  # at most one slot in so many is granted and not yet filled, over all clients
+MAX_NAMESPACES = 4096
+MAX_LEASES = 4096  # of one session: an engine holds one or a few a waiting request
+
+Process = tuple[int, int]  # pid and start time
+
+
+@dataclass(eq=False)
+class Session:
+    """One connection."""
+
+    number: int
+    process: Process
+    engine: str
+    writer: bool  # may be granted slots
+    leases: dict[int, Lease] = field(default_factory=dict)
+    granted: dict[int, int] = field(default_factory=dict)  # slot -> generation
+
+
+@dataclass(eq=False)
+class Quarantine:
+    """What processes may still be reading or writing."""
+
+    engine: str
+    processes: set[Process]
+    leases: list[Lease] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    until: float = float("inf")  # monotonic seconds
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceInfo:
+    """What an engine said of a root."""
+
+    fields: dict[str, str]
+    engine: str
+
+
+class Sessions:
+    """The daemon's state over one arena. One thread."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        arena: Arena,
+        clock: Callable[[], float] = time.monotonic,
+        alive: Callable[[int, int], bool] = process_alive,
+    ) -> None:
+        self.cache = cache
+        self.arena = arena
+        self.sessions: dict[int, Session] = {}
+        self.quarantines: list[Quarantine] = []
+        self.namespaces: dict[bytes, NamespaceInfo] = {}
+        self._clock, self._alive = clock, alive
+        self._next_session = self._next_lease = 0
+        self._settled: set[str] = set()  # engines of which nothing from before their present connections is under way
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def adopt(self) -> tuple[int, int]:
+        """Take over what an earlier daemon left. Returns (chunks served again, chunks that did not verify)."""
+        adopted = self.cache.adopt(self._alive)
+        records = self.arena.processes.tolist()
+        survivors = {process for process in records if process[0] and self._alive(*process)}
+        self._record()
+        if survivors and adopted.ready:
+            lease = self.cache.acquire(self.cache.all_keys(), prefix=False)
+            self.quarantines.append(Quarantine("", set(survivors), [lease], [], self._clock() + RESTART_PIN_S))
+        for slot, owner in adopted.unfinished.items():
+            self.quarantines.append(Quarantine("", survivors | {owner}, [], [slot]))
+        return adopted.ready, adopted.torn
+
+    # -- a client's life -------------------------------------------------------------------------------------------
+
+    def attach(self, process: Process, engine: str, writer: bool) -> Session:
+        """A client is let in. Raises ArenaError if too many processes have the arena."""
+        if len({session.process for session in self.sessions.values()} | {process}) > MAX_PROCESSES:
+            raise ArenaError(f"{MAX_PROCESSES} processes use this cache already; end some, or run another daemon")
+        self._next_session += 1
+        session = Session(self._next_session, process, engine, writer)
+        self.sessions[session.number] = session
+        if engine in self._settled:
+            for held in self.quarantines:
+                held.processes.discard(process)
+        self._record()
+        return session
+
+    def detach(self, session: Session) -> None:
+        """A connection is gone; what it held is freed when nobody can be using it any more."""
+        self.sessions.pop(session.number, None)
+        if session.writer or not any(other.engine == session.engine for other in self.sessions.values()):
+            self._settled.discard(session.engine)
+        if session.leases or session.granted:
+            peers = {
+                other.process for other in self.sessions.values() if session.engine and other.engine == session.engine
+            }
+            held = Quarantine(
+                session.engine, peers | {session.process}, list(session.leases.values()), list(session.granted)
+            )
+            session.leases, session.granted = {}, {}
+            self.quarantines.append(held)
+        self.sweep()
+        self._record()
+
+    def settle(self, session: Session) -> None:
+        """The engine's earlier transfers have ended: nothing of it is in quarantine any more."""
+        peers = {session.process}
+        if session.engine:
+            self._settled.add(session.engine)
+            peers |= {other.process for other in self.sessions.values() if other.engine == session.engine}
+        for held in self.quarantines:
+            held.processes -= held.processes if session.engine and held.engine == session.engine else peers
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Free what is in quarantine for processes that are gone, or past its deadline. Call it now and then."""
+        now, kept = self._clock(), []
+        for held in self.quarantines:
+            held.processes = {process for process in held.processes if self._alive(*process)}
+            if held.processes and now < held.until:
+                kept.append(held)
+                continue
+            for lease in held.leases:
+                self.cache.release(lease)
+            self.cache.give_back(held.slots)
+        self.quarantines = kept
+
+    # -- requests --------------------------------------------------------------------------------------------------------
+
+    def acquire(self, session: Session, keys: Sequence[bytes], prefix: bool) -> tuple[int, Lease]:
+        """(number of the lease, lease). An empty lease has number 0 and needs no release."""
+        if len(session.leases) >= MAX_LEASES:
+            return 0, Lease((), ())
+        lease = self.cache.acquire(keys, prefix)
+        if not lease.slots:
+            self.cache.release(lease)
+            return 0, lease
+        self._next_lease += 1
+        session.leases[self._next_lease] = lease
+        return self._next_lease, lease
+
+    def release(self, session: Session, numbers: Iterable[int]) -> None:
+        """End leases of this session; numbers it does not hold are ignored."""
+        for number in numbers:
+            if (lease := session.leases.pop(number, None)) is not None:
+                self.cache.release(lease)
+
+    def limit(self) -> int:
+        """How many granted slots one client may hold at a time."""
+        writers = sum(session.writer for session in self.sessions.values())
+        return max(1, self.arena.spec.num_slots // GRANTED_SHARE // max(1, writers))
+
+    def grant(self, session: Session, count: int) -> Reservation:
+        """Slots for the client to fill, as many as its limit leaves."""
+        if not session.writer:
+            return Reservation((), (), ())
+        granted = self.cache.grant(max(0, min(count, self.limit() - len(session.granted))))
+        session.granted.update(zip(granted.slots, granted.generations, strict=True))
+        return granted
+
+    def publish(
+        self,
+        session: Session,
+        namespace: bytes,
+        slots: Sequence[int],
+        generations: Sequence[int],
+        keys: Sequence[bytes],
+        chain: Sequence[bytes],
+    ) -> list[bool]:
+        """Publish chunks in slots granted to this session; slots and generations it does not hold publish nothing."""
+        result = [False] * len(slots)
+        mine = []
+        for row, (slot, generation) in enumerate(zip(slots, generations, strict=True)):
+            if session.granted.get(slot) == generation:
+                del session.granted[slot]
+                mine.append(row)
+        if mine:
+            held = Reservation(
+                tuple(keys[row] for row in mine), tuple(slots[row] for row in mine),
+                tuple(generations[row] for row in mine), chain=tuple(chain),
+            )  # fmt: skip
+            for row, published in zip(mine, self.cache.publish(held, namespace), strict=True):
+                result[row] = published
+        return result
+
+    def give_back(self, session: Session, slots: Iterable[int]) -> None:
+        """Granted slots that the client has not used."""
+        mine = [slot for slot in dict.fromkeys(slots) if slot in session.granted]
+        for slot in mine:
+            del session.granted[slot]
+        self.cache.give_back(mine)
+
+    def describe(self, session: Session, root: bytes, fields: dict[str, str]) -> str:
+        """Note what a root stands for. Returns a warning if it differs from another only in what is usually a mistake."""
+        warning = ""
+        for other in self.namespaces.values():
+            differ = {
+                name for name in other.fields.keys() | fields.keys() if other.fields.get(name) != fields.get(name)
+            }
+            if differ == {"engine_hash"}:
+                warning = (
+                    f"another engine caches the same model under another hash identity ({other.fields.get('engine_hash')}, "
+                    f"here {fields.get('engine_hash')}): they share nothing; give all engines the same PYTHONHASHSEED and "
+                    f"prefix_caching_hash_algo"
+                )
+        if len(self.namespaces) < MAX_NAMESPACES or root in self.namespaces:
+            self.namespaces[root] = NamespaceInfo(dict(fields), session.engine)
+        return warning
+
+    def usage(self) -> dict[str, int | float | str]:
+        """Counters of the cache and what is held by whom."""
+        return {
+            **self.cache.counters.snapshot(),
+            **self.cache.usage(),
+            "slot_nbytes": self.arena.spec.geometry.slot_nbytes,
+            "chunks": len(self.cache.all_keys()),
+            "sessions": len(self.sessions),
+            "leases": sum(len(session.leases) for session in self.sessions.values()),
+            "granted_slots": sum(len(session.granted) for session in self.sessions.values()),
+            "quarantined_leases": sum(len(held.leases) for held in self.quarantines),
+            "quarantined_slots": sum(len(held.slots) for held in self.quarantines),
+            "namespaces": len(self.namespaces),
+        }
+
+    def _record(self) -> None:
+        """Write into the arena who may be touching it, for the daemon after this one."""
+        quarantined = {process for held in self.quarantines for process in held.processes}
+        processes = {session.process for session in self.sessions.values()} | quarantined
+        rows = np.zeros(MAX_PROCESSES, dtype=self.arena.processes.dtype)
+        for row, process in enumerate(sorted(processes)[:MAX_PROCESSES]):
+            rows[row] = process
+        self.arena.processes[:] = rows
