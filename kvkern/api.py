@@ -10,22 +10,23 @@ cache.store(tokens, block_table)                       # whole chunks that are n
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arena import Arena
 from .assemble import build_cache, build_transfer, open_arena
-from .cache import Cache
+from .cache import ChunkCache
 from .config import Config
 from .errors import ConfigError, KvkernError, LayoutError
 from .kernels.chunk_keys import Tokens, chunk_keys
 from .kernels.layout import PagedLayout
 from .kernels.paged_copy import PagedTensors
 from .keys import Namespace, split_keys
+from .node.client import NodeClient
 from .slots import SlotGeometry
 from .tiers.dram import ChunkShape, Lease
 from .transfer import ChunkBatch, Job, Transfer
@@ -33,13 +34,14 @@ from .transfer import ChunkBatch, Job, Transfer
 if TYPE_CHECKING:
     import torch
 
+STORE_WAIT_S = 1.0  # how long a store waits for a daemon's slots before it takes what there is
 BlockTable = npt.NDArray[np.integer] | Sequence[int]
 
 
 class Match:
     """A cached prefix of a prompt, readable until `release` (or the end of the `with` block)."""
 
-    def __init__(self, cache: Cache, lease: Lease, chunk_tokens: int) -> None:
+    def __init__(self, cache: ChunkCache, lease: Lease, chunk_tokens: int) -> None:
         self._cache = cache
         self._released = False
         self.lease = lease
@@ -70,10 +72,12 @@ class Match:
 class PagedCache:
     """A cache for one engine's paged tensors. Thread-safe as long as calls work on distinct blocks."""
 
-    def __init__(self, cache: Cache, transfer: Transfer, arena: Arena, namespace: Namespace, shape: ChunkShape) -> None:
+    def __init__(
+        self, cache: ChunkCache, transfer: Transfer, close: Callable[[], None], namespace: Namespace, shape: ChunkShape
+    ) -> None:
         self._cache = cache
         self._transfer = transfer
-        self._arena = arena
+        self._close = close
         self._shape = shape
         self.namespace = namespace
         self.chunk_tokens = namespace.chunk_tokens
@@ -136,8 +140,8 @@ class PagedCache:
         return stored
 
     def clear(self) -> int:
-        """Forget everything, after a change of weights for example. Returns the number of chunks forgotten."""
-        return self._cache.clear()
+        """Forget what this model and salt have cached, after a change of weights for example. Returns how many chunks."""
+        return self._cache.clear(self.namespace.root)
 
     def stats(self) -> dict[str, int | float]:
         """Counters and usage; see CacheCounters."""
@@ -146,12 +150,12 @@ class PagedCache:
     def close(self) -> None:
         """End the copy threads and let the arena go. No call may be under way."""
         self._transfer.close()
-        self._arena.close()
+        self._close()
 
     def _finish(self, job: Job) -> None:
         """Copy along, then wait; bad input that a piece met is the caller's to see, anything else is a miss."""
         try:
-            with self._cache.fault_is_miss():
+            with self._cache.faults.are_misses():
                 job.help()
             job.wait()
         except BaseException:
@@ -199,9 +203,11 @@ def open_cache(
     weights: str,  # a resolved revision, or kvkern.weights_fingerprint(path)
     blocks_per_chunk: int = 1,
     salt: str | None = None,  # tenant: caches with different salts never share
-    **options: Any,  # fields of kvkern.config.Config; `capacity` is required
+    **options: Any,  # fields of kvkern.config.Config; `capacity`, or `socket` of the node's daemon, is required
 ) -> PagedCache:
-    """Open a cache embedded in this process. Proves the layout by a round trip through the tensors before returning.
+    """Open a cache embedded in this process, or the node's through its daemon.
+
+    Proves the layout by a round trip through the tensors before returning.
 
     Raises LayoutError, ConfigError or ArenaError; nothing is left behind then.
     """
@@ -213,12 +219,26 @@ def open_cache(
         model=model, weights=weights, dtype=str(tensors[0].dtype).removeprefix("torch."), layout=layout.fingerprint,
         chunk_tokens=blocks_per_chunk * layout.block_tokens, salt=salt or config.salt or None,
     )  # fmt: skip
-    part_nbytes = layout.part_nbytes(blocks_per_chunk)
-    arena = open_arena(config, SlotGeometry(part_nbytes, len(layout.planes)), uuid.uuid4().hex, expected=1)
+    geometry, name = SlotGeometry(layout.part_nbytes(blocks_per_chunk), len(layout.planes)), uuid.uuid4().hex
+    cache: ChunkCache
+    if config.socket:
+        client = NodeClient.open(
+            Path(config.socket),
+            name,
+            geometry,
+            patience_s=STORE_WAIT_S,
+            timeout_s=config.connect_s,
+            prefault=config.prefault,
+        )
+        cache, arena, close = client, client.arena, client.close
+        client.describe(namespace.root, namespace.fields())
+    else:
+        arena = open_arena(config, geometry, name, expected=1)
+        cache, close = build_cache(arena), arena.close
     try:
         transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
     except BaseException:
-        arena.close()
+        close()
         raise
     shape = ChunkShape(namespace.root, group=0, chunk_tokens=namespace.chunk_tokens)
-    return PagedCache(build_cache(arena), transfer, arena, namespace, shape)
+    return PagedCache(cache, transfer, close, namespace, shape)

@@ -10,7 +10,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from .errors import KvkernError
 from .metrics import CacheCounters
@@ -22,19 +24,89 @@ NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
 
 
+class ChunkCache(Protocol):
+    """What engines use: a `Cache` of their own, or a daemon's through node.client.NodeClient."""
+
+    counters: CacheCounters
+    faults: Faults
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """Length of the longest prefix that could be acquired now. Pins and counts nothing."""
+
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+        """`acquire_soon`, waited for."""
+
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+        """Pin the longest cached prefix, or all cached chunks. Never blocks; the lease is the caller's to release."""
+
+    def release(self, lease: Lease) -> int:
+        """End a lease. Returns how many of its chunks failed verification."""
+
+    def release_later(self, lease: Lease) -> None:
+        """For finalizers."""
+
+    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+        """Slots to write those of `wanted` into that nobody has."""
+
+    def has_room(self, wanted: Sequence[bytes]) -> bool:
+        """Whether `reserve` has slots for these now, if it ever will. False: ask again a little later."""
+
+    def commit(self, reservation: Reservation) -> int:
+        """`commit_soon`, waited for."""
+
+    def commit_soon(self, reservation: Reservation) -> Future[int]:
+        """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
+
+    def clear(self, namespace: bytes | None = None) -> int:
+        """`clear_soon`, waited for."""
+
+    def clear_soon(self, namespace: bytes) -> Future[int]:
+        """Forget a namespace before anything that is asked later. Never blocks; the result is how many chunks it had."""
+
+    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+        """Say what a namespace root stands for."""
+
+    def usage(self) -> dict[str, int]:
+        """Slots and what they are used for."""
+
+
+class Faults:
+    """The one place where a fault becomes a miss: counted, logged once per kind."""
+
+    def __init__(self, counters: CacheCounters) -> None:
+        self._counters = counters
+        self._logged: set[str] = set()
+
+    @contextmanager
+    def are_misses(self) -> Iterator[None]:
+        """Count and log what goes wrong inside; bad input is raised."""
+        try:
+            yield
+        except KvkernError:
+            raise  # bad input is the caller's to see
+        except Exception as error:
+            self._counters.faults += 1
+            kind = type(error).__name__
+            if kind not in self._logged:
+                self._logged.add(kind)
+                logger.exception(
+                    "kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind
+                )
+
+
 class Cache:
     """One namespace-agnostic cache over the node's DRAM tier: keys already name model, weights and tenant."""
 
     def __init__(self, dram: DramTier) -> None:
         self._dram = dram
         self._lock = threading.Lock()
-        self._logged: set[str] = set()
         self._late: deque[Lease] = deque()  # abandoned leases, see release_later
         self.counters = CacheCounters()
+        self.faults = Faults(self.counters)
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix of `keys` that could be acquired now. Pins and counts nothing."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._end_late()
             return self._dram.contains(keys)
         return 0
@@ -44,7 +116,7 @@ class Cache:
 
         The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
         """
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._end_late()
             lease = self._dram.acquire(keys, prefix)
             self.counters.lookup_chunks += len(keys)
@@ -52,9 +124,13 @@ class Cache:
             return lease
         return NO_LEASE
 
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+        """See ChunkCache; done at once."""
+        return _done(self.acquire(keys, prefix))
+
     def release(self, lease: Lease) -> int:
         """End a lease. Chunks its reader marked BAD are dropped and counted; returns how many."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             bad = self._dram.drop_bad(lease)
             self._dram.release(lease)
             self.counters.bad_chunks += bad
@@ -69,12 +145,12 @@ class Cache:
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The engine used these chunks from its own cache: they count as recently used here too."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._dram.touch(keys)
 
     def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
         """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._end_late()
             reservation = self._dram.reserve(chain, wanted, shape)
             self.counters.dropped_chunks += reservation.dropped
@@ -82,9 +158,17 @@ class Cache:
             return reservation
         return NO_RESERVATION
 
+    def has_room(self, wanted: Sequence[bytes]) -> bool:
+        """Reserving here never has to wait."""
+        return True
+
+    def commit_soon(self, reservation: Reservation) -> Future[int]:
+        """See ChunkCache; done at once."""
+        return _done(self.commit(reservation))
+
     def commit(self, reservation: Reservation) -> int:
         """Publish the chunks every rank has written, free the others. Returns how many were published."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             stored = self._dram.commit(reservation)
             self.counters.stored_chunks += stored
             self.counters.failed_chunks += len(reservation.slots) - stored
@@ -93,7 +177,7 @@ class Cache:
 
     def abort(self, reservation: Reservation) -> None:
         """Give reserved slots back unwritten. Only once no writer can still be writing them."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._dram.abort(reservation)
 
     def clear(self, namespace: bytes | None = None) -> int:
@@ -101,15 +185,22 @@ class Cache:
 
         Slots being read or written are freed when their lease or reservation ends.
         """
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             count = self._dram.clear(namespace)
             self.counters.cleared_chunks += count
             return count
         return 0
 
+    def clear_soon(self, namespace: bytes) -> Future[int]:
+        """See ChunkCache; done at once."""
+        return _done(self.clear(namespace))
+
+    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+        """An embedded cache serves one engine, which knows its namespaces."""
+
     def drop(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks. Returns how many there were."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             count = self._dram.drop(keys)
             self.counters.cleared_chunks += count
             return count
@@ -119,7 +210,7 @@ class Cache:
 
     def grant(self, count: int) -> Reservation:
         """Slots for a client to fill and name. See DramTier.grant."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._end_late()
             reservation = self._dram.grant(count)
             self.counters.evicted_chunks += len(reservation.evicted)
@@ -128,7 +219,7 @@ class Cache:
 
     def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
         """Make granted slots READY. See DramTier.publish."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             published = self._dram.publish(reservation, namespace)
             self.counters.stored_chunks += sum(published)
             self.counters.failed_chunks += len(published) - sum(published)
@@ -137,7 +228,7 @@ class Cache:
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Granted slots come back unwritten. Only once no writer can still be writing them."""
-        with self._lock, self.fault_is_miss():
+        with self._lock, self.faults.are_misses():
             self._dram.give_back(slots)
 
     def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
@@ -177,18 +268,11 @@ class Cache:
             self.counters.bad_chunks += self._dram.drop_bad(lease)
             self._dram.release(lease)
 
-    @contextmanager
-    def fault_is_miss(self) -> Iterator[None]:
-        """Count and log what goes wrong inside; for callers too that work on chunks themselves. Bad input is raised."""
-        try:
-            yield
-        except KvkernError:
-            raise  # bad input is the caller's to see
-        except Exception as error:
-            self.counters.faults += 1
-            kind = type(error).__name__
-            if kind not in self._logged:
-                self._logged.add(kind)
-                logger.exception(
-                    "kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind
-                )
+
+T = TypeVar("T")
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future

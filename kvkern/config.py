@@ -17,6 +17,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 MAX_THREADS = 64
 _MAX_DIGITS = 100
+_MAX_CONNECT_S = 3600
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
@@ -59,15 +60,19 @@ def _default_threads() -> int:
 class Config:
     """What a cache needs to know besides the engine's layout."""
 
-    capacity_nbytes: int  # of the arena: slots and their headers
+    capacity_nbytes: int = 0  # of the arena: slots and their headers; 0 with `socket`
     arena_dir: Path = Path("/dev/shm")  # a tmpfs (or hugetlbfs) mount; everything in it is memory
     threads: int = 0  # copy threads per process; 0: min(4, CPUs this process may use)
     prefault: bool = True  # touch all pages at start instead of on first use
     store_replies: bool = True  # keep the KV of generated tokens too (vLLM's own default keeps prompts only)
     weights: str = ""  # overrides the fingerprint of the weights in the namespace
     salt: str = ""  # folded into every key: caches with different salts never share
+    socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
+    connect_s: int = 60  # how long an engine waits for its daemon at start
 
     def __post_init__(self) -> None:
+        if not 0 <= self.connect_s <= _MAX_CONNECT_S:
+            raise ConfigError(f"connect_s is {self.connect_s}; it must lie in 0..{_MAX_CONNECT_S} seconds")
         if not 0 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
         if not self.arena_dir.is_dir():
@@ -80,12 +85,20 @@ class Config:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
-        """Config of user options: `capacity` (required, '8GiB') and any other field by name."""
+        """Config of user options: `capacity` ('8GiB') or `socket`, and any other field by name."""
         known = {field.name for field in fields(cls)} - {"capacity_nbytes"} | {"capacity"}
         reject_unknown(options, known, where)
-        if "capacity" not in options:
-            raise ConfigError(f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB'")
-        values: dict[str, Any] = {"capacity_nbytes": parse_nbytes(options["capacity"])}
+        values: dict[str, Any] = {}
+        if options.get("socket"):
+            if "capacity" in options:
+                raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
+        elif "capacity" in options:
+            values["capacity_nbytes"] = parse_nbytes(options["capacity"])
+        else:
+            raise ConfigError(
+                f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB', "
+                f"or name the node's daemon, 'socket': '/run/kvkern.sock'"
+            )
         for field in fields(cls):
             if field.name in options:
                 values[field.name] = _convert(field.name, str(field.type), options[field.name], where)

@@ -110,7 +110,7 @@ def test_load_from_the_middle(cache: PagedCache, tensors: list[torch.Tensor], st
 def test_a_spoiled_chunk_ends_the_load(cache: PagedCache) -> None:
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit:
-        cache._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
+        cache._transfer._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
         assert cache.load(hit, ELSEWHERE) == CHUNK
     with cache.match(TOKENS) as hit:
         assert hit.num_tokens == CHUNK
@@ -120,7 +120,7 @@ def test_a_spoiled_chunk_ends_the_load(cache: PagedCache) -> None:
 def test_a_spoiled_chunk_before_start_does_not_count(cache: PagedCache) -> None:
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit:
-        cache._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
+        cache._transfer._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
         assert cache.load(hit, ELSEWHERE, 2 * CHUNK) == 3 * CHUNK
         assert cache.load(hit, ELSEWHERE, CHUNK + BLOCK_TOKENS) == CHUNK + BLOCK_TOKENS
 
@@ -189,7 +189,7 @@ def test_a_collected_match_still_drops_what_was_bad(cache: PagedCache) -> None:
     """Otherwise every later request hits the spoiled chunk, and no store ever replaces it."""
     cache.store(TOKENS, TABLE)
     hit = cache.match(TOKENS)
-    cache._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
+    cache._transfer._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
     assert cache.load(hit, ELSEWHERE) == CHUNK
     del hit
     with cache.match([1] * CHUNK):  # the next call ends the lease
@@ -361,8 +361,8 @@ def test_shared_memory_has_no_name_from_the_start(tensors: list[torch.Tensor]) -
     before = {name for name in os.listdir("/dev/shm") if name.startswith(mine)}
     layout = kvkern.layout.flash_attention(tensors)
     with closing(kvkern.open_cache(layout, tensors, model="m", weights="w", capacity="1MiB")) as cache:
-        assert not cache._arena.path.exists()
-        assert cache._arena.path.parent == Path("/dev/shm")
+        assert not cache._transfer._arena.path.exists()
+        assert cache._transfer._arena.path.parent == Path("/dev/shm")
         assert cache.store(TOKENS, TABLE) == len(TOKENS) // BLOCK_TOKENS
     assert {name for name in os.listdir("/dev/shm") if name.startswith(mine)} <= before
 

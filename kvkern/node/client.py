@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arena import Arena, process_start
-from ..cache import NO_LEASE, NO_RESERVATION
+from ..cache import NO_LEASE, NO_RESERVATION, Faults
 from ..errors import ConfigError
 from ..metrics import CacheCounters
 from ..slots import SlotGeometry, SlotState
@@ -61,6 +61,7 @@ class NodeClient:
         patience_s: float = 0.0,  # how long `reserve` may wait for slots; 0 in an engine's step
     ) -> None:
         self.counters = CacheCounters()
+        self.faults = Faults(self.counters)
         sizes = p.Geometry(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
         self._link = Link(path, p.Hello(p.VERSION, engine, sizes, index), self._opened, self._lost, self._told)
         self._lock = self._link.lock
@@ -232,14 +233,29 @@ class NodeClient:
         """`commit_soon`, waited for: when it returns, every engine's lookup hits what was published."""
         return self.commit_soon(reservation).result()
 
-    def clear(self, namespace: bytes | None = None) -> int:
-        """Forget a namespace, before anything that is asked later; also if the daemon is away at the moment."""
-        if namespace is None:
-            raise ConfigError("an engine clears its own namespaces only; `kvkern clear` empties the whole cache")
+    def has_room(self, wanted: Sequence[bytes]) -> bool:
+        """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""
+        with self._lock:
+            count = sum(key not in self._replica for key in wanted)
+            if not self.connected or len(self._stock) >= min(count, self._limit):
+                return True
+            self._goal = max(self._goal, 2 * count)
+            self._refill(count)
+            return False
+
+    def clear_soon(self, namespace: bytes) -> Future[int]:
+        """Forget a namespace before anything that is asked later, also while the daemon is away: then it is told first."""
+        result: Future[int] = Future()
         with self._lock:
             self._clears[namespace] = None
-            self._send_clears()
-        return 0
+            self._link.ask(partial(_clear, namespace), partial(self._cleared, namespace, result))
+        return result
+
+    def clear(self, namespace: bytes | None = None) -> int:
+        """`clear_soon`, waited for."""
+        if namespace is None:
+            raise ConfigError("an engine clears its own namespaces only; `kvkern clear` empties the whole cache")
+        return self.clear_soon(namespace).result()
 
     def describe(self, root: bytes, fields: dict[str, str]) -> None:
         """Say what a namespace root stands for, for operators and for warnings about mistaken settings."""
@@ -301,16 +317,12 @@ class NodeClient:
 
             self._link.ask(lambda number: p.Grant(number, count), answered)
 
-    def _send_clears(self) -> None:
-        for namespace in list(self._clears) if self.connected else ():
-            self._link.ask(partial(_clear, namespace), self._cleared(namespace))
-
-    def _cleared(self, namespace: bytes) -> Callable[[p.Response | None], None]:
-        def answered(response: p.Response | None) -> None:
-            if isinstance(response, p.Answer):
-                self._clears.pop(namespace, None)
-
-        return answered
+    def _cleared(self, namespace: bytes, result: Future[int], response: p.Response | None) -> None:
+        if isinstance(response, p.Answer):
+            self._clears.pop(namespace, None)
+            result.set_result(int(response.rows[0]["chunks"]))
+        else:
+            result.set_result(0)  # it stays noted until a daemon has answered
 
     @staticmethod
     def _warned(response: p.Response | None) -> None:
@@ -321,7 +333,8 @@ class NodeClient:
         self._era += 1
         self._held_before += self._held
         self._held = 0
-        self._send_clears()
+        for namespace in self._clears:
+            self._link.ask(partial(_clear, namespace), partial(self._cleared, namespace, Future()))
         self._settle()
         for root, fields in self._described.items():
             self._link.ask(partial(_describe, root, fields), self._warned)

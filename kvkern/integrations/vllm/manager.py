@@ -1,6 +1,7 @@
 """Scheduler side: answers vLLM's lookups and gives its transfers slots. Runs in the scheduler's thread, never blocks.
 
-    first lookup of a request:  acquire everything cached of it in one batch; HIT is a promise, so it stays pinned
+    first lookup of a request:  acquire everything cached of it in one batch; RETRY until it is answered (a daemon takes
+                                a fraction of a millisecond); HIT is a promise, so what was acquired stays pinned
     prepare_load:               the pins go over to the load (a ticket)
     prepare_store:              reserve slots for chunks nobody has (a ticket)
     every rank has finished:    `finish(ticket)` releases the lease or publishes the reservation
@@ -11,18 +12,25 @@ Tickets, not requests, own slots: they outlive aborts and resets until every wor
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
-from ...cache import Cache
+from blake3 import blake3
+
+from ...cache import ChunkCache
 from ...kernels.chunk_keys import adopt_keys
 from ...keys import Namespace
+from ...node.client import NodeClient
 from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
 from .jobs import GroupChunks, SlotSpec
 
 NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
+STORE_STEPS = 8  # how many steps a store may wait for slots before it takes what there is
+MAX_TENANTS = 65_536  # distinct cache salts since the start or the last reset; requests of more are not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +47,29 @@ class RequestState:
     """What the manager remembers of a live request. Chains are in sequence order, by group id."""
 
     request: shim.Request | None = None
+    root: bytes = b""  # of its tenant's namespace; empty: not cached
     theirs: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)
     chains: dict[int, list[bytes]] = field(default_factory=dict)  # our keys, parallel to `theirs`
     ours: dict[shim.OffloadKey, bytes] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
     hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
+    pending: list[tuple[int, Future[Lease]]] = field(default_factory=list)  # (group, what was asked for)
+    boundaries: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
     pinned_at: int = -1  # step; -1: not looked up
+    store_waits: int = 0
     outdated: bool = False  # was alive when the cache was reset
     load_failed: bool = False  # recomputes without loading; see KvkernManager.load_failed
     broken: set[int] = field(default_factory=set)  # groups with a chunk that found no room: what follows is unreachable
 
 
 class KvkernManager(shim.OffloadingManager):
-    """vLLM's OffloadingManager over a kvkern Cache. `bind` before the first request."""
+    """vLLM's OffloadingManager over a cache. `bind` before the first request."""
 
-    def __init__(self, cache: Cache, groups: Iterable[Group]) -> None:
+    def __init__(self, cache: ChunkCache, groups: Iterable[Group]) -> None:
         self._cache = cache
         self._groups = {group.group_id: group for group in groups}
         self._namespace: Callable[[], Namespace] | None = None
-        self._root = b""
+        self._roots: dict[str | None, bytes] = {}  # of each tenant, by its cache salt
         self._requests: dict[str, RequestState] = {}
         self._waiting: set[str] = set()  # requests that hold pins between lookup and load
         self._windowed: frozenset[int] = frozenset()
@@ -76,28 +88,28 @@ class KvkernManager(shim.OffloadingManager):
 
     def attach(self, request: shim.Request) -> None:
         """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
-        self._requests[request.request_id].request = request
+        state = self._requests[request.request_id]
+        state.request, state.root = request, self._root_of(request.cache_salt)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: shim.ReqContext) -> shim.RequestOffloadingContext:
         """See OffloadingManager."""
-        if not self._root:
-            assert self._namespace is not None, "bind() was not called"
-            self._root = self._namespace().root
-        self._requests[req_context.req_id] = RequestState()
+        self._requests[req_context.req_id] = RequestState(root=self._root_of(None))
         return shim.RequestOffloadingContext()
 
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
-        """HIT if the chunk is cached and pinned for this request, else MISS. The first call pins the whole prefix."""
+        """HIT if the chunk is cached and pinned for this request, else MISS. The first call asks for the whole prefix."""
         state = self._requests.get(req_context.req_id)
-        if state is None or state.load_failed:
+        if state is None or state.load_failed or not state.root:
             return shim.LookupResult.MISS
         if state.pinned_at < 0:
             self._pin(req_context.req_id, state)
-        if key in state.hits or (key not in state.ours and self._pin_boundary(state, key)):
+        if not self._take_answers(state):
+            return shim.LookupResult.RETRY
+        if key in state.hits:
             return shim.LookupResult.HIT
-        return shim.LookupResult.MISS
+        return shim.LookupResult.MISS if key in state.ours else self._look_up_boundary(state, key)
 
     def get_load_source(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.CacheHitSource:
         """Host memory."""
@@ -116,21 +128,28 @@ class KvkernManager(shim.OffloadingManager):
         ticket = self._ticket(state.leases)
         state.leases = []
         self._unpin(req_context.req_id, state)
-        return SlotSpec(ticket, self._root, groups)
+        return SlotSpec(ticket, state.root, groups)
 
     def prepare_store(
         self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext
     ) -> shim.PrepareStoreOutput | None:
-        """Reserve slots for those chunks that nobody has; evicts if need be."""
+        """Reserve slots for those chunks that nobody has; None: no slots at hand, vLLM offers the chunks again."""
         state = self._requests[req_context.req_id]
+        if not state.root:
+            return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
         self._extend(state)
         by_group = self._by_group(state, keys)
+        wanted = [key for group in by_group.values() for key in group]
+        if not self._cache.has_room(wanted) and state.store_waits < STORE_STEPS and not _is_finished(state):
+            state.store_waits += 1
+            return None
+        state.store_waits = 0
         theirs = {ours: key for key in keys if (ours := self._our_key(state, key))}
         reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
         granted = [theirs[key] for reservation in reservations for key in reservation.keys]
         groups = tuple(GroupChunks.of(r.keys, r.slots, r.generations) for r in reservations)
         ticket = self._ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
-        return shim.PrepareStoreOutput(granted, SlotSpec(ticket, self._root, groups), [])
+        return shim.PrepareStoreOutput(granted, SlotSpec(ticket, state.root, groups), [])
 
     def on_request_finished(self, req_context: shim.ReqContext) -> None:
         """Drop the request's pins and state. Its tickets live on until the workers are done."""
@@ -158,7 +177,15 @@ class KvkernManager(shim.OffloadingManager):
         for req_id, state in self._requests.items():
             self._unpin(req_id, state)
             state.outdated = True
-        self._cache.clear()
+        for root in self._roots.values():
+            if root:
+                self._cache.clear_soon(root)
+        self._roots = dict(list(self._roots.items())[:1])
+
+    def shutdown(self) -> None:
+        """The engine ends; a daemon is told that nothing more will come."""
+        if isinstance(self._cache, NodeClient):
+            self._cache.close()
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
         """Counters since the last call."""
@@ -179,7 +206,7 @@ class KvkernManager(shim.OffloadingManager):
             if isinstance(owned, Lease):
                 self._cache.release(owned)
             else:
-                self._cache.commit(owned)
+                self._cache.commit_soon(owned)
 
     def load_failed(self, req_id: str) -> None:
         """A load of this request did not verify: compute it without another load.
@@ -201,14 +228,14 @@ class KvkernManager(shim.OffloadingManager):
             last = len(theirs) * step + step - 1  # index of the hash that names the next chunk
             if last < len(hashes):
                 fresh = [shim.make_offload_key(h, group_id) for h in islice(hashes, last, None, step)]
-                named = adopt_keys(self._root, fresh)
+                named = adopt_keys(state.root, fresh)
                 theirs += fresh
                 chain += named
                 state.ours.update(zip(fresh, named, strict=True))
 
     def _our_key(self, state: RequestState, key: shim.OffloadKey) -> bytes:
         """Keys that are not in the request's chains name a boundary inside a chunk: hybrid models with aligned states."""
-        return state.ours.get(key) or adopt_keys(self._root, [key])[0]
+        return state.ours.get(key) or adopt_keys(state.root, [key])[0]
 
     def _by_group(self, state: RequestState, keys: Iterable[shim.OffloadKey]) -> dict[int, list[bytes]]:
         """Our keys by group id, in the given order; every group is there, in the connector's order."""
@@ -218,33 +245,71 @@ class KvkernManager(shim.OffloadingManager):
         return result
 
     def _pin(self, req_id: str, state: RequestState) -> None:
+        """Ask for everything cached of this request."""
         self._extend(state)
         for group_id, chain in state.chains.items():
-            lease = self._cache.acquire(chain, prefix=group_id not in self._windowed)
-            state.leases.append(lease)
-            held = set(lease.keys)
-            state.hits.update(key for key, ours in zip(state.theirs[group_id], chain, strict=True) if ours in held)
+            state.pending.append((group_id, self._cache.acquire_soon(chain, prefix=group_id not in self._windowed)))
         state.pinned_at = self._step
         self._waiting.add(req_id)
 
-    def _pin_boundary(self, state: RequestState, key: shim.OffloadKey) -> bool:
-        lease = self._cache.acquire([self._our_key(state, key)])
-        if not lease.keys:
+    @staticmethod
+    def _take_answers(state: RequestState) -> bool:
+        """Note what was pinned, once everything asked for is answered. False: not yet."""
+        if not all(asked.done() for _, asked in state.pending):
             return False
+        for group_id, asked in state.pending:
+            lease = asked.result()
+            state.leases.append(lease)
+            held = set(lease.keys)
+            chain = zip(state.theirs[group_id], state.chains[group_id], strict=True)
+            state.hits.update(key for key, ours in chain if ours in held)
+        state.pending = []
+        return True
+
+    def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
+        asked = state.boundaries.get(key)
+        if asked is None:
+            asked = state.boundaries[key] = self._cache.acquire_soon([self._our_key(state, key)])
+        if not asked.done():
+            return shim.LookupResult.RETRY
+        del state.boundaries[key]
+        lease = asked.result()
+        if not lease.keys:
+            return shim.LookupResult.MISS
         state.leases.append(lease)
         state.hits.add(key)
-        return True
+        return shim.LookupResult.HIT
 
     def _unpin(self, req_id: str, state: RequestState) -> None:
         for lease in state.leases:
             self._cache.release(lease)
-        state.leases, state.hits, state.pinned_at = [], set(), -1
+        for asked in (*(asked for _, asked in state.pending), *state.boundaries.values()):
+            asked.add_done_callback(partial(_release_answer, self._cache))
+        state.leases, state.pending, state.boundaries = [], [], {}
+        state.hits, state.pinned_at = set(), -1
         self._waiting.discard(req_id)
 
+    def _root_of(self, salt: str | None) -> bytes:
+        """Namespace root of a tenant. Every tenant's keys and quota are its own, whatever vLLM's hashes hold."""
+        root = self._roots.get(salt)
+        if root is None:
+            assert self._namespace is not None, "bind() was not called"
+            namespace = self._namespace()
+            if salt is not None:
+                namespace = replace(namespace, salt=f"{namespace.salt or ''}/{salt}")
+            if len(self._roots) >= MAX_TENANTS:
+                return b""
+            root = self._roots[salt] = namespace.root
+            fields = namespace.fields()
+            if "salt" in fields:  # a secret: operators see that tenants differ, not their salts
+                fields["salt"] = blake3(fields["salt"].encode()).hexdigest()[:16]
+            self._cache.describe(root, fields)
+        return root
+
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
-        if not wanted or state.outdated or group_id in state.broken:
+        if not wanted or not state.root or state.outdated or group_id in state.broken:
             return Reservation((), (), ())
-        shape = ChunkShape(self._root, group_id, self._groups[group_id].chunk_tokens)
+        shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens)
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape)
         if reservation.dropped and group_id not in self._windowed:
             state.broken.add(group_id)
@@ -254,6 +319,14 @@ class KvkernManager(shim.OffloadingManager):
         self._next_ticket += 1
         self._tickets[self._next_ticket] = owned
         return self._next_ticket
+
+
+def _is_finished(state: RequestState) -> bool:
+    return state.request is not None and state.request.is_finished()
+
+
+def _release_answer(cache: ChunkCache, asked: Future[Lease]) -> None:
+    cache.release(asked.result())
 
 
 def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:

@@ -16,8 +16,12 @@ _VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk",
 _HASHES = ("sha256", "sha256_cbor")
 
 
-def kv_transfer_config(capacity: str | int, blocks_per_chunk: int = 1, **options: Any) -> shim.KVTransferConfig:
-    """The `kv_transfer_config` argument of `vllm.LLM`; options are those of `kvkern.config.Config`."""
+def kv_transfer_config(
+    capacity: str | int | None = None, blocks_per_chunk: int = 1, **options: Any
+) -> shim.KVTransferConfig:
+    """The `kv_transfer_config` argument of `vllm.LLM`; options are those of `kvkern.config.Config`: capacity or socket."""
+    if capacity is not None:
+        options["capacity"] = capacity
     return shim.KVTransferConfig(
         kv_connector="KvkernConnector",
         kv_connector_module_path=MODULE,
@@ -25,7 +29,7 @@ def kv_transfer_config(capacity: str | int, blocks_per_chunk: int = 1, **options
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={
             "blocks_per_chunk": blocks_per_chunk,
-            OPTIONS_KEY: {"capacity": capacity, **options},
+            OPTIONS_KEY: options,
         },
     )
 
@@ -37,7 +41,7 @@ def parse_options(extra_config: Any) -> Config:
     if not isinstance(options, dict):
         raise ConfigError(
             f"kv_connector_extra_config[{OPTIONS_KEY!r}] is {options!r}; expected an object such as "
-            f'{{"kvkern": {{"capacity": "8GiB"}}}}'
+            f'{{"kvkern": {{"capacity": "8GiB"}}}} or {{"kvkern": {{"socket": "/run/kvkern.sock"}}}}'
         )
     config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
     prompt_only = extra_config.get("offload_prompt_only")

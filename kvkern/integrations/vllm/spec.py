@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from ...arena import Arena
 from ...assemble import build_cache, build_transfer, open_arena
+from ...cache import ChunkCache
 from ...errors import UnsupportedError
 from ...kernels.checksum import ROW_NBYTES
 from ...kernels.layout import from_pages
 from ...kernels.paged_copy import PagedTensors
+from ...node.client import NodeClient
 from ...slots import SlotGeometry
 from . import shim
 from .manager import Group, KvkernManager, metric_definitions
@@ -20,7 +24,7 @@ from .worker import KvkernWorker
 
 
 class KvkernSpec(shim.OffloadingSpec):
-    """Scheduler and workers are different processes; they meet in an arena named after the engine."""
+    """Scheduler and workers are different processes; they meet in an arena named after the engine, or the node's."""
 
     def __init__(self, config: shim.OffloadingConfig) -> None:
         super().__init__(config)
@@ -53,7 +57,7 @@ class KvkernSpec(shim.OffloadingSpec):
             )
             for group in self.config.groups
         ]
-        return KvkernManager(build_cache(self._open()), groups)
+        return KvkernManager(self._open_cache(), groups)
 
     def get_worker(self, kv_caches: shim.CanonicalKVCaches) -> KvkernWorker:
         """Worker side: one layout per KV group, proven by a round trip through vLLM's tensors."""
@@ -64,19 +68,49 @@ class KvkernSpec(shim.OffloadingSpec):
         for group, refs in zip(self.config.groups, kv_caches.group_data_refs, strict=True):
             pages = [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
             groups.append(PagedTensors.bind(from_pages(pages, group.tokens_per_block), pages))
-        arena = self._open()
+        arena, close = self._open_arena()
         rank = self.config.parallel.rank
         transfer = build_transfer(self.options, arena, groups, rank, self.blocks_per_chunk)
-        return KvkernWorker(transfer, self.blocks_per_chunk, arena.close)
+        return KvkernWorker(transfer, self.blocks_per_chunk, close)
 
-    def _open(self) -> Arena:
-        """The engine's arena; whoever comes first creates it, the last of all processes unlinks its name."""
+    def _open_cache(self) -> ChunkCache:
+        """The scheduler's: the node's daemon, or a cache over this engine's own arena."""
+        if self.options.socket:
+            return self._connect(index=True)
+        return build_cache(self._open_own_arena())
+
+    def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
+        """(a worker's arena, what ends it)."""
+        if self.options.socket:
+            client = self._connect(index=False)
+            return client.arena, client.close
+        arena = self._open_own_arena()
+        return arena, arena.close
+
+    def _connect(self, index: bool) -> NodeClient:
+        shim.logger.info("kvkern: the node's cache is on %s", self.options.socket)
+        return NodeClient.open(
+            Path(self.options.socket),
+            self._name,
+            self.geometry,
+            index=index,
+            timeout_s=self.options.connect_s,
+            prefault=self.options.prefault,
+        )
+
+    @property
+    def _name(self) -> str:
+        """Of this engine, the same in all its processes."""
+        return blake3(self.config.engine_id.encode()).hexdigest()[:16]
+
+    def _open_own_arena(self) -> Arena:
+        """Whoever comes first creates it, the last of all processes unlinks its name."""
         if self._arena is None:
             layout = f"{self.config.kv_cache_layout}:{self.config.groups}:{self.blocks_per_chunk}"
             self._arena = open_arena(
                 self.options,
                 self.geometry,
-                name=blake3(self.config.engine_id.encode()).hexdigest()[:16],
+                name=self._name,
                 expected=self.config.parallel.world_size + 1,
                 identity=blake3(layout.encode()).digest(),
                 progress=shim.logger.info,
