@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -180,13 +180,13 @@ class Cache:
         with self._lock, self.faults.are_misses():
             self._dram.abort(reservation)
 
-    def clear(self, namespace: bytes | None = None) -> int:
-        """Forget every chunk, or those of a namespace (32-byte root).
+    def clear(self, namespace: bytes | None = None, fresh: Collection[int] = ()) -> int:
+        """Forget every chunk, or those of a namespace (32-byte root). `fresh`: see DramTier.clear.
 
         Slots being read or written are freed when their lease or reservation ends.
         """
         with self._lock, self.faults.are_misses():
-            count = self._dram.clear(namespace)
+            count = self._dram.clear(namespace, fresh)
             self.counters.cleared_chunks += count
             return count
         return 0

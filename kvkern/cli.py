@@ -5,6 +5,7 @@ Commands import what they need when they run: `kvkern version` costs neither tor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,13 +111,13 @@ def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
 def list_chunks(
     socket: Socket = DEFAULT_SOCKET,
     prefix: Annotated[str, typer.Option(help="First hex digits of the keys, an even number.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Print no more than that.")] = 100,
     json: AsJson = False,
 ) -> None:
     """List cached chunks."""
     from .node import protocol
 
-    rows = _ask(socket, protocol.List(1, _key_bytes(prefix), limit))
+    rows = _ask(socket, protocol.List(1, _key_bytes("prefix", prefix, least=0), limit))
     _print_json(rows) if json else _print_table(rows)
 
 
@@ -125,7 +126,7 @@ def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None
     """Show one chunk's header. Exit status 1 if it is not cached."""
     from .node import protocol
 
-    rows = _ask(socket, protocol.List(1, _key_bytes(key), 1))
+    rows = _ask(socket, protocol.List(1, _key_bytes("key", key), 1))
     if not rows:
         typer.echo(f"kvkern: no cached chunk's key starts with {key}", err=True)
         raise typer.Exit(1)
@@ -133,26 +134,24 @@ def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None
 
 
 @app.command()
-def evict(prefix: str, socket: Socket = DEFAULT_SOCKET) -> None:
+def evict(prefix: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """Forget the chunks whose key starts with these hex digits."""
     from .node import protocol
 
-    typer.echo(f"{_ask(socket, protocol.Evict(1, _key_bytes(prefix)))[0]['chunks']} chunks forgotten")
+    _print_forgotten(_ask(socket, protocol.Evict(1, _key_bytes("prefix", prefix))), json)
 
 
 @app.command()
 def clear(
     socket: Socket = DEFAULT_SOCKET,
-    namespace: Annotated[str, typer.Option(help="64 hex digits of a namespace; default: everything.")] = "",
+    namespace: Annotated[str | None, typer.Option(help="64 hex digits of a namespace; default: everything.")] = None,
+    json: AsJson = False,
 ) -> None:
     """Forget everything, or a namespace."""
     from .node import protocol
 
-    root = _key_bytes(namespace) or None
-    with _errors():
-        if root is not None and len(root) != protocol.KEY_NBYTES:
-            raise typer.BadParameter(f"{namespace!r} has {len(namespace)} digits; a namespace has 64, see `kvkern ls`")
-    typer.echo(f"{_ask(socket, protocol.Clear(1, root))[0]['chunks']} chunks forgotten")
+    root = None if namespace is None else _key_bytes("namespace", namespace, least=protocol.KEY_NBYTES)
+    _print_forgotten(_ask(socket, protocol.Clear(1, root)), json)
 
 
 def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
@@ -163,11 +162,16 @@ def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
     raise AssertionError("_errors leaves by typer.Exit")
 
 
-def _key_bytes(digits: str) -> bytes:
-    try:
-        return bytes.fromhex(digits)
-    except ValueError as error:
-        raise typer.BadParameter(f"{digits!r} is no even number of hex digits; `kvkern ls` shows keys") from error
+def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
+    """At least that many bytes of a key, at most a whole one."""
+    from .errors import ConfigError
+
+    even = re.fullmatch("(?:[0-9a-fA-F]{2})*", digits) is not None
+    with _errors():
+        if not even or not 2 * least <= len(digits) <= 64:
+            expected = "64" if least == 32 else f"{2 * least} to 64, an even number"
+            raise ConfigError(f"{name} is {digits!r}; expected hex digits, {expected}: `kvkern ls` shows them")
+    return bytes.fromhex(digits)
 
 
 @contextmanager
@@ -188,17 +192,19 @@ def _print_json(value: Any) -> None:
     typer.echo(msgspec.json.encode(value).decode())
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print_forgotten(rows: list[dict[str, Any]], json: bool) -> None:
+    _print_json(rows[0]) if json else typer.echo(f"{rows[0]['chunks']} chunks forgotten")
 
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """Whole keys however narrow the terminal: somebody copies them."""
     if not rows:
         typer.echo("nothing is cached")
         return
-    table = Table(*rows[0], box=None)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(soft_wrap=True).print(table)
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def main() -> None:

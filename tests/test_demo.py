@@ -22,7 +22,7 @@ for _module in ("matplotlib", "safetensors", "tokenizers", "torch"):
 
 from kvkern.demo import checks, corpus, model, need, phases, process, prompts, report, run, wire  # noqa: E402
 from kvkern.demo.prompts import Library  # noqa: E402
-from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Plan, Progress  # noqa: E402
+from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Plan, Progress, Ready  # noqa: E402
 
 BLOCK_TOKENS = 16
 POOL_BLOCKS = 20
@@ -32,7 +32,7 @@ TINY = model.ModelConfig(
 # Four documents of six blocks each push the first one wholly out of 20 blocks; one of 16 fits.
 PLAN = Plan(
     short_tokens=100, long_tokens=256, long_runs=2, pairs=3, overcommit_prompts=5, reply_tokens=3,
-    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2,
+    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2, node_pairs=2,
 )  # fmt: skip
 
 Prefix = tuple[int, ...]
@@ -85,20 +85,41 @@ def _held(sequence: Sequence[int], store: dict[Prefix, None] | set[Prefix]) -> i
     return held
 
 
+@dataclass
+class FakeNode:
+    """The daemon as a phase sees it: while it is away, the engine has vLLM's own pool only."""
+
+    engine: FakeEngine
+    caches: bool = True
+
+    def kill(self, socket: Path) -> int:
+        self.caches, self.engine.kvkern = self.engine.kvkern, False
+        return 2
+
+    def wait_for(self, socket: Path, condition: Callable[[dict[str, int]], bool]) -> None:
+        assert condition({"chunks": 10**6, "sessions": 2})
+        assert not condition({})
+        self.engine.kvkern = self.caches
+
+
 def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Progress]:
     """All that a phase emits."""
     events: list[Answer | Progress] = []
-    phases.PHASES[phase](phases.Desk(engine, Library(list(range(50_000))), plan, events.append))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "node", FakeNode(engine, caches=engine.kvkern))
+        phases.PHASES[phase](phases.Desk(engine, Library(list(range(50_000))), plan, events.append))
     return events
 
 
 def all_answers(**flags: bool) -> list[Answer]:
-    """The answers of the three engines of a demo."""
+    """The answers of all engines of a demo; the last three share a cache."""
+    ours = {"kvkern": True} | flags
+    kept: set[Prefix] = set()
     engines = {
         "vllm": FakeEngine(kvkern=False),
-        "kvkern": FakeEngine(**{"kvkern": True} | flags),
-        "float32": FakeEngine(**{"kvkern": True} | flags),
-    }
+        "kvkern": FakeEngine(**ours),
+        "float32": FakeEngine(**ours),
+    } | {phase: FakeEngine(**ours, kept=kept) for phase in ("first", "second", "again")}
     events = [event for phase, engine in engines.items() for event in play(phase, engine)]
     return [event for event in events if isinstance(event, Answer)]
 
@@ -205,6 +226,14 @@ def test_kvkern_loads_the_whole_reusable_prefix_and_every_load_has_its_native_hi
     assert all(answer.loaded_tokens == 96 for answer in by_case["overcommit_kvkern"])
 
 
+def test_engines_of_a_node_load_what_the_first_has_computed() -> None:
+    by_case = _by_case(all_answers())
+    for case in ("second_engine", "daemon_restart", "engine_restart"):
+        assert len(by_case[case]) == 2 * PLAN.node_pairs
+        assert all(answer.loaded_tokens == (answer.prompt_tokens - 1) // 16 * 16 for answer in by_case[case])
+    assert [answer.cached_tokens for answer in by_case["daemon_gone"]] == [0]
+
+
 def test_both_engines_hold_the_same_conversation() -> None:
     by_case = _by_case(all_answers())
     alone, ours = by_case["turn_vllm"], by_case["turn_kvkern"]
@@ -239,7 +268,9 @@ def test_a_right_engine_passes_every_check() -> None:
 def test_wrong_tokens_after_a_load_are_found_everywhere() -> None:
     findings = checks.judge(all_answers(wrong_when_loaded=True))
     failed = {finding.name for finding in findings if not finding.ok}
-    assert failed == {finding.name for finding in findings} - {"float32, native hit = recompute"}
+    assert failed == {finding.name for finding in findings} - {
+        "float32, native hit = recompute", "an engine whose daemon is gone computes and answers",
+    }  # fmt: skip
     assert "gave other tokens than" in findings[0].line()
 
 
@@ -265,7 +296,7 @@ def _other_logprob(answer: Answer, by: float) -> Answer:
 @pytest.mark.parametrize(
     ("case", "change", "says"),
     [
-        ("kvkern_hit", lambda answer: _other_logprob(answer, 1e-6), "log-probabilities up to 1e-06 off native_hit"),
+        ("kvkern_hit", lambda answer: _other_logprob(answer, 1e-6), "log-probabilities up to 1e-06 off"),
         (
             "kvkern_hit",
             lambda answer: msgspec.structs.replace(answer, cached_tokens=16),
@@ -304,11 +335,13 @@ def test_rows_are_medians_in_the_tables_order() -> None:
     rows = report.rows(answers)
     assert [(row.case, row.prompt_tokens, row.runs) for row in rows] == [
         ("recompute", 100, 5), ("native_hit", 100, 3), ("kvkern_hit", 100, 3),
+        ("second_engine", 100, 2), ("engine_restart", 100, 2), ("daemon_restart", 100, 2),
         ("recompute", 256, 2), ("native_hit", 256, 3), ("kvkern_hit", 256, 3),
+        ("second_engine", 256, 2), ("engine_restart", 256, 2), ("daemon_restart", 256, 2),
         ("overcommit_native", 100, 5), ("overcommit_kvkern", 100, 5),
     ]  # fmt: skip
     hits = [answer for answer in answers if answer.case == "kvkern_hit" and answer.prompt_tokens == 256]
-    assert rows[5].ttft_s == median(answer.ttft_s for answer in hits)
+    assert rows[8].ttft_s == median(answer.ttft_s for answer in hits)
     assert (rows[5].cached_tokens, rows[5].loaded_tokens) == (240, 240)
     assert (rows[4].cached_tokens, rows[4].loaded_tokens) == (240, 0)
 
@@ -352,20 +385,45 @@ def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flag
 # --- the whole, and its engine processes
 
 
-def test_demo_runs_three_engines_with_the_asked_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeDaemon:
+    """Stands where run.py starts the daemon."""
+
+    capacities: list[str] = []  # noqa: RUF012
+
+    def __init__(self, capacity: str, log: Path) -> None:
+        self.capacities.append(capacity)
+        self.socket = log.with_name("node.sock")
+
+    def __enter__(self) -> FakeDaemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[EngineSpec] = []
+    kept: set[Prefix] = set()
+    monkeypatch.setattr(FakeDaemon, "capacities", [])
+    monkeypatch.setattr(run.node, "Daemon", FakeDaemon)
     (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
 
     def fake(job: Job, logs: process.Logs) -> Iterator[wire.Event]:
         started.append(job.engine)
-        yield from play(job.phase, FakeEngine(kvkern=job.engine.kvkern_capacity is not None), job.plan)
+        shared = job.engine.kvkern_socket is not None
+        engine = FakeEngine(kvkern=job.engine.kvkern_capacity is not None or shared, kept=kept if shared else set())
+        yield from play(job.phase, engine, job.plan)
+        if job.until is not None:
+            yield Ready()
+            assert Path(job.until).exists(), "the first engine was told to end before the second was done"
         yield Done(start_s=0.0)
 
     monkeypatch.setattr(process, "run", fake)
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path, capacity="1GiB"), PLAN) == run.EXIT_OK
-    assert [(engine.dtype, engine.kvkern_capacity) for engine in started] == [
-        ("bfloat16", None), ("bfloat16", "1GiB"), ("float32", "1GiB"),
+    assert [(engine.dtype, engine.kvkern_capacity, engine.kvkern_socket is None) for engine in started] == [
+        ("bfloat16", None, True), ("bfloat16", "1GiB", True), ("float32", "1GiB", True), *3 * [("bfloat16", None, False)],
     ]  # fmt: skip
+    assert FakeDaemon.capacities == ["1GiB"]
     assert {engine.model for engine in started} == {str(tmp_path)}
     kv_nbytes_per_token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, dim, bf16
     assert {engine.kv_pool_nbytes for engine in started} == {run.POOL_TOKENS * kv_nbytes_per_token}

@@ -51,7 +51,7 @@ def _decade_below(value_s: float) -> float:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    hits = [row for row in rows if not row.case.startswith("overcommit")]
+    hits = [row for row in rows if row.case in ("recompute", "native_hit", "kvkern_hit")]
     beyond = [row for row in rows if row.case.startswith("overcommit")]
     lengths = sorted({row.prompt_tokens for row in hits})
     groups = [(f"{length:,} tokens", [row for row in hits if row.prompt_tokens == length]) for length in lengths]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from .wire import Answer
 
 FLOAT32_TOLERANCE = 1e-4  # of a log-probability: recompute adds up in another order than a hit does
-LOADED_CASES = ("kvkern_hit", "overcommit_kvkern", "kvkern_recheck", "kvkern_hit_float32")
+NODE_CASES = ("second_engine", "daemon_restart", "engine_restart")
+LOADED_CASES = ("kvkern_hit", "overcommit_kvkern", "kvkern_recheck", "kvkern_hit_float32", *NODE_CASES)
 NATIVE_CASES = ("native_hit", "check")
 
 
@@ -45,10 +46,17 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
         "bf16, kvkern hit = native hit, prompts beyond the pool", answers, ("overcommit_kvkern",)
     )
     recheck = _against_native("bf16, kvkern hit = native hit, conversation", answers, ("kvkern_recheck",))
+    titles = ("another engine's chunks", "after the daemon was killed", "a restarted engine")
+    node = [
+        _against_native(f"bf16, {title} = native hit", answers, (case,))
+        for title, case in zip(titles, NODE_CASES, strict=True)
+    ]
     return [
         documents,
         overcommit,
         recheck,
+        *node,
+        _without_daemon(answers),
         _across_engines(answers),
         _in_float32(answers, "native_hit_float32"),
         _in_float32(answers, "kvkern_hit_float32"),
@@ -61,6 +69,14 @@ def loaded(answers: Sequence[Answer]) -> Finding:
     empty = [f"{_who(answer)} loaded nothing" for answer in asked if not answer.cached_tokens]
     empty += [f"no {case} loaded a token" for case in LOADED_CASES if not _any_loaded(asked, case)]
     return Finding("tokens were loaded", len(asked), tuple(empty))
+
+
+def _without_daemon(answers: Sequence[Answer]) -> Finding:
+    asked = [answer for answer in answers if answer.case == "daemon_gone"]
+    problems = [
+        f"{_who(answer)} loaded {answer.loaded_tokens} tokens from nowhere" for answer in asked if answer.loaded_tokens
+    ]
+    return Finding("an engine whose daemon is gone computes and answers", len(asked), tuple(problems))
 
 
 def _any_loaded(asked: Iterable[Answer], case: str) -> bool:

@@ -37,7 +37,11 @@ def main() -> None:
             start_s = time.monotonic() - started_s
             engine.warm_up(library.tokens)
             emit(wire.Progress(f"engine up after {start_s:.0f} s, warm after {time.monotonic() - started_s:.0f} s"))
-            PHASES[job.phase](Desk(engine, desk_library, job.plan, emit))
+            PHASES[job.phase](Desk(engine, desk_library, job.plan, emit, job.engine.kvkern_socket))
+            if job.until is not None:
+                emit(wire.Ready())
+                while not Path(job.until).exists():
+                    time.sleep(0.1)
         finally:
             engine.close()
         emit(wire.Done(start_s=start_s))

@@ -40,10 +40,12 @@ def engine_kwargs(spec: EngineSpec) -> dict[str, Any]:
 
 def connector(spec: EngineSpec) -> Any:
     """Return the `KVTransferConfig` that puts kvkern into vLLM, or None for vLLM alone."""
-    if spec.kvkern_capacity is None:
+    if spec.kvkern_capacity is None and spec.kvkern_socket is None:
         return None
     from ..integrations.vllm import kv_transfer_config
 
+    if spec.kvkern_socket is not None:
+        return kv_transfer_config(socket=spec.kvkern_socket)
     return kv_transfer_config(spec.kvkern_capacity)
 
 

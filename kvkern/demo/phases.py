@@ -3,17 +3,22 @@
 vllm      pass 1 over 16 documents (recompute), pass 2 over the same (overcommit_native), long documents
 kvkern    pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
 float32   recompute, native hit and kvkern hit of the same prompt, where all three must agree
+first     computes documents through a daemon, and stays up
+second    another engine beside it: (forget, second_engine, check) x pairs; kills the daemon; the same as daemon_restart
+again     a new engine when both are gone: the same as engine_restart
 both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+from . import node
 from .prompts import Library
-from .wire import Answer, Plan, Progress
+from .wire import BLOCK_TOKENS, Answer, Plan, Progress
 
 
 class Asks(Protocol):
@@ -30,8 +35,9 @@ Prompts = dict[str, list[int]]
 class Desk:
     """Asks an engine and passes every answer on."""
 
-    def __init__(self, engine: Asks, library: Library, plan: Plan, emit: Emit) -> None:
+    def __init__(self, engine: Asks, library: Library, plan: Plan, emit: Emit, socket: str | None = None) -> None:
         self.engine, self.library, self.plan, self._emit = engine, library, plan, emit
+        self.socket = Path(socket or "")
         self.overcommit = self._documents("overcommit", plan.overcommit_prompts, plan.short_tokens)
         self.long = self._documents("long", plan.long_runs, plan.long_tokens)
         self.turns = [library.document(plan.turn_tokens) for _ in range(plan.turns)]
@@ -87,15 +93,54 @@ def float32(desk: Desk) -> None:
         desk.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
 
 
+def first_of_node(desk: Desk) -> None:
+    """Computes what the others will load."""
+    documents = _node_documents(desk)
+    for prompt_id, prompt in documents.items():
+        desk.ask("fill", prompt_id, prompt, 1)
+    chunks = sum(len(prompt) // BLOCK_TOKENS for prompt in documents.values())
+    node.wait_for(desk.socket, lambda row: row.get("chunks", 0) >= chunks)
+    desk.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
+
+
+def second_of_node(desk: Desk) -> None:
+    """Hits what the first has computed; then without a daemon; then with the restarted one."""
+    documents = _node_documents(desk)
+    _load_pairs(desk, documents, "second_engine", "check", desk.plan.node_pairs)
+    sessions = node.kill(desk.socket)
+    desk.engine.forget()
+    prompt_id, prompt = next(iter(documents.items()))
+    desk.ask("daemon_gone", prompt_id, prompt)
+    desk.say("daemon killed with -9: the engine computes and goes on")
+    node.wait_for(desk.socket, lambda row: row.get("sessions", 0) >= sessions)
+    _load_pairs(desk, documents, "daemon_restart", "check", desk.plan.node_pairs)
+
+
+def again_on_node(desk: Desk) -> None:
+    """A restarted engine finds what its predecessors computed."""
+    _load_pairs(desk, _node_documents(desk), "engine_restart", "check", desk.plan.node_pairs)
+
+
+def _node_documents(desk: Desk) -> Prompts:
+    return desk.short | dict(list(desk.long.items())[:1])
+
+
 def _hit_pairs(desk: Desk, prompts: Prompts) -> None:
     for prompt_id, prompt in prompts.items():
         desk.ask("fill", prompt_id, prompt, 1)
+    _load_pairs(desk, prompts, "kvkern_hit", "native_hit", desk.plan.pairs)
+
+
+def _load_pairs(desk: Desk, prompts: Prompts, case: str, native_case: str, count: int) -> None:
+    """Ask for each prompt: vLLM forgets, it is loaded, it is hit natively."""
+    for prompt_id, prompt in prompts.items():
         pairs = []
-        for _ in range(desk.plan.pairs):
+        for _ in range(count):
             desk.engine.forget()
-            pairs.append((desk.ask("kvkern_hit", prompt_id, prompt), desk.ask("native_hit", prompt_id, prompt)))
+            pairs.append((desk.ask(case, prompt_id, prompt), desk.ask(native_case, prompt_id, prompt)))
         ours_s, native_s = (median(answer.ttft_s for answer in side) for side in zip(*pairs, strict=True))
-        desk.say(f"{len(pairs)} x {len(prompt):,} tokens: kvkern hit {ours_s:.3f} s, native hit {native_s:.3f} s")
+        title = case.replace("_", " ")
+        desk.say(f"{len(pairs)} x {len(prompt):,} tokens: {title} {ours_s:.3f} s, native hit {native_s:.3f} s")
 
 
 def _converse(desk: Desk, case: str, *, forget: bool) -> None:
@@ -117,4 +162,7 @@ PHASES: dict[str, Callable[[Desk], None]] = {
     "vllm": vllm_alone,
     "kvkern": vllm_with_kvkern,
     "float32": float32,
+    "first": first_of_node,
+    "second": second_of_node,
+    "again": again_on_node,
 }

@@ -35,7 +35,7 @@ class Logs:
     verbose: bool  # to the terminal instead, with vLLM at level INFO
 
     def path(self, phase: str) -> Path:
-        return self.folder / f"engine-{phase}.log"
+        return self.folder / f"engine-{phase.replace('_', '-')}.log"
 
 
 def run(job: wire.Job, logs: Logs) -> Generator[wire.Event, None, None]:
@@ -87,6 +87,7 @@ def environment(*, verbose: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved_cpus(len(os.sched_getaffinity(0)))),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",  # vLLM's block hashes start from it: engines that share a cache need the same
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked engine core would hold our pipe open after a crash
     }
 

@@ -24,18 +24,26 @@ CASES = {
     "recompute": None,
     "native_hit": "recompute",
     "kvkern_hit": "recompute",
+    "second_engine": "recompute",
+    "engine_restart": "recompute",
+    "daemon_restart": "recompute",
     "overcommit_native": None,
     "overcommit_kvkern": "overcommit_native",
 }
 HEADINGS = ("prompt\ntokens", "reused\ntokens", "loaded\ntokens", "TTFT\ns", "times\nfaster", "of native\nhit", "runs")
 CAPTION = (
-    "reused: not computed. loaded: of these, from kvkern. faster: than computing. overcommit: more than the pool holds."
+    "reused: not computed. loaded: of these, from kvkern. faster: than computing. overcommit: more than the pool holds. "
+    "second engine to daemon: through the node's daemon, of what another engine process has computed."
 )
-NATIVE = {"kvkern_hit": "native_hit"}
+NODE_CASES = ("second_engine", "engine_restart", "daemon_restart")
+NATIVE = dict.fromkeys(("kvkern_hit", *NODE_CASES), "native_hit")
 TITLES = {
     "recompute": "recompute",
     "native_hit": "native hit",
     "kvkern_hit": "kvkern hit",
+    "second_engine": "second engine",
+    "engine_restart": "engine restarted",
+    "daemon_restart": "daemon killed, back",
     "overcommit_native": "overcommit, vLLM",
     "overcommit_kvkern": "overcommit, kvkern",
 }
@@ -105,7 +113,7 @@ def table(shown: Sequence[Row]) -> Table:
             f"{base.ttft_s / row.ttft_s:.1f}x" if base else "",
             f"{row.ttft_s / native.ttft_s:.2f}x" if native else "",
             str(row.runs),
-            end_section=row.case.startswith("kvkern"),
+            end_section=row.case in ("daemon_restart", "overcommit_kvkern"),
         )
     return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from . import chart, checks, model, need, process, report
-from .wire import Answer, Done, EngineSpec, Job, Plan, Progress
+from . import chart, checks, model, need, node, process, report
+from .wire import Answer, Done, EngineSpec, Event, Job, Plan, Progress, Ready
 
 EXIT_OK = 0
 EXIT_WRONG = 1  # tokens differ, or nothing was loaded
@@ -89,6 +89,7 @@ def _demo(options: Options, plan: Plan, clock: Clock) -> int:
     for title, job in jobs(folder, options.capacity, plan):
         clock.say(f"[bold]{title}[/bold]: starting the engine (15 to 40 s)")
         answers += _answers(job, logs, clock.say)
+    answers += _node_answers(folder, options.capacity, plan, logs, clock.say)
     return _conclude(options, answers, clock)
 
 
@@ -102,6 +103,26 @@ def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]
         ("vLLM with kvkern, bf16", Job("kvkern", ours, plan)),
         ("vLLM with kvkern, float32", Job("float32", exact, plan)),
     ]
+
+
+def _node_answers(
+    folder: Path, capacity: str | None, plan: Plan, logs: process.Logs, say: Callable[[str], None]
+) -> list[Answer]:
+    """Two engines at a time on one daemon, then a third."""
+    answers: list[Answer] = []
+    with node.Daemon(capacity or default_capacity(folder), logs.path("daemon")) as daemon:
+        spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
+        until = daemon.socket.with_name("enough")
+        say("[bold]the node's daemon, and a first engine[/bold]: starting both")
+        with closing(process.run(Job("first", spec, plan, until=str(until)), logs)) as first:
+            answers += _until_ready(first, say)
+            say("[bold]a second engine beside the first[/bold]: starting it")
+            answers += _answers(Job("second", spec, plan), logs, say)
+            until.touch()
+            answers += _until_ready(first, say)
+        say("[bold]an engine restarted[/bold]: starting it")
+        answers += _answers(Job("again", spec, plan), logs, say)
+    return answers
 
 
 def engine_spec(folder: Path) -> EngineSpec:
@@ -124,16 +145,23 @@ def _model(options: Options, clock: Clock) -> Path:
 
 
 def _answers(job: Job, logs: process.Logs, say: Callable[[str], None]) -> list[Answer]:
-    answers = []
     with closing(process.run(job, logs)) as events:
-        for event in events:
-            match event:
-                case Answer():
-                    answers.append(event)
-                case Progress(text=text):
-                    say(f"  {text}")
-                case Done(start_s=start_s):
-                    say(f"  done; the engine's start took {start_s:.0f} s")
+        return _until_ready(events, say)
+
+
+def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[Answer]:
+    """The answers of an engine until it is done, or is ready and waits."""
+    answers = []
+    for event in events:
+        match event:
+            case Answer():
+                answers.append(event)
+            case Progress(text=text):
+                say(f"  {text}")
+            case Ready():
+                break
+            case Done(start_s=start_s):
+                say(f"  done; the engine's start took {start_s:.0f} s")
     return answers
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import msgspec
 
+BLOCK_TOKENS = 128
+
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How one vLLM engine is started."""
 
     model: str  # folder
     dtype: str = "bfloat16"
-    kvkern_capacity: str | None = None  # None: vLLM alone
+    kvkern_capacity: str | None = None  # of a cache of its own
+    kvkern_socket: str | None = None  # of a daemon; with neither it is vLLM alone
     kv_pool_nbytes: int  # vLLM's own KV blocks
-    block_tokens: int = 128
+    block_tokens: int = BLOCK_TOKENS
     max_model_tokens: int = 12_288
     max_batched_tokens: int = 2048
 
@@ -34,6 +37,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     turn_tokens: int = 500  # that the user adds in each turn
     turn_reply_tokens: int = 40
     float32_prompts: int = 2
+    node_pairs: int = 5  # as pairs, but through a daemon
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -42,6 +46,7 @@ class Job(msgspec.Struct, frozen=True):
     phase: str  # a key of phases.PHASES
     engine: EngineSpec
     plan: Plan
+    until: str | None = None  # a path: the engine stays up after its phase until it exists
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -63,13 +68,17 @@ class Answer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     logprobs: tuple[tuple[tuple[int, float], ...], ...]  # per token: the best five as (token, log-probability)
 
 
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The phase is complete; the engine stays up until the job's `until` exists."""
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     """The phase is complete; without it the process has failed."""
 
     start_s: float  # the engine's start, imports included
 
 
-Event = Progress | Answer | Done
+Event = Progress | Answer | Ready | Done
 
 
 def encode(message: Job | Event) -> bytes:

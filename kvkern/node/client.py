@@ -31,6 +31,8 @@ from .link import Link
 logger = logging.getLogger("kvkern")
 
 FIRST_GOAL = 64  # granted slots kept in stock until more are seen to be needed
+NO_LIMIT = 1 << 30  # until the daemon has said one
+MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of a reservation: with a chain of MAX_KEYS they still fit a frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,13 @@ class NodeClient:
         self._held_before = 0  # of earlier eras: the daemon keeps their slots until `Settle`
         self._replica: set[bytes] = set()
         self._writing: set[bytes] = set()
+        self._begun: set[int] = set()  # slots under reservations of this connection
         self._stock: deque[tuple[int, int]] = deque()
+        self._publishing = 0  # requests to publish that are not answered
         self._asked = 0  # slots asked for and not answered
-        self._goal, self._limit = FIRST_GOAL, 1 << 30
-        self._clears: dict[bytes, None] = {}  # namespaces to forget before anything else is asked
+        self._goal, self._limit = FIRST_GOAL, NO_LIMIT
+        self._clears: dict[bytes, int] = {}  # namespaces to forget before anything else; the last request to do it
+        self._num_clears = 0
         self._described: dict[bytes, dict[str, str]] = {}
         self._late: deque[Lease] = deque()
 
@@ -92,12 +97,17 @@ class NodeClient:
         prefault: bool = True,
     ) -> NodeClient:
         """Connect, waiting for a daemon at most `timeout_s`. Raises ConfigError if there is none or it refuses."""
-        client = cls(path, engine, geometry, index, patience_s)
+        client = cls(p.checked_path(path), engine, geometry, index, patience_s)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 client._link.connect(prefault)
                 break
+            except PermissionError as error:
+                client._link.close()
+                raise ConfigError(
+                    f"{path} may not be opened by this user; join the group of the socket, or run as its owner"
+                ) from error
             except OSError as error:
                 if time.monotonic() > deadline:
                     client._link.close()
@@ -137,7 +147,7 @@ class NodeClient:
         asked = list(keys[: p.MAX_KEYS])
         with self._lock:
             self.counters.lookup_chunks += len(keys)
-            if not self._link.behind():
+            if not (self._publishing or self._link.behind()):
                 asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
@@ -146,7 +156,7 @@ class NodeClient:
 
             def answered(response: p.Response | None) -> None:
                 lease: Lease = NO_LEASE
-                if isinstance(response, p.Acquired) and response.slots:
+                if isinstance(response, p.Acquired) and response.slots and max(response.rows) < len(asked):
                     found = tuple(asked[row] for row in response.rows)
                     lease = NodeLease(found, tuple(response.slots), response.lease, era)
                     self.counters.hit_chunks += len(found)
@@ -185,9 +195,8 @@ class NodeClient:
             self._goal = max(self._goal, 2 * len(missing))
             self._refill(len(missing))
             if self._patience_s:
-                enough = min(len(missing), self._limit)
-                self._lock.wait_for(lambda: not self.connected or len(self._stock) >= enough, self._patience_s)
-            granted = missing[: len(self._stock)]
+                self._lock.wait_for(lambda: self._enough(len(missing)), self._patience_s)
+            granted = missing[: min(len(self._stock), MAX_PUBLISH)]
             taken = [self._stock.popleft() for _ in granted]
             slots, generations = tuple(slot for slot, _ in taken), tuple(generation for _, generation in taken)
             dropped = len(missing) - len(granted)
@@ -196,6 +205,7 @@ class NodeClient:
                 at, under = np.array(slots, dtype=np.int64), np.array(generations, dtype=np.uint64)
                 begin_slots(self.arena, at, under, granted, shape, chain, self._owner)
                 self._writing.update(granted)
+                self._begun.update(slots)
                 self._held += 1
             return NodeReservation(
                 tuple(granted), slots, generations, dropped, (), tuple(chain), shape.namespace, self._era
@@ -209,12 +219,15 @@ class NodeClient:
                 result.set_result(0)
                 return result
             self._writing.difference_update(reservation.keys)
+            if reservation.era == self._era:
+                self._begun.difference_update(reservation.slots)
             if not self._ended(reservation.era):
                 self.counters.failed_chunks += len(reservation.slots)
                 result.set_result(0)
                 return result
 
             def answered(response: p.Response | None) -> None:
+                self._publishing -= 1
                 published = response.published if isinstance(response, p.Published) else []
                 stored = sum(published)
                 self._replica.update(key for key, ok in zip(reservation.keys, published, strict=False) if ok)
@@ -225,6 +238,7 @@ class NodeClient:
             keys, chain = p.join_keys(reservation.keys), p.join_keys(reservation.chain[: p.MAX_KEYS])
             slots, generations = list(reservation.slots), list(reservation.generations)
             namespace = reservation.namespace
+            self._publishing += 1
             self._link.ask(lambda number: p.Publish(number, namespace, slots, generations, keys, chain), answered)
             self._refill(0)
         return result
@@ -237,7 +251,7 @@ class NodeClient:
         """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""
         with self._lock:
             count = sum(key not in self._replica for key in wanted)
-            if not self.connected or len(self._stock) >= min(count, self._limit):
+            if self._enough(count):
                 return True
             self._goal = max(self._goal, 2 * count)
             self._refill(count)
@@ -247,8 +261,9 @@ class NodeClient:
         """Forget a namespace before anything that is asked later, also while the daemon is away: then it is told first."""
         result: Future[int] = Future()
         with self._lock:
-            self._clears[namespace] = None
-            self._link.ask(partial(_clear, namespace), partial(self._cleared, namespace, result))
+            self._num_clears += 1
+            self._clears[namespace] = self._num_clears
+            self._send_clear(namespace, result)
         return result
 
     def clear(self, namespace: bytes | None = None) -> int:
@@ -280,7 +295,7 @@ class NodeClient:
     def close(self) -> None:
         """End the connection and the thread. What is still held the daemon frees when this process is gone."""
         with self._lock:
-            self._link.send(p.GiveBack([slot for slot, _ in self._stock]))
+            self._give_stock_back()
         self._link.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------------
@@ -302,10 +317,20 @@ class NodeClient:
         if self._held_before == 0 and self.connected and self._index:
             self._link.send(p.Settle())
 
+    def _give_stock_back(self) -> None:
+        for begin in range(0, len(self._stock), p.MAX_SLOTS):
+            stock = list(self._stock)[begin : begin + p.MAX_SLOTS]
+            self._link.send(p.GiveBack([slot for slot, _ in stock]))
+        self._stock.clear()
+
+    def _enough(self, needed: int) -> bool:
+        return not (self.connected and self._index) or len(self._stock) >= min(needed, self._limit)
+
     def _refill(self, needed: int) -> None:
         goal = min(self._limit, max(self._goal, needed))
-        short = goal - len(self._stock) - self._asked
-        if self._index and self.connected and short > 0 and 2 * short >= goal:
+        coming = len(self._stock) + self._asked
+        short = goal - coming
+        if self._index and self.connected and short > 0 and (2 * short >= goal or needed > coming):
             count = min(short, p.MAX_SLOTS)
             self._asked += count
 
@@ -317,12 +342,18 @@ class NodeClient:
 
             self._link.ask(lambda number: p.Grant(number, count), answered)
 
-    def _cleared(self, namespace: bytes, result: Future[int], response: p.Response | None) -> None:
-        if isinstance(response, p.Answer):
-            self._clears.pop(namespace, None)
+    def _send_clear(self, namespace: bytes, result: Future[int]) -> None:
+        number = self._clears[namespace]
+
+        def answered(response: p.Response | None) -> None:
+            if not isinstance(response, p.Answer):
+                result.set_result(0)  # it stays noted until a daemon has answered
+                return
+            if self._clears.get(namespace) == number:
+                del self._clears[namespace]
             result.set_result(int(response.rows[0]["chunks"]))
-        else:
-            result.set_result(0)  # it stays noted until a daemon has answered
+
+        self._link.ask(partial(_clear, namespace, sorted(self._begun)), answered)
 
     @staticmethod
     def _warned(response: p.Response | None) -> None:
@@ -332,9 +363,10 @@ class NodeClient:
     def _opened(self) -> None:
         self._era += 1
         self._held_before += self._held
+        self._begun.clear()
         self._held = 0
         for namespace in self._clears:
-            self._link.ask(partial(_clear, namespace), partial(self._cleared, namespace, Future()))
+            self._send_clear(namespace, Future())
         self._settle()
         for root, fields in self._described.items():
             self._link.ask(partial(_describe, root, fields), self._warned)
@@ -343,7 +375,7 @@ class NodeClient:
     def _lost(self) -> None:
         self._stock.clear()
         self._replica.clear()
-        self._asked = 0
+        self._asked, self._limit = 0, NO_LIMIT
 
     def _told(self, response: p.Response) -> None:
         if isinstance(response, p.Changed):
@@ -351,14 +383,17 @@ class NodeClient:
                 self._replica.clear()
             self._replica.update(p.cut_keys(response.added))
             self._replica.difference_update(p.cut_keys(response.removed))
+        elif isinstance(response, p.Draining):
+            self._give_stock_back()
+            self._limit = 0
 
     def _end_late(self) -> None:
         while self._late:
             self.release(self._late.popleft())
 
 
-def _clear(namespace: bytes, number: int) -> p.Request:
-    return p.Clear(number, namespace)
+def _clear(namespace: bytes, begun: list[int], number: int) -> p.Request:
+    return p.Clear(number, namespace, begun)
 
 
 def _describe(root: bytes, fields: dict[str, str], number: int) -> p.Request:

@@ -13,6 +13,7 @@ import os
 import random
 import selectors
 import socket
+import struct
 import termios
 import threading
 import time
@@ -32,6 +33,7 @@ CONNECT_S = 5.0
 HELLO_S = 600.0  # the first engine waits for the arena's pages
 BACKOFF_S = (0.05, 2.0)
 MAX_UNSENT_NBYTES = 16 << 20
+_DESCRIPTOR = struct.Struct("i")
 
 Answered = Callable[[p.Response | None], None]  # called once, under the lock; None: no answer will come
 
@@ -91,23 +93,22 @@ class Link:
             self._wake()
 
     def ask(self, make: Callable[[int], p.Request], answered: Answered) -> None:
-        """(locked) Queue a request made with its id."""
+        """(locked) Queue a request made with its id. Raises KvkernError, and asks nothing, if it is no message."""
         if not self.connected:
             answered(None)
             return
         self._next_id += 1
-        self._waiting[self._next_id] = (time.monotonic() + ANSWER_S, answered)
         self.send(make(self._next_id))
+        self._waiting[self._next_id] = (time.monotonic() + ANSWER_S, answered)
 
     def behind(self) -> bool:
         """(locked) Whether the daemon has said something that nobody has been told yet."""
-        if self._reading:
-            return True
         if self._socket is None:
             return False
         unread = array.array("i", [0])
         fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
-        return unread[0] > 0
+        # In this order: what the thread has taken from the socket before the look at it, `_reading` tells.
+        return unread[0] > 0 or self._reading or bool(self._frames)
 
     def connect(self, prefault: bool) -> None:
         """One attempt. Raises OSError, or KvkernError if the daemon refuses or has another arena than before."""
@@ -228,6 +229,7 @@ class Link:
             self._told(response)
         elif isinstance(response, p.Draining):
             logger.info("kvkern: the daemon on %s is ending; until it is back everything is computed", self.path)
+            self._told(response)
         elif isinstance(response, p.Welcome | p.Refused):
             raise p.ProtocolError(f"{type(response).__name__} in an open session")
         elif (entry := self._waiting.pop(response.id, None)) is not None:
@@ -254,9 +256,13 @@ def _receive_welcome(sock: socket.socket, frames: p.Frames) -> tuple[p.Welcome, 
     bodies: list[bytes] = []
     try:
         while not bodies:
-            data, descriptors, _flags, _address = socket.recv_fds(sock, 1 << 16, 1)
-            if descriptors:
-                descriptor = descriptors[0]
+            # not recv_fds, which ignores its flags: a process that the engine starts must not inherit the arena
+            data, beside, _flags, _address = sock.recvmsg(
+                1 << 16, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
+            )
+            for level, kind, raw in beside:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(raw) == _DESCRIPTOR.size:
+                    (descriptor,) = _DESCRIPTOR.unpack(raw)
             if not data:
                 raise ConnectionError("the daemon hung up")
             bodies += list(frames.feed(data))

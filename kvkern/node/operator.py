@@ -16,7 +16,7 @@ class Operator:
     """Use as a context manager. Raises ConfigError if no daemon answers or it refuses."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = p.checked_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(TIMEOUT_S)
         self._frames = p.Frames()
@@ -37,10 +37,15 @@ class Operator:
             raise ConfigError(
                 f"no daemon answers on {self._path} ({error.strerror or error}); start one: kvkern serve"
             ) from error
-        if isinstance(first, p.Refused):
+        except p.ProtocolError:
             self._socket.close()
+            raise
+        if isinstance(first, p.Welcome):
+            return self
+        self._socket.close()
+        if isinstance(first, p.Refused):
             raise ConfigError(f"the daemon refuses: {first.reason}")
-        return self
+        raise p.ProtocolError(f"the daemon answers Hello with {type(first).__name__}")
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
@@ -49,7 +54,8 @@ class Operator:
         """The daemon's rows. Raises ConfigError if it does not answer."""
         try:
             self._socket.sendall(p.encode(request))
-            answer = self._receive()
+            while isinstance(answer := self._receive(), p.Draining):
+                continue
         except OSError as error:
             raise ConfigError(f"the daemon on {self._path} does not answer ({error.strerror or error})") from error
         if not isinstance(answer, p.Answer):

@@ -9,19 +9,23 @@ Keys travel as one byte string of 32 bytes each. KV bytes never travel: they lie
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
-from ..errors import KvkernError
+from ..errors import ConfigError, KvkernError
 
 VERSION = 1
 MAX_FRAME_NBYTES = 4 << 20
 MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
+MAX_ROWS = 1000  # of an answer
+MAX_PATH_NBYTES = 107  # of a Unix socket, by Linux
 KEY_NBYTES = 32
 _LENGTH = struct.Struct("<I")
 
@@ -113,10 +117,14 @@ class GiveBack(_Message, tag=7):
 
 
 class Clear(_Message, tag=8):
-    """Forget a namespace, or everything. Answered by Answer."""
+    """Forget a namespace, or everything. Answered by Answer.
+
+    Chunks that the client is writing are forgotten if they are in `begun`; others it began after it said this.
+    """
 
     id: Id
     namespace: Root | None
+    begun: Slots = []
 
 
 class Settle(_Message, tag=9):
@@ -134,7 +142,7 @@ class List(_Message, tag=11):
 
     id: Id
     prefix: Annotated[bytes, Meta(max_length=KEY_NBYTES)]
-    limit: Annotated[int, Meta(ge=1, le=1000)]
+    limit: Annotated[int, Meta(ge=1, le=MAX_ROWS)]
 
 
 class Evict(_Message, tag=12):
@@ -185,7 +193,7 @@ class Granted(_Message, tag=69):
     id: Id
     slots: Slots
     generations: Generations
-    limit: int
+    limit: Slot
 
 
 class Published(_Message, tag=70):
@@ -207,7 +215,7 @@ class Answer(_Message, tag=72):
     """Rows for an operator, or of counts."""
 
     id: Id
-    rows: list[dict[str, Any]]
+    rows: Annotated[list[dict[str, int | float | str]], Meta(max_length=MAX_ROWS)]
 
 
 class Failed(_Message, tag=73):
@@ -228,6 +236,9 @@ Response = (
     Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Failed | Draining
 )  # fmt: skip
 
+_PARALLEL: dict[type, tuple[str, ...]] = {
+    Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("rows", "slots"),
+}  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _responses: msgspec.msgpack.Decoder[Response] = msgspec.msgpack.Decoder(Response)
@@ -254,15 +265,14 @@ def decode_response(body: bytes | memoryview) -> Response:
 def _decode(decoder: Any, body: bytes | memoryview) -> Any:
     try:
         message = decoder.decode(body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"no message of protocol version {VERSION}: {error}") from error
     for name in ("keys", "chain", "added", "removed"):
         if len(getattr(message, name, b"")) % KEY_NBYTES:
             raise ProtocolError(f"{name} of {type(message).__name__} are no whole number of {KEY_NBYTES} bytes")
-    if isinstance(message, Publish) and not (
-        len(message.slots) == len(message.generations) == len(message.keys) // KEY_NBYTES
-    ):
-        raise ProtocolError("Publish has not as many slots, generations and keys")
+    names = _PARALLEL.get(type(message), ())
+    if len({len(getattr(message, name)) // (KEY_NBYTES if name == "keys" else 1) for name in names}) > 1:
+        raise ProtocolError(f"{type(message).__name__} has not as many of each: {', '.join(names)}")
     return message
 
 
@@ -271,6 +281,10 @@ class Frames:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+
+    def __bool__(self) -> bool:
+        """Whether the beginning of a frame is here, and its end is not."""
+        return bool(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Bodies of the frames that are whole now. Raises ProtocolError on a length above the limit, before it is buffered."""
@@ -293,8 +307,20 @@ class Frames:
 
 
 def join_keys(keys: Sequence[bytes]) -> bytes:
-    """Keys as one byte string."""
-    return b"".join(keys)
+    """Keys as one byte string. Raises ConfigError if they are no chunk keys."""
+    joined = b"".join(keys)
+    if len(joined) != KEY_NBYTES * len(keys):
+        raise ConfigError(f"{len(keys)} keys have {len(joined)} bytes in all; chunk keys have {KEY_NBYTES} each")
+    return joined
+
+
+def checked_path(path: Path) -> Path:
+    """`path`, if a socket can have it. Raises ConfigError."""
+    if len(os.fsencode(path)) > MAX_PATH_NBYTES:
+        raise ConfigError(
+            f"socket path {str(path)!r} is longer than the {MAX_PATH_NBYTES} bytes Linux allows; shorten it"
+        )
+    return path
 
 
 def cut_keys(keys: bytes) -> list[bytes]:

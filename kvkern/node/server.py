@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
 import socket
-import stat
 import struct
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from ..config import format_nbytes
 from ..errors import ArenaError, ConfigError, KvkernError
 from ..slots import SlotGeometry
 from . import protocol as p
+from .place import bind, groups_of, only_one, unfinished
 from .sessions import Session, Sessions
 
 logger = logging.getLogger("kvkern")
@@ -34,6 +33,7 @@ HELLO_S = 5.0  # a connection that has not said Hello by then is closed
 SWEEP_S = 0.25
 MAX_UNSENT_NBYTES = 64 << 20  # of one client
 MAX_CONNECTIONS = 512
+LINGER_S = 1.0  # how long a client that is let go may take to read what is queued for it
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -53,8 +53,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
             raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
-        if len(os.fsencode(self.socket)) > 107:
-            raise ConfigError(f"socket path {str(self.socket)!r} is longer than the 107 bytes Linux allows; shorten it")
+        p.checked_path(self.socket)
         if not self.arena_dir.is_dir():
             raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
         if not 0 <= self.drain_s <= 3600:
@@ -103,17 +102,24 @@ class Connection(asyncio.Protocol):
             self._server.bad_frames += isinstance(error, p.ProtocolError)
             self.close(str(error))
 
+    def eof_received(self) -> None:
+        """A client that sends no more is gone."""
+        self.close("has ended")
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End the session."""
         self._transport = None
         self._server.connections.discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
-        if self._opening is not None:
-            self._opening.cancel()
         if self.session is not None:
             self._server.detach(self.session)
             self.session = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._transport is None
 
     def send(self, message: p.Response) -> None:
         """Queue an answer; a client that reads too slowly is disconnected."""
@@ -141,7 +147,7 @@ class Connection(asyncio.Protocol):
         self.close(f"was refused: {reason}")
 
     def close(self, why: str) -> None:
-        """Hang up, after what is queued if it can be sent at once."""
+        """Hang up, after what is queued if the client reads it within LINGER_S."""
         if self._transport is not None:
             logger.info("kvkern: client pid %d uid %d %s", self.peer[0], self.peer[1], why)
             transport, self._transport = self._transport, None
@@ -149,6 +155,7 @@ class Connection(asyncio.Protocol):
                 transport.abort()
             else:
                 transport.close()
+                self._server.loop.call_later(LINGER_S, transport.abort)
 
     def _handle(self, request: p.Request) -> None:
         if self.session is not None:
@@ -158,6 +165,8 @@ class Connection(asyncio.Protocol):
                 raise p.ProtocolError("sends requests before it was welcomed")
             self._early.append(request)
         elif isinstance(request, p.Hello):
+            if self._deadline is not None:
+                self._deadline.cancel()  # the arena may take longer
             self._opening = self._server.loop.create_task(self._open(request))
         else:
             raise p.ProtocolError(f"says {type(request).__name__} before Hello")
@@ -165,12 +174,9 @@ class Connection(asyncio.Protocol):
     async def _open(self, hello: p.Hello) -> None:
         try:
             self.session = await self._server.open(self, hello)
-        except KvkernError as error:
+        except (KvkernError, OSError) as error:
             self.refuse(str(error))
             return
-        finally:
-            if self._deadline is not None:
-                self._deadline.cancel()
         early, self._early = self._early, []
         try:
             for request in early:
@@ -203,12 +209,10 @@ class Server:
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`. Raises ConfigError or ArenaError if the socket or the arena cannot be had."""
-        with _only_one(self.config.socket), _only_one(self.config.arena_path):
-            spec = read_spec(self.config.arena_path)
-            if spec is not None:
-                await self._make_arena(spec)
+        with only_one(self.config.socket, "--socket"), only_one(self.config.arena_path, "--name or --arena-dir"):
+            await self._take_over()
             listener = await asyncio.get_running_loop().create_unix_server(
-                lambda: Connection(self), sock=_bind(self.config.socket)
+                lambda: Connection(self), sock=bind(self.config.socket)
             )
             logger.info("kvkern: serving on %s", self.config.socket)
             ready()
@@ -231,7 +235,8 @@ class Server:
 
     async def _drain(self) -> None:
         for connection in list(self.connections):
-            connection.send(p.Draining())
+            if connection.session is not None:
+                connection.send(p.Draining())
         deadline = time.monotonic() + self.config.drain_s
         while self._busy() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -270,6 +275,8 @@ class Server:
         if hello.geometry is not None:
             wanted = SlotGeometry(hello.geometry.part_nbytes, hello.geometry.max_planes, hello.geometry.world_size)
             await self._ensure_arena(wanted)
+            if connection.gone:
+                raise ConfigError("the client has ended meanwhile")
         if self.sessions is None or self._arena is None:
             if hello.geometry is None:
                 connection.send_welcome(p.Welcome(p.VERSION, os.getpid()), None)
@@ -282,6 +289,9 @@ class Server:
         descriptor = self._arena.descriptor() if hello.geometry is not None else None
         try:
             connection.send_welcome(welcome, descriptor)
+        except OSError:
+            self.detach(session)
+            raise
         finally:
             if descriptor is not None:
                 os.close(descriptor)
@@ -301,7 +311,7 @@ class Server:
     def _may(self, uid: int, gid: int, pid: int) -> bool:
         if uid in (0, os.getuid()) or uid in self.config.uids or gid in self.config.gids:
             return True
-        return bool(self.config.gids & _groups(pid))
+        return bool(self.config.gids & groups_of(pid))
 
     async def _ensure_arena(self, wanted: SlotGeometry) -> None:
         async with self._making:
@@ -325,14 +335,38 @@ class Server:
         state = self.sessions
         return state is None or not (state.sessions or state.quarantines or state.cache.all_keys())
 
+    async def _take_over(self) -> None:
+        """Go on with the arena of an earlier daemon; remove one that it had not finished when it was killed."""
+        path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
+        try:
+            spec = read_spec(path)
+            if spec is None and unfinished(path):
+                path.unlink()
+        except OSError as error:
+            raise ArenaError(
+                f"arena {path} cannot be opened: {error.strerror}; remove it, or use another --name or --arena-dir"
+            ) from error
+        if spec is None:
+            return
+        await self._make_arena(spec)
+        if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
+            logger.warning(
+                "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change it end the daemon and "
+                "remove the file", path, format_nbytes(spec.nbytes), format_nbytes(capacity_nbytes),
+            )  # fmt: skip
+
     async def _make_arena(self, spec: ArenaSpec) -> None:
         path = self.config.arena_path
-        self._arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
-        self.sessions = Sessions(build_cache(self._arena), self._arena)
-        ready, torn = await asyncio.to_thread(self.sessions.adopt)
+        try:
+            arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
+        except OSError as error:
+            raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
+        sessions = Sessions(build_cache(arena), arena)
+        ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
-        self.sessions.cache.track()
+        sessions.cache.track()
+        self._arena, self.sessions = arena, sessions
 
     # -- requests --------------------------------------------------------------------------------------------------------
 
@@ -342,7 +376,7 @@ class Server:
         if isinstance(request, p.Hello):
             raise p.ProtocolError("says Hello twice")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            connection.send(p.Answer(request.id, self._operate(request)))
+            connection.send(p.Answer(request.id, self._operate(session, request)))
         elif state is None or not session.number:
             raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
         elif isinstance(request, p.Acquire):
@@ -355,7 +389,8 @@ class Server:
         elif isinstance(request, p.Grant):
             granted = state.grant(session, 0 if self._draining else request.count)
             self._publish_changes()
-            connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), state.limit()))
+            limit = 0 if self._draining else state.limit()
+            connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), limit))
         elif isinstance(request, p.Publish):
             keys, chain = p.cut_keys(request.keys), p.cut_keys(request.chain)
             done = state.publish(session, request.namespace, request.slots, request.generations, keys, chain)
@@ -369,14 +404,16 @@ class Server:
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
         self._publish_changes()
 
-    def _operate(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, int | float | str]]:
+    def _operate(
+        self, session: Session, request: p.Stat | p.List | p.Evict | p.Clear
+    ) -> list[dict[str, int | float | str]]:
         state = self.sessions
         if isinstance(request, p.Stat):
             return [self._stat()]
         if state is None:
             return [] if isinstance(request, p.List) else [{"chunks": 0}]
         if isinstance(request, p.Clear):
-            return [{"chunks": state.cache.clear(request.namespace)}]
+            return [{"chunks": state.clear(session, request.namespace, request.begun)}]
         found = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
         if isinstance(request, p.List):
             return [dict(row) for row in state.cache.info(found[: request.limit])]
@@ -419,57 +456,6 @@ def _pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
 def _rows(asked: list[bytes], found: tuple[bytes, ...]) -> list[int]:
     at = {key: row for row, key in enumerate(asked)}
     return [at[key] for key in found]
-
-
-def _groups(pid: int) -> frozenset[int]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(int(gid) for line in lines if line.startswith("Groups:") for gid in line.split()[1:])
-
-
-@contextlib.contextmanager
-def _only_one(path: Path):  # type: ignore[no-untyped-def]
-    """Hold the lock file beside `path`: at most one daemon has it, and the lock dies with the daemon."""
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"{lock} cannot be opened: {error.strerror}; create the folder, or name another path"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise ConfigError(f"another daemon already serves {path}; stop it, or name another path") from error
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _bind(path: Path) -> socket.socket:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} exists and is no socket; remove it, or name another path")
-        path.unlink()  # a daemon's that is gone: this one holds the lock
-    except FileNotFoundError:
-        pass
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    mask = os.umask(0o117)
-    try:
-        sock.bind(str(path))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {path}: {error.strerror}; create the folder, or name another path"
-        ) from error
-    finally:
-        os.umask(mask)
-    sock.listen(64)
-    return sock
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:

@@ -37,6 +37,7 @@ class Session:
     process: Process
     engine: str
     writer: bool  # may be granted slots
+    settled: bool = False  # nothing that its engine began under an earlier connection of this process is under way
     leases: dict[int, Lease] = field(default_factory=dict)
     granted: dict[int, int] = field(default_factory=dict)  # slot -> generation
 
@@ -45,7 +46,7 @@ class Session:
 class Quarantine:
     """What processes may still be reading or writing."""
 
-    engine: str
+    engine: str | None  # None: from before this daemon, of any engine
     processes: set[Process]
     leases: list[Lease] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -77,71 +78,90 @@ class Sessions:
         self.namespaces: dict[bytes, NamespaceInfo] = {}
         self._clock, self._alive = clock, alive
         self._next_session = self._next_lease = 0
-        self._settled: set[str] = set()  # engines of which nothing from before their present connections is under way
+        self._members: dict[str, set[Process]] = {}  # of engines with a name that have a session: all that ever had one
+        self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def adopt(self) -> tuple[int, int]:
         """Take over what an earlier daemon left. Returns (chunks served again, chunks that did not verify)."""
-        adopted = self.cache.adopt(self._alive)
         records = self.arena.processes.tolist()
         survivors = {process for process in records if process[0] and self._alive(*process)}
-        self._record()
+        # any survivor may be writing what a process that is gone was granted: a worker outlives its scheduler
+        adopted = self.cache.adopt(lambda pid, start: bool(survivors) or self._alive(pid, start))
+        read = Quarantine(None, set(survivors), [], list(adopted.unserved), self._clock() + RESTART_PIN_S)
         if survivors and adopted.ready:
-            lease = self.cache.acquire(self.cache.all_keys(), prefix=False)
-            self.quarantines.append(Quarantine("", set(survivors), [lease], [], self._clock() + RESTART_PIN_S))
-        for slot, owner in adopted.unfinished.items():
-            self.quarantines.append(Quarantine("", survivors | {owner}, [], [slot]))
+            read.leases.append(self.cache.acquire(self.cache.all_keys(), prefix=False))
+            self.cache.counters.lookup_chunks = self.cache.counters.hit_chunks = 0  # no engine has asked yet
+        self.quarantines.append(read)
+        for owner in set(adopted.unfinished.values()):
+            slots = [slot for slot, writer in adopted.unfinished.items() if writer == owner]
+            self.quarantines.append(Quarantine(None, survivors | {owner}, [], slots))
+        self.sweep()
+        self._record()  # not before: if this daemon dies meanwhile, the next one must know of the same processes
         return adopted.ready, adopted.torn
 
     # -- a client's life -------------------------------------------------------------------------------------------
 
     def attach(self, process: Process, engine: str, writer: bool) -> Session:
         """A client is let in. Raises ArenaError if too many processes have the arena."""
-        if len({session.process for session in self.sessions.values()} | {process}) > MAX_PROCESSES:
+        self.sweep()
+        if len(self._processes() | {process}) > MAX_PROCESSES:
             raise ArenaError(f"{MAX_PROCESSES} processes use this cache already; end some, or run another daemon")
         self._next_session += 1
         session = Session(self._next_session, process, engine, writer)
         self.sessions[session.number] = session
+        if engine:
+            self._members.setdefault(engine, set()).add(process)
         if engine in self._settled:
             for held in self.quarantines:
-                held.processes.discard(process)
+                if held.engine is None:
+                    held.processes.discard(process)
         self._record()
         return session
 
     def detach(self, session: Session) -> None:
         """A connection is gone; what it held is freed when nobody can be using it any more."""
         self.sessions.pop(session.number, None)
-        if session.writer or not any(other.engine == session.engine for other in self.sessions.values()):
-            self._settled.discard(session.engine)
+        same = [other for other in self.sessions.values() if other.engine == session.engine]
         if session.leases or session.granted:
-            peers = {
-                other.process for other in self.sessions.values() if session.engine and other.engine == session.engine
-            }
-            held = Quarantine(
-                session.engine, peers | {session.process}, list(session.leases.values()), list(session.granted)
-            )
+            processes = {session.process} | self._members.get(session.engine, set())
+            later = [other for other in same if other.process == session.process and other.number > session.number]
+            if session.engine and any(other.settled for other in later):
+                processes = set()  # the engine is back and has settled, before the end of this connection was seen
+            held = Quarantine(session.engine, processes, list(session.leases.values()), list(session.granted))
             session.leases, session.granted = {}, {}
             self.quarantines.append(held)
+        if session.writer or not same:
+            self._settled.discard(session.engine)
+        if not same:
+            self._members.pop(session.engine, None)
         self.sweep()
         self._record()
 
     def settle(self, session: Session) -> None:
-        """The engine's earlier transfers have ended: nothing of it is in quarantine any more."""
-        peers = {session.process}
-        if session.engine:
-            self._settled.add(session.engine)
-            peers |= {other.process for other in self.sessions.values() if other.engine == session.engine}
+        """The engine's earlier transfers have ended: nothing that its process had a part in is in quarantine any more."""
+        session.settled = True
+        mates = {session.process} | self._members.get(session.engine, set())
         for held in self.quarantines:
-            held.processes -= held.processes if session.engine and held.engine == session.engine else peers
+            if session.process not in held.processes:
+                continue  # a new process of an engine does not know what those before it still do
+            if held.engine is None:
+                held.processes -= mates
+                self._settled.update({session.engine} - {""})
+            elif held.engine == session.engine:
+                held.processes.clear()
         self.sweep()
 
     def sweep(self) -> None:
         """Free what is in quarantine for processes that are gone, or past its deadline. Call it now and then."""
         now, kept = self._clock(), []
+        watched = [*self._members.values(), *(held.processes for held in self.quarantines)]
+        gone = {process for process in set().union(*watched) if not self._alive(*process)}
+        for processes in watched:
+            processes -= gone
         for held in self.quarantines:
-            held.processes = {process for process in held.processes if self._alive(*process)}
-            if held.processes and now < held.until:
+            if held.processes and (held.leases or held.slots) and now < held.until:
                 kept.append(held)
                 continue
             for lease in held.leases:
@@ -214,6 +234,10 @@ class Sessions:
             del session.granted[slot]
         self.cache.give_back(mine)
 
+    def clear(self, session: Session, namespace: bytes | None, begun: Iterable[int]) -> int:
+        """Forget a namespace, or everything. Returns how many chunks. `begun`: slots of this session that are in it."""
+        return self.cache.clear(namespace, session.granted.keys() - set(begun))
+
     def describe(self, session: Session, root: bytes, fields: dict[str, str]) -> str:
         """Note what a root stands for. Returns a warning if it differs from another only in what is usually a mistake."""
         warning = ""
@@ -246,11 +270,22 @@ class Sessions:
             "namespaces": len(self.namespaces),
         }
 
+    def _processes(self) -> set[Process]:
+        """Who may be touching the arena."""
+        connected = {session.process for session in self.sessions.values()}
+        return connected.union(*self._members.values(), *(held.processes for held in self.quarantines))
+
     def _record(self) -> None:
-        """Write into the arena who may be touching it, for the daemon after this one."""
-        quarantined = {process for held in self.quarantines for process in held.processes}
-        processes = {session.process for session in self.sessions.values()} | quarantined
-        rows = np.zeros(MAX_PROCESSES, dtype=self.arena.processes.dtype)
-        for row, process in enumerate(sorted(processes)[:MAX_PROCESSES]):
+        """Write into the arena who may be touching it, for the daemon after this one.
+
+        A process keeps its row, so that a kill between two rows hides no other process.
+        """
+        rows, new = self.arena.processes, self._processes()
+        for row, process in enumerate(rows.tolist()):
+            if process in new:
+                new.discard(process)
+            else:
+                rows[row] = (0, 0)
+        free = np.flatnonzero(rows["pid"] == 0).tolist()
+        for row, process in zip(free, sorted(new), strict=False):
             rows[row] = process
-        self.arena.processes[:] = rows

@@ -12,7 +12,7 @@ Not thread-safe: `Cache` holds the lock. Every structure is bounded by the numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,7 +73,8 @@ class Adopted:
 
     ready: int  # verified and served again
     torn: int  # said to be READY, but did not verify: freed
-    unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of a live writer; not free until `give_back`
+    unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of its writer; not free until `give_back`
+    unserved: tuple[int, ...]  # whole, but cleared or marked BAD while somebody read them; not free until `give_back`
 
 
 class DramTier:
@@ -189,11 +190,15 @@ class DramTier:
         for slot in slots:
             self._state[slot] = SlotState.WRITING
         self._granted.update(slots)
-        at = np.array(slots, dtype=np.int64)
-        generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
-        self._arena.headers["generation"][at] = (
-            generations  # whoever was granted it before can not complete it any more
-        )
+        at, headers = np.array(slots, dtype=np.int64), self._arena.headers
+        generations: npt.NDArray[np.uint64] = headers["generation"][at] + np.uint64(1)
+        values = {
+            "generation": generations,  # whoever was granted it before can not complete it any more
+            "namespace": np.void(bytes(32)),  # of no chunk yet: the clear of a namespace does not meet it
+            "owner_pid": 0, "owner_start": 0, "state": SlotState.WRITING,  # for the daemon after this one
+        }  # fmt: skip
+        for name, value in values.items():
+            headers[name][at] = value
         return Reservation((), tuple(slots), tuple(generations.tolist()), count - len(slots), tuple(evicted))
 
     def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
@@ -236,9 +241,15 @@ class DramTier:
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
         return self._drop(bad)
 
-    def clear(self, namespace: bytes | None = None) -> int:
-        """Forget everything, or a namespace. What is being written is never published. Returns the count."""
-        ready, writing, granted = list(self._index.values()), list(self._writing.values()), sorted(self._granted)
+    def clear(self, namespace: bytes | None = None, fresh: Collection[int] = ()) -> int:
+        """Forget everything, or a namespace. What is being written is never published, but for granted slots that are
+        `fresh`: their writer says that it has begun them after it asked for this. Returns the count.
+        """
+        ready, writing = list(self._index.values()), list(self._writing.values())
+        granted = sorted(self._granted.difference(fresh))
+        if granted:
+            unnamed = self._of_namespace(granted, bytes(32))  # granted, and nothing begun in them
+            granted = sorted(set(granted).difference(unnamed))
         if namespace is not None:
             ready, writing, granted = (self._of_namespace(slots, namespace) for slots in (ready, writing, granted))
         for slot in writing:  # a new writer of the same key gets a slot of its own
@@ -251,32 +262,34 @@ class DramTier:
     def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
         """Take over what lies in an arena whose daemon is gone. Call once, before anything else.
 
-        READY slots whose header and payload verify are served again; the rest is free, but for slots that a process
-        which is still `alive(pid, start)` has begun to write.
+        READY slots whose header and payload verify are served again; the rest is free, but for slots that may still be
+        written or read, since their writer is `alive(pid, start)`. To keep them for readers, `alive` says so of any writer.
         """
         headers = self._arena.headers
-        state = headers["state"]
+        state = headers["state"].copy()  # readers that are alive may still mark slots BAD
         ready = np.flatnonzero(state == SlotState.READY)
-        ready = ready[
-            np.argsort(headers["position"][ready], kind="stable")
-        ]  # heads of sequences first, as policies want
+        ready = ready[np.argsort(headers["position"][ready], kind="stable")]  # heads first, as policies want
         good = ready[verify_slots(self._arena, ready)]
-        unfinished = {}
-        for slot in np.flatnonzero(state == SlotState.WRITING).tolist():
+        unfinished, unserved = {}, []
+        for slot in np.flatnonzero((state == SlotState.WRITING) | (state == SlotState.BAD)).tolist():
             owner = int(headers["owner_pid"][slot]), int(headers["owner_start"][slot])
-            if alive(*owner):
+            whole = state[slot] == SlotState.BAD or (headers["written"][slot] == headers["generation"][slot]).all()
+            if alive(*owner) and whole:
+                unserved.append(slot)
+            elif alive(*owner):
                 unfinished[slot] = owner
+        held = [*unfinished, *unserved]
         first = {bytes(key): slot for key, slot in zip(headers["key"][good][::-1], good[::-1].tolist(), strict=True)}
         keep = dict(sorted(first.items(), key=lambda item: int(headers["position"][item[1]])))
-        taken = {*keep.values(), *unfinished}
+        taken = {*keep.values(), *held}
         self._free = [slot for slot in self._free if slot not in taken]
-        state[np.array(self._free, dtype=np.int64)] = SlotState.FREE
-        for slot in unfinished:
+        headers["state"][np.array(self._free, dtype=np.int64)] = SlotState.FREE
+        for slot in held:
             self._state[slot] = SlotState.WRITING
-        self._granted.update(unfinished)
-        self._stale.update(unfinished)  # their writers' reservations went with the daemon
+        self._granted.update(held)
+        self._stale.update(held)  # their writers' reservations went with the daemon
         self._make_ready(list(keep.values()), list(keep))
-        return Adopted(len(keep), len(ready) - len(keep), unfinished)
+        return Adopted(len(keep), len(ready) - len(keep), unfinished, tuple(unserved))
 
     def info(self, keys: Keys) -> list[dict[str, int | str]]:
         """What the headers of these chunks say, for operators; chunks that are not READY are left out."""
@@ -330,7 +343,8 @@ class DramTier:
                 self._forget(key)
                 self._key_of[slot] = None
                 self._doomed.add(slot)
-                self._arena.headers["state"][slot] = SlotState.FREE  # a restarted daemon must not adopt it
+                # neither READY nor FREE: a restarted daemon must not serve it, nor give it away under its readers
+                self._arena.headers["state"][slot] = SlotState.WRITING
             else:
                 self._policy.remove([slot])
                 self._recycle([slot])

@@ -85,7 +85,7 @@ class Reply:
 
 
 class Engine:
-    """`vllm.LLM` with kvkern unless `capacity` is None."""
+    """`vllm.LLM` with kvkern: a cache of its own, the node's with `kvkern_options={"socket": ...}`, none without either."""
 
     def __init__(self, model: str, capacity: str | None = "64MiB", blocks_per_chunk: int = 1, **options: Any) -> None:
         from vllm import LLM
@@ -107,7 +107,9 @@ class Engine:
             "seed": 0,
         }
         kvkern_options = options.pop("kvkern_options", {})
-        transfer = kv_transfer_config(capacity, blocks_per_chunk, **kvkern_options) if capacity else None
+        own = capacity if "socket" not in kvkern_options else None
+        cached = own is not None or "socket" in kvkern_options
+        transfer = kv_transfer_config(own, blocks_per_chunk, **kvkern_options) if cached else None
         self.llm = LLM(model, kv_transfer_config=transfer, **(defaults | options))
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.node.conftest import Daemon, eventually
 from tests.vllm_engine.engine import Engine, Reply, build_model, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -97,3 +98,24 @@ def test_tensor_parallel_ranks_share_a_slot(llama: str, monkeypatch: pytest.Monk
         assert engine.cache.counters.bad_chunks == 1
         engine.settle()
         assert engine.accounted()
+
+
+def test_tensor_parallel_ranks_share_the_daemon(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    daemon = Daemon(tmp_path, "64MiB").start()  # slots of two ranks: an arena of its own
+    try:
+        with Engine(llama, tensor_parallel_size=2, kvkern_options={"socket": str(daemon.socket)}) as engine:
+            text = prompt(700, 108)
+            first = engine.one(text)
+            engine.reset_native()
+            hit = engine.one(text)
+            assert engine.cache.arena.spec.geometry.world_size == 2
+            assert (hit.cached_tokens, hit.tokens) == (672, first.tokens)
+            engine.settle()
+            assert daemon.stat()["sessions"] == 4  # scheduler, two workers, and the one that asks
+        eventually(
+            lambda: daemon.stat()["quarantined_leases"] == daemon.stat()["leases"] == 0, "the end of what it held"
+        )
+    finally:
+        daemon.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ...config import Config, reject_unknown
@@ -50,6 +51,15 @@ def parse_options(extra_config: Any) -> Config:
             f"offload_prompt_only={prompt_only} and store_replies={config.store_replies} contradict; give one of them"
         )
     return config
+
+
+def refuse_random_hashes(config: Config) -> None:
+    """Raise where vLLM would name blocks differently in every process: engines on one daemon would share nothing."""
+    if config.socket and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise ConfigError(
+            "PYTHONHASHSEED is not set, so vLLM names blocks differently in every engine and nothing would be shared; "
+            "start every engine of this cache with the same one, for example PYTHONHASHSEED=0"
+        )
 
 
 def fill_defaults(vllm_config: shim.VllmConfig) -> None:
