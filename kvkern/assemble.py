@@ -11,6 +11,7 @@ from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, s
 from .cache import Cache
 from .config import Config
 from .policy.lru import LRU
+from .policy.shares import Shares
 from .slots import SlotGeometry
 from .tiers.dram import DramTier
 
@@ -37,9 +38,14 @@ def open_arena(
     return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
 
 
-def build_cache(arena: Arena) -> Cache:
-    """A manager over the arena. One per arena: it alone allocates, evicts and publishes."""
-    return Cache(DramTier(arena, LRU()))
+def build_cache(arena: Arena, shares: bool = False) -> Cache:
+    """A manager over the arena. One per arena: it alone allocates, evicts and publishes.
+
+    With `shares` every namespace has an eviction order of its own, and the largest gives way first.
+    """
+    if not shares:
+        return Cache(DramTier(arena, LRU()))
+    return Cache(DramTier(arena, Shares(LRU, lambda slot: bytes(arena.headers["namespace"][slot]))))
 
 
 def build_transfer(

@@ -236,6 +236,11 @@ class Cache:
         with self._lock:
             return self._dram.adopt(alive)
 
+    def trim(self, namespace: bytes, limit: int) -> None:
+        """Keep a namespace within `limit` slots. See DramTier.trim."""
+        with self._lock, self.faults.are_misses():
+            self.counters.evicted_chunks += self._dram.trim(namespace, limit)
+
     def track(self) -> None:
         """From now on `take_changes` tells what becomes cached and what is forgotten."""
         with self._lock:

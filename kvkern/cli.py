@@ -74,6 +74,9 @@ def serve(
     prefault: Annotated[bool, typer.Option(help="Touch all pages at start instead of on first use.")] = True,
     allow_uid: Annotated[list[int] | None, typer.Option(help="Another user whose engines may read all of it.")] = None,
     allow_gid: Annotated[list[int] | None, typer.Option(help="A group whose members' engines may.")] = None,
+    quota: Annotated[list[str] | None, typer.Option(help="MODEL=SIZE: the most a model may hold; * matches.")] = None,
+    tenant_quota: Annotated[str | None, typer.Option(help="The most that each cache salt may hold.")] = None,
+    fair: Annotated[bool, typer.Option("--fair", help="When full, the largest namespace gives way.")] = False,
     drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
 ) -> None:
@@ -82,6 +85,7 @@ def serve(
 
     from .config import parse_nbytes
     from .node import server
+    from .node.sessions import Quotas
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
     with _errors():
@@ -93,6 +97,11 @@ def serve(
             prefault=prefault,
             uids=frozenset(allow_uid or ()),
             gids=frozenset(allow_gid or ()),
+            quotas=Quotas(
+                models=dict(_quota(text) for text in quota or ()),
+                tenant=None if tenant_quota is None else parse_nbytes(tenant_quota, "tenant-quota"),
+                fair=fair,
+            ),
             drain_s=drain,
         )
         server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))
@@ -152,6 +161,16 @@ def clear(
 
     root = None if namespace is None else _key_bytes("namespace", namespace, least=protocol.KEY_NBYTES)
     _print_forgotten(_ask(socket, protocol.Clear(1, root)), json)
+
+
+def _quota(text: str) -> tuple[str, int]:
+    from .config import parse_nbytes
+    from .errors import ConfigError
+
+    model, equals, size = text.rpartition("=")
+    if not model or not equals:
+        raise ConfigError(f"quota is {text!r}; expected MODEL=SIZE, for example 'llama-*=8GiB'")
+    return model, parse_nbytes(size, f"quota of {model}")
 
 
 def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:

@@ -93,4 +93,4 @@ def kill(socket: Path) -> int:
     """kill -9. Returns how many sessions it had."""
     row = stat(socket)
     os.kill(row["pid"], signal.SIGKILL)
-    return int(row["sessions"])
+    return int(row.get("sessions", 0))

@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_start, read_spec
@@ -25,7 +25,7 @@ from ..errors import ArenaError, ConfigError, KvkernError
 from ..slots import SlotGeometry
 from . import protocol as p
 from .place import bind, groups_of, only_one, unfinished
-from .sessions import Session, Sessions
+from .sessions import Quotas, Session, Sessions
 
 logger = logging.getLogger("kvkern")
 
@@ -48,6 +48,7 @@ class NodeConfig:
     prefault: bool = True
     uids: frozenset[int] = frozenset()  # that may connect, beside the daemon's own
     gids: frozenset[int] = frozenset()  # whose members may connect
+    quotas: Quotas = field(default_factory=Quotas)
     drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
 
     def __post_init__(self) -> None:
@@ -361,7 +362,7 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
-        sessions = Sessions(build_cache(arena), arena)
+        sessions = Sessions(build_cache(arena, self.config.quotas.shares), arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)

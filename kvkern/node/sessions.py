@@ -11,8 +11,9 @@ daemon lost  -> the next one adopts the arena: chunks are served at once, but no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -61,6 +62,27 @@ class NamespaceInfo:
     engine: str
 
 
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """How many bytes of the arena a namespace may hold."""
+
+    models: Mapping[str, int] = field(default_factory=dict)  # by model name; `*` and `?` stand for anything
+    tenant: int | None = None  # of every namespace that has a salt
+    fair: bool = False  # without quotas too, whoever holds most gives way first
+
+    @property
+    def shares(self) -> bool:
+        """Whether namespaces are told apart."""
+        return self.fair or bool(self.models) or self.tenant is not None
+
+    def of(self, fields: Mapping[str, str]) -> int | None:
+        """Bytes for a namespace with these fields; None: no limit."""
+        limits = [nbytes for pattern, nbytes in self.models.items() if fnmatchcase(fields.get("model", ""), pattern)]
+        if self.tenant is not None and "salt" in fields:
+            limits.append(self.tenant)
+        return min(limits, default=None)
+
+
 class Sessions:
     """The daemon's state over one arena. One thread."""
 
@@ -70,6 +92,7 @@ class Sessions:
         arena: Arena,
         clock: Callable[[], float] = time.monotonic,
         alive: Callable[[int, int], bool] = process_alive,
+        quotas: Quotas | None = None,
     ) -> None:
         self.cache = cache
         self.arena = arena
@@ -77,6 +100,8 @@ class Sessions:
         self.quarantines: list[Quarantine] = []
         self.namespaces: dict[bytes, NamespaceInfo] = {}
         self._clock, self._alive = clock, alive
+        self._quotas = quotas or Quotas()
+        self._limits: dict[bytes, int] = {}  # slots, by namespace
         self._next_session = self._next_lease = 0
         self._members: dict[str, set[Process]] = {}  # of engines with a name that have a session: all that ever had one
         self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
@@ -225,6 +250,8 @@ class Sessions:
             )  # fmt: skip
             for row, published in zip(mine, self.cache.publish(held, namespace), strict=True):
                 result[row] = published
+            if (limit := self._limits.get(namespace)) is not None:
+                self.cache.trim(namespace, limit)
         return result
 
     def give_back(self, session: Session, slots: Iterable[int]) -> None:
@@ -253,6 +280,8 @@ class Sessions:
                 )
         if len(self.namespaces) < MAX_NAMESPACES or root in self.namespaces:
             self.namespaces[root] = NamespaceInfo(dict(fields), session.engine)
+            if (nbytes := self._quotas.of(fields)) is not None:
+                self._limits[root] = nbytes // self.arena.spec.geometry.slot_nbytes
         return warning
 
     def usage(self) -> dict[str, int | float | str]:

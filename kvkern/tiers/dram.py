@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..kernels.checksum import ROW_NBYTES
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy
+from ..policy.shares import Shares
 from ..slots import HEAD, SlotState, seal
 
 Keys = Sequence[bytes]
@@ -310,6 +311,14 @@ class DramTier:
         """All READY chunks."""
         return list(self._index)
 
+    def trim(self, namespace: bytes, limit: int) -> int:
+        """Evict chunks of a namespace until it has `limit` slots. Returns how many; without shares none."""
+        if not isinstance(self._policy, Shares):
+            return 0
+        victims = self._policy.victims_of(namespace, self._policy.size(namespace) - limit, ())
+        self._recycle(victims)
+        return len(victims)
+
     def drop(self, keys: Keys) -> int:
         """Forget these chunks. Returns how many were READY."""
         return self._drop(self._resident(list(dict.fromkeys(keys))))
@@ -343,6 +352,7 @@ class DramTier:
                 self._forget(key)
                 self._key_of[slot] = None
                 self._doomed.add(slot)
+                self._policy.remove([slot])
                 # neither READY nor FREE: a restarted daemon must not serve it, nor give it away under its readers
                 self._arena.headers["state"][slot] = SlotState.WRITING
             else:

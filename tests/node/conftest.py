@@ -1,0 +1,315 @@
+"""What tests of the daemon share: a real one in a process of its own, and a worker that fills and reads slots."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvkern.arena import Arena
+from kvkern.kernels.checksum import ROW_NBYTES, checksum
+from kvkern.node import link as link_module
+from kvkern.node import protocol as p
+from kvkern.node.client import NodeClient
+from kvkern.node.operator import Operator
+from kvkern.node.server import NodeConfig, Server
+from kvkern.slots import SlotGeometry, seal
+from kvkern.tiers.dram import Lease, Reservation
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GEOMETRY = SlotGeometry(part_nbytes=256, max_planes=2, world_size=1)  # a slot takes 8 KiB
+PATIENCE_S = 30.0  # generous: a condition that takes this long is never met
+
+
+def eventually(condition: Callable[[], Any], what: str = "the condition", timeout_s: float = PATIENCE_S) -> Any:
+    """What `condition` returns once that is true. Fails the test if it does not become true."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} is not met after {timeout_s:.0f} s"
+        time.sleep(0.01)
+    return value
+
+
+class Daemon:
+    """`python -m kvkern serve` on a socket in a short folder; may be ended and started again. `close` cleans up."""
+
+    def __init__(
+        self,
+        arena_dir: Path,
+        capacity: str = "1MiB",  # 127 slots of GEOMETRY
+        options: Sequence[str] = (),
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="kvkern-", dir="/tmp"))  # socket names are short
+        self.socket = self.folder / "s"
+        self.arena_dir = arena_dir
+        self.capacity = capacity
+        self.options = tuple(options)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Daemon:
+        """Start a process and wait until it serves."""
+        self.launch()
+        eventually(self._serves, "serving")
+        return self
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start a process without waiting."""
+        assert self.process is None or self.process.poll() is not None
+        command = [
+            sys.executable, "-m", "kvkern", "serve", "--socket", str(self.socket), "--capacity", self.capacity,
+            "--arena-dir", str(self.arena_dir), "--verbose", *self.options,
+        ]  # fmt: skip
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return self.process
+
+    def _serves(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"the daemon ended: {self.log}"
+        return "kvkern: serving on" in self.log
+
+    @property
+    def log(self) -> str:
+        """What the present process, or the last one, has printed."""
+        return (self.folder / "log").read_text()
+
+    @property
+    def pid(self) -> int:
+        """Of the present process."""
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there, suspended or not."""
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal and go on."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit status."""
+        assert self.process is not None
+        return self.process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        """End the process in whatever state it is, and remove what it left beside its arena."""
+        if self.alive:
+            self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def client(self, engine: str = "e", geometry: SlotGeometry = GEOMETRY, **options: Any) -> NodeClient:
+        """An engine's client; the caller closes it."""
+        options = {"timeout_s": PATIENCE_S, "patience_s": PATIENCE_S} | options
+        return NodeClient.open(self.socket, engine, geometry, **options)
+
+    def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
+        """An operator's question."""
+        with Operator(self.socket) as operator:
+            return operator.ask(request)
+
+    def stat(self) -> dict[str, Any]:
+        """The daemon's counters."""
+        (row,) = self.ask(p.Stat(1))
+        return row
+
+
+class Peer:
+    """A bare connection that says what it likes."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.socket.settimeout(PATIENCE_S)
+        self.socket.connect(str(path))
+        self._frames = p.Frames()
+        self._bodies: list[bytes] = []
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def say(self, *messages: p.Request) -> Peer:
+        """Send messages in one piece."""
+        self.socket.sendall(b"".join(map(p.encode, messages)))
+        return self
+
+    def greet(self, geometry: SlotGeometry | None = GEOMETRY, index: bool = False, engine: str = "peer") -> p.Response:
+        """Say Hello; returns the first answer."""
+        sizes = geometry and p.Geometry(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
+        self.say(p.Hello(p.VERSION, engine, sizes, index))
+        return self.hear()
+
+    def hear(self) -> p.Response:
+        """The next message. Raises EOFError if the connection ends before."""
+        while not self._bodies:
+            data, descriptors, _flags, _address = socket.recv_fds(self.socket, 1 << 16, 4)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if not data:
+                raise EOFError
+            self._bodies += self._frames.feed(data)
+        return p.decode_response(self._bodies.pop(0))
+
+    def hung_up(self) -> bool:
+        """Read on until the daemon ends the connection. Fails if it does not."""
+        try:
+            while True:
+                self.hear()
+        except (EOFError, ConnectionResetError):
+            return True
+
+
+@contextmanager
+def served(config: NodeConfig) -> Iterator[Server]:
+    """A daemon in a thread of this process, for tests that change its limits."""
+    server, ready = Server(config), threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.run(ready.set)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        eventually(lambda: ready.is_set() or not thread.is_alive(), "serving")
+        assert thread.is_alive()
+        yield server
+    finally:
+        if thread.is_alive():
+            loops[0].call_soon_threadsafe(server.stop)
+        thread.join(PATIENCE_S)
+
+
+MakeDaemon = Callable[..., Daemon]
+MakeClient = Callable[..., NodeClient]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that the machine gives no time to is not taken for gone; tests of that shorten it again."""
+    monkeypatch.setattr(link_module, "ANSWER_S", PATIENCE_S)
+    monkeypatch.setattr(link_module, "CONNECT_S", PATIENCE_S)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder with a name short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="kvkern-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
+    """Makes daemons, not yet started, with their arenas in `tmp_path`; all are ended with the test."""
+    daemons: list[Daemon] = []
+
+    def make(capacity: str = "1MiB", options: Sequence[str] = (), arena_dir: Path = tmp_path) -> Daemon:
+        daemons.append(Daemon(arena_dir, capacity, options))
+        return daemons[-1]
+
+    yield make
+    for daemon in daemons:
+        daemon.close()
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    """One that serves."""
+    return make_daemon().start()
+
+
+@pytest.fixture
+def make_client(daemon: Daemon) -> Iterator[MakeClient]:
+    """Opens clients of `daemon`, which are closed with the test."""
+    clients: list[NodeClient] = []
+
+    def make(engine: str = "e", **options: Any) -> NodeClient:
+        clients.append(daemon.client(engine, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+# -- a worker ----------------------------------------------------------------------------------------------------------
+
+
+def payload(
+    key: bytes,
+    seed: int,
+    nbytes: int,
+) -> npt.NDArray[np.uint8]:  # [nbytes] uint8
+    """What a chunk holds in tests: noise of its own for every key and seed."""
+    return np.random.default_rng([seed, *key]).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def plane_sizes(geometry: SlotGeometry) -> list[int]:
+    """Whole rows for every plane, the rest for the last."""
+    each = geometry.part_nbytes // geometry.max_planes // ROW_NBYTES * ROW_NBYTES
+    return [each] * (geometry.max_planes - 1) + [geometry.part_nbytes - each * (geometry.max_planes - 1)]
+
+
+def plane_sums(part: npt.NDArray[np.uint8], geometry: SlotGeometry) -> list[int]:
+    """Checksums of the planes of one rank's part."""
+    ends = np.cumsum(plane_sizes(geometry)).tolist()
+    return [checksum(part[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def write_payload(arena: Arena, reservation: Reservation, seed: int = 0) -> None:
+    """What every rank's `Transfer.store` leaves: payload, sizes, sealed checksums, and last the generation."""
+    geometry, headers = arena.spec.geometry, arena.headers
+    for key, slot, generation in zip(reservation.keys, reservation.slots, reservation.generations, strict=True):
+        under = np.array([generation], dtype=np.uint64)
+        sealed = seal(np.frombuffer(key, dtype="V32"), under)
+        for rank in range(geometry.world_size):
+            part = arena.parts(rank)[slot, : geometry.part_nbytes]
+            part[:] = payload(key, seed + rank, geometry.part_nbytes)
+            headers["checksum"][slot, rank] = np.array(plane_sums(part, geometry), dtype=np.uint64) ^ sealed
+            headers["plane_nbytes"][slot, rank] = plane_sizes(geometry)
+            headers["written"][slot, rank] = generation
+
+
+def read_verified(arena: Arena, lease: Lease, seed: int = 0) -> bool:
+    """Whether every leased slot verifies as `Transfer.load` would, and holds what `write_payload` wrote."""
+    geometry, headers = arena.spec.geometry, arena.headers
+    for key, slot in zip(lease.keys, lease.slots, strict=True):
+        sealed = seal(np.frombuffer(key, dtype="V32"), headers["generation"][slot : slot + 1])
+        for rank in range(geometry.world_size):
+            part = arena.parts(rank)[slot, : geometry.part_nbytes]
+            sums = np.array(plane_sums(part, geometry), dtype=np.uint64) ^ sealed
+            if not (headers["checksum"][slot, rank] == sums).all():
+                return False
+            if not (part == payload(key, seed + rank, geometry.part_nbytes)).all():
+                return False
+    return True

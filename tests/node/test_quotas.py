@@ -1,0 +1,99 @@
+"""Quotas and shares: a model or tenant that stores much evicts itself, and the others keep what they have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvkern.arena import Arena, process_start
+from kvkern.assemble import build_cache
+from kvkern.node.sessions import Quotas, Session, Sessions
+from kvkern.tiers.dram import ChunkShape, begin_slots
+from tests.node.conftest import write_payload
+from tests.support import chain_keys, key, make_arena
+
+SLOTS = 32
+ROOTS = {name: key("root", name) for name in ("big", "small", "tenant-a", "tenant-b")}
+FIELDS = {
+    "big": {"model": "llama-70b"}, "small": {"model": "llama-8b"},
+    "tenant-a": {"model": "llama-8b", "salt": "a"}, "tenant-b": {"model": "llama-8b", "salt": "b"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    arena = make_arena(tmp_path, slots=SLOTS)
+    yield arena
+    arena.close()
+
+
+class Node:
+    """A daemon's state and one engine on it."""
+
+    def __init__(self, arena: Arena, quotas: Quotas) -> None:
+        self.arena = arena
+        self.sessions = Sessions(build_cache(arena, quotas.shares), arena, quotas=quotas)
+        self.sessions.adopt()
+        self.session: Session = self.sessions.attach((os.getpid(), process_start(os.getpid())), "engine", writer=True)
+        for name, root in ROOTS.items():
+            self.sessions.describe(self.session, root, FIELDS[name])
+
+    def store(self, name: str, count: int, start: int = 0) -> None:
+        """Store chunks of a sequence one after the other."""
+        chain = chain_keys(name, start + count)
+        for at in range(start, start + count):
+            granted = self.sessions.grant(self.session, 1)
+            reservation = type(granted)((chain[at],), granted.slots, granted.generations)
+            slots, generations = self.array(granted.slots, "i8"), self.array(granted.generations, "u8")
+            owner = self.session.process
+            begin_slots(self.arena, slots, generations, [chain[at]], ChunkShape(ROOTS[name], 0, 16), chain, owner)
+            write_payload(self.arena, reservation)
+            published = self.sessions.publish(
+                self.session, ROOTS[name], granted.slots, granted.generations, [chain[at]], chain[: at + 1]
+            )
+            assert published == [True]
+
+    @staticmethod
+    def array(values: tuple[int, ...], dtype: str):  # type: ignore[no-untyped-def]
+        import numpy as np
+
+        return np.array(values, dtype=dtype)
+
+    def held(self, name: str) -> int:
+        """How many of its first SLOTS chunks are cached, from the first on."""
+        return self.sessions.cache.lookup(chain_keys(name, SLOTS))
+
+
+def test_limits_by_model_and_tenant() -> None:
+    quotas = Quotas(models={"llama-*": 4 << 30, "*-8b": 1 << 30}, tenant=1 << 20)
+    assert [quotas.of(FIELDS[name]) for name in FIELDS] == [4 << 30, 1 << 30, 1 << 20, 1 << 20]
+    assert quotas.of({"model": "qwen"}) is None
+    assert (Quotas().shares, Quotas(fair=True).shares, quotas.shares) == (False, True, True)
+
+
+def test_a_tenant_stays_within_its_quota_and_evicts_its_own_tail(arena: Arena) -> None:
+    node = Node(arena, Quotas(tenant=4 * arena.spec.geometry.slot_nbytes))
+    node.store("tenant-a", 3)
+    node.store("tenant-b", 10)
+    node.store("small", 12)
+    assert (node.held("tenant-a"), node.held("tenant-b"), node.held("small")) == (3, 4, 12)
+    assert node.sessions.cache.counters.evicted_chunks == 6
+
+
+def test_a_full_arena_takes_from_the_largest(arena: Arena) -> None:
+    node = Node(arena, Quotas(fair=True))
+    node.store("small", 6)
+    node.store("big", 60)
+    assert node.held("small") == 6
+    node.store("tenant-a", 8)
+    assert (node.held("small"), node.held("tenant-a")) == (6, 8)
+
+
+def test_without_shares_the_oldest_go_first(arena: Arena) -> None:
+    node = Node(arena, Quotas())
+    node.store("small", 6)
+    node.store("big", 60)
+    assert node.held("small") == 0
