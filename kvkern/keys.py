@@ -5,10 +5,12 @@ The formulas are a fixed contract (key version 1): see kernels/chunk_keys_ref.py
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ _ROOT_CONTEXT = "kvkern chunk key v1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SAMPLE_NBYTES = 64 << 10
 _SAMPLES_PER_FILE = 8
+_TENSOR_SAMPLE_NBYTES = 4 << 10
+_MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 
 
 def canonical(fields: Mapping[str, str]) -> bytes:
@@ -81,9 +85,11 @@ def split_keys(
 def weights_fingerprint(
     path: str | Path,  # of a model directory or one weight file
 ) -> str:
-    """32 hex digits: BLAKE3 over the name, size and eight 64 KiB samples of each weight file. Reads megabytes, not the model.
+    """32 hex digits: BLAKE3 over the name, size and samples of each weight file. Reads megabytes, not the model.
 
-    Raises ConfigError if there is no weight file: then name the weights yourself.
+    Samples are eight of 64 KiB a file and, in safetensors files, the header and two of 4 KiB in every tensor: models that
+    differ in a few tensors only, a merged adapter for example, differ too. Raises ConfigError if there is no weight file:
+    then name the weights yourself.
     """
     root = Path(path)
     files = [root] if root.is_file() else sorted(p for p in root.glob("*") if p.suffix in _WEIGHT_SUFFIXES)
@@ -94,7 +100,27 @@ def weights_fingerprint(
         size = file.stat().st_size
         digest.update(struct.pack("<I", len(file.name)) + file.name.encode() + struct.pack("<Q", size))
         with file.open("rb") as handle:
-            for i in range(_SAMPLES_PER_FILE):
-                handle.seek(max(0, size - _SAMPLE_NBYTES) * i // (_SAMPLES_PER_FILE - 1))
-                digest.update(handle.read(_SAMPLE_NBYTES))
+            spread = [max(0, size - _SAMPLE_NBYTES) * i // (_SAMPLES_PER_FILE - 1) for i in range(_SAMPLES_PER_FILE)]
+            samples = [(at, _SAMPLE_NBYTES) for at in spread]
+            if file.suffix == ".safetensors":
+                samples += _tensor_samples(handle, size)
+            for at, nbytes in samples:
+                handle.seek(at)
+                digest.update(handle.read(nbytes))
     return digest.hexdigest()[:32]
+
+
+def _tensor_samples(handle: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of a safetensors file's header, and of the start and the middle of each of its tensors."""
+    header_nbytes = int.from_bytes(handle.read(8), "little")
+    if not 0 < header_nbytes <= min(size - 8, _MAX_HEADER_NBYTES):
+        return []
+    try:
+        tensors = json.loads(handle.read(header_nbytes))
+        found = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
+        spans = sorted((int(begin), int(end)) for begin, end in found)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []  # not what its name says: the other samples must do
+    data = 8 + header_nbytes
+    starts = [data + at for begin, end in spans for at in (begin, (begin + end) // 2)]
+    return [(0, data), *((at, _TENSOR_SAMPLE_NBYTES) for at in starts if 0 <= at < size)]

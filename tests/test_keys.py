@@ -135,6 +135,43 @@ def test_fingerprint_of_large_files_reads_samples(tmp_path: Path) -> None:
         before = weights_fingerprint(path)
 
 
+def safetensors(path: Path, tensors: list[tuple[str, list[int]]], data: bytes, changed_at: int = -1) -> str:
+    """Fingerprint of a file with these tensors, one byte of the data changed."""
+    header = json.dumps({"__metadata__": {"format": "pt"}} | {
+        name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} for name, (begin, end) in tensors
+    }).encode()  # fmt: skip
+    content = bytearray(data)
+    if changed_at >= 0:
+        content[changed_at] ^= 1
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content)
+    return weights_fingerprint(path)
+
+
+def test_fingerprint_sees_a_change_in_any_one_tensor(tmp_path: Path) -> None:
+    """Between the eight samples of a file too: a merged adapter changes a few tensors and leaves the rest alone."""
+    count, nbytes = 100, 40_000
+    tensors = [(f"layer.{i}", [i * nbytes, (i + 1) * nbytes]) for i in range(count)]
+    data, path = bytes(count * nbytes), tmp_path / "model.safetensors"
+    seen = {safetensors(path, tensors, data)}
+    for i in range(count):
+        seen.add(safetensors(path, tensors, data, changed_at=i * nbytes + 1000))
+        seen.add(safetensors(path, tensors, data, changed_at=i * nbytes + nbytes // 2 + 1000))
+    assert len(seen) == 1 + 2 * count
+    renamed = [("other", tensors[0][1]), *tensors[1:]]
+    assert safetensors(path, renamed, data) not in seen
+
+
+@pytest.mark.parametrize(
+    "header", [b"{", b"[]", b'{"a": 1}', b'{"a": {"data_offsets": [1]}}', b'{"a": {"data_offsets": ["x", "y"]}}']
+)
+def test_fingerprint_of_a_file_that_is_no_safetensors(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
+    before = weights_fingerprint(path)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(99) + b"x")
+    assert weights_fingerprint(path) != before
+
+
 def test_fingerprint_of_one_file(tmp_path: Path) -> None:
     model(tmp_path / "a", {"model.gguf": b"abc"})
     assert weights_fingerprint(tmp_path / "a" / "model.gguf") == weights_fingerprint(tmp_path / "a")
