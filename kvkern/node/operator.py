@@ -35,7 +35,8 @@ class Operator:
         except OSError as error:
             self._socket.close()
             raise ConfigError(
-                f"no daemon answers on {self._path} ({error.strerror or error}); start one: kvkern serve"
+                f"no daemon answers on {self._path} ({error.strerror or error}); start one: "
+                f"kvkern serve --socket {self._path} --capacity 8GiB"
             ) from error
         except p.ProtocolError:
             self._socket.close()

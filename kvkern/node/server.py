@@ -377,7 +377,9 @@ class Server:
         if isinstance(request, p.Hello):
             raise p.ProtocolError("says Hello twice")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            connection.send(p.Answer(request.id, self._operate(session, request)))
+            answer = p.Answer(request.id, self._operate(session, request))
+            self._publish_changes()  # before the answer: who has been answered stores again what it forgot
+            connection.send(answer)
         elif state is None or not session.number:
             raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
         elif isinstance(request, p.Acquire):

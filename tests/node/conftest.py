@@ -30,6 +30,7 @@ from kvkern.node.operator import Operator
 from kvkern.node.server import NodeConfig, Server
 from kvkern.slots import SlotGeometry, seal
 from kvkern.tiers.dram import Lease, Reservation
+from tests.support import SHAPE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GEOMETRY = SlotGeometry(part_nbytes=256, max_planes=2, world_size=1)  # a slot takes 8 KiB
@@ -313,3 +314,18 @@ def read_verified(arena: Arena, lease: Lease, seed: int = 0) -> bool:
             if not (part == payload(key, seed + rank, geometry.part_nbytes)).all():
                 return False
     return True
+
+
+def store(client: NodeClient, chain: list[bytes], seed: int = 0) -> int:
+    """Reserve, write and commit all of a sequence. Returns the number of chunks published."""
+    reservation = client.reserve(chain, chain, SHAPE)
+    write_payload(client.arena, reservation, seed)
+    return client.commit(reservation)
+
+
+def hits(client: NodeClient, chain: list[bytes], seed: int = 0) -> int:
+    """Length of the prefix that can be acquired and holds what was stored."""
+    lease = client.acquire(chain)
+    assert read_verified(client.arena, lease, seed)
+    client.release(lease)
+    return len(lease.keys)

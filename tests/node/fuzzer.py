@@ -1,0 +1,108 @@
+"""Says wrong things to a daemon: `python -m tests.node.fuzzer SOCKET SEED ROUNDS`, in a process that then ends.
+
+Every round is a connection. It says Hello or not, then noise, valid frames in any order, frames replayed, changed,
+cut short or of an impossible length, and slots, generations and leases that it does not hold. It forgets nothing that
+others have stored: whoever may connect may also say Clear and Evict, so these two are left out.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from kvkern.node import protocol as p
+
+GEOMETRY = p.Geometry(256, 2, 1)
+LARGE_NBYTES = 1 << 20
+
+
+def keys(rng: random.Random) -> list[bytes]:
+    return [rng.randbytes(32) for _ in range(rng.choice([0, 1, 3, 50]))]
+
+
+def number(rng: random.Random, below: int) -> int:
+    """Often small: what somebody else may well hold."""
+    return rng.choice([0, 1, rng.randrange(128), below - 1, rng.randrange(below)])
+
+
+def message(rng: random.Random) -> p.Request:
+    """A valid one, that nobody asked for."""
+    slots = [number(rng, 1 << 40) for _ in range(rng.choice([0, 1, 3, 200]))]
+    generations = [number(rng, 1 << 63) for _ in slots]
+    makers: list[Callable[[], p.Request]] = [
+        lambda: p.Hello(rng.choice([0, 1, 1, 1, 2]), "fuzz", rng.choice([None, GEOMETRY]), rng.random() < 0.5),
+        lambda: p.Describe(number(rng, 1 << 53), bytes(31) + rng.randbytes(1), {"model": "m" * rng.randrange(200)}),
+        lambda: p.Acquire(number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5),
+        lambda: p.Release([number(rng, 1 << 53) for _ in range(5)]),
+        lambda: p.Grant(number(rng, 1 << 53), number(rng, 65536)),
+        lambda: p.Publish(
+            1, rng.randbytes(32), slots, generations,
+            p.join_keys([rng.randbytes(32) for _ in slots]), p.join_keys(keys(rng)),
+        ),
+        lambda: p.GiveBack(slots),
+        lambda: p.Settle(),
+        lambda: p.Stat(number(rng, 1 << 53)),
+        lambda: p.List(1, rng.randbytes(rng.randrange(3)), rng.randrange(1, 1001)),
+    ]  # fmt: skip
+    return rng.choice(makers)()
+
+
+def changed(rng: random.Random, frame: bytes) -> bytes:
+    """One to three bytes are others."""
+    found = bytearray(frame)
+    for _ in range(rng.randrange(1, 4)):
+        found[rng.randrange(len(found))] = rng.randrange(256)
+    return bytes(found)
+
+
+def speech(rng: random.Random) -> bytes:
+    """What is said in a round."""
+    hello = p.encode(p.Hello(p.VERSION, "fuzz", GEOMETRY, rng.random() < 0.5))
+    frames = [p.encode(message(rng)) for _ in range(rng.randrange(1, 12))]
+    makers: list[Callable[[], bytes]] = [
+        lambda: rng.randbytes(rng.randrange(1, 200)),
+        lambda: struct.pack("<I", (size := rng.randrange(300))) + rng.randbytes(size),
+        lambda: hello + struct.pack("<I", rng.choice([p.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])) + rng.randbytes(100),
+        lambda: hello + struct.pack("<I", p.MAX_FRAME_NBYTES) + bytes(LARGE_NBYTES),  # the rest never comes
+        lambda: hello + b"".join(frames),
+        lambda: b"".join(frames),
+        lambda: hello + frames[0] * 20,
+        lambda: hello + b"".join(changed(rng, frame) for frame in frames),
+        lambda: hello + frames[0] + changed(rng, frames[-1]),
+        lambda: (hello + b"".join(frames))[: rng.randrange(1, 60)],
+        lambda: hello * 2,
+    ]
+    return rng.choice(makers)()
+
+
+def speak(path: Path, rng: random.Random) -> None:
+    """One round. The daemon may hang up at any moment."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(30)
+        sock.connect(str(path))
+        said = speech(rng)
+        cuts = sorted(rng.randrange(len(said)) for _ in range(rng.randrange(3)))
+        try:
+            for begin, end in zip([0, *cuts], [*cuts, len(said)], strict=True):
+                sock.sendall(said[begin:end])
+            if rng.random() < 0.5:  # else it is gone before it is answered
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(1 << 16):
+                    continue
+        except ConnectionError:
+            return
+
+
+def main() -> None:
+    path, seed, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    rng = random.Random(seed)
+    for _ in range(rounds):
+        speak(path, rng)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Wrong frames against a real daemon: it neither ends nor grows, and good clients are served before, meanwhile and after."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvkern.node import protocol as p
+from tests.node.conftest import ROOT, Daemon, MakeClient, eventually, read_verified, write_payload
+from tests.node.fuzzer import LARGE_NBYTES
+from tests.support import SHAPE, chain_keys
+
+ROUNDS = 400
+PROCESSES = 3
+
+
+def resident_nbytes(pid: int) -> int:
+    """Of a process's own memory: the arena's pages, which are shared, do not count."""
+    fields = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in fields if line.startswith("RssAnon"))
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def fuzz(daemon: Daemon, first_seed: int) -> None:
+    """Several processes at once; returns when they have ended."""
+    command = [sys.executable, "-m", "tests.node.fuzzer", str(daemon.socket)]
+    fuzzers = [
+        subprocess.Popen([*command, str(first_seed + number), str(ROUNDS)], cwd=ROOT) for number in range(PROCESSES)
+    ]
+    assert [process.wait(300) for process in fuzzers] == [0] * PROCESSES
+    assert daemon.alive
+
+
+def test_a_daemon_under_wrong_frames(daemon: Daemon, make_client: MakeClient) -> None:
+    client = make_client("good")
+    chains = [chain_keys(number, 5) for number in range(6)]
+    for seed, chain in enumerate(chains):
+        reservation = client.reserve(chain, chain, SHAPE)
+        write_payload(client.arena, reservation, seed)
+        assert client.commit(reservation) == 5
+    held = client.acquire(chains[0])
+    begun = client.reserve(chain_keys("begun", 2), chain_keys("begun", 2), SHAPE)
+    eventually(lambda: client.stock[0] == 13)
+
+    def still() -> dict[str, object]:
+        """Of what the good client has; of those who are gone nothing."""
+        names = ("chunks", "sessions", "connections", "leases", "granted_slots", "free_slots")
+        found = daemon.stat()
+        return {name: found[name] for name in names if not found["quarantined_leases"] + found["quarantined_slots"]}
+
+    before = still()
+    assert before
+    fuzz(daemon, first_seed=0)  # the allocator's pools fill
+    eventually(lambda: still() == before, "what was before")
+    open_before, memory_before = descriptors(daemon.pid), resident_nbytes(daemon.pid)
+    for number in range(2):
+        fuzz(daemon, first_seed=100 * (number + 1))
+    eventually(lambda: still() == before, "what was before")
+    assert client.connected
+    assert daemon.stat()["bad_frames"] > ROUNDS
+    eventually(lambda: descriptors(daemon.pid) <= open_before, "as few open files as before")
+    # Had the frames been kept whose end never came, it would be some 200 of them by now.
+    assert resident_nbytes(daemon.pid) < memory_before + 20 * LARGE_NBYTES
+    assert "Traceback" not in daemon.log
+
+    write_payload(client.arena, begun)
+    assert client.commit(begun) == 2
+    assert read_verified(client.arena, held, seed=0)
+    client.release(held)
+    other = make_client("next")
+    for seed, chain in enumerate(chains):
+        lease = other.acquire(chain)
+        assert (lease.keys, read_verified(other.arena, lease, seed)) == (tuple(chain), True)
+        other.release(lease)
+    assert daemon.ask(p.Clear(1, None)) == [{"chunks": 32}]

@@ -1,0 +1,291 @@
+"""Frames and messages: what goes round, what is refused, and that nothing else than ProtocolError is ever raised."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvkern.errors import ConfigError
+from kvkern.node import protocol as p
+from tests.support import chain_keys
+
+ids = st.integers(0, (1 << 53) - 1)
+roots = st.binary(min_size=32, max_size=32)
+key_lists = st.lists(roots, max_size=5)
+keys = key_lists.map(p.join_keys)
+names = st.text(max_size=20)
+slots = st.integers(0, (1 << 40) - 1)
+generations = st.integers(0, (1 << 63) - 1)
+slot_lists = st.lists(slots, max_size=5)
+counts = st.integers(0, p.MAX_SLOTS)
+sizes = st.integers(1, (1 << 46) - 1)
+geometries = st.builds(p.Geometry, sizes, st.integers(1, 1 << 16), st.integers(1, 1 << 10))
+rows = st.lists(
+    st.dictionaries(names, st.integers(-(1 << 63), (1 << 63) - 1) | names | st.floats(allow_nan=False)), max_size=3
+)
+granted = st.lists(st.tuples(slots, generations, roots), max_size=5)
+
+REQUESTS: dict[type, st.SearchStrategy[Any]] = {
+    p.Hello: st.builds(p.Hello, st.integers(0, (1 << 16) - 1), names, st.none() | geometries, st.booleans()),
+    p.Describe: st.builds(p.Describe, ids, roots, st.dictionaries(names, names, max_size=5)),
+    p.Acquire: st.builds(p.Acquire, ids, keys, st.booleans()),
+    p.Release: st.builds(p.Release, st.lists(ids, max_size=5)),
+    p.Grant: st.builds(p.Grant, ids, counts),
+    p.Publish: st.builds(
+        lambda number, root, held, chain: p.Publish(
+            number, root, [h[0] for h in held], [h[1] for h in held], p.join_keys([h[2] for h in held]), chain
+        ),
+        ids, roots, granted, keys,
+    ),
+    p.GiveBack: st.builds(p.GiveBack, slot_lists),
+    p.Clear: st.builds(p.Clear, ids, st.none() | roots, slot_lists),
+    p.Settle: st.builds(p.Settle),
+    p.Stat: st.builds(p.Stat, ids),
+    p.List: st.builds(p.List, ids, st.binary(max_size=32), st.integers(1, 1000)),
+    p.Evict: st.builds(p.Evict, ids, st.binary(min_size=1, max_size=32)),
+}  # fmt: skip
+RESPONSES: dict[type, st.SearchStrategy[Any]] = {
+    p.Welcome: st.builds(p.Welcome, counts, counts, st.none() | geometries, counts, names),
+    p.Refused: st.builds(p.Refused, names),
+    p.Described: st.builds(p.Described, ids, names),
+    p.Acquired: st.builds(
+        lambda number, lease, held: p.Acquired(number, lease, [h[0] for h in held], [h[1] for h in held]),
+        ids, ids, st.lists(st.tuples(slots, slots), max_size=5),
+    ),
+    p.Granted: st.builds(
+        lambda number, held, limit: p.Granted(number, [h[0] for h in held], [h[1] for h in held], limit),
+        ids, granted, counts,
+    ),
+    p.Published: st.builds(p.Published, ids, st.lists(st.booleans(), max_size=5)),
+    p.Changed: st.builds(p.Changed, keys, keys, st.booleans()),
+    p.Answer: st.builds(p.Answer, ids, rows),
+    p.Failed: st.builds(p.Failed, ids, names),
+    p.Draining: st.builds(p.Draining),
+}  # fmt: skip
+
+
+def body(message: Any) -> bytes:
+    """Of a message's only frame."""
+    (found,) = p.Frames().feed(p.encode(message))
+    return found
+
+
+def packed(*fields: object) -> bytes:
+    """Body of a message that the protocol's own types would not let through."""
+    return msgspec.msgpack.encode(fields)
+
+
+def test_every_message_is_tried() -> None:
+    assert set(REQUESTS) == set(get_args(p.Request))
+    assert set(RESPONSES) == set(get_args(p.Response))
+
+
+@given(st.one_of(*REQUESTS.values()))
+def test_requests_go_round(message: p.Request) -> None:
+    assert p.decode_request(body(message)) == message
+
+
+@given(st.one_of(*RESPONSES.values()))
+def test_responses_go_round(message: p.Response) -> None:
+    assert p.decode_response(body(message)) == message
+
+
+@pytest.mark.parametrize("message", [p.Stat(1), p.Draining()])
+def test_each_side_understands_only_the_other(message: Any) -> None:
+    decode = p.decode_response if isinstance(message, p.Stat) else p.decode_request
+    with pytest.raises(p.ProtocolError, match="Invalid value"):
+        decode(body(message))
+
+
+ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ((), "at least length 1"),
+        ((99,), "Invalid value 99"),
+        (("10", 1), "Expected `int`"),
+        ((10,), "at least length 2"),
+        ((10, 1, 2), "Expected `array`"),
+        ((10, -1), ">= 0"),
+        ((10, 1 << 53), "<= 9007199254740991"),
+        ((10, (1 << 64) - 1), "<= 9007199254740991"),
+        ((10, 1.0), "got `float`"),
+        ((10, True), "got `bool`"),
+        ((10, None), "got `None`"),
+        ((1, -1), ">= 0"),
+        ((1, 1, "x" * 257), "length <= 256"),
+        ((1, 1, "x", (0, 2, 1)), ">= 1"),
+        ((1, 1, "x", (1 << 46, 2, 1)), "<="),
+        ((1, 1, "x", (1, (1 << 16) + 1, 1)), "<="),
+        ((1, 1, "x", (1, 1, (1 << 10) + 1)), "<="),
+        ((1, 1, "x", (1, 1)), "at least length 3"),
+        ((2, 1, ROOT[:31], {}), "length >= 32"),
+        ((2, 1, ROOT, {"model": 1}), "Expected `str`"),
+        ((2, 1, ROOT, {str(i): "" for i in range(17)}), "length <= 16"),
+        ((3, 1, KEY[:31], True), "no whole number"),
+        ((3, 1, KEY + b"x", True), "no whole number"),
+        ((3, 1, KEY * (p.MAX_KEYS + 1), True), "length <= 2097152"),
+        ((3, 1, "k" * 32, True), "got `str`"),
+        ((3, 1, KEY, 1), "Expected `bool`"),
+        ((4, [0] * (p.MAX_SLOTS + 1)), "length <= 65536"),
+        ((5, 1, p.MAX_SLOTS + 1), "<= 65536"),
+        ((6, 1, ROOT, [1], [1], b"", b""), "not as many of each: slots, generations, keys"),
+        ((6, 1, ROOT, [1], [], KEY, b""), "not as many of each"),
+        ((6, 1, ROOT, [], [1], KEY, b""), "not as many of each"),
+        ((6, 1, ROOT, [1], [1 << 63], KEY, b""), "<="),
+        ((6, 1, ROOT, [1 << 40], [1], KEY, b""), "<="),
+        ((6, 1, ROOT, [1], [1], KEY, b"x"), "no whole number"),
+        ((8, 1, b""), "length >= 32"),
+        ((11, 1, bytes(33), 1), "length <= 32"),
+        ((11, 1, b"", 0), ">= 1"),
+        ((11, 1, b"", 1001), "<= 1000"),
+        ((12, 1, b""), "length >= 1"),
+    ],
+)  # fmt: skip
+def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
+    with pytest.raises(p.ProtocolError, match=why):
+        p.decode_request(packed(*fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ((68, 1, 1, [0], []), "not as many of each: rows, slots"),
+        ((69, 1, [1], [], 1), "not as many of each: slots, generations"),
+        ((69, 1, [], [], -1), ">= 0"),
+        ((71, KEY[1:], b"", False), "no whole number"),
+        ((72, 1, [{}] * 1001), "length <= 1000"),
+        ((72, 1, [{"a": [1]}]), "Expected `int | float | str`"),
+        ((72, 1, [{"a": {}}]), "Expected `int | float | str`"),
+    ],
+)
+def test_responses_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
+    with pytest.raises(p.ProtocolError, match=why.replace("|", r"\|")):
+        p.decode_response(packed(*fields))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        packed(10, 1) + b"\xc0",  # something behind the message
+        packed(1, 1, "x")[:-1] + b"\xff",  # no UTF-8
+        bytes([0x92, 4, 0xDD]) + b"\xff" * 4,  # an array that says it has 2^32 - 1 elements
+        bytes([0x94, 3, 1, 0xC6]) + b"\xff" * 4,
+        b"\xdd\xff\xff\xff\xff\x04",
+        b"\x91" * 100_000,  # arrays in arrays
+    ],
+    ids=["empty", "longer", "not_utf8", "long_array", "long_bytes", "long_message", "deep"],
+)
+def test_what_is_no_message(raw: bytes) -> None:
+    for decode in (p.decode_request, p.decode_response):
+        with pytest.raises(p.ProtocolError, match="no message of protocol version 1"):
+            decode(raw)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.binary() | st.text()
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+
+
+@given(st.binary(max_size=64) | st.lists(anything, max_size=7).map(msgspec.msgpack.encode))
+def test_nothing_but_protocol_errors(raw: bytes) -> None:
+    for decode in (p.decode_request, p.decode_response):
+        try:
+            decode(raw)
+        except p.ProtocolError:
+            continue
+
+
+@given(st.integers(1, 12) | st.integers(65, 74), st.lists(anything, max_size=6))
+def test_nothing_but_protocol_errors_behind_a_tag(tag: int, fields: list[object]) -> None:
+    for decode in (p.decode_request, p.decode_response):
+        try:
+            decode(packed(tag, *fields))
+        except p.ProtocolError:
+            continue
+
+
+@given(st.lists(st.one_of(*REQUESTS.values()), max_size=6), st.data())
+def test_any_split_of_a_stream_gives_the_same_frames(messages: list[p.Request], data: st.DataObject) -> None:
+    stream = b"".join(map(p.encode, messages))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    frames, found = p.Frames(), []
+    for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        found += frames.feed(stream[begin:end])
+    assert [p.decode_request(one) for one in found] == messages
+    assert not frames
+
+
+def test_byte_by_byte() -> None:
+    frames, stream = p.Frames(), p.encode(p.Stat(1)) + p.encode(p.Settle())
+    found = []
+    for at in range(len(stream)):
+        found += frames.feed(stream[at : at + 1])
+        assert bool(frames) == (at not in (len(p.encode(p.Stat(1))) - 1, len(stream) - 1))
+    assert found == [body(p.Stat(1)), body(p.Settle())]
+
+
+def test_who_stops_listening_loses_no_frame() -> None:
+    """The frames that nobody has taken yet come with the next bytes."""
+    frames = p.Frames()
+    for found in frames.feed(p.encode(p.Stat(1)) + p.encode(p.Stat(2))):
+        assert found == body(p.Stat(1))
+        break
+    assert list(frames.feed(b"")) == [body(p.Stat(2))]
+
+
+@pytest.mark.parametrize("length", [p.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])
+def test_a_frame_above_the_limit_is_refused_by_its_length(length: int) -> None:
+    frames = p.Frames()
+    with pytest.raises(p.ProtocolError, match=rf"a frame of {length} bytes is above {p.MAX_FRAME_NBYTES}"):
+        list(frames.feed(struct.pack("<I", length)))
+
+
+def test_a_frame_of_the_largest_length() -> None:
+    whole = bytes(p.MAX_FRAME_NBYTES)
+    assert list(p.Frames().feed(struct.pack("<I", len(whole)) + whole)) == [whole]
+
+
+def test_a_message_above_the_limit_is_not_sent() -> None:
+    message = p.Changed(bytes(p.MAX_FRAME_NBYTES), b"")
+    with pytest.raises(p.ProtocolError, match="send less"):
+        p.encode(message)
+
+
+def test_the_largest_publish_fits_a_frame() -> None:
+    """A reservation of MAX_PUBLISH chunks in a sequence of MAX_KEYS, with numbers as long as they may be."""
+    from kvkern.node.client import MAX_PUBLISH
+
+    chain = KEY * p.MAX_KEYS
+    slots, under = [(1 << 40) - 1] * MAX_PUBLISH, [(1 << 63) - 1] * MAX_PUBLISH
+    message = p.Publish((1 << 53) - 1, ROOT, slots, under, KEY * MAX_PUBLISH, chain)
+    assert p.decode_request(body(message)) == message
+
+
+@given(key_lists)
+def test_keys_go_round(found: list[bytes]) -> None:
+    assert p.cut_keys(p.join_keys(found)) == found
+
+
+@pytest.mark.parametrize("found", [[b""], [KEY, KEY[1:]], [KEY + b"x"]])
+def test_what_is_no_chunk_key_is_not_sent(found: list[bytes]) -> None:
+    with pytest.raises(ConfigError, match="chunk keys have 32 each"):
+        p.join_keys(found)
+
+
+def test_paths_of_sockets_are_short() -> None:
+    assert p.checked_path(Path("/" + "x" * 106)) == Path("/" + "x" * 106)
+    with pytest.raises(ConfigError, match="longer than the 107 bytes Linux allows; shorten it"):
+        p.checked_path(Path("/" + "x" * 107))
+    with pytest.raises(ConfigError, match="107 bytes"):
+        p.checked_path(Path("/" + "ö" * 54))
