@@ -12,11 +12,12 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo test check bench peers lock clean
+.PHONY: help demo test soak check bench peers lock clean
 
 help:
 	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
 	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
+	@echo "make soak    kills daemons and their clients 5000 times, some ten minutes; make test does so 240 times"
 	@echo "make check   ruff format, ruff, mypy"
 	@echo "make bench   every bench/*.py but peers.py, results into bench/results/   (ARGS goes to each)"
 	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/   (ARGS='--level library')"
@@ -74,6 +75,9 @@ test: $(VENV)/.stamp
 	phase env TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m interpret $(ARGS); \
 	phase $(PY) -m pytest -n 0 -m vllm $(ARGS); \
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
+
+soak: $(VENV)/.stamp
+	@KVKERN_SOAK_KILLS=5000 $(PY) -m pytest -n 0 -rP --timeout 7200 tests/node/test_crash.py $(ARGS)
 
 check: $(VENV)/.stamp
 	@status=0; \

@@ -376,4 +376,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestWalk.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
