@@ -90,3 +90,22 @@ def test_paged_copy(tmp_path: Path) -> None:
         assert all(row[name] > 0 for name in ("nbytes", "gb_s", "memcpy_gb_s", "ratio_memcpy", "ratio_index_select"))
     assert printed.count("gather") == printed.count("scatter") == 4
     assert shared_memory() == set()
+
+
+@pytest.mark.slow
+def test_node(tmp_path: Path) -> None:
+    result, printed = run_quick("node", tmp_path)
+    rows = {row["case"]: row for row in result["rows"]}
+    assert list(rows) == ["together", "lookup", "echo", "acquire", "acquire_copying", "load", "store", "memory"]
+    assert rows["together"]["clients"] == 8
+    assert rows["together"]["stored_chunks"] == rows["together"]["found_chunks"] == 8 * 128
+    for case, clients in (("lookup", 1), ("echo", 8), ("acquire", 8), ("acquire_copying", 8)):
+        assert (rows[case]["clients"], rows[case]["chunks"]) == (clients, 128)
+        assert 0 < rows[case]["p50_us"] <= rows[case]["p99_us"]
+    assert rows["acquire_copying"]["gb_s"] > 0
+    for case in ("load", "store"):
+        assert all(rows[case][name] > 0 for name in ("nbytes", "gb_s", "embedded_gb_s", "ratio_embedded"))
+    assert rows["memory"]["slots"] * 7 // 8 <= rows["memory"]["chunks"] < rows["memory"]["slots"]
+    assert all(row["runs"] > 0 and row["other_cpus"] >= 0 for row in rows.values())
+    assert printed.count("memory") == 2
+    assert shared_memory() == set()

@@ -244,7 +244,7 @@ class NodeClient:
         return result
 
     def commit(self, reservation: Reservation) -> int:
-        """`commit_soon`, waited for: when it returns, every engine's lookup hits what was published."""
+        """`commit_soon`, waited for: when it returns, every engine's acquire hits what was published."""
         return self.commit_soon(reservation).result()
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:

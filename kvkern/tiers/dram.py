@@ -433,10 +433,12 @@ def verify_slots(
     slots: npt.NDArray[np.int64],  # [n] int64
 ) -> npt.NDArray[np.bool_]:
     """[n] bool: whose header is whole and whose payload has the checksums that the header says, on every rank."""
+    good = np.zeros(len(slots), dtype=np.bool_)
+    if not len(slots):
+        return good  # a daemon with a new arena has no use for numba and its 125 MB
     from ..kernels.paged_copy_numba import checksum_planes
 
     headers, geometry = arena.headers, arena.spec.geometry
-    good = np.zeros(len(slots), dtype=np.bool_)
     for begin in range(0, len(slots), _VERIFY_SLOTS):
         rows = slice(begin, begin + _VERIFY_SLOTS)
         at = slots[rows]

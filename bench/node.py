@@ -1,0 +1,350 @@
+"""The node daemon: what engines pay for sharing one cache, and that it loses nothing. Real daemon, real client processes.
+
+    together:         8 clients store at once, then each finds, loads and compares what all of them stored
+    lookup:           longest cached prefix of 128 chunks, from the client's replica of the index
+    echo:             8 clients, each: send as many bytes as an acquire, receive as many as its answer, sleep 20 ms.
+                      A bare Unix socket and a process that does nothing else: what this machine asks for a round trip
+    acquire:          8 clients, each: acquire 128 chunks (timed), release, sleep 20 ms; nobody copies. daemon_cpu_us is what
+                      the daemon computes for one of them
+    acquire_copying:  the same, and each client loads the 32 MiB into its tensors before it releases
+    load, store:      2,048 tokens of Llama-3.1-8B (256 MiB): acquire, copy, release; reserve, copy, commit.
+                      Through a daemon, and in the same turn with a cache embedded in the process
+    memory:           the daemon's resident memory beyond the arena once all slots are filled, against a daemon of few slots;
+                      and what the replica of the index costs a client
+
+Every client is a process of its own, started once. Percentiles are a round's own, over all clients; the median over rounds
+is reported. other_cpus is how many CPUs other processes used meanwhile: above a fifth, repeat the run.
+Targets: lookup p50 100 us; acquire p50 400 us and p99 3 ms; load and store 0.9 of the embedded cache's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _common import print_row, write_json
+from _node import (
+    ANSWER,
+    CHUNKS,
+    GIVE_UP_S,
+    REQUEST,
+    SHAPE,
+    SPAWN,
+    Engine,
+    Pages,
+    daemon,
+    echoes,
+    resident_nbytes,
+    sequence,
+)  # fmt: skip
+from _peers.busy import Others
+
+from kvkern.assemble import build_cache, open_arena
+from kvkern.config import Config
+from kvkern.node.client import NodeClient
+from kvkern.slots import PAGE, SlotGeometry
+
+CLIENTS = 8
+PAUSE_S = 0.02
+GRANTED_SHARE = 8  # a daemon grants at most one slot in so many before it is written
+FEW_SLOTS = 64
+
+Row = dict[str, object]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` of the values do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
+
+
+# -- many clients --------------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """What one client process does when told to; its own sequence is named by its number."""
+
+    def __init__(self, path: Path, number: int, layers: int) -> None:
+        torch.set_num_threads(1)
+        self._number = number
+        self._keys = sequence(number)
+        self._pages = Pages(layers)
+        self._node = NodeClient.open(path, f"bench-{number}", self._pages.geometry, patience_s=1.0)
+        self._engine = Engine(self._node, self._node.arena, self._pages, threads=1)
+        self._random = random.Random(number)
+
+    def close(self) -> None:
+        self._engine.close()
+        self._node.close()
+
+    def store(self) -> int:
+        self._pages.fill(self._number)
+        return self._engine.store(self._keys)
+
+    def verify(self, clients: int) -> int:
+        """Load what every client has stored, and compare it. Returns how many chunks are right."""
+        right = 0
+        for number in range(clients):
+            self._engine.load(sequence(number))
+            right += CHUNKS * self._pages.holds(number)
+        return right
+
+    def lookup(self, count: int) -> list[float]:
+        times_s = []
+        for _ in range(count):
+            start = time.perf_counter()
+            hit = self._node.lookup(self._keys)
+            times_s.append(time.perf_counter() - start)
+            if hit != CHUNKS:
+                raise RuntimeError(f"{hit} of {CHUNKS} chunks hit")
+            time.sleep(0.001)
+        return times_s
+
+    def acquire(self, seconds: float) -> list[float]:
+        return self._paced(self._acquire, seconds)
+
+    def acquire_copying(self, seconds: float) -> list[float]:
+        return self._paced(partial(self._engine.load, self._keys), seconds)
+
+    def echo(self, seconds: float, path: Path) -> list[float]:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            return self._paced(partial(_round_trip, sock), seconds)
+
+    def _paced(self, act: Callable[[], float], seconds: float) -> list[float]:
+        """What each act took. Phases of clients are drawn anew each time."""
+        times_s = []
+        time.sleep(self._random.uniform(0, PAUSE_S))
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:
+            times_s.append(act())
+            time.sleep(PAUSE_S)
+        return times_s
+
+    def _acquire(self) -> float:
+        start = time.perf_counter()
+        lease = self._node.acquire(self._keys)
+        taken = time.perf_counter() - start
+        self._node.release(lease)
+        if len(lease.slots) != CHUNKS:
+            raise RuntimeError(f"{len(lease.slots)} of {CHUNKS} chunks hit")
+        return taken
+
+
+def _round_trip(sock: socket.socket) -> float:
+    start = time.perf_counter()
+    sock.sendall(REQUEST)
+    sock.recv(len(ANSWER), socket.MSG_WAITALL)
+    return time.perf_counter() - start
+
+
+def client_main(pipe: Connection, path: Path, number: int, layers: int) -> None:
+    with closing(Client(path, number, layers)) as client:
+        pipe.send("ready")
+        while (order := pipe.recv()) is not None:
+            name, arguments = order
+            pipe.send(getattr(client, name)(*arguments))
+
+
+class Clients:
+    """Client processes of one daemon. `ask` makes all, or the first few, do the same at once."""
+
+    def __init__(self, path: Path, count: int, layers: int) -> None:
+        self.pipes: list[Connection] = []
+        self._processes = []
+        for number in range(count):
+            mine, theirs = SPAWN.Pipe()
+            process = SPAWN.Process(target=client_main, args=(theirs, path, number, layers), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self._processes.append(process)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def ask(self, name: str, *arguments: object, first: int | None = None) -> list[Any]:
+        for pipe in self.pipes[:first]:
+            pipe.send((name, arguments))
+        return [pipe.recv() for pipe in self.pipes[:first]]
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+            process.join()
+
+
+def latency(case: str, rounds: Sequence[Sequence[Sequence[float]]]) -> Row:
+    """Row of rounds, each with the times of every client; the first round is not counted."""
+    pooled = [[1e6 * taken for client in clients for taken in client] for clients in rounds[1:]]
+    return {
+        "case": case, "clients": len(rounds[0]), "chunks": CHUNKS, "p50_us": median(percentile(r, 50) for r in pooled),
+        "p99_us": median(percentile(r, 99) for r in pooled), "runs": len(pooled), "samples": sum(map(len, pooled)),
+    }  # fmt: skip
+
+
+def many_clients(layers: int, runs: int, round_s: float, lookups: int) -> Iterator[Row]:
+    """The rows of one daemon with CLIENTS clients: 128 chunks of 64 KiB times `layers` each."""
+    pages = Pages(layers)
+    slots = 4 * CLIENTS * CHUNKS  # what is granted and not written must not crowd out what is stored
+    with daemon(pages.geometry, slots) as node, closing(Clients(node.path, CLIENTS, layers)) as clients:
+        start = time.perf_counter()
+        stores = clients.ask("store")
+        stored_s = time.perf_counter() - start
+        right = clients.ask("verify", CLIENTS)
+        stored = node.stat()["stored_chunks"]
+        if stored != CLIENTS * CHUNKS or any(count != stored for count in right):
+            raise RuntimeError(f"{stored} chunks stored, {right} of {CLIENTS * CHUNKS} are right")
+        yield {
+            "case": "together", "clients": CLIENTS, "stored_chunks": stored, "found_chunks": min(right),
+            "reservations": sum(stores), "gb_s": CLIENTS * pages.nbytes / stored_s / 1e9, "runs": 1,
+        }  # fmt: skip
+        yield latency("lookup", [clients.ask("lookup", lookups, first=1) for _ in range(runs + 1)])
+        busy_s = node.cpu_s()
+        with echoes(node.path.with_name("echo")) as path:  # in turns with acquire: what slows the machine slows both
+            turns = [(clients.ask("echo", round_s, path), clients.ask("acquire", round_s)) for _ in range(runs + 1)]
+        busy_s = node.cpu_s() - busy_s
+        echoed, acquired = zip(*turns, strict=True)
+        yield latency("echo", echoed)
+        count = sum(len(times) for client_times in acquired for times in client_times)
+        yield latency("acquire", acquired) | {"daemon_cpu_us": 1e6 * busy_s / count}  # of an acquire with its release
+        rounds = [clients.ask("acquire_copying", round_s) for _ in range(runs + 1)]
+        loaded = sum(len(times) for client_times in rounds[1:] for times in client_times)
+        yield latency("acquire_copying", rounds) | {"gb_s": loaded * pages.nbytes / (runs * round_s) / 1e9}
+
+
+# -- bytes through the daemon, and embedded ------------------------------------------------------------------------------
+
+
+def copies(layers: int, threads: int, runs: int) -> Iterator[Row]:
+    """Load and store of one sequence; daemon and embedded cache take turns, in alternating order, on the same tensors."""
+    pages = Pages(layers)
+    pages.fill(0)
+    geometry, slots = pages.geometry, GRANTED_SHARE * (CHUNKS + CHUNKS // 4)
+    config = Config(PAGE + slots * geometry.slot_nbytes)
+    with daemon(geometry, slots) as node:
+        client = NodeClient.open(node.path, "bench", geometry, patience_s=1.0)
+        arena = open_arena(config, geometry, f"bench-node-{time.time_ns()}", expected=1)
+        shared, embedded = (
+            Engine(client, client.arena, pages, threads),
+            Engine(build_cache(arena), arena, pages, threads),
+        )
+        with closing(arena), closing(client), closing(shared), closing(embedded):
+            for engine in (shared, embedded):
+                engine.store(sequence("hit"))
+            for case in ("load", "store"):
+                turns = [_turn(case, shared, embedded, turn) for turn in range(runs + 1)][1:]
+                yield {
+                    "case": case, "clients": 1, "nbytes": pages.nbytes, "threads": threads,
+                    "gb_s": median(pages.nbytes / ours for ours, _ in turns) / 1e9,
+                    "embedded_gb_s": median(pages.nbytes / theirs for _, theirs in turns) / 1e9,
+                    "ratio_embedded": median(theirs / ours for ours, theirs in turns), "runs": runs,
+                }  # fmt: skip
+
+
+def _turn(case: str, shared: Engine, embedded: Engine, turn: int) -> tuple[float, float]:
+    """Seconds (through the daemon, embedded) of the second of two calls each."""
+    taken = {}
+    for engine in (shared, embedded) if turn % 2 else (embedded, shared):
+        for call in range(2):
+            keys = sequence("hit") if case == "load" else sequence(f"store {turn} {call}")
+            work = partial(engine.load if case == "load" else engine.store, keys)
+            start = time.perf_counter()
+            work()
+            taken[engine] = time.perf_counter() - start
+    return taken[shared], taken[embedded]
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def memory(sizes: Sequence[int]) -> Iterator[Row]:
+    """Fill daemons of FEW_SLOTS and of these sizes with chunks that are only headers."""
+    base, _, _ = filled(FEW_SLOTS)
+    for slots in sizes:
+        nbytes, chunks, replica = filled(slots)
+        yield {
+            "case": "memory", "slots": slots, "chunks": chunks, "base_nbytes": base, "nbytes": nbytes,
+            "nbytes_per_slot": (nbytes - base) / slots, "client_nbytes_per_chunk": replica / chunks, "runs": 1,
+        }  # fmt: skip
+
+
+def filled(slots: int) -> tuple[int, int, int]:
+    """(resident bytes of a daemon, chunks it has, resident bytes that a client's replica of them needs)."""
+    geometry = SlotGeometry(PAGE, max_planes=1)
+    with (
+        daemon(geometry, slots, prefault=False) as node,
+        ProcessPoolExecutor(1, SPAWN) as pool,
+        closing(NodeClient.open(node.path, "bench", geometry, patience_s=1.0, prefault=False)) as client,
+    ):
+        written, chunks = client.arena.headers["written"], min(4096, slots // 16)
+        for name in range(slots // chunks):
+            keys = left = sequence(name, chunks)
+            while left:
+                if not client.connected:
+                    raise RuntimeError("the daemon is gone")
+                reservation = client.reserve(keys, left, SHAPE)
+                written[list(reservation.slots), 0] = reservation.generations
+                client.commit(reservation)
+                left = left[len(reservation.keys) :]
+        cached = node.stat()["chunks"]
+        nbytes = resident_nbytes(node.pid)
+        return nbytes, cached, pool.submit(replica_nbytes, node.path, geometry, cached).result()
+
+
+def replica_nbytes(path: Path, geometry: SlotGeometry, chunks: int) -> int:
+    """What this process needs more once it knows so many chunks."""
+    before = resident_nbytes(os.getpid())
+    with closing(NodeClient.open(path, "replica", geometry, prefault=False)) as client:
+        deadline = time.monotonic() + GIVE_UP_S
+        while client.usage()["known_chunks"] < chunks * 7 // 8 and time.monotonic() < deadline:
+            time.sleep(0.02)  # this client's own stock of slots costs the daemon a few chunks
+        return resident_nbytes(os.getpid()) - before
+
+
+def sections(quick: bool, threads: int) -> Iterator[Iterator[Row]]:
+    """Each with daemons of its own, which have ended when it has."""
+    if quick:
+        yield many_clients(layers=1, runs=1, round_s=0.3, lookups=50)
+        yield copies(layers=1, threads=threads, runs=2)
+        yield memory((2048, 4096))
+    else:
+        yield many_clients(layers=4, runs=5, round_s=4.0, lookups=500)
+        yield copies(layers=32, threads=threads, runs=9)
+        yield memory((65_536, 262_144))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--threads", type=int, default=2, help="that copy in load and store (default 2)")
+    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for numbers")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    for section in sections(args.quick, args.threads):
+        others, begin = Others(), len(rows)
+        for row in section:
+            rows.append(row)
+            print_row(row)
+        other_cpus = others.cpus()
+        for row in rows[begin:]:
+            row["other_cpus"] = other_cpus
+        print(f"  others used {other_cpus:.2f} CPUs", flush=True)
+    if args.json:
+        write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
