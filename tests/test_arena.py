@@ -174,8 +174,8 @@ def test_a_file_that_is_no_arena_is_left_alone(tmp_path: Path, content: bytes) -
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as arena:
-        arena.bytes[8] = 2
-        with pytest.raises(ArenaError, match="has version 2, this kvkern reads 1"):
+        arena.bytes[8] = 9
+        with pytest.raises(ArenaError, match="has version 9, this kvkern reads 2"):
             create_or_attach(SPEC, tmp_path / "a")
 
 

@@ -109,7 +109,7 @@ def test_a_spoiled_chunk_is_recomputed(tmp_path: Path, dtype: torch.dtype) -> No
     with closing(open_for(engine, tmp_path)) as cache:
         with_cache(engine, cache, tokens)
         with cache.match(tokens) as hit:
-            cache._arena.parts(0)[hit.lease.slots[3], 77] ^= 4
+            cache._transfer._arena.parts(0)[hit.lease.slots[3], 77] ^= 4
         table = reference.allocate(100)
         reference.compute(tokens, 0, table)
         logits, num_loaded = with_cache(engine, cache, tokens)
@@ -129,7 +129,7 @@ def test_under_pressure_every_answer_stays_right(tmp_path: Path, dtype: torch.dt
     references = [PagedEngine(dtype) for _ in talks]
     tables = [r.allocate(300) for r in references]
     probe = open_for(engine, tmp_path)
-    slot_nbytes = probe._arena.spec.geometry.slot_nbytes
+    slot_nbytes = probe._transfer._arena.spec.geometry.slot_nbytes
     probe.close()
     with closing(open_for(engine, tmp_path, capacity=12 * slot_nbytes + 4096)) as cache:
         for turn in range(4):
@@ -157,7 +157,7 @@ class Shared:
         for engine, layout, space in zip(engines, layouts, spaces, strict=True):
             paged = PagedTensors.bind(layout, engine.kv_caches)
             transfer = build_transfer(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
-            self.caches.append(PagedCache(cache, transfer, self.arena, space, shape))
+            self.caches.append(PagedCache(cache, transfer, self.arena.close, space, shape))
 
 
 def test_engines_of_other_page_sizes_read_each_others_chunks(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_hole(cache: PagedCache, tensor: torch.Tensor) -> None:
     fill(tensor, [0, 1, 2, 3])
     cache.store(TOKENS, [0, 1, 2, 3])
     with cache.match(TOKENS) as hit:
-        cache._arena.mark_bad(np.array([hit.lease.slots[1]]))  # chunk 1 is lost
+        cache._transfer._arena.mark_bad(np.array([hit.lease.slots[1]]))  # chunk 1 is lost
     with cache.match(TOKENS) as hit:
         assert hit.num_tokens == 16
         assert cache.load(hit, [10, 11, 12, 13]) == 16
@@ -74,7 +74,7 @@ def test_hole(cache: PagedCache, tensor: torch.Tensor) -> None:
 def test_hole_found_while_loading(cache: PagedCache, tensor: torch.Tensor) -> None:
     cache.store(TOKENS, [0, 1, 2, 3])
     with cache.match(TOKENS) as hit:
-        cache._arena.parts(0)[hit.lease.slots[2], 0] ^= 1
+        cache._transfer._arena.parts(0)[hit.lease.slots[2], 0] ^= 1
         assert cache.load(hit, [10, 11, 12, 13]) == 32
 
 
@@ -102,10 +102,10 @@ def test_use_after_timeout(tmp_path: Path, tensor: torch.Tensor, monkeypatch: py
         other_keys = cache.keys([7] * 64)
         new = manager.reserve(other_keys, other_keys, cache._shape)
         assert set(new.slots) == set(late.slots)
-        cache._arena.parts(0)[:] = 0x55
+        cache._transfer._arena.parts(0)[:] = 0x55
         go.set()
         assert not job.wait().ok.any()
-        assert (cache._arena.parts(0) == 0x55).all()
+        assert (cache._transfer._arena.parts(0) == 0x55).all()
         assert manager.commit(new) == 0  # WRITTEN of the late generation publishes nothing
 
 
@@ -133,7 +133,7 @@ def test_unbounded_ghost(tmp_path: Path) -> None:
         assert put(cache, arena, chain_keys(i, 50)) == 50  # 100,000 distinct chunks
     assert cache.counters.evicted_chunks == 100_000 - 64
     assert len(policy) == len(tier._index) == 64
-    bounded = (tier._key_of, tier._state, tier._pins, tier._free, tier._doomed, cache._logged)
+    bounded = (tier._key_of, tier._state, tier._pins, tier._free, tier._doomed, cache.faults._logged)
     assert all(len(structure) <= 64 for structure in bounded)
     arena.close()
 
@@ -155,7 +155,7 @@ def test_model_identity_of_a_slot(cache: PagedCache, tensor: torch.Tensor) -> No
     fill(tensor, [0])
     cache.store(TOKENS[:16], [0])
     with cache.match(TOKENS[:16]) as hit:
-        cache._arena.headers["namespace"][list(hit.lease.slots)] = np.void(bytes(32))
+        cache._transfer._arena.headers["namespace"][list(hit.lease.slots)] = np.void(bytes(32))
         assert cache.load(hit, [10]) == 0
     assert values(tensor, [10]) == [0]
 
@@ -268,10 +268,10 @@ def test_error_instead_of_dead_thread(cache: PagedCache, monkeypatch: pytest.Mon
 # The first hit of a block wrote it to the next tier before it answered: 340 ms instead of 16.
 def test_a_hit_writes_nothing(cache: PagedCache) -> None:
     cache.store(TOKENS, [0, 1, 2, 3])
-    before = cache._arena.bytes.copy()
+    before = cache._transfer._arena.bytes.copy()
     with cache.match(TOKENS) as hit:
         cache.load(hit, [10, 11, 12, 13])
-    np.testing.assert_array_equal(cache._arena.bytes, before)
+    np.testing.assert_array_equal(cache._transfer._arena.bytes, before)
 
 
 # `flush` waited for a condition that nobody would signal. Here a store ends when its job does, also with an error.

@@ -174,12 +174,14 @@ class NodeClient:
         """End a lease. Chunks its reader marked BAD are dropped by the daemon; returns how many."""
         if not isinstance(lease, NodeLease):
             return 0
-        bad = int((self.arena.headers["state"][np.array(lease.slots, dtype=np.int64)] == SlotState.BAD).sum())
+        states = self.arena.headers["state"][np.array(lease.slots, dtype=np.int64)]
+        bad = [key for key, state in zip(lease.keys, states.tolist(), strict=True) if state == SlotState.BAD]
         with self._lock:
-            self.counters.bad_chunks += bad
+            self.counters.bad_chunks += len(bad)
+            self._replica.difference_update(bad)  # at once: the engine computes them now and will store them again
             if self._ended(lease.era):
                 self._link.send(p.Release([lease.number]))
-        return bad
+        return len(bad)
 
     def release_later(self, lease: Lease) -> None:
         """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
