@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,12 @@ class Engine:
         raise AssertionError("the engine did not get there")
 
     def settle(self) -> None:
-        """Step until no transfer is under way."""
+        """Step until no transfer is under way, and a daemon has acknowledged what was stored."""
         self.steps(lambda: not self.scheduler.connector.has_pending_push_work())
+        deadline = time.monotonic() + 30
+        while getattr(self.cache, "_publishing", 0):
+            assert time.monotonic() < deadline, "the daemon acknowledges nothing"
+            time.sleep(0.005)
 
     def reset_native(self) -> None:
         """Empty vLLM's own prefix cache, not kvkern's."""
