@@ -231,7 +231,7 @@ def open_cache(
             prefault=config.prefault,
         )
         cache, arena, close = client, client.arena, client.close
-        client.describe(namespace.root, namespace.fields())
+        client.describe(namespace.root, namespace.described())
     else:
         arena = open_arena(config, geometry, name, expected=1)
         cache, close = build_cache(arena), arena.close

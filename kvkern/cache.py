@@ -69,6 +69,13 @@ class ChunkCache(Protocol):
     def usage(self) -> dict[str, int]:
         """Slots and what they are used for."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether other engines read what this one stores, and it what they store."""
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
+
 
 class Faults:
     """The one place where a fault becomes a miss: counted, logged once per kind."""
@@ -197,6 +204,14 @@ class Cache:
 
     def describe(self, root: bytes, fields: dict[str, str]) -> None:
         """An embedded cache serves one engine, which knows its namespaces."""
+
+    @property
+    def shared(self) -> bool:
+        """An embedded cache is one engine's."""
+        return False
+
+    def close(self) -> None:
+        """The arena is its owner's to close."""
 
     def drop(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks. Returns how many there were."""

@@ -68,7 +68,7 @@ class Config:
     weights: str = ""  # overrides the fingerprint of the weights in the namespace
     salt: str = ""  # folded into every key: caches with different salts never share
     socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
-    connect_s: int = 60  # how long an engine waits for its daemon at start
+    connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
 
     def __post_init__(self) -> None:
         if not 0 <= self.connect_s <= _MAX_CONNECT_S:

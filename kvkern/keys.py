@@ -69,6 +69,13 @@ class Namespace:
         values = {name: getattr(self, name) for name in (*names, "engine_hash")}
         return {name: str(value) for name, value in values.items() if value is not None}
 
+    def described(self) -> dict[str, str]:
+        """The fields for people and logs: a salt is a secret, only whether two are equal may be seen."""
+        fields = self.fields()
+        if "salt" in fields:
+            fields["salt"] = blake3(fields["salt"].encode()).hexdigest()[:16]
+        return fields
+
     @property
     def root(self) -> bytes:
         """32 bytes."""

@@ -65,12 +65,12 @@ class Job:
             return False
         try:
             piece()
+            self.finished = max(self.finished, time.perf_counter())
+            future.set_result(None)
         except BaseException as error:
+            self.finished = max(self.finished, time.perf_counter())
             future.set_exception(error)
             raise
-        finally:
-            self.finished = max(self.finished, time.perf_counter())
-        future.set_result(None)
         return True
 
     def help(self) -> None:

@@ -16,11 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+from blake3 import blake3
 
 from ..arena import Arena, process_start
-from ..cache import NO_LEASE, NO_RESERVATION, Faults
+from ..cache import NO_LEASE, Faults
 from ..errors import ConfigError
 from ..metrics import CacheCounters
 from ..slots import SlotGeometry, SlotState
@@ -33,6 +35,9 @@ logger = logging.getLogger("kvkern")
 FIRST_GOAL = 64  # granted slots kept in stock until more are seen to be needed
 NO_LIMIT = 1 << 30  # until the daemon has said one
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of a reservation: with a chain of MAX_KEYS they still fit a frame
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class NodeClient:
         self._held = 0  # leases and reservations of this era that have not ended
         self._held_before = 0  # of earlier eras: the daemon keeps their slots until `Settle`
         self._replica: set[bytes] = set()
+        self._synced = False  # whether the replica has had the whole index since the connection
         self._writing: set[bytes] = set()
         self._begun: set[int] = set()  # slots under reservations of this connection
         self._stock: deque[tuple[int, int]] = deque()
@@ -96,12 +102,12 @@ class NodeClient:
         timeout_s: float = 60.0,
         prefault: bool = True,
     ) -> NodeClient:
-        """Connect, waiting for a daemon at most `timeout_s`. Raises ConfigError if there is none or it refuses."""
+        """Connect, waiting for daemon and arena at most `timeout_s`. Raises ConfigError if there is none or it refuses."""
         client = cls(p.checked_path(path), engine, geometry, index, patience_s)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                client._link.connect(prefault)
+                client._link.connect(prefault, max(0.1, deadline - time.monotonic()))
                 break
             except PermissionError as error:
                 client._link.close()
@@ -129,9 +135,14 @@ class NodeClient:
         return self._link.arena
 
     @property
+    def shared(self) -> bool:
+        """The node's cache is every engine's."""
+        return True
+
+    @property
     def connected(self) -> bool:
-        """Whether the daemon is there."""
-        return self._link.connected
+        """Whether the daemon is there. Never in a forked child, where nobody reads its answers."""
+        return self._link.connected and os.getpid() == self._owner[0]
 
     # -- what an engine asks -----------------------------------------------------------------------------------------
 
@@ -142,12 +153,12 @@ class NodeClient:
 
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
         """Pin the longest cached prefix, or every cached chunk. Done at once on a sure miss, else within ANSWER_S."""
-        result: Future[Lease] = Future()
-        self._end_late()
+        result: Future[Lease] = _promise()
         asked = list(keys[: p.MAX_KEYS])
         with self._lock:
+            self._end_late()
             self.counters.lookup_chunks += len(keys)
-            if not (self._publishing or self._link.behind()):
+            if self._synced and not (self._publishing or self._link.behind()):
                 asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
@@ -156,7 +167,7 @@ class NodeClient:
 
             def answered(response: p.Response | None) -> None:
                 lease: Lease = NO_LEASE
-                if isinstance(response, p.Acquired) and response.slots and max(response.rows) < len(asked):
+                if isinstance(response, p.Acquired) and response.slots and self._sound(response, len(asked)):
                     found = tuple(asked[row] for row in response.rows)
                     lease = NodeLease(found, tuple(response.slots), response.lease, era)
                     self.counters.hit_chunks += len(found)
@@ -189,11 +200,11 @@ class NodeClient:
 
     def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
         """Slots from the stock for those of `wanted` that nobody is known to have or to be writing."""
-        self._end_late()
         with self._lock:
+            self._end_late()
             missing = [key for key in dict.fromkeys(wanted) if key not in self._replica and key not in self._writing]
             if not self.connected or not missing:
-                return NO_RESERVATION
+                return Reservation((), (), (), len(missing))
             self._goal = max(self._goal, 2 * len(missing))
             self._refill(len(missing))
             if self._patience_s:
@@ -215,7 +226,7 @@ class NodeClient:
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Ask the daemon to publish what every rank has written. The result is how many chunks it did."""
-        result: Future[int] = Future()
+        result: Future[int] = _promise()
         with self._lock:
             if not isinstance(reservation, NodeReservation) or not reservation.slots:
                 result.set_result(0)
@@ -232,7 +243,6 @@ class NodeClient:
                 self._publishing -= 1
                 published = response.published if isinstance(response, p.Published) else []
                 stored = sum(published)
-                self._replica.update(key for key, ok in zip(reservation.keys, published, strict=False) if ok)
                 self.counters.stored_chunks += stored
                 self.counters.failed_chunks += len(reservation.slots) - stored
                 result.set_result(stored)
@@ -261,8 +271,9 @@ class NodeClient:
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
         """Forget a namespace before anything that is asked later, also while the daemon is away: then it is told first."""
-        result: Future[int] = Future()
+        result: Future[int] = _promise()
         with self._lock:
+            self._described.pop(namespace, None)
             self._num_clears += 1
             self._clears[namespace] = self._num_clears
             self._send_clear(namespace, result)
@@ -277,8 +288,8 @@ class NodeClient:
     def describe(self, root: bytes, fields: dict[str, str]) -> None:
         """Say what a namespace root stands for, for operators and for warnings about mistaken settings."""
         with self._lock:
-            self._described[root] = fields
-            self._link.ask(partial(_describe, root, fields), self._warned)
+            self._described[root] = {name: _short(value) for name, value in fields.items()}
+            self._link.send(p.Describe(0, root, self._described[root]))
 
     def usage(self) -> dict[str, int]:
         """Slots of the arena, what this client has in stock, and whether the daemon is there."""
@@ -319,6 +330,9 @@ class NodeClient:
         if self._held_before == 0 and self.connected and self._index:
             self._link.send(p.Settle())
 
+    def _sound(self, answer: p.Acquired, asked: int) -> bool:
+        return max(answer.rows) < asked and max(answer.slots) < self.arena.spec.num_slots
+
     def _give_stock_back(self) -> None:
         for begin in range(0, len(self._stock), p.MAX_SLOTS):
             stock = list(self._stock)[begin : begin + p.MAX_SLOTS]
@@ -340,7 +354,8 @@ class NodeClient:
                 self._asked = max(0, self._asked - count)
                 if isinstance(response, p.Granted):
                     self._limit = response.limit
-                    self._stock.extend(zip(response.slots, response.generations, strict=True))
+                    granted = zip(response.slots, response.generations, strict=True)
+                    self._stock.extend(pair for pair in granted if pair[0] < self.arena.spec.num_slots)
 
             self._link.ask(lambda number: p.Grant(number, count), answered)
 
@@ -353,14 +368,9 @@ class NodeClient:
                 return
             if self._clears.get(namespace) == number:
                 del self._clears[namespace]
-            result.set_result(int(response.rows[0]["chunks"]))
+            result.set_result(sum(int(row.get("chunks", 0)) for row in response.rows))
 
         self._link.ask(partial(_clear, namespace, sorted(self._begun)), answered)
-
-    @staticmethod
-    def _warned(response: p.Response | None) -> None:
-        if isinstance(response, p.Described) and response.warning:
-            logger.warning("kvkern: %s", response.warning)
 
     def _opened(self) -> None:
         self._era += 1
@@ -368,23 +378,27 @@ class NodeClient:
         self._begun.clear()
         self._held = 0
         for namespace in self._clears:
-            self._send_clear(namespace, Future())
+            self._send_clear(namespace, _promise())
         self._settle()
         for root, fields in self._described.items():
-            self._link.ask(partial(_describe, root, fields), self._warned)
+            self._link.send(p.Describe(0, root, fields))
         self._refill(0)
 
     def _lost(self) -> None:
         self._stock.clear()
         self._replica.clear()
+        self._synced = False
         self._asked, self._limit = 0, NO_LIMIT
 
     def _told(self, response: p.Response) -> None:
         if isinstance(response, p.Changed):
             if response.fresh:
                 self._replica.clear()
+                self._synced = True
             self._replica.update(p.cut_keys(response.added))
             self._replica.difference_update(p.cut_keys(response.removed))
+        elif isinstance(response, p.Described) and response.warning:
+            logger.warning("kvkern: %s", response.warning)
         elif isinstance(response, p.Draining):
             self._give_stock_back()
             self._limit = 0
@@ -398,5 +412,12 @@ def _clear(namespace: bytes, begun: list[int], number: int) -> p.Request:
     return p.Clear(number, namespace, begun)
 
 
-def _describe(root: bytes, fields: dict[str, str], number: int) -> p.Request:
-    return p.Describe(number, root, fields)
+def _promise() -> Future[T]:
+    """A future that its holder cannot cancel: the link's thread resolves it."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= p.MAX_NAME else blake3(value.encode()).hexdigest()

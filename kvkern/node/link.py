@@ -30,7 +30,6 @@ logger = logging.getLogger("kvkern")
 
 ANSWER_S = 2.0
 CONNECT_S = 5.0
-HELLO_S = 600.0  # the first engine waits for the arena's pages
 BACKOFF_S = (0.05, 2.0)
 MAX_UNSENT_NBYTES = 16 << 20
 _DESCRIPTOR = struct.Struct("i")
@@ -110,13 +109,16 @@ class Link:
         # In this order: what the thread has taken from the socket before the look at it, `_reading` tells.
         return unread[0] > 0 or self._reading or bool(self._frames)
 
-    def connect(self, prefault: bool) -> None:
-        """One attempt. Raises OSError, or KvkernError if the daemon refuses or has another arena than before."""
+    def connect(self, prefault: bool, welcome_s: float = CONNECT_S) -> None:
+        """One attempt. The first engine of an arena waits until its pages are there.
+
+        Raises OSError, or KvkernError if the daemon refuses or has another arena than before.
+        """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.settimeout(CONNECT_S)
             sock.connect(str(self.path))
-            sock.settimeout(HELLO_S if self.arena is None else CONNECT_S)
+            sock.settimeout(welcome_s)
             sock.sendall(p.encode(self._hello))
             frames = p.Frames()
             welcome, descriptor, rest = _receive_welcome(sock, frames)
@@ -149,15 +151,23 @@ class Link:
             return  # full: it has been woken often enough; or closed
 
     def _run(self) -> None:
-        delay, said = BACKOFF_S[0], ""
+        try:
+            self._stay_connected()
+        finally:  # whatever ended this thread: nobody waits for an answer that cannot come
+            self._hang_up()
+
+    def _stay_connected(self) -> None:
+        delay, said, since = BACKOFF_S[0], "", time.monotonic()
         while not self._closing:
             try:
                 if self._socket is None:
                     self.connect(prefault=False)
                     logger.warning("kvkern: the daemon on %s is back", self.path)
-                    delay, said = BACKOFF_S[0], ""
+                    since = time.monotonic()
                 self._serve()
             except (OSError, KvkernError) as error:
+                if self.connected and time.monotonic() - since > BACKOFF_S[1]:
+                    delay, said = BACKOFF_S[0], ""  # it was there for a while
                 if self.connected and not self._closing:
                     logger.warning("kvkern: lost the daemon on %s (%s); everything is computed now", self.path, error)
                 elif isinstance(error, KvkernError) and str(error) != said:
@@ -166,7 +176,6 @@ class Link:
                 self._hang_up()
                 self._pause(delay * (0.5 + random.random()))
                 delay = min(2 * delay, BACKOFF_S[1])
-        self._hang_up()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -225,7 +234,7 @@ class Link:
             self._reading = False
 
     def _apply(self, response: p.Response) -> None:
-        if isinstance(response, p.Changed):
+        if isinstance(response, p.Changed | p.Described):
             self._told(response)
         elif isinstance(response, p.Draining):
             logger.info("kvkern: the daemon on %s is ending; until it is back everything is computed", self.path)

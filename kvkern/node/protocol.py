@@ -27,6 +27,7 @@ MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # of an answer
 MAX_PATH_NBYTES = 107  # of a Unix socket, by Linux
 KEY_NBYTES = 32
+MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 _LENGTH = struct.Struct("<I")
 
 Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -36,7 +37,7 @@ Slot = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Generation = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Root = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Keys = Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
-Name = Annotated[str, Meta(max_length=256)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
 Generations = Annotated[list[Generation], Meta(max_length=MAX_SLOTS)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_SLOTS)]

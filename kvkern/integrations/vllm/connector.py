@@ -12,7 +12,7 @@ from . import shim
 from .identity import namespace_of, resolve_weights
 from .jobs import SlotSpec, StepMetadata
 from .manager import KvkernManager
-from .options import fill_defaults, parse_options, refuse_random_hashes, refuse_unsupported
+from .options import fill_defaults, parse_options, refuse_unshareable, refuse_unsupported
 from .worker import KvkernWorker
 
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load instead of polling for it
@@ -27,7 +27,7 @@ class KvkernConnector(shim.OffloadingConnector):
         refuse_unsupported(vllm_config)
         fill_defaults(vllm_config)
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        refuse_random_hashes(options)
+        refuse_unshareable(options, vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
         self._load_requests: dict[int, str] = {}  # worker: load job -> request
         self._tickets: dict[int, list[int]] = {}  # scheduler: job -> [ticket, ranks still at it]

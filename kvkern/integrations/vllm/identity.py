@@ -46,6 +46,11 @@ def _architecture(vllm_config: shim.VllmConfig) -> str:
     return blake3(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _packing(vllm_config: shim.VllmConfig) -> str:
+    """Who decides what lies where inside a page: to kvkern it is opaque bytes, and other builds may pack it otherwise."""
+    return f"vllm-{shim.VLLM_VERSION}:{vllm_config.device_config.device_type}:{vllm_config.attention_config.backend}"
+
+
 def resolve_weights(vllm_config: shim.VllmConfig, config: Config) -> str:
     """The `weights` field of the namespace. Reads files; call it once, at start."""
     return f"{_weights(vllm_config, config)}:{_architecture(vllm_config)}"
@@ -65,7 +70,7 @@ def namespace_of(
         model=path.resolve().name if path else offload.model.name,
         weights=weights,
         dtype=offload.model.dtype,
-        layout=f"{offload.kv_cache_layout}:{offload.worker_kv_bytes_per_block}:{layers}:{blocks}",
+        layout=f"{offload.kv_cache_layout}:{offload.worker_kv_bytes_per_block}:{layers}:{blocks}:{_packing(vllm_config)}",
         chunk_tokens=max(tokens) * cache.blocks_per_chunk,
         group=None,  # in the adopted key
         tp_size=parallel.tp_size,

@@ -11,6 +11,7 @@ Tickets, not requests, own slots: they outlive aborts and resets until every wor
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,6 @@ from blake3 import blake3
 from ...cache import ChunkCache
 from ...kernels.chunk_keys import adopt_keys
 from ...keys import Namespace
-from ...node.client import NodeClient
 from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
 from .jobs import GroupChunks, SlotSpec
@@ -70,6 +70,8 @@ class KvkernManager(shim.OffloadingManager):
         self._groups = {group.group_id: group for group in groups}
         self._namespace: Callable[[], Namespace] | None = None
         self._roots: dict[str | None, bytes] = {}  # of each tenant, by its cache salt
+        self._full = False  # there were more than MAX_TENANTS
+        self._epoch = ""  # of this engine alone, once it has been reset
         self._requests: dict[str, RequestState] = {}
         self._waiting: set[str] = set()  # requests that hold pins between lookup and load
         self._windowed: frozenset[int] = frozenset()
@@ -101,7 +103,7 @@ class KvkernManager(shim.OffloadingManager):
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
         """HIT if the chunk is cached and pinned for this request, else MISS. The first call asks for the whole prefix."""
         state = self._requests.get(req_context.req_id)
-        if state is None or state.load_failed or not state.root:
+        if state is None or state.load_failed or state.outdated or not state.root:
             return shim.LookupResult.MISS
         if state.pinned_at < 0:
             self._pin(req_context.req_id, state)
@@ -139,7 +141,8 @@ class KvkernManager(shim.OffloadingManager):
             return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
         self._extend(state)
         by_group = self._by_group(state, keys)
-        wanted = [key for group in by_group.values() for key in group]
+        stored = [group for group_id, group in by_group.items() if not self._is_closed(state, group_id)]
+        wanted = [key for group in stored for key in group]
         if not self._cache.has_room(wanted) and state.store_waits < STORE_STEPS and not _is_finished(state):
             state.store_waits += 1
             return None
@@ -162,8 +165,12 @@ class KvkernManager(shim.OffloadingManager):
         self._step += 1
         for req_id in self._waiting.intersection(context.new_req_ids):
             self._unpin(req_id, self._requests[req_id])
-        for req_id in [r for r in self._waiting if self._step - self._requests[r].pinned_at > PIN_STEPS]:
+        for req_id in [r for r in self._waiting if self._has_waited(self._requests[r])]:
             self._unpin(req_id, self._requests[req_id])
+
+    def _has_waited(self, state: RequestState) -> bool:
+        """Whether what is pinned for it was not used for long. An answer that is still due is waited for, whatever it takes."""
+        return not state.pending and not state.boundaries and self._step - state.pinned_at > PIN_STEPS
 
     def has_pending_work(self) -> bool:
         """Keeps the engine stepping until slots of reset transfers are flushed."""
@@ -172,20 +179,21 @@ class KvkernManager(shim.OffloadingManager):
     def reset_cache(self) -> None:
         """Forget everything. Slots under a ticket are freed when their transfer has ended.
 
-        Live requests store nothing any more: part of their KV may be of the weights before the reset.
+        Live requests store nothing any more: part of their KV may be of the weights before the reset. From now on the
+        engine's namespaces are its own: nobody can tell whether another engine has the new weights too. What it shared
+        until then stays the others'.
         """
         for req_id, state in self._requests.items():
             self._unpin(req_id, state)
             state.outdated = True
-        for root in self._roots.values():
-            if root:
+        if self._epoch or not self._cache.shared:
+            for root in self._roots.values():
                 self._cache.clear_soon(root)
-        self._roots = dict(list(self._roots.items())[:1])
+        self._epoch, self._roots = uuid.uuid4().hex, {}
 
     def shutdown(self) -> None:
         """The engine ends; a daemon is told that nothing more will come."""
-        if isinstance(self._cache, NodeClient):
-            self._cache.close()
+        self._cache.close()
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
         """Counters since the last call."""
@@ -252,8 +260,7 @@ class KvkernManager(shim.OffloadingManager):
         state.pinned_at = self._step
         self._waiting.add(req_id)
 
-    @staticmethod
-    def _take_answers(state: RequestState) -> bool:
+    def _take_answers(self, state: RequestState) -> bool:
         """Note what was pinned, once everything asked for is answered. False: not yet."""
         if not all(asked.done() for _, asked in state.pending):
             return False
@@ -263,7 +270,8 @@ class KvkernManager(shim.OffloadingManager):
             held = set(lease.keys)
             chain = zip(state.theirs[group_id], state.chains[group_id], strict=True)
             state.hits.update(key for key, ours in chain if ours in held)
-        state.pending = []
+        if state.pending:
+            state.pinned_at, state.pending = self._step, []
         return True
 
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
@@ -296,24 +304,33 @@ class KvkernManager(shim.OffloadingManager):
             assert self._namespace is not None, "bind() was not called"
             namespace = self._namespace()
             if salt is not None:
-                namespace = replace(namespace, salt=f"{namespace.salt or ''}/{salt}")
+                namespace = replace(namespace, salt=f"{namespace.salt or ''}/{blake3(salt.encode()).hexdigest()}")
+            if self._epoch:
+                namespace = replace(namespace, weights=f"{namespace.weights}@{self._epoch}")
             if len(self._roots) >= MAX_TENANTS:
+                if not self._full:
+                    self._full = True
+                    shim.logger.warning(
+                        "kvkern: more than %d cache salts; requests with new ones are computed", MAX_TENANTS
+                    )
                 return b""
             root = self._roots[salt] = namespace.root
-            fields = namespace.fields()
-            if "salt" in fields:  # a secret: operators see that tenants differ, not their salts
-                fields["salt"] = blake3(fields["salt"].encode()).hexdigest()[:16]
-            self._cache.describe(root, fields)
+            self._cache.describe(root, namespace.described())
         return root
 
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
-        if not wanted or not state.root or state.outdated or group_id in state.broken:
+        if not wanted or self._is_closed(state, group_id):
             return Reservation((), (), ())
         shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens)
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape)
         if reservation.dropped and group_id not in self._windowed:
             state.broken.add(group_id)
         return reservation
+
+    @staticmethod
+    def _is_closed(state: RequestState, group_id: int) -> bool:
+        """Whether nothing of this request and group is stored any more."""
+        return not state.root or state.outdated or group_id in state.broken
 
     def _ticket(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
         self._next_ticket += 1

@@ -53,8 +53,17 @@ def parse_options(extra_config: Any) -> Config:
     return config
 
 
-def refuse_random_hashes(config: Config) -> None:
-    """Raise where vLLM would name blocks differently in every process: engines on one daemon would share nothing."""
+def refuse_unshareable(config: Config, vllm_config: shim.VllmConfig) -> None:
+    """Raise for what an engine of its own may do, but engines on one daemon may not.
+
+    vLLM would name blocks differently in every process, so nothing would be shared; it names adapters by name and path,
+    so that one trained anew would be given the old one's KV.
+    """
+    if config.socket and vllm_config.lora_config is not None:
+        raise UnsupportedError(
+            "LoRA is on, and vLLM tells adapters apart by name and path, not by content: with a cache that outlives the "
+            "engine a changed adapter would load the old one's KV; use `capacity` instead of `socket`"
+        )
     if config.socket and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise ConfigError(
             "PYTHONHASHSEED is not set, so vLLM names blocks differently in every engine and nothing would be shared; "
