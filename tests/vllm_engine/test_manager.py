@@ -1,0 +1,136 @@
+"""The manager over a cache that takes its time, as a daemon's may. No engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvkern.cache import Cache
+from kvkern.integrations.vllm import shim
+from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
+from kvkern.keys import Namespace
+from kvkern.policy.lru import LRU
+from kvkern.tiers.dram import DramTier, Lease
+from tests.support import make_arena, write
+
+pytestmark = pytest.mark.vllm
+SPACE = Namespace(model="m", dtype="bfloat16", layout="l", chunk_tokens=16, weights="w", group=None, engine_hash="h")
+
+
+class SlowCache(Cache):
+    """Answers when told to."""
+
+    room = True
+
+    def __init__(self, dram: DramTier) -> None:
+        super().__init__(dram)
+        self.asked: list[tuple[Future[Lease], Any]] = []
+
+    def acquire_soon(self, keys: Any, prefix: bool = True) -> Future[Lease]:
+        future: Future[Lease] = Future()
+        self.asked.append((future, (keys, prefix)))
+        return future
+
+    def answer(self) -> None:
+        for future, arguments in self.asked:
+            if not future.done():
+                future.set_result(self.acquire(*arguments))
+
+    def has_room(self, wanted: Any) -> bool:
+        return self.room
+
+
+class Bench:
+    """A manager, and one request of three chunks."""
+
+    def __init__(self, folder: Any) -> None:
+        self.arena = make_arena(folder, slots=8)
+        self.cache = SlowCache(DramTier(self.arena, LRU()))
+        self.manager = KvkernManager(self.cache, [Group(0, 1, 16)])
+        self.manager.bind(lambda: SPACE)
+
+    def request(self, name: str, salt: str | None = None, finished: bool = False) -> tuple[Any, list[shim.OffloadKey]]:
+        hashes = [bytes([i]) * 32 for i in range(3)]
+        context = SimpleNamespace(req_id=name)
+        self.manager.on_new_request(context)  # type: ignore[arg-type]
+        self.manager.attach(
+            SimpleNamespace(request_id=name, cache_salt=salt, block_hashes=hashes, is_finished=lambda: finished)  # type: ignore[arg-type]
+        )
+        return context, [shim.make_offload_key(h, 0) for h in hashes]
+
+    def store(self, name: str) -> None:
+        context, keys = self.request(name)
+        output = self.manager.prepare_store(keys, context)
+        assert output is not None
+        for reservation in self.manager._tickets[output.store_spec.ticket]:  # type: ignore[attr-defined]
+            write(self.arena, reservation)  # type: ignore[arg-type]
+        self.manager.finish(output.store_spec.ticket)  # type: ignore[attr-defined]
+        self.manager.on_request_finished(context)
+
+    def step(self) -> None:
+        self.manager.on_schedule_end(SimpleNamespace(new_req_ids=()))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def bench(tmp_path: Any) -> Any:
+    made = Bench(tmp_path)
+    yield made
+    made.arena.close()
+
+
+def test_an_answer_that_takes_long_is_asked_for_once_and_then_used(bench: Bench) -> None:
+    bench.store("first")
+    context, keys = bench.request("second")
+    for _ in range(5 * PIN_STEPS):
+        assert bench.manager.lookup(keys[0], context) is shim.LookupResult.RETRY
+        bench.step()
+    assert len(bench.cache.asked) == 1
+    bench.cache.answer()
+    assert [bench.manager.lookup(key, context) for key in keys] == [shim.LookupResult.HIT] * 3
+    for _ in range(PIN_STEPS):
+        bench.step()
+    assert (
+        bench.manager.lookup(keys[0], context) is shim.LookupResult.HIT
+    )  # from the answer on, it waits as long as any
+    assert len(bench.cache.asked) == 1
+
+
+@pytest.mark.parametrize("how", ["finished", "reset"])
+def test_an_answer_nobody_waits_for_any_more_is_released(bench: Bench, how: str) -> None:
+    bench.store("first")
+    context, keys = bench.request("second")
+    bench.manager.lookup(keys[0], context)
+    if how == "finished":
+        bench.manager.on_request_finished(context)
+    else:
+        bench.manager.reset_cache()
+        assert bench.manager.lookup(keys[0], context) is shim.LookupResult.MISS  # its KV may be of other weights
+    bench.cache.answer()
+    assert not any(bench.cache._dram._pins)
+
+
+def test_a_store_waits_for_slots_a_few_steps_and_then_takes_what_there_is(bench: Bench) -> None:
+    context, keys = bench.request("first")
+    bench.cache.room = False
+    for _ in range(STORE_STEPS):
+        assert bench.manager.prepare_store(keys, context) is None
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert len(output.keys_to_store) == 3
+    last, keys = bench.request("last", finished=True)  # vLLM asks only once for it
+    assert bench.manager.prepare_store(keys, last) is not None
+
+
+def test_tenants_and_resets_have_roots_of_their_own(bench: Bench) -> None:
+    roots = [
+        bench.request(f"r{i}", salt)[0] and bench.manager._requests[f"r{i}"].root
+        for i, salt in enumerate((None, "a", "b", "a"))
+    ]
+    assert len(set(roots)) == 3
+    assert roots[1] == roots[3]
+    bench.manager.reset_cache()
+    bench.request("after")
+    assert bench.manager._requests["after"].root not in roots
