@@ -16,6 +16,7 @@ STYLES = {
     "native_hit": ("vLLM, still in its own pool", "#4c78a8"),
     "kvkern_hit": ("loaded by kvkern", "#e4572e"),
     "overcommit_kvkern": ("loaded by kvkern", "#e4572e"),
+    "second_engine": ("loaded, computed by another engine", "#f2a65a"),
 }
 BAR_WIDTH = 0.8
 GROUP_GAP = 0.9
@@ -51,7 +52,7 @@ def _decade_below(value_s: float) -> float:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    hits = [row for row in rows if row.case in ("recompute", "native_hit", "kvkern_hit")]
+    hits = [row for row in rows if row.case in ("recompute", "native_hit", "kvkern_hit", "second_engine")]
     beyond = [row for row in rows if row.case.startswith("overcommit")]
     lengths = sorted({row.prompt_tokens for row in hits})
     groups = [(f"{length:,} tokens", [row for row in hits if row.prompt_tokens == length]) for length in lengths]
@@ -74,7 +75,7 @@ def _bars(axes: Any, groups: Sequence[tuple[str, list[Row]]]) -> None:
         left += len(group) + GROUP_GAP
     axes.set_xticks(centres, [title for title, _ in groups])
     axes.tick_params(which="both", length=0)
-    axes.legend(frameon=False, loc="upper left", ncols=3, fontsize=9)
+    axes.legend(frameon=False, loc="upper left", ncols=4, fontsize=9)
 
 
 def _label(row: Row, group: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ from .wire import Answer
 FLOAT32_TOLERANCE = 1e-4  # of a log-probability: recompute adds up in another order than a hit does
 NODE_CASES = ("second_engine", "daemon_restart", "engine_restart")
 LOADED_CASES = ("kvkern_hit", "overcommit_kvkern", "kvkern_recheck", "kvkern_hit_float32", *NODE_CASES)
-NATIVE_CASES = ("native_hit", "check")
+NATIVE_CASES = ("native_hit", "check", *(f"{case}_native" for case in NODE_CASES))
 
 
 @dataclass(frozen=True)

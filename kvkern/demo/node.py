@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -39,17 +40,27 @@ class Daemon:
         self._log_path = log
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
+        self._starting = threading.Lock()  # a process is either started before the end, and ended, or not at all
         self._thread = threading.Thread(target=self._supervise, name="daemon", daemon=True)
 
     def __enter__(self) -> Daemon:
         self._thread.start()
-        wait_for(self.socket, lambda row: True, START_LIMIT_S)
+        try:
+            wait_for(self.socket, lambda row: True, START_LIMIT_S)
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._ending.set()
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        self._end()
+
+    def _end(self) -> None:
+        """No process is left, and nothing that it kept."""
+        with self._starting:
+            self._ending.set()
+            if self._process is not None:
+                self._process.terminate()
         self._thread.join()
         for path in Path("/dev/shm").glob(f"*kvkern-node-{os.getuid()}-{self._name}*"):
             path.unlink()
@@ -57,15 +68,20 @@ class Daemon:
 
     def _supervise(self) -> None:
         with self._log_path.open("wb") as log:
-            while not self._ending.is_set():
-                self._process = self._start(log)
-                self._process.wait()
+            while (process := self._start(log)) is not None:
+                process.wait()
                 self._ending.wait(RESTART_S)
 
-    def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes] | None:
         paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        with self._starting:
+            if self._ending.is_set():
+                return None
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+            return self._process
 
 
 def stat(socket: Path) -> dict[str, Any]:
@@ -74,7 +90,7 @@ def stat(socket: Path) -> dict[str, Any]:
         return daemon.ask(Stat(1))[0]
 
 
-def wait_for(socket: Path, condition: Any, limit_s: float = 60.0) -> dict[str, Any]:
+def wait_for(socket: Path, condition: Callable[[dict[str, Any]], object], limit_s: float = 60.0) -> dict[str, Any]:
     """Counters of the daemon once `condition(counters)`. Raises EngineFailed after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:

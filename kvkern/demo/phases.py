@@ -4,7 +4,7 @@ vllm      pass 1 over 16 documents (recompute), pass 2 over the same (overcommit
 kvkern    pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
 float32   recompute, native hit and kvkern hit of the same prompt, where all three must agree
 first     computes documents through a daemon, and stays up
-second    another engine beside it: (forget, second_engine, check) x pairs; kills the daemon; the same as daemon_restart
+second    another engine beside it: (forget, second_engine, native hit) x pairs; kills the daemon; the same as daemon_restart
 again     a new engine when both are gone: the same as engine_restart
 both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
 """
@@ -106,19 +106,19 @@ def first_of_node(desk: Desk) -> None:
 def second_of_node(desk: Desk) -> None:
     """Hits what the first has computed; then without a daemon; then with the restarted one."""
     documents = _node_documents(desk)
-    _load_pairs(desk, documents, "second_engine", "check", desk.plan.node_pairs)
+    _load_pairs(desk, documents, "second_engine", "second_engine_native", desk.plan.node_pairs)
     sessions = node.kill(desk.socket)
     desk.engine.forget()
     prompt_id, prompt = next(iter(documents.items()))
     desk.ask("daemon_gone", prompt_id, prompt)
     desk.say("daemon killed with -9: the engine computes and goes on")
     node.wait_for(desk.socket, lambda row: row.get("sessions", 0) >= sessions)
-    _load_pairs(desk, documents, "daemon_restart", "check", desk.plan.node_pairs)
+    _load_pairs(desk, documents, "daemon_restart", "daemon_restart_native", desk.plan.node_pairs)
 
 
 def again_on_node(desk: Desk) -> None:
     """A restarted engine finds what its predecessors computed."""
-    _load_pairs(desk, _node_documents(desk), "engine_restart", "check", desk.plan.node_pairs)
+    _load_pairs(desk, _node_documents(desk), "engine_restart", "engine_restart_native", desk.plan.node_pairs)
 
 
 def _node_documents(desk: Desk) -> Prompts:
