@@ -55,11 +55,11 @@ from _peers.busy import Others
 from kvkern.assemble import build_cache, open_arena
 from kvkern.config import Config
 from kvkern.node.client import NodeClient
+from kvkern.node.sessions import GRANTED_SHARE
 from kvkern.slots import PAGE, SlotGeometry
 
 CLIENTS = 8
 PAUSE_S = 0.02
-GRANTED_SHARE = 8  # a daemon grants at most one slot in so many before it is written
 FEW_SLOTS = 64
 
 Row = dict[str, object]

@@ -167,7 +167,10 @@ def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = Tru
 
 
 def read_spec(path: Path) -> ArenaSpec | None:
-    """What the arena file at `path` holds, for a daemon to take it over; None if it is no finished arena of this version."""
+    """What the arena file at `path` holds, for a daemon to take it over; None if it is no finished arena.
+
+    Raises ArenaError if it is one of another version.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -178,8 +181,13 @@ def read_spec(path: Path) -> ArenaSpec | None:
         if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
             return None
         _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+        if version != _FILE_VERSION:
+            raise ArenaError(
+                f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; when no engine uses it any more "
+                f"remove the file: what it holds is a cache"
+            )
         spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
-        return spec if version == _FILE_VERSION and os.fstat(fd).st_size == spec.nbytes else None
+        return spec if os.fstat(fd).st_size == spec.nbytes else None
     finally:
         os.close(fd)
 

@@ -89,6 +89,23 @@ def test_version_costs_neither_torch_nor_vllm() -> None:
     assert loaded == "[]"
 
 
+def test_a_daemon_that_does_not_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "START_LIMIT_S", 0.0)
+    daemon = node.Daemon("none", tmp_path / "log")
+    with pytest.raises(process.EngineFailed), daemon:
+        pass
+    assert not daemon._thread.is_alive()
+    assert not daemon.socket.parent.exists()
+
+
+def test_a_daemon_is_not_started_again_after_the_end(tmp_path: Path) -> None:
+    """Its supervisor may have been about to."""
+    with node.Daemon("1MiB", tmp_path / "log") as daemon:
+        pass
+    with (tmp_path / "log").open("wb") as log:
+        assert daemon._start(log) is None
+
+
 def test_a_killed_daemon_is_started_again_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with node.Daemon("1MiB", tmp_path / "log") as daemon:
         first = node.stat(daemon.socket)["pid"]

@@ -308,7 +308,7 @@ class NodeClient:
     def close(self) -> None:
         """End the connection and the thread. What is still held the daemon frees when this process is gone."""
         with self._lock:
-            self._give_stock_back()
+            self._keep_within(0)
         self._link.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------------
@@ -333,11 +333,13 @@ class NodeClient:
     def _sound(self, answer: p.Acquired, asked: int) -> bool:
         return max(answer.rows) < asked and max(answer.slots) < self.arena.spec.num_slots
 
-    def _give_stock_back(self) -> None:
-        for begin in range(0, len(self._stock), p.MAX_SLOTS):
-            stock = list(self._stock)[begin : begin + p.MAX_SLOTS]
-            self._link.send(p.GiveBack([slot for slot, _ in stock]))
-        self._stock.clear()
+    def _keep_within(self, limit: int) -> None:
+        """Give back what is in stock above the limit."""
+        self._limit = limit
+        count = min(len(self._stock), len(self._stock) + len(self._begun) - limit)
+        surplus = [self._stock.pop()[0] for _ in range(count)]
+        for begin in range(0, len(surplus), p.MAX_SLOTS):
+            self._link.send(p.GiveBack(surplus[begin : begin + p.MAX_SLOTS]))
 
     def _enough(self, needed: int) -> bool:
         return not (self.connected and self._index) or len(self._stock) >= min(needed, self._limit)
@@ -353,9 +355,9 @@ class NodeClient:
             def answered(response: p.Response | None) -> None:
                 self._asked = max(0, self._asked - count)
                 if isinstance(response, p.Granted):
-                    self._limit = response.limit
                     granted = zip(response.slots, response.generations, strict=True)
                     self._stock.extend(pair for pair in granted if pair[0] < self.arena.spec.num_slots)
+                    self._keep_within(response.limit)
 
             self._link.ask(lambda number: p.Grant(number, count), answered)
 
@@ -399,9 +401,10 @@ class NodeClient:
             self._replica.difference_update(p.cut_keys(response.removed))
         elif isinstance(response, p.Described) and response.warning:
             logger.warning("kvkern: %s", response.warning)
+        elif isinstance(response, p.Granted):
+            self._keep_within(response.limit)
         elif isinstance(response, p.Draining):
-            self._give_stock_back()
-            self._limit = 0
+            self._keep_within(0)
 
     def _end_late(self) -> None:
         while self._late:

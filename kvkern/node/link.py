@@ -243,6 +243,8 @@ class Link:
             raise p.ProtocolError(f"{type(response).__name__} in an open session")
         elif (entry := self._waiting.pop(response.id, None)) is not None:
             entry[1](response)
+        elif isinstance(response, p.Granted):
+            self._told(response)
 
     def _hang_up(self) -> None:
         with self.lock:

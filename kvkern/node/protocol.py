@@ -189,7 +189,10 @@ class Acquired(_Message, tag=68):
 
 
 class Granted(_Message, tag=69):
-    """Slots to write under these generations. `limit` is how many of them this client may hold at a time."""
+    """Slots to write under these generations. `limit` is how many this client may hold.
+
+    With id 0 unasked: the limit has become less, and what is above it comes back with GiveBack.
+    """
 
     id: Id
     slots: Slots
@@ -219,14 +222,7 @@ class Answer(_Message, tag=72):
     rows: Annotated[list[dict[str, int | float | str]], Meta(max_length=MAX_ROWS)]
 
 
-class Failed(_Message, tag=73):
-    """The request was understood and refused."""
-
-    id: Id
-    reason: str
-
-
-class Draining(_Message, tag=74):
+class Draining(_Message, tag=73):
     """The daemon ends soon: finish what is under way, begin nothing."""
 
 
@@ -234,7 +230,7 @@ Request = (
     Hello | Describe | Acquire | Release | Grant | Publish | GiveBack | Clear | Settle | Stat | List | Evict
 )  # fmt: skip
 Response = (
-    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Failed | Draining
+    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining
 )  # fmt: skip
 
 _PARALLEL: dict[type, tuple[str, ...]] = {

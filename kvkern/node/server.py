@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arena import Arena, ArenaSpec, create_or_attach, process_start, read_spec
+from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
 from ..assemble import build_cache
 from ..config import format_nbytes
 from ..errors import ArenaError, ConfigError, KvkernError
@@ -173,11 +173,19 @@ class Connection(asyncio.Protocol):
             raise p.ProtocolError(f"says {type(request).__name__} before Hello")
 
     async def _open(self, hello: p.Hello) -> None:
+        done = False
         try:
             self.session = await self._server.open(self, hello)
+            self._handle_early()
+            done = True
         except (KvkernError, OSError) as error:
             self.refuse(str(error))
-            return
+        finally:
+            self._opening = None  # so that nothing keeps a task that has failed, and asyncio reports it now
+            if not done:
+                self.close("could not be let in")
+
+    def _handle_early(self) -> None:
         early, self._early = self._early, []
         try:
             for request in early:
@@ -221,6 +229,7 @@ class Server:
                 while not self._stopping.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
+                    self._hang_up_on_the_dead()
                     if self.sessions is not None:
                         self.sessions.sweep()
                         self._publish_changes()
@@ -228,6 +237,12 @@ class Server:
                 listener.close()
                 self.config.socket.unlink(missing_ok=True)
                 await self._drain()
+
+    def _hang_up_on_the_dead(self) -> None:
+        """A process that was killed has ended its connection, unless a child it had forked still has the socket."""
+        for connection in list(self.connections):
+            if connection.session is not None and not process_alive(*connection.session.process):
+                connection.close("is gone; a child of it has the socket")
 
     def stop(self) -> None:
         """End gracefully: no new clients, transfers under way may finish."""
@@ -284,24 +299,35 @@ class Server:
                 return Session(0, process, hello.engine, writer=False)
             raise ArenaError("the arena could not be made")
         session = self.sessions.attach(process, hello.engine, writer=hello.index and hello.geometry is not None)
-        spec = self._arena.spec
-        geometry = p.Geometry(spec.geometry.part_nbytes, spec.geometry.max_planes, spec.geometry.world_size)
-        welcome = p.Welcome(p.VERSION, os.getpid(), geometry, spec.num_slots, str(self._arena.path))
-        descriptor = self._arena.descriptor() if hello.geometry is not None else None
+        if session.writer:
+            self._tell_limits()
         try:
-            connection.send_welcome(welcome, descriptor)
-        except OSError:
+            self._welcome(connection, hello, self.sessions, self._arena)
+        except BaseException:
             self.detach(session)
             raise
+        return session
+
+    def _tell_limits(self) -> None:
+        """Everybody's share is less now: those who have more in stock give it back."""
+        for other in list(self.connections):
+            if self.sessions is not None and other.session is not None and other.session.writer:
+                other.send(p.Granted(0, [], [], self.sessions.limit(other.session)))
+
+    def _welcome(self, connection: Connection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
+        sizes, num_slots = arena.spec.geometry, arena.spec.num_slots
+        geometry = p.Geometry(sizes.part_nbytes, sizes.max_planes, sizes.world_size)
+        descriptor = arena.descriptor() if hello.geometry is not None else None
+        try:
+            connection.send_welcome(p.Welcome(p.VERSION, os.getpid(), geometry, num_slots, str(arena.path)), descriptor)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
         if hello.index:
             self._publish_changes()
             connection.index = True
-            for fresh, keys in _pages(self.sessions.cache.all_keys()):
+            for fresh, keys in _pages(sessions.cache.all_keys()):
                 connection.send(p.Changed(keys, b"", fresh))
-        return session
 
     def detach(self, session: Session) -> None:
         """A client is gone."""
@@ -337,7 +363,10 @@ class Server:
         return state is None or not (state.sessions or state.quarantines or state.cache.all_keys())
 
     async def _take_over(self) -> None:
-        """Go on with the arena of an earlier daemon; remove one that it had not finished when it was killed."""
+        """Go on with the arena of an earlier daemon; remove one that it had not finished when it was killed.
+
+        Raises ArenaError, before any engine is let in, if it is of another version of the file.
+        """
         path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
         try:
             spec = read_spec(path)
@@ -385,14 +414,14 @@ class Server:
         elif isinstance(request, p.Acquire):
             keys = p.cut_keys(request.keys)
             number, lease = state.acquire(session, keys, request.prefix)
-            rows = list(range(len(lease.slots))) if request.prefix else _rows(keys, lease.keys)
-            connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
+            at = {key: row for row, key in enumerate(keys)} if lease.slots else {}
+            connection.send(p.Acquired(request.id, number, [at[key] for key in lease.keys], list(lease.slots)))
         elif isinstance(request, p.Release):
             state.release(session, request.leases)
         elif isinstance(request, p.Grant):
             granted = state.grant(session, 0 if self._draining else request.count)
             self._publish_changes()
-            limit = 0 if self._draining else state.limit()
+            limit = 0 if self._draining else state.limit(session)
             connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), limit))
         elif isinstance(request, p.Publish):
             keys, chain = p.cut_keys(request.keys), p.cut_keys(request.chain)
@@ -454,11 +483,6 @@ class Server:
 def _pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
     step = p.MAX_KEYS // 2
     return [(at == 0, b"".join(keys[at : at + step])) for at in range(0, max(1, len(keys)), step)]
-
-
-def _rows(asked: list[bytes], found: tuple[bytes, ...]) -> list[int]:
-    at = {key: row for row, key in enumerate(asked)}
-    return [at[key] for key in found]
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:

@@ -11,6 +11,7 @@ daemon lost  -> the next one adopts the arena: chunks are served at once, but no
 from __future__ import annotations
 
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,7 +25,8 @@ from ..tiers.dram import Lease, Reservation
 
 RESTART_PIN_S = 30.0
 GRANTED_SHARE = 8  # at most one slot in so many is granted and not yet filled, over all clients
-MAX_NAMESPACES = 4096
+MAX_NAMESPACES = 4096  # described; of those used longest ago the descriptions are forgotten
+MAX_TOLD = 128  # engines that a namespace remembers
 MAX_LEASES = 4096  # of one session: an engine holds one or a few a waiting request
 
 Process = tuple[int, int]  # pid and start time
@@ -56,10 +58,11 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceInfo:
-    """What an engine said of a root."""
+    """What engines said of a root."""
 
     fields: dict[str, str]
-    engine: str
+    limit: int | None  # slots that it may fill
+    engines: set[str] = field(default_factory=set)  # that have said so, and were warned if there was a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,10 @@ class Quotas:
             limits.append(self.tenant)
         return min(limits, default=None)
 
+    def least(self) -> int | None:
+        """Bytes for a namespace of which nothing is known: no more than any quota allows."""
+        return min([*self.models.values(), *([] if self.tenant is None else [self.tenant])], default=None)
+
 
 class Sessions:
     """The daemon's state over one arena. One thread."""
@@ -98,10 +105,10 @@ class Sessions:
         self.arena = arena
         self.sessions: dict[int, Session] = {}
         self.quarantines: list[Quarantine] = []
-        self.namespaces: dict[bytes, NamespaceInfo] = {}
+        self.namespaces: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # the one used last is the last
         self._clock, self._alive = clock, alive
         self._quotas = quotas or Quotas()
-        self._limits: dict[bytes, int] = {}  # slots, by namespace
+        self._hashes: dict[frozenset[tuple[str, str]], Counter[str | None]] = {}  # of namespaces alike but for the hash
         self._next_session = self._next_lease = 0
         self._members: dict[str, set[Process]] = {}  # of engines with a name that have a session: all that ever had one
         self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
@@ -214,16 +221,19 @@ class Sessions:
             if (lease := session.leases.pop(number, None)) is not None:
                 self.cache.release(lease)
 
-    def limit(self) -> int:
-        """How many granted slots one client may hold at a time."""
-        writers = sum(session.writer for session in self.sessions.values())
+    def limit(self, session: Session) -> int:
+        """How many granted slots a client may hold: an even share of one slot in GRANTED_SHARE. A new writer makes it less."""
+        if not session.writer:
+            return 0
+        writers = sum(other.writer for other in self.sessions.values())
         return max(1, self.arena.spec.num_slots // GRANTED_SHARE // max(1, writers))
 
     def grant(self, session: Session, count: int) -> Reservation:
         """Slots for the client to fill, as many as its limit leaves."""
-        if not session.writer:
+        count = min(count, self.limit(session) - len(session.granted))
+        if count <= 0:
             return Reservation((), (), ())
-        granted = self.cache.grant(max(0, min(count, self.limit() - len(session.granted))))
+        granted = self.cache.grant(count)
         session.granted.update(zip(granted.slots, granted.generations, strict=True))
         return granted
 
@@ -250,7 +260,7 @@ class Sessions:
             )  # fmt: skip
             for row, published in zip(mine, self.cache.publish(held, namespace), strict=True):
                 result[row] = published
-            if (limit := self._limits.get(namespace)) is not None:
+            if (limit := self._slots_of(namespace)) is not None:
                 self.cache.trim(namespace, limit)
         return result
 
@@ -266,23 +276,56 @@ class Sessions:
         return self.cache.clear(namespace, session.granted.keys() - set(begun))
 
     def describe(self, session: Session, root: bytes, fields: dict[str, str]) -> str:
-        """Note what a root stands for. Returns a warning if it differs from another only in what is usually a mistake."""
-        warning = ""
-        for other in self.namespaces.values():
-            differ = {
-                name for name in other.fields.keys() | fields.keys() if other.fields.get(name) != fields.get(name)
-            }
-            if differ == {"engine_hash"}:
-                warning = (
-                    f"another engine caches the same model under another hash identity ({other.fields.get('engine_hash')}, "
-                    f"here {fields.get('engine_hash')}): they share nothing; give all engines the same PYTHONHASHSEED and "
-                    f"prefix_caching_hash_algo"
-                )
-        if len(self.namespaces) < MAX_NAMESPACES or root in self.namespaces:
-            self.namespaces[root] = NamespaceInfo(dict(fields), session.engine)
-            if (nbytes := self._quotas.of(fields)) is not None:
-                self._limits[root] = nbytes // self.arena.spec.geometry.slot_nbytes
-        return warning
+        """Note what a root stands for. Returns a warning if it differs from another only in what is usually a mistake.
+
+        An engine that says the same again, as after a lost connection, is not warned again. O(1).
+        """
+        known = self.namespaces.get(root)
+        if known is None or known.fields != fields:
+            known = self._note(root, fields)
+        self.namespaces.move_to_end(root)
+        if session.engine in known.engines:
+            return ""
+        if len(known.engines) >= MAX_TOLD:
+            known.engines.clear()
+        known.engines.add(session.engine)
+        mine = fields.get("engine_hash")
+        other = next((found for found in self._hashes[_but_hash(fields)] if found != mine), mine)
+        if other == mine:
+            return ""
+        return (
+            f"another engine caches the same model under another hash identity ({other}, here {mine}): they share "
+            f"nothing; give all engines the same PYTHONHASHSEED and prefix_caching_hash_algo"
+        )
+
+    def _note(self, root: bytes, fields: dict[str, str]) -> NamespaceInfo:
+        """A description takes the place of the root's earlier one, or of the one used longest ago."""
+        if root in self.namespaces:
+            self._forget(root)
+        elif len(self.namespaces) >= MAX_NAMESPACES:
+            self._forget(next(iter(self.namespaces)))
+        self._hashes.setdefault(_but_hash(fields), Counter())[fields.get("engine_hash")] += 1
+        info = self.namespaces[root] = NamespaceInfo(dict(fields), self._slots(self._quotas.of(fields)))
+        return info
+
+    def _forget(self, root: bytes) -> None:
+        fields = self.namespaces.pop(root).fields
+        alike, mine = self._hashes[_but_hash(fields)], fields.get("engine_hash")
+        alike[mine] -= 1
+        if not alike[mine]:
+            del alike[mine]
+        if not alike:
+            del self._hashes[_but_hash(fields)]
+
+    def _slots_of(self, namespace: bytes) -> int | None:
+        """How many slots a namespace may fill. Without a description it escapes no quota: it gets the least there is."""
+        if (info := self.namespaces.get(namespace)) is None:
+            return self._slots(self._quotas.least())
+        self.namespaces.move_to_end(namespace)
+        return info.limit
+
+    def _slots(self, nbytes: int | None) -> int | None:
+        return None if nbytes is None else nbytes // self.arena.spec.geometry.slot_nbytes
 
     def usage(self) -> dict[str, int | float | str]:
         """Counters of the cache and what is held by whom."""
@@ -318,3 +361,7 @@ class Sessions:
         free = np.flatnonzero(rows["pid"] == 0).tolist()
         for row, process in zip(free, sorted(new), strict=False):
             rows[row] = process
+
+
+def _but_hash(fields: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(item for item in fields.items() if item[0] != "engine_hash")

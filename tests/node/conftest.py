@@ -244,9 +244,9 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
 
 
 @pytest.fixture
-def daemon(make_daemon: MakeDaemon) -> Daemon:
-    """One that serves."""
-    return make_daemon().start()
+def daemon(make_daemon: MakeDaemon, request: pytest.FixtureRequest) -> Daemon:
+    """One that serves; its capacity may be given by indirect parametrization."""
+    return make_daemon(getattr(request, "param", "1MiB")).start()
 
 
 @pytest.fixture

@@ -223,10 +223,10 @@ def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
         (b"\xff" * 8, "above"),
         (b"\x01\x00\x00\x00\xc0", "no message"),
         (b"", "it hung up"),
-        (p.encode(p.Welcome(p.VERSION, 1)) + p.encode(p.Failed(1, "no")), "answers with Failed"),
+        (p.encode(p.Welcome(p.VERSION, 1)) + p.encode(p.Described(1, "")), "answers with Described"),
         (p.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "above"),
     ],
-    ids=["refused", "draining", "length", "no_message", "nothing", "failed", "length_later"],
+    ids=["refused", "draining", "length", "no_message", "nothing", "other", "length_later"],
 )
 def test_a_mad_daemon(folder: Path, said: bytes, why: str) -> None:
     path = folder / "s"

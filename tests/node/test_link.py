@@ -162,14 +162,13 @@ def test_a_welcome_without_descriptor(fake: FakeDaemon) -> None:
     [
         lambda r: [p.Acquired(r.id, 1, [2], [0])],  # a row that was not asked for
         lambda r: [p.Acquired(r.id, 0, [], [])],
-        lambda r: [p.Failed(r.id, "no")],
         lambda r: [p.Granted(r.id, [], [], 1)],
         lambda r: [b"\xff" * 8],
         lambda r: [b"\x01\x00\x00\x00\xc0"],
         lambda r: [p.encode(p.Stat(1))],
         lambda r: [p.Welcome(p.VERSION, 1)],
     ],
-    ids=["row", "none", "failed", "other", "length", "no_message", "request", "welcome"],
+    ids=["row", "none", "other", "length", "no_message", "request", "welcome"],
 )
 def test_a_senseless_answer_is_a_miss(fake: FakeDaemon, answer: Callable[[p.Acquire], list[Any]]) -> None:
     """The thread lives on and connects again where need be: then the answer makes sense."""

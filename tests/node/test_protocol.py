@@ -65,7 +65,6 @@ RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Published: st.builds(p.Published, ids, st.lists(st.booleans(), max_size=5)),
     p.Changed: st.builds(p.Changed, keys, keys, st.booleans()),
     p.Answer: st.builds(p.Answer, ids, rows),
-    p.Failed: st.builds(p.Failed, ids, names),
     p.Draining: st.builds(p.Draining),
 }  # fmt: skip
 

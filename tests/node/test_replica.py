@@ -32,6 +32,14 @@ def test_a_chunk_that_a_quota_evicts_at_once_is_not_believed_in(make_daemon: Mak
         client.close()
 
 
+def test_who_came_earlier_gives_back_what_is_above_its_share(daemon: Daemon, make_client: MakeClient) -> None:
+    for name in range(4):
+        client = make_client(f"engine-{name}")
+        assert store(client, chain_keys(name, 3)) == 3  # and asks for twice as many, to have them in stock
+    eventually(lambda: daemon.stat()["granted_slots"] <= 127 // 8, "even shares")
+    assert store(make_client("last"), chain_keys("last", 3)) == 3
+
+
 def test_a_long_field_of_a_namespace_costs_no_connection(daemon: Daemon, make_client: MakeClient) -> None:
     client = make_client()
     client.describe(NAMESPACE, {"model": "m" * 5000, "weights": "w"})

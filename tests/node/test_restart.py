@@ -199,6 +199,22 @@ def test_an_arena_that_was_never_finished(make_daemon: MakeDaemon, tmp_path: Pat
         assert store(client, chain_keys("a", 3)) == 3
 
 
+def test_an_arena_of_another_version(daemon: Daemon, make_client: MakeClient, tmp_path: Path) -> None:
+    """Said at the start, to the operator, and not to every engine."""
+    assert store(make_client(), chain_keys("a", 3)) == 3
+    assert daemon.stop() == 0
+    path = tmp_path / f"kvkern-node-{os.getuid()}-default"
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\x09")
+    daemon.launch()
+    assert daemon.wait() == 2
+    assert daemon.log.startswith(f"kvkern: arena {path} has version 9, this kvkern reads ")
+    assert "remove the file: what it holds is a cache" in daemon.log
+    path.unlink()
+    daemon.start()
+
+
 def test_a_file_that_is_no_arena_is_kept(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     path = tmp_path / f"kvkern-node-{os.getuid()}-default"
     path.write_text("precious" * 100)

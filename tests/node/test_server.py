@@ -37,6 +37,7 @@ from tests.node.conftest import (
 )
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
+FOR_MANY = "16MiB"  # an eighth of it is stock for three clients
 OTHER = SlotGeometry(part_nbytes=5000, max_planes=3, world_size=2)
 
 
@@ -289,9 +290,61 @@ def test_a_client_that_is_gone_before_it_is_welcomed(daemon: Daemon) -> None:
     assert "Traceback" not in daemon.log
 
 
+KILLED = """
+import subprocess, sys
+from pathlib import Path
+from tests.node.conftest import Peer
+peer = Peer(Path(sys.argv[1]))
+peer.greet(index=True)
+print(subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, pass_fds=[peer.socket.fileno()]).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
+    """Its connection does not end by itself."""
+    command = [sys.executable, "-c", KILLED, str(daemon.socket)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        child = int(client.stdout.readline())
+        try:
+            with Peer(daemon.socket) as other:
+                other.greet()
+                client.kill()
+                client.wait()
+                eventually(lambda: daemon.stat()["sessions"] == 2)  # the other one, and who asks
+                os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault", ["open", "_welcome", "handle"])
+def test_a_fault_of_the_daemon_ends_the_connection(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """The client is not left waiting, holds nothing, and the fault is reported."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with served(config(folder, tmp_path)) as server:
+        with Peer(folder / "s") as peer, monkeypatch.context() as patch:
+            patch.setattr(server, fault, broken)
+            sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+            peer.say(p.Hello(p.VERSION, "e", sizes, index=True), p.Stat(1))
+            assert peer.hung_up()
+            eventually(lambda: not server.connections)
+        eventually(lambda: "ZeroDivisionError" in caplog.text)
+        with Peer(folder / "s") as peer:
+            assert isinstance(peer.greet(), p.Welcome)
+            assert server.sessions is not None
+            assert len(server.sessions.sessions) == 1
+
+
 # -- many clients, one index -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
 def test_clients_share_what_each_of_them_stores(make_client: MakeClient) -> None:
     one, two = make_client("one"), make_client("two")
     chains = [chain_keys(name, 3) for name in range(4)]
@@ -306,6 +359,7 @@ def test_clients_share_what_each_of_them_stores(make_client: MakeClient) -> None
     eventually(lambda: late.lookup(chains[3]) == 3)
 
 
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
 def test_what_is_acknowledged_is_hit_at_once(make_client: MakeClient) -> None:
     """In both directions at the same time: no round of any pair misses."""
 
@@ -326,6 +380,7 @@ def test_what_is_acknowledged_is_hit_at_once(make_client: MakeClient) -> None:
             done.result(120)
 
 
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
 def test_the_first_of_two_writers_publishes(make_client: MakeClient) -> None:
     one, two = make_client("one"), make_client("two")
     chain = chain_keys("a", 2)
@@ -376,10 +431,9 @@ def test_what_may_be_granted_is_divided_among_clients(daemon: Daemon, make_clien
     eventually(lambda: one.stock[0] == 15)  # an eighth of 127
     assert one.stock == (15, 15)
     two = make_client("two")
-    eventually(lambda: two.stock == (7, 7))
-    assert store(one, chain_keys("a", 15)) == 15
-    eventually(lambda: one.stock == (7, 7))
-    chain = chain_keys("b", 20)
+    eventually(lambda: (one.stock, two.stock) == ((7, 7), (7, 7)))  # the first has given back what it did not use
+    assert daemon.stat()["granted_slots"] == 14
+    chain = chain_keys("c", 20)
     reservation = two.reserve(chain, chain, SHAPE)
     assert (len(reservation.slots), reservation.dropped) == (7, 13)
     copier = make_client("two", index=False)

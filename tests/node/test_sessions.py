@@ -141,10 +141,21 @@ def test_a_grant_is_limited(world: World, count: int) -> None:
 def test_writers_share_the_limit(world: World) -> None:
     first, second = world.engine(), world.engine(OTHER, "o")
     world.worker()
-    assert world.sessions.limit() == MOST // 2
+    assert [world.sessions.limit(session) for session in (first, second)] == [MOST // 2, MOST // 2]
     assert len(world.sessions.grant(first, SLOTS).slots) == MOST // 2
     assert world.sessions.grant(first, SLOTS).slots == ()
     assert len(world.sessions.grant(second, SLOTS).slots) == MOST // 2
+
+
+def test_a_later_writer_gets_its_share_whatever_the_earlier_ones_hold(world: World) -> None:
+    """The earlier ones are told of their new limit and give back the rest."""
+    first = world.engine()
+    granted = world.sessions.grant(first, SLOTS)
+    second = world.engine(OTHER, "o")
+    assert len(world.sessions.grant(second, SLOTS).slots) == MOST // 2
+    assert world.sessions.grant(first, SLOTS).slots == ()
+    world.sessions.give_back(first, granted.slots[world.sessions.limit(first) :])
+    assert world.held() == {"granted_slots": MOST}
 
 
 def test_who_only_copies_is_granted_nothing(world: World) -> None:
@@ -461,24 +472,3 @@ def test_daemons_killed_one_after_the_other(world: World) -> None:
     world.dead |= {ENGINE, WORKER}
     world.restart()
     assert (world.held(), world.recorded()) == ({}, set())
-
-
-# -- namespaces ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_differing_hash_identity_is_reported(world: World) -> None:
-    engine = world.engine()
-    fields = {"model": "m", "engine_hash": "sha256 1"}
-    assert world.sessions.describe(engine, key(1), fields) == ""
-    assert world.sessions.describe(engine, key(1), fields) == ""
-    assert world.sessions.describe(engine, key(2), {"model": "n", "engine_hash": "sha256 2"}) == ""
-    assert "PYTHONHASHSEED" in world.sessions.describe(engine, key(3), {"model": "m", "engine_hash": "sha256 2"})
-    assert world.sessions.usage()["namespaces"] == 3
-
-
-def test_namespaces_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvkern.node.sessions.MAX_NAMESPACES", 2)
-    engine = world.engine()
-    for number in (0, 1, 2, 0):
-        world.sessions.describe(engine, key(number), {"model": str(number)})
-    assert set(world.sessions.namespaces) == {key(0), key(1)}

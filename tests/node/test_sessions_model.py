@@ -238,9 +238,9 @@ class Walk(RuleBasedStateMachine):
     def grant(self, pick: int, chain: list[bytes]) -> None:
         if (session := self.connected(pick)) is None:
             return
-        held = len(session.granted)
+        held, limit = len(session.granted), self.sessions.limit(session)
         got = self.sessions.grant(session, len(chain))
-        assert len(got.slots) <= (max(0, self.sessions.limit() - held) if session.writer else 0)
+        assert len(got.slots) <= max(0, limit - held)
         assert self.in_use().isdisjoint(got.slots)
         for chunk in got.evicted:
             assert self.ready.pop(chunk) in got.slots

@@ -57,6 +57,57 @@ def test_victims_of_a_share_are_its_own() -> None:
     assert (policy.size("a"), policy.size("b"), policy.size("nobody")) == (1, 4, 0)
 
 
+def test_equal_shares_take_turns() -> None:
+    policy = shares()
+    for first in (0, 100, 200, 300):
+        policy.insert(list(range(first, first + 5)))
+    for left in (4, 3, 2):
+        assert len(policy.victims(4, ())) == 4
+        assert {policy.size(share) for share in "abcd"} == {left}
+    policy.pin([100, 101])
+    assert len(policy.victims(99, ())) == 6
+    assert (policy.size("b"), policy.victims(1, ())) == (2, [])
+    policy.unpin([100, 101])
+    assert policy.victims(1, ()) == [101]
+
+
+class Tenant:
+    """A share that counts how often any of them is looked up or compared."""
+
+    looked_up = 0
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __hash__(self) -> int:
+        Tenant.looked_up += 1
+        return self._number
+
+
+def test_victims_of_many_equal_shares_cost_no_look_at_all_of_them() -> None:
+    tenants = [Tenant(number) for number in range(2000)]
+    policy = Shares(LRU, lambda slot: tenants[slot // 2])
+    policy.insert(list(range(4000)))
+    Tenant.looked_up = 0
+    assert len(policy.victims(64, ())) == 64
+    assert Tenant.looked_up < 30 * 64
+
+
+def test_sizes_that_were_do_not_pile_up() -> None:
+    policy = shares()
+    for _ in range(1000):
+        policy.insert([0, 100])
+        policy.victims_of("a", 1, ())
+        policy.remove([100])
+        policy.insert([200])
+        policy.remove([200])
+    policy.insert([0, 300])
+    for slot in range(1, 100):
+        policy.insert([slot])
+        policy.victims(1, ())
+    assert len(policy._heap) < 200
+
+
 def test_touch_and_remove_ignore_the_unknown() -> None:
     policy: EvictionPolicy = shares()
     policy.insert([0, 1])
