@@ -16,7 +16,7 @@ STYLES = {
     "native_hit": ("vLLM, still in its own pool", "#4c78a8"),
     "kvkern_hit": ("loaded by kvkern", "#e4572e"),
     "overcommit_kvkern": ("loaded by kvkern", "#e4572e"),
-    "second_engine": ("loaded, computed by another engine", "#f2a65a"),
+    "second_engine": ("by another engine", "#f2a65a"),
 }
 BAR_WIDTH = 0.8
 GROUP_GAP = 0.9
@@ -83,4 +83,4 @@ def _label(row: Row, group: Sequence[Row]) -> str:
     computed = next((other for other in group if other.case in ("recompute", "overcommit_native")), None)
     if computed is None or computed is row:
         return time
-    return f"{time}\n{computed.ttft_s / row.ttft_s:.0f}x faster"
+    return f"{time}\n{computed.ttft_s / row.ttft_s:.0f}x"
