@@ -157,9 +157,10 @@ def clear(
     json: AsJson = False,
 ) -> None:
     """Forget everything, or a namespace."""
+    from .keys import KEY_NBYTES
     from .node import protocol
 
-    root = None if namespace is None else _key_bytes("namespace", namespace, least=protocol.KEY_NBYTES)
+    root = None if namespace is None else _key_bytes("namespace", namespace, least=KEY_NBYTES)
     _print_forgotten(_ask(socket, protocol.Clear(1, root)), json)
 
 

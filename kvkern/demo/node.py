@@ -20,7 +20,7 @@ from typing import IO, Any
 from ..errors import ConfigError
 from ..node.operator import Operator
 from ..node.protocol import Stat
-from .process import PACKAGE_PARENT, EngineFailed
+from .process import EngineFailed, environment
 
 START_LIMIT_S = 120.0
 RESTART_S = 0.5  # how long it stays away
@@ -73,13 +73,11 @@ class Daemon:
                 self._ending.wait(RESTART_S)
 
     def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes] | None:
-        paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         with self._starting:
             if self._ending.is_set():
                 return None
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(verbose=False)
             )
             return self._process
 

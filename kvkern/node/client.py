@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +25,7 @@ from ..cache import NO_LEASE, Faults
 from ..errors import ConfigError
 from ..metrics import CacheCounters
 from ..slots import SlotGeometry, SlotState
-from ..tiers.dram import ChunkShape, Lease, Reservation, begin_slots
+from ..tiers.dram import ChunkShape, Lease, Reservation, begin_slots, prefix_length
 from . import protocol as p
 from .link import Link
 
@@ -69,8 +68,8 @@ class NodeClient:
     ) -> None:
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
-        sizes = p.Geometry(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
-        self._link = Link(path, p.Hello(p.VERSION, engine, sizes, index), self._opened, self._lost, self._told)
+        hello = p.Hello(p.VERSION, engine, p.Geometry.of(geometry), index)
+        self._link = Link(path, hello, self._opened, self._lost, self._told)
         self._lock = self._link.lock
         self._index = index
         self._patience_s = patience_s
@@ -109,18 +108,10 @@ class NodeClient:
             try:
                 client._link.connect(prefault, max(0.1, deadline - time.monotonic()))
                 break
-            except PermissionError as error:
-                client._link.close()
-                raise ConfigError(
-                    f"{path} may not be opened by this user; join the group of the socket, or run as its owner"
-                ) from error
             except OSError as error:
-                if time.monotonic() > deadline:
+                if isinstance(error, PermissionError) or time.monotonic() > deadline:
                     client._link.close()
-                    raise ConfigError(
-                        f"no daemon answers on {path} ({error.strerror or error}); start one: "
-                        f"kvkern serve --socket {path} --capacity 8GiB"
-                    ) from error
+                    raise p.unreachable(path, error) from error
                 time.sleep(0.1)
             except BaseException:
                 client._link.close()
@@ -292,18 +283,12 @@ class NodeClient:
             self._link.send(p.Describe(0, root, self._described[root]))
 
     def usage(self) -> dict[str, int]:
-        """Slots of the arena, what this client has in stock, and whether the daemon is there."""
+        """Slots of the arena, those granted and unused, chunks known, the most slots to hold, whether the daemon is there."""
         with self._lock:
             return {
                 "slots": self.arena.spec.num_slots, "stock_slots": len(self._stock), "known_chunks": len(self._replica),
-                "connected": int(self.connected),
+                "limit_slots": self._limit if self.connected else 0, "connected": int(self.connected),
             }  # fmt: skip
-
-    @property
-    def stock(self) -> tuple[int, int]:
-        """(slots a reserve could have at once, the most it could ever have)."""
-        with self._lock:
-            return len(self._stock), self._limit if self.connected else 0
 
     def close(self) -> None:
         """End the connection and the thread. What is still held the daemon frees when this process is gone."""
@@ -314,8 +299,7 @@ class NodeClient:
     # -- under the lock ------------------------------------------------------------------------------------------------
 
     def _known(self, keys: Sequence[bytes]) -> int:
-        hits = map(self._replica.__contains__, keys)
-        return next((count for count, hit in enumerate(hits) if not hit), len(keys))
+        return prefix_length(keys, self._replica)
 
     def _ended(self, era: int) -> bool:
         """A lease or reservation has ended. Returns whether the daemon knows it, else settles when it was the last."""
@@ -372,7 +356,8 @@ class NodeClient:
                 del self._clears[namespace]
             result.set_result(sum(int(row.get("chunks", 0)) for row in response.rows))
 
-        self._link.ask(partial(_clear, namespace, sorted(self._begun)), answered)
+        begun = sorted(self._begun)
+        self._link.ask(lambda id_: p.Clear(id_, namespace, begun), answered)
 
     def _opened(self) -> None:
         self._era += 1
@@ -409,10 +394,6 @@ class NodeClient:
     def _end_late(self) -> None:
         while self._late:
             self.release(self._late.popleft())
-
-
-def _clear(namespace: bytes, begun: list[int], number: int) -> p.Request:
-    return p.Clear(number, namespace, begun)
 
 
 def _promise() -> Future[T]:

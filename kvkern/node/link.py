@@ -23,7 +23,6 @@ from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, attach_descriptor
 from ..errors import ArenaError, ConfigError, KvkernError
-from ..slots import SlotGeometry
 from . import protocol as p
 
 logger = logging.getLogger("kvkern")
@@ -292,5 +291,4 @@ def _receive_welcome(sock: socket.socket, frames: p.Frames) -> tuple[p.Welcome, 
 def _attach(welcome: p.Welcome, descriptor: int, prefault: bool) -> Arena:
     found = welcome.geometry
     assert found is not None
-    geometry = SlotGeometry(found.part_nbytes, found.max_planes, found.world_size)
-    return attach_descriptor(descriptor, ArenaSpec(geometry, welcome.num_slots), Path(welcome.path), prefault)
+    return attach_descriptor(descriptor, ArenaSpec(found.slots(), welcome.num_slots), Path(welcome.path), prefault)

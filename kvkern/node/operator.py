@@ -27,17 +27,9 @@ class Operator:
             self._socket.connect(str(self._path))
             self._socket.sendall(p.encode(p.Hello(p.VERSION)))
             first = self._receive()
-        except PermissionError as error:
-            self._socket.close()
-            raise ConfigError(
-                f"{self._path} may not be opened by this user; join the group of the socket, or run as its owner"
-            ) from error
         except OSError as error:
             self._socket.close()
-            raise ConfigError(
-                f"no daemon answers on {self._path} ({error.strerror or error}); start one: "
-                f"kvkern serve --socket {self._path} --capacity 8GiB"
-            ) from error
+            raise p.unreachable(self._path, error) from error
         except p.ProtocolError:
             self._socket.close()
             raise

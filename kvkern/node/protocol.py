@@ -19,6 +19,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..errors import ConfigError, KvkernError
+from ..keys import KEY_NBYTES
+from ..slots import SlotGeometry
 
 VERSION = 1
 MAX_FRAME_NBYTES = 4 << 20
@@ -26,7 +28,6 @@ MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # of an answer
 MAX_PATH_NBYTES = 107  # of a Unix socket, by Linux
-KEY_NBYTES = 32
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 _LENGTH = struct.Struct("<I")
 
@@ -53,6 +54,15 @@ class Geometry(Struct, array_like=True, forbid_unknown_fields=True):
     part_nbytes: Size
     max_planes: Annotated[int, Meta(ge=1, le=1 << 16)]
     world_size: Annotated[int, Meta(ge=1, le=1 << 10)]
+
+    @classmethod
+    def of(cls, geometry: SlotGeometry) -> Geometry:
+        """What is said of these slots."""
+        return cls(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
+
+    def slots(self) -> SlotGeometry:
+        """What it says."""
+        return SlotGeometry(self.part_nbytes, self.max_planes, self.world_size)
 
 
 class _Message(Struct, array_like=True, forbid_unknown_fields=True):
@@ -309,6 +319,15 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
     if len(joined) != KEY_NBYTES * len(keys):
         raise ConfigError(f"{len(keys)} keys have {len(joined)} bytes in all; chunk keys have {KEY_NBYTES} each")
     return joined
+
+
+def unreachable(path: Path, error: OSError) -> ConfigError:
+    """What a client says that cannot connect."""
+    if isinstance(error, PermissionError):
+        return ConfigError(f"{path} may not be opened by this user; join the group of the socket, or run as its owner")
+    return ConfigError(
+        f"no daemon answers on {path} ({error.strerror or error}); start one: kvkern serve --socket {path} --capacity 8GiB"
+    )
 
 
 def checked_path(path: Path) -> Path:

@@ -33,6 +33,7 @@ HELLO_S = 5.0  # a connection that has not said Hello by then is closed
 SWEEP_S = 0.25
 MAX_UNSENT_NBYTES = 64 << 20  # of one client
 MAX_CONNECTIONS = 512
+PAGE_KEYS = p.MAX_KEYS // 2  # of either kind in one Changed
 LINGER_S = 1.0  # how long a client that is let go may take to read what is queued for it
 _CREDENTIALS = struct.Struct("3i")
 
@@ -124,10 +125,14 @@ class Connection(asyncio.Protocol):
 
     def send(self, message: p.Response) -> None:
         """Queue an answer; a client that reads too slowly is disconnected."""
+        self.send_frame(p.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Queue a message that is encoded already, for many clients perhaps."""
         transport = self._transport
         if transport is None:
             return
-        transport.write(p.encode(message))
+        transport.write(frame)
         if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
             self.close(f"has {format_nbytes(MAX_UNSENT_NBYTES)} of answers unread")
 
@@ -289,8 +294,7 @@ class Server:
         if self._draining:
             raise ConfigError("the daemon is ending; try again when it is back")
         if hello.geometry is not None:
-            wanted = SlotGeometry(hello.geometry.part_nbytes, hello.geometry.max_planes, hello.geometry.world_size)
-            await self._ensure_arena(wanted)
+            await self._ensure_arena(hello.geometry.slots())
             if connection.gone:
                 raise ConfigError("the client has ended meanwhile")
         if self.sessions is None or self._arena is None:
@@ -315,8 +319,7 @@ class Server:
                 other.send(p.Granted(0, [], [], self.sessions.limit(other.session)))
 
     def _welcome(self, connection: Connection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
-        sizes, num_slots = arena.spec.geometry, arena.spec.num_slots
-        geometry = p.Geometry(sizes.part_nbytes, sizes.max_planes, sizes.world_size)
+        geometry, num_slots = p.Geometry.of(arena.spec.geometry), arena.spec.num_slots
         descriptor = arena.descriptor() if hello.geometry is not None else None
         try:
             connection.send_welcome(p.Welcome(p.VERSION, os.getpid(), geometry, num_slots, str(arena.path)), descriptor)
@@ -464,25 +467,19 @@ class Server:
         if self.sessions is None:
             return
         changes = self.sessions.cache.take_changes()
-        if not (changes.added or changes.removed):
+        if not changes.ready:
             return
-        gone, there = set(changes.removed), set(changes.added)
-        both = gone & there  # what is the case now decides
-        if both:
-            known = set(self.sessions.cache.all_keys())
-            there -= both - known
-            gone -= both & known
-        for begin in range(0, max(len(there), len(gone)), p.MAX_KEYS // 2):
-            page = slice(begin, begin + p.MAX_KEYS // 2)
-            message = p.Changed(b"".join(list(there)[page]), b"".join(list(gone)[page]))
+        there, gone = changes.added, changes.removed
+        for begin in range(0, max(len(there), len(gone)), PAGE_KEYS):
+            page = slice(begin, begin + PAGE_KEYS)
+            frame = p.encode(p.Changed(p.join_keys(there[page]), p.join_keys(gone[page])))
             for connection in list(self.connections):
                 if connection.index:
-                    connection.send(message)
+                    connection.send_frame(frame)
 
 
 def _pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
-    step = p.MAX_KEYS // 2
-    return [(at == 0, b"".join(keys[at : at + step])) for at in range(0, max(1, len(keys)), step)]
+    return [(at == 0, p.join_keys(keys[at : at + PAGE_KEYS])) for at in range(0, max(1, len(keys)), PAGE_KEYS)]
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:

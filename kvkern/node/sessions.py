@@ -123,8 +123,7 @@ class Sessions:
         adopted = self.cache.adopt(lambda pid, start: bool(survivors) or self._alive(pid, start))
         read = Quarantine(None, set(survivors), [], list(adopted.unserved), self._clock() + RESTART_PIN_S)
         if survivors and adopted.ready:
-            read.leases.append(self.cache.acquire(self.cache.all_keys(), prefix=False))
-            self.cache.counters.lookup_chunks = self.cache.counters.hit_chunks = 0  # no engine has asked yet
+            read.leases.append(self.cache.pin_all())
         self.quarantines.append(read)
         for owner in set(adopted.unfinished.values()):
             slots = [slot for slot, writer in adopted.unfinished.items() if writer == owner]

@@ -12,7 +12,7 @@ Not thread-safe: `Cache` holds the lock. Every structure is bounded by the numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,10 +62,25 @@ class ChunkShape:
 
 @dataclass(slots=True)
 class Changes:
-    """What an index has gained and lost since somebody took it; both in order. A key may be in both."""
+    """What has become of an index since somebody took them: the last word on every key that came or went."""
 
-    added: list[bytes] = field(default_factory=list)
-    removed: list[bytes] = field(default_factory=list)
+    ready: dict[bytes, bool] = field(default_factory=dict)  # the last to change is last
+
+    def note(self, keys: Iterable[bytes], ready: bool) -> None:
+        """These have come, or gone."""
+        for key in keys:
+            self.ready.pop(key, None)
+            self.ready[key] = ready
+
+    @property
+    def added(self) -> list[bytes]:
+        """Keys that are READY now."""
+        return [key for key, ready in self.ready.items() if ready]
+
+    @property
+    def removed(self) -> list[bytes]:
+        """Keys that are not READY any more."""
+        return [key for key, ready in self.ready.items() if not ready]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,12 @@ class Adopted:
     torn: int  # said to be READY, but did not verify: freed
     unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of its writer; not free until `give_back`
     unserved: tuple[int, ...]  # whole, but cleared or marked BAD while somebody read them; not free until `give_back`
+
+
+def prefix_length(keys: Keys, index: Container[bytes]) -> int:
+    """How many of `keys`, from the first on, are in `index` without a gap."""
+    hits = map(index.__contains__, keys)
+    return next((count for count, hit in enumerate(hits) if not hit), len(keys))
 
 
 class DramTier:
@@ -112,8 +133,7 @@ class DramTier:
 
     def contains(self, keys: Keys) -> int:
         """Length of the longest READY prefix of `keys`. No side effect."""
-        hits = map(self._index.__contains__, keys)
-        return next((count for count, hit in enumerate(hits) if not hit), len(keys))
+        return prefix_length(keys, self._index)
 
     def acquire(self, keys: Keys, prefix: bool = True) -> Lease:
         """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows)."""
@@ -247,17 +267,15 @@ class DramTier:
         `fresh`: their writer says that it has begun them after it asked for this. Returns the count.
         """
         ready, writing = list(self._index.values()), list(self._writing.values())
-        granted = sorted(self._granted.difference(fresh))
-        if granted:
-            unnamed = self._of_namespace(granted, bytes(32))  # granted, and nothing begun in them
-            granted = sorted(set(granted).difference(unnamed))
+        granted = self._granted.difference(fresh)
+        begun = list(granted.difference(self._of_namespace(list(granted), bytes(32))))  # the others name no chunk yet
         if namespace is not None:
-            ready, writing, granted = (self._of_namespace(slots, namespace) for slots in (ready, writing, granted))
+            ready, writing, begun = (self._of_namespace(slots, namespace) for slots in (ready, writing, begun))
         for slot in writing:  # a new writer of the same key gets a slot of its own
             if (key := self._key_of[slot]) is not None:
                 del self._writing[key]
                 self._key_of[slot] = None
-        self._stale.update(writing, granted)
+        self._stale.update(writing, begun)
         return len(writing) + self._drop(ready)
 
     def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
@@ -274,14 +292,16 @@ class DramTier:
         unfinished, unserved = {}, []
         for slot in np.flatnonzero((state == SlotState.WRITING) | (state == SlotState.BAD)).tolist():
             owner = int(headers["owner_pid"][slot]), int(headers["owner_start"][slot])
-            whole = state[slot] == SlotState.BAD or (headers["written"][slot] == headers["generation"][slot]).all()
-            if alive(*owner) and whole:
+            if not alive(*owner):
+                continue
+            if state[slot] == SlotState.BAD or (headers["written"][slot] == headers["generation"][slot]).all():
                 unserved.append(slot)
-            elif alive(*owner):
+            else:
                 unfinished[slot] = owner
         held = [*unfinished, *unserved]
-        first = {bytes(key): slot for key, slot in zip(headers["key"][good][::-1], good[::-1].tolist(), strict=True)}
-        keep = dict(sorted(first.items(), key=lambda item: int(headers["position"][item[1]])))
+        keep: dict[bytes, int] = {}
+        for key, slot in zip(headers["key"][good], good.tolist(), strict=True):
+            keep.setdefault(bytes(key), slot)  # a chunk may lie in two slots
         taken = {*keep.values(), *held}
         self._free = [slot for slot in self._free if slot not in taken]
         headers["state"][np.array(self._free, dtype=np.int64)] = SlotState.FREE
@@ -336,7 +356,7 @@ class DramTier:
             self._key_of[slot] = key
             self._state[slot] = SlotState.READY
         if self.changes is not None:
-            self.changes.added += keys
+            self.changes.note(keys, ready=True)
         self._policy.insert(slots)
         self._arena.headers["state"][list(slots)] = SlotState.READY
 
@@ -375,7 +395,7 @@ class DramTier:
     def _forget(self, key: bytes) -> None:
         del self._index[key]
         if self.changes is not None:
-            self.changes.removed.append(key)
+            self.changes.note([key], ready=False)
 
     def _recycle(self, slots: Sequence[int]) -> None:
         for slot in slots:

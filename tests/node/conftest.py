@@ -46,6 +46,12 @@ def eventually(condition: Callable[[], Any], what: str = "the condition", timeou
     return value
 
 
+def stock(client: NodeClient) -> tuple[int, int]:
+    """(slots granted and unused, the most a client may hold)."""
+    usage = client.usage()
+    return usage["stock_slots"], usage["limit_slots"]
+
+
 class Daemon:
     """`python -m kvkern serve` on a socket in a short folder; may be ended and started again. `close` cleans up."""
 

@@ -26,6 +26,7 @@ from tests.node.conftest import (
     eventually,
     hits,
     read_verified,
+    stock,
     store,
     write_payload,
 )
@@ -55,7 +56,7 @@ def test_a_lookup_that_misses_asks_nothing(make_client: MakeClient, asked: list[
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3
-    assert client.stock[0] == 12  # no more is asked for before half of it is used
+    assert stock(client)[0] == 12  # no more is asked for before half of it is used
     asked.clear()
     for unknown in ([], chain_keys("b", 3), [chain_keys("b", 1)[0], *chain]):
         assert client.lookup(unknown) == 0
@@ -131,9 +132,9 @@ def test_leases_of_finalizers(daemon: Daemon, make_client: MakeClient) -> None:
 def test_a_larger_wish_than_the_stock_waits_for_more(make_client: MakeClient) -> None:
     """Though the stock is more than half full: what is asked for beyond it would never come."""
     client = make_client()
-    eventually(lambda: client.stock == (15, 15))
+    eventually(lambda: stock(client) == (15, 15))
     assert store(client, chain_keys("a", 4)) == 4  # the stock is not filled up yet
-    assert client.stock[0] == 11
+    assert stock(client)[0] == 11
     chain = chain_keys("b", 14)
     reservation = client.reserve(chain, chain, SHAPE)
     assert (len(reservation.slots), reservation.dropped) == (14, 0)
@@ -203,7 +204,7 @@ def test_mistaken_settings_are_told(make_client: MakeClient, caplog: pytest.LogC
 
 def test_closing_twice(daemon: Daemon) -> None:
     client = daemon.client()
-    eventually(lambda: client.stock[0])
+    eventually(lambda: stock(client)[0])
     lease = client.acquire([])
     client.close()
     client.close()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kvkern.node import protocol as p
-from tests.node.conftest import ROOT, Daemon, MakeClient, eventually, read_verified, write_payload
+from tests.node.conftest import ROOT, Daemon, MakeClient, eventually, read_verified, stock, write_payload
 from tests.node.fuzzer import LARGE_NBYTES
 from tests.support import SHAPE, chain_keys
 
@@ -45,7 +45,7 @@ def test_a_daemon_under_wrong_frames(daemon: Daemon, make_client: MakeClient) ->
         assert client.commit(reservation) == 5
     held = client.acquire(chains[0])
     begun = client.reserve(chain_keys("begun", 2), chain_keys("begun", 2), SHAPE)
-    eventually(lambda: client.stock[0] == 13)
+    eventually(lambda: stock(client)[0] == 13)
 
     def still() -> dict[str, object]:
         """Of what the good client has; of those who are gone nothing."""

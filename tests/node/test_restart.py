@@ -25,6 +25,7 @@ from tests.node.conftest import (
     eventually,
     hits,
     read_verified,
+    stock,
     store,
     write_payload,
 )
@@ -38,7 +39,7 @@ def test_sigterm_lets_transfers_end(make_daemon: MakeDaemon) -> None:
         chain = chain_keys("a", 3)
         reservation = client.reserve(chain, chain, SHAPE)
         daemon.signal(signal.SIGTERM)
-        eventually(lambda: client.stock == (0, 0))  # it knows, and has given back what it has no use for
+        eventually(lambda: stock(client) == (0, 0))  # it knows, and has given back what it has no use for
         assert not daemon.socket.exists()
         answer = waiting.greet(geometry=None)
         assert isinstance(answer, p.Refused)
@@ -71,7 +72,7 @@ def test_idle_clients_do_not_keep_it(make_daemon: MakeDaemon) -> None:
     """A stock of granted slots that nobody writes is no transfer."""
     daemon = make_daemon(options=["--drain", "3600"]).start()
     with closing(daemon.client("one")) as client, Peer(daemon.socket):
-        eventually(lambda: client.stock[0])
+        eventually(lambda: stock(client)[0])
         assert daemon.stop() == 0
 
 

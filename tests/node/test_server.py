@@ -32,6 +32,7 @@ from tests.node.conftest import (
     hits,
     read_verified,
     served,
+    stock,
     store,
     write_payload,
 )
@@ -221,7 +222,7 @@ def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(server_module, "MAX_UNSENT_NBYTES", 1 << 20)
     with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
         chain = chain_keys("a", 3)
-        eventually(lambda: client.stock[0])
+        eventually(lambda: stock(client)[0])
         assert store(client, chain) == 3
         with Peer(folder / "s") as peer:
             peer.greet(geometry=None)
@@ -428,10 +429,10 @@ def test_a_lease_pins(daemon: Daemon, make_client: MakeClient) -> None:
 
 def test_what_may_be_granted_is_divided_among_clients(daemon: Daemon, make_client: MakeClient) -> None:
     one = make_client("one")
-    eventually(lambda: one.stock[0] == 15)  # an eighth of 127
-    assert one.stock == (15, 15)
+    eventually(lambda: stock(one)[0] == 15)  # an eighth of 127
+    assert stock(one) == (15, 15)
     two = make_client("two")
-    eventually(lambda: (one.stock, two.stock) == ((7, 7), (7, 7)))  # the first has given back what it did not use
+    eventually(lambda: (stock(one), stock(two)) == ((7, 7), (7, 7)))  # the first has given back what it did not use
     assert daemon.stat()["granted_slots"] == 14
     chain = chain_keys("c", 20)
     reservation = two.reserve(chain, chain, SHAPE)
