@@ -417,8 +417,9 @@ class Server:
         elif isinstance(request, p.Acquire):
             keys = p.cut_keys(request.keys)
             number, lease = state.acquire(session, keys, request.prefix)
-            at = {key: row for row, key in enumerate(keys)} if lease.slots else {}
-            connection.send(p.Acquired(request.id, number, [at[key] for key in lease.keys], list(lease.slots)))
+            at = {} if request.prefix else {key: row for row, key in enumerate(keys)}
+            rows = list(range(len(lease.slots))) if request.prefix else [at[key] for key in lease.keys]
+            connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
         elif isinstance(request, p.Release):
             state.release(session, request.leases)
         elif isinstance(request, p.Grant):
