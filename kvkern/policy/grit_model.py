@@ -1,0 +1,267 @@
+"""GRIT's statistics: how soon chunks of a class come back, and what a slot spent on them is worth.
+
+    observe   e[class, bin] += w            a chunk came back at this age
+              x[class, bin] += w * seconds  time spent waiting at this age, ended by a return or not
+              w = 2.4 / n^(3/4)             of a request's n chunks: they decide together, so n count as 2.4 n^(1/4)
+    fit       l0[bin]      = (sum e + k) / (sum x + k * age / 0.2)                   the prior 0.2 / age is LRU
+              r_f[level, band]  by iterative proportional fitting of   l(class, bin) = l0[bin] * prod_f r_f[level, band]
+              lambda(class, bin) = (e + K) / (x + K / l(class, bin))                 shrunk to the model
+    index     G(class, age) = max_H  P(return within H | age) / (E[min(return, H) | age] + 1 s)
+
+A class is a product of coarse features of a request (MAIN), or, for chunks that many sessions share, the chunk's own
+smoothed gap (TRUNK). G is the Gittins index of a slot: the most returns per chunk-second that keeping it can buy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import numba
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from ..errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def njit(function: F) -> F:
+    """Compiled on first use, kept in numba's disk cache; runs without the GIL, though its callers hold the tier's lock."""
+    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+
+
+UNIT_S = 0.25
+NUM_BINS = 38  # half octaves of age: [0, sqrt 2), [sqrt 2, 2), ... units; the last is open above 26 h
+EDGES = UNIT_S * np.concatenate([[0.0], 2.0 ** (np.arange(1, NUM_BINS + 1) / 2)])
+NUM_BANDS = 6
+BAND = np.searchsorted([20.0, 60.0, 120.0, 240.0, 600.0], EDGES[1:])  # of each bin: its last second is at most that
+
+SIZES = np.array([4, 4, 5, 4, 3, 6, 3])  # levels of turn, new, gap, rhythm, length, output, stop: see main_class
+NUM_MAIN = int(SIZES.prod())
+NUM_TRUNK = 18  # octaves of a chunk's own gap
+NUM_CLASSES = NUM_MAIN + NUM_TRUNK
+LEVELS = np.stack(np.unravel_index(np.arange(NUM_MAIN), tuple(SIZES)), axis=1).astype(np.int64)  # [NUM_MAIN, 7]
+STRIDES = np.array([int(SIZES[f + 1 :].prod()) for f in range(len(SIZES))])
+
+VERSION = 1  # of `GritModel.dump`
+_LAYOUT = [NUM_BINS, NUM_TRUNK, *SIZES.tolist()]
+
+HALF_LIFE_S = 86400.0  # of what was learned
+PRIOR = 0.2  # hazard * age before anything is known
+BASE_WEIGHT = 1.0  # k: events that the prior is worth in a bin
+CLASS_WEIGHT = 30.0  # K: events that the model is worth in a class and bin
+LEVEL_WEIGHT = 8.0  # of a factor of 1 for a level and band
+SWEEPS = 3
+LEAST_S = 1.0  # no decision to keep a chunk costs less: bursts within a second are worth no more than that
+
+
+@njit
+def bin_of(age: float) -> int:
+    """The bin of an age in seconds."""
+    if age < EDGES[1]:
+        return 0
+    return min(int(2.0 * np.log2(age / UNIT_S)), NUM_BINS - 1)
+
+
+@njit
+def expose(x: Any, cls: int, begin: float, end: float, weight: float) -> None:
+    """Add the time between two ages, in seconds, to the exposure of a class."""
+    b = bin_of(begin)
+    while begin < end:
+        stop = end if b == NUM_BINS - 1 else min(end, EDGES[b + 1])
+        x[cls, b] += weight * (stop - begin)
+        begin = stop
+        b += 1
+
+
+@njit
+def _octaves(ratio: float) -> int:
+    """0 below 2, 1 below 4, and so on."""
+    return int(np.log2(max(ratio, 1.0)))
+
+
+@njit
+def main_class(
+    turn: int,  # of the session, from 1
+    new: int,  # chunks that were not known
+    gap_s: float,  # since the session's last turn; -1: none
+    rhythm_s: float,  # of the session's turns, smoothed; -1: none
+    length: int,  # chunks
+    output_tokens: int,  # of the reply; -1: unknown
+    stop: int,  # `Stop`
+) -> int:
+    """The class of a request."""
+    t = 0 if turn <= 1 else 1 if turn == 2 else 2 if turn <= 4 else 3
+    n = 0 if new <= 1 else 1 if new <= 4 else 2 if new <= 15 else 3
+    g = 0 if gap_s < 0 else 1 if gap_s < 15 else 2 if gap_s < 60 else 3 if gap_s < 300 else 4
+    r = 0 if rhythm_s < 0 else 1 if rhythm_s < 15 else 2 if rhythm_s < 60 else 3
+    m = 0 if length < 12 else 1 if length < 64 else 2
+    o = 0 if output_tokens < 0 else min(1 + _octaves(output_tokens / 50.0), 5)
+    s = min(max(stop, 0), 2)
+    return (((((t * 4 + n) * 5 + g) * 4 + r) * 3 + m) * 6 + o) * 3 + s
+
+
+@njit
+def trunk_class(gap_s: float) -> int:
+    """The class of a chunk that many sessions share, from its own smoothed gap in seconds."""
+    return NUM_MAIN + min(max(int(np.log2(max(gap_s, 1e-3)) + 1.0), 0), NUM_TRUNK - 1)
+
+
+@njit
+def _sweep(e: Any, x: Any, base: Any, rho: Any, active: Any) -> None:
+    """One round of iterative proportional fitting of `rho` [features, levels, bands] to the active classes."""
+    num = np.zeros(rho.shape[1:])
+    den = np.zeros(rho.shape[1:])
+    for f in range(len(SIZES)):
+        num[:] = 0.0
+        den[:] = 0.0
+        for c in active:
+            level = LEVELS[c, f]
+            for band in range(NUM_BANDS):
+                factor = 1.0
+                for other in range(len(SIZES)):
+                    if other != f:
+                        factor *= rho[other, LEVELS[c, other], band]
+                for b in range(NUM_BINS):
+                    if BAND[b] == band:
+                        num[level, band] += e[c, b]
+                        den[level, band] += x[c, b] * base[b] * factor
+        for level in range(SIZES[f]):
+            for band in range(NUM_BANDS):
+                rho[f, level, band] = (num[level, band] + LEVEL_WEIGHT) / (den[level, band] + LEVEL_WEIGHT)
+
+
+@njit
+def _model(base: Any, rho: Any, cls: int, out: Any) -> None:
+    """[NUM_BINS] hazard of a class before its own events count, 1/s."""
+    for b in range(NUM_BINS):
+        age = 0.5 * (EDGES[b] + EDGES[b + 1])
+        if cls < NUM_MAIN:
+            out[b] = base[b]
+            for f in range(len(SIZES)):
+                out[b] *= rho[f, LEVELS[cls, f], BAND[b]]
+        else:
+            gap = 2.0 ** (cls - NUM_MAIN - 0.5)
+            out[b] = 1.0 / gap if age < 2.0 * gap else 0.5 / age
+
+
+@njit
+def index_class(e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, index: Any) -> None:
+    """hazard[cls] = lambda in every bin, 1/s; index[cls] = G at the begin of every bin, 1/s."""
+    rate = np.empty(NUM_BINS)
+    _model(base, rho, cls, rate)
+    miss = np.empty(NUM_BINS)  # probability of no return in a bin
+    wait = np.empty(NUM_BINS)  # expected seconds in it
+    for b in range(NUM_BINS):
+        l = max((e[cls, b] + CLASS_WEIGHT) / (x[cls, b] + CLASS_WEIGHT / rate[b]), 1e-12)
+        hazard[cls, b] = l
+        miss[b] = np.exp(-l * (EDGES[b + 1] - EDGES[b]))
+        wait[b] = (1.0 - miss[b]) / l
+    for b in range(NUM_BINS):
+        alive, returns, seconds, best = 1.0, 0.0, 0.0, 0.0
+        for h in range(b, NUM_BINS):
+            returns += alive * (1.0 - miss[h])
+            seconds += alive * wait[h]
+            alive *= miss[h]
+            best = max(best, returns / (seconds + LEAST_S))
+        index[cls, b] = best
+
+
+@njit
+def chance(hazard: Any, cls: int, age: float, horizon: float) -> float:
+    """P(return within `horizon` seconds | not yet at `age`)."""
+    risk, end, b = 0.0, age + horizon, bin_of(age)
+    while age < end:
+        stop = end if b == NUM_BINS - 1 else min(end, EDGES[b + 1])
+        risk += hazard[cls, b] * (stop - age)
+        age = stop
+        b += 1
+    return float(1.0 - np.exp(-risk))
+
+
+@njit
+def _fit(e: Any, x: Any, base: Any, rho: Any, active: Any, keep: float) -> None:
+    for b in range(NUM_BINS):
+        age = 0.5 * (EDGES[b] + EDGES[b + 1])
+        events, seconds = BASE_WEIGHT, BASE_WEIGHT * age / PRIOR
+        for c in active:
+            e[c, b] *= keep
+            x[c, b] *= keep
+            if c < NUM_MAIN:
+                events += e[c, b]
+                seconds += x[c, b]
+        base[b] = events / seconds
+    main = active[active < NUM_MAIN]
+    for _ in range(SWEEPS):
+        _sweep(e, x, base, rho, main)
+
+
+class GritModel:
+    """The tables e, x and what is fitted to them; several caches may share one. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.events: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
+        self.exposure: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
+        self.base: npt.NDArray[np.float64] = np.zeros(NUM_BINS)
+        self.rho: npt.NDArray[np.float64] = np.ones((len(SIZES), int(SIZES.max()), NUM_BANDS))
+        self.hazard: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
+        self.index: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
+        self.fitted: npt.NDArray[np.int64] = np.full(NUM_CLASSES, -1)  # the epoch of each class's index; -1: never used
+        self.epoch = 0
+        self._now: float | None = None
+        self.fit(0.0)
+
+    def fit(self, now_s: float) -> None:
+        """Fit the tables anew; classes get their index when they are next used. What is old fades."""
+        elapsed = max(now_s - (now_s if self._now is None else self._now), 0.0)
+        self._now = now_s
+        active = np.flatnonzero(self.fitted >= 0)
+        _fit(self.events, self.exposure, self.base, self.rho, active, 0.5 ** (elapsed / HALF_LIFE_S))
+        self.epoch += 1
+
+    def dump(self) -> bytes:
+        """What was learned, for `load`: some 600 bytes for a class that was ever used."""
+        used = np.flatnonzero(self.fitted >= 0)
+        tables = _Tables(
+            VERSION, _LAYOUT, used.astype("<i4").tobytes(),
+            self.events[used].astype("<f8").tobytes(), self.exposure[used].astype("<f8").tobytes(),
+        )  # fmt: skip
+        body = msgspec.msgpack.encode(tables)
+        return blake3(body).digest() + body
+
+    def load(self, data: bytes) -> None:
+        """Start from what another model learned. Raises ConfigError, and changes nothing, if it is damaged or not ours."""
+        what = f"policy state of {len(data)} bytes"
+        if len(data) < 32 or blake3(data[32:]).digest() != data[:32]:
+            raise ConfigError(f"{what}: its checksum does not match; delete the file, or copy it again")
+        try:
+            tables = msgspec.msgpack.decode(data[32:], type=_Tables)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{what}: {error}; delete the file") from error
+        if tables.version != VERSION or tables.layout != _LAYOUT:
+            raise ConfigError(
+                f"{what}: version {tables.version}, layout {tables.layout}; this kvkern reads version {VERSION}, layout "
+                f"{_LAYOUT}; delete the file, it is learned again within some hundred requests"
+            )
+        used = np.frombuffer(tables.classes, dtype="<i4")
+        parts = [np.frombuffer(part, dtype="<f8") for part in (tables.events, tables.exposure)]
+        shaped = all(
+            part.size == used.size * NUM_BINS and np.isfinite(part).all() and (part >= 0).all() for part in parts
+        )
+        if not shaped or ((used < 0) | (used >= NUM_CLASSES)).any():
+            raise ConfigError(f"{what}: its tables have impossible sizes or values; delete the file")
+        self.events[used], self.exposure[used] = (part.reshape(-1, NUM_BINS) for part in parts)
+        self.fitted[used] = 0
+        self.fit(0.0)
+        self._now = None
+
+
+class _Tables(msgspec.Struct, array_like=True):
+    version: int
+    layout: list[int]
+    classes: bytes  # [n] int32
+    events: bytes  # [n, NUM_BINS] float64
+    exposure: bytes
