@@ -234,7 +234,7 @@ def open_cache(
         client.describe(namespace.root, namespace.described())
     else:
         arena = open_arena(config, geometry, name, expected=1)
-        cache, close = build_cache(arena), arena.close
+        cache, close = build_cache(arena, policy=config.policy), arena.close
     try:
         transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
     except BaseException:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
-from .config import Config
-from .policy.lru import LRU
+from .config import DEFAULT_POLICY, Config
+from .policy import make_policy
 from .policy.shares import Shares
 from .slots import SlotGeometry
 from .tiers.dram import DramTier
@@ -38,14 +38,16 @@ def open_arena(
     return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
 
 
-def build_cache(arena: Arena, shares: bool = False) -> Cache:
+def build_cache(arena: Arena, shares: bool = False, policy: str = DEFAULT_POLICY) -> Cache:
     """A manager over the arena. One per arena: it alone allocates, evicts and publishes.
 
-    With `shares` every namespace has an eviction order of its own, and the largest gives way first.
+    With `shares` every namespace has a policy of its own, and the largest gives way first. Raises ConfigError for a
+    policy that nobody knows.
     """
+    num_slots = arena.spec.num_slots
     if not shares:
-        return Cache(DramTier(arena, LRU()))
-    return Cache(DramTier(arena, Shares(LRU, lambda slot: bytes(arena.headers["namespace"][slot]))))
+        return Cache(DramTier(arena, make_policy(policy, num_slots)))
+    return Cache(DramTier(arena, Shares(lambda: make_policy(policy, num_slots))))
 
 
 def build_transfer(

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from .errors import KvkernError
 from .metrics import CacheCounters
+from .policy.base import Use
 from .tiers.dram import Adopted, Changes, ChunkShape, DramTier, Lease, Reservation
 
 logger = logging.getLogger("kvkern")
 
+_UNKNOWN = Use()
 NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
 
 
 class ChunkCache(Protocol):
-    """What engines use: a `Cache` of their own, or a daemon's through node.client.NodeClient."""
+    """What engines use: a `Cache` of their own, or a daemon's through node.client.NodeClient.
+
+    `use` is what the caller knows of the request, for the eviction policy. Its time and namespace are filled in here.
+    """
 
     counters: CacheCounters
     faults: Faults
@@ -33,10 +40,10 @@ class ChunkCache(Protocol):
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix that could be acquired now. Pins and counts nothing."""
 
-    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
         """`acquire_soon`, waited for."""
 
-    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """Pin the longest cached prefix, or all cached chunks. Never blocks; the lease is the caller's to release."""
 
     def release(self, lease: Lease) -> int:
@@ -45,7 +52,9 @@ class ChunkCache(Protocol):
     def release_later(self, lease: Lease) -> None:
         """For finalizers."""
 
-    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+    def reserve(
+        self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
+    ) -> Reservation:
         """Slots to write those of `wanted` into that nobody has."""
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
@@ -56,6 +65,9 @@ class ChunkCache(Protocol):
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
+
+    def finish(self, use: Use) -> None:
+        """How the request `use.request` ended. Never blocks, and may be lost."""
 
     def clear(self, namespace: bytes | None = None) -> int:
         """`clear_soon`, waited for."""
@@ -104,8 +116,13 @@ class Faults:
 class Cache:
     """One namespace-agnostic cache over the node's DRAM tier: keys already name model, weights and tenant."""
 
-    def __init__(self, dram: DramTier) -> None:
+    def __init__(
+        self,
+        dram: DramTier,
+        clock: Callable[[], float] = time.monotonic,  # seconds; of every use, whatever its caller says
+    ) -> None:
         self._dram = dram
+        self._clock = clock
         self._lock = threading.Lock()
         self._late: deque[Lease] = deque()  # abandoned leases, see release_later
         self.counters = CacheCounters()
@@ -118,22 +135,22 @@ class Cache:
             return self._dram.contains(keys)
         return 0
 
-    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
         """Pin the longest cached prefix (or, for windowed groups, all cached chunks with `prefix=False`).
 
         The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
         """
         with self._lock, self.faults.are_misses():
             self._end_late()
-            lease = self._dram.acquire(keys, prefix)
+            lease = self._dram.acquire(keys, prefix, self._now(use))
             self.counters.lookup_chunks += len(keys)
             self.counters.hit_chunks += len(lease.slots)
             return lease
         return NO_LEASE
 
-    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """See ChunkCache; done at once."""
-        return _done(self.acquire(keys, prefix))
+        return _done(self.acquire(keys, prefix, use))
 
     def release(self, lease: Lease) -> int:
         """End a lease. Chunks its reader marked BAD are dropped and counted; returns how many."""
@@ -150,17 +167,24 @@ class Cache:
         """For finalizers, which may run while this thread holds the lock: the next lookup or store ends the lease."""
         self._late.append(lease)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """The engine used these chunks from its own cache: they count as recently used here too."""
+    def touch(self, keys: Sequence[bytes], use: Use | None = None) -> None:
+        """The engine used these chunks from its own cache: they count as used here too."""
         with self._lock, self.faults.are_misses():
-            self._dram.touch(keys)
+            self._dram.touch(keys, self._now(use))
 
-    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+    def finish(self, use: Use) -> None:
+        """How the request `use.request` ended."""
+        self.touch((), use)
+
+    def reserve(
+        self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
+    ) -> Reservation:
         """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
         with self._lock, self.faults.are_misses():
             self._end_late()
-            reservation = self._dram.reserve(chain, wanted, shape)
+            reservation = self._dram.reserve(chain, wanted, shape, self._now(use))
             self.counters.dropped_chunks += reservation.dropped
+            self.counters.declined_chunks += reservation.declined
             self.counters.evicted_chunks += len(reservation.evicted)
             return reservation
         return NO_RESERVATION
@@ -232,10 +256,10 @@ class Cache:
             return reservation
         return NO_RESERVATION
 
-    def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
+    def publish(self, reservation: Reservation, namespace: bytes, use: Use | None = None) -> list[bool]:
         """Make granted slots READY. See DramTier.publish."""
         with self._lock, self.faults.are_misses():
-            published = self._dram.publish(reservation, namespace)
+            published = self._dram.publish(reservation, namespace, self._now(use))
             self.counters.stored_chunks += sum(published)
             self.counters.failed_chunks += len(published) - sum(published)
             return published
@@ -249,7 +273,7 @@ class Cache:
     def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
         """Take over an arena's chunks. See DramTier.adopt."""
         with self._lock:
-            return self._dram.adopt(alive)
+            return self._dram.adopt(alive, self._now(None))
 
     def trim(self, namespace: bytes, limit: int) -> None:
         """Keep a namespace within `limit` slots. See DramTier.trim."""
@@ -257,9 +281,9 @@ class Cache:
             self.counters.evicted_chunks += self._dram.trim(namespace, limit)
 
     def pin_all(self) -> Lease:
-        """A lease of every chunk, for readers nobody knows by name. Counts as no lookup."""
+        """A lease of every chunk, for readers nobody knows by name. Counts as no lookup, and as no use."""
         with self._lock, self.faults.are_misses():
-            return self._dram.acquire(self._dram.all_keys(), prefix=False)
+            return self._dram.acquire_all()
         return NO_LEASE
 
     def track(self) -> None:
@@ -287,6 +311,9 @@ class Cache:
         """Slots in all and free ones; the rest are READY or being written."""
         with self._lock:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
+
+    def _now(self, use: Use | None) -> Use:
+        return replace(use or _UNKNOWN, now_s=self._clock())
 
     def _end_late(self) -> None:
         while self._late:

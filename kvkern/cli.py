@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .config import DEFAULT_POLICY
+from .policy import POLICIES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for the KV cache of LLM engines.")
 
@@ -77,6 +79,7 @@ def serve(
     quota: Annotated[list[str] | None, typer.Option(help="MODEL=SIZE: the most a model may hold; * matches.")] = None,
     tenant_quota: Annotated[str | None, typer.Option(help="The most that each cache salt may hold.")] = None,
     fair: Annotated[bool, typer.Option("--fair", help="When full, the largest namespace gives way.")] = False,
+    policy: Annotated[str, typer.Option(help=f"Of eviction: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
     drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
 ) -> None:
@@ -102,6 +105,7 @@ def serve(
                 tenant=None if tenant_quota is None else parse_nbytes(tenant_quota, "tenant-quota"),
                 fair=fair,
             ),
+            policy=policy,
             drain_s=drain,
         )
         server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .policy import checked_policy
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 MAX_THREADS = 64
+DEFAULT_POLICY = "lru"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
 
@@ -68,6 +70,7 @@ class Config:
     weights: str = ""  # overrides the fingerprint of the weights in the namespace
     salt: str = ""  # folded into every key: caches with different salts never share
     socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
+    policy: str = DEFAULT_POLICY  # of eviction, see policy/; with `socket` it is the daemon's
     connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class Config:
             raise ConfigError(f"connect_s is {self.connect_s}; it must lie in 0..{_MAX_CONNECT_S} seconds")
         if not 0 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
+        checked_policy(self.policy)
         if not self.arena_dir.is_dir():
             raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
 
@@ -92,6 +96,10 @@ class Config:
         if options.get("socket"):
             if "capacity" in options:
                 raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
+            if "policy" in options:
+                raise ConfigError(
+                    f"policy and socket in {where}: it is the daemon's, `kvkern serve --policy`; leave it out"
+                )
         elif "capacity" in options:
             values["capacity_nbytes"] = parse_nbytes(options["capacity"])
         else:

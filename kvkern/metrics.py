@@ -14,6 +14,7 @@ class CacheCounters:
     stored_chunks: int = 0  # published
     failed_chunks: int = 0  # reserved but not written by every rank
     dropped_chunks: int = 0  # found no room
+    declined_chunks: int = 0  # not written: the policy holds what is there to be worth more
     evicted_chunks: int = 0
     bad_chunks: int = 0  # failed their checksum: a miss
     cleared_chunks: int = 0

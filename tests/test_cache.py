@@ -14,10 +14,11 @@ import pytest
 from kvkern.arena import Arena
 from kvkern.cache import Cache
 from kvkern.errors import ConfigError
+from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
 from kvkern.tiers.dram import DramTier
-from tests.support import SHAPE, chain_keys, make_arena, put, write
+from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, put, write
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_counters(cache: Cache, arena: Arena) -> None:
     got = cache.counters.snapshot()
     assert got == {
         "lookup_chunks": 6, "hit_chunks": 4, "hit_ratio": 4 / 6, "stored_chunks": 4 + 3 + 6, "failed_chunks": 1,
-        "dropped_chunks": 2, "evicted_chunks": 4, "bad_chunks": 1, "cleared_chunks": 8, "faults": 0,
+        "dropped_chunks": 2, "declined_chunks": 0, "evicted_chunks": 4, "bad_chunks": 1, "cleared_chunks": 8, "faults": 0,
     }  # fmt: skip
     assert cache.usage() == {"slots": 8, "free_slots": 8}
 
@@ -207,3 +208,35 @@ def test_threads(tmp_path: Path) -> None:
     assert cache.usage() == {"slots": 32, "free_slots": 32}
     assert (arena.headers["state"] == SlotState.FREE).all()
     arena.close()
+
+
+def test_the_policy_learns_of_requests_by_the_clock_of_the_cache(arena: Arena) -> None:
+    class Noting(LRU):
+        def access(self, chain: Keys, use: Use) -> None:
+            told.append((list(chain), use))
+            super().access(chain, use)
+
+    told: list[tuple[list[bytes], Use]] = []
+    times = iter([1.0, 2.0, 3.0, 4.0])
+    cache = Cache(DramTier(arena, Noting()), clock=lambda: next(times))
+    chain, use = chain_keys("a", 10), Use(now_s=99.0, request=7)
+    cache.release(cache.acquire(chain[:2], use=use))
+    reservation = cache.reserve(chain, chain, SHAPE, use=use)
+    assert (len(reservation.slots), reservation.declined, reservation.dropped) == (8, 0, 2)
+    write(arena, reservation)
+    cache.commit(reservation)
+    cache.finish(Use(request=7, output_tokens=3, stop=Stop.TOOL_CALL))
+    assert cache.acquire_soon(chain[:2]).result().keys == tuple(chain[:2])
+    assert told == [
+        (chain[:2], Use(now_s=1.0, request=7)),
+        (chain, Use(now_s=2.0, request=7, namespace=NAMESPACE)),
+        ([], Use(now_s=3.0, request=7, output_tokens=3, stop=Stop.TOOL_CALL)),
+        (chain[:2], Use(now_s=4.0)),
+    ]
+
+
+def test_declined_chunks_are_counted(cache: Cache, arena: Arena) -> None:
+    put(cache, arena, chain_keys("a", 8))
+    assert put(cache, arena, chain_keys("a", 10)) == 0  # all room is this sequence's own
+    assert (cache.counters.declined_chunks, cache.counters.dropped_chunks) == (2, 0)
+    assert cache.counters.evicted_chunks == 0

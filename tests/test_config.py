@@ -55,9 +55,10 @@ def test_defaults() -> None:
 def test_every_option(tmp_path: Path) -> None:
     options = {
         "capacity": "1GiB", "arena_dir": str(tmp_path), "threads": 3, "prefault": False, "store_replies": False,
-        "weights": "abc", "salt": "tenant",
+        "weights": "abc", "salt": "tenant", "policy": "arc",
     }  # fmt: skip
-    assert Config.parse(options) == Config(1 << 30, tmp_path, 3, False, False, "abc", "tenant")
+    expected = Config(1 << 30, tmp_path, 3, False, False, "abc", "tenant", policy="arc")
+    assert Config.parse(options) == expected
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -76,6 +77,9 @@ def test_every_option(tmp_path: Path) -> None:
     ({"capacity": 1, "salt": None}, "salt in the options is None"),
     ({"capacity": 1, "arena_dir": 5}, "arena_dir in the options is 5"),
     ({"capacity": 1, "arena_dir": "/nowhere/at/all"}, "arena_dir is '/nowhere/at/all', which is no directory"),
+    ({"capacity": 1, "policy": "fifo"}, "policy is 'fifo'; expected one of lru, arc, s3fifo, lirs, grit"),
+    ({"capacity": 1, "policy": 1}, "policy in the options is 1 (int), expected str"),
+    ({"socket": "/s", "policy": "lru"}, "policy and socket in the options: it is the daemon's, `kvkern serve --policy`"),
     ({"capacity": 0}, "capacity is 0"),
     ({1: 2}, "unknown key 1"),
 ], ids=repr)  # fmt: skip

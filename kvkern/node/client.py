@@ -24,8 +24,10 @@ from ..arena import Arena, process_start
 from ..cache import NO_LEASE, Faults
 from ..errors import ConfigError
 from ..metrics import CacheCounters
+from ..policy.base import Use
 from ..slots import SlotGeometry, SlotState
-from ..tiers.dram import ChunkShape, Lease, Reservation, begin_slots, prefix_length
+from ..tiers.dram import ChunkShape, Lease, Reservation, prefix_length
+from ..tiers.headers import begin_slots
 from . import protocol as p
 from .link import Link
 
@@ -53,6 +55,7 @@ class NodeReservation(Reservation):
 
     namespace: bytes = b""
     era: int = 0
+    use: Use | None = None
 
 
 class NodeClient:
@@ -142,7 +145,7 @@ class NodeClient:
         with self._lock:
             return self._known(keys)
 
-    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True) -> Future[Lease]:
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """Pin the longest cached prefix, or every cached chunk. Done at once on a sure miss, else within ANSWER_S."""
         result: Future[Lease] = _promise()
         asked = list(keys[: p.MAX_KEYS])
@@ -165,12 +168,13 @@ class NodeClient:
                     self._held += 1
                 result.set_result(lease)
 
-            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix), answered)
+            said = p.said_of(use)
+            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix, *said), answered)
         return result
 
-    def acquire(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
         """`acquire_soon`, waited for."""
-        return self.acquire_soon(keys, prefix).result()
+        return self.acquire_soon(keys, prefix, use).result()
 
     def release(self, lease: Lease) -> int:
         """End a lease. Chunks its reader marked BAD are dropped by the daemon; returns how many."""
@@ -189,7 +193,9 @@ class NodeClient:
         """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
         self._late.append(lease)
 
-    def reserve(self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape) -> Reservation:
+    def reserve(
+        self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
+    ) -> Reservation:
         """Slots from the stock for those of `wanted` that nobody is known to have or to be writing."""
         with self._lock:
             self._end_late()
@@ -212,8 +218,9 @@ class NodeClient:
                 self._begun.update(slots)
                 self._held += 1
             return NodeReservation(
-                tuple(granted), slots, generations, dropped, (), tuple(chain), shape.namespace, self._era
-            )
+                tuple(granted), slots, generations, dropped, chain=tuple(chain),
+                namespace=shape.namespace, era=self._era, use=use,
+            )  # fmt: skip
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Ask the daemon to publish what every rank has written. The result is how many chunks it did."""
@@ -240,15 +247,23 @@ class NodeClient:
 
             keys, chain = p.join_keys(reservation.keys), p.join_keys(reservation.chain[: p.MAX_KEYS])
             slots, generations = list(reservation.slots), list(reservation.generations)
-            namespace = reservation.namespace
+            namespace, said = reservation.namespace, p.said_of(reservation.use)
             self._publishing += 1
-            self._link.ask(lambda number: p.Publish(number, namespace, slots, generations, keys, chain), answered)
+            self._link.ask(
+                lambda number: p.Publish(number, namespace, slots, generations, keys, chain, *said), answered
+            )
             self._refill(0)
         return result
 
     def commit(self, reservation: Reservation) -> int:
         """`commit_soon`, waited for: when it returns, every engine's acquire hits what was published."""
         return self.commit_soon(reservation).result()
+
+    def finish(self, use: Use) -> None:
+        """How the request `use.request` ended. Queued; lost if the daemon is away."""
+        with self._lock:
+            if use.request:
+                self._link.send(p.Finish(*p.said_of(use)))
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""

@@ -6,10 +6,13 @@ import contextlib
 import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError
+
+_CREDENTIALS = struct.Struct("3i")
 
 
 @contextlib.contextmanager
@@ -63,6 +66,11 @@ def unfinished(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return not any(file.read(8))
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of who is at the other end."""
+    return _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
 
 
 def groups_of(pid: int) -> frozenset[int]:

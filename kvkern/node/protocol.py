@@ -20,9 +20,10 @@ from msgspec import Meta, Struct
 
 from ..errors import ConfigError, KvkernError
 from ..keys import KEY_NBYTES
+from ..policy.base import Stop, Use
 from ..slots import SlotGeometry
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_NBYTES = 4 << 20
 MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
@@ -41,6 +42,8 @@ Keys = Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
 Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
 Generations = Annotated[list[Generation], Meta(max_length=MAX_SLOTS)]
+OutputTokens = Annotated[int, Meta(ge=-1, lt=1 << 31)]
+RequestNumber = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_SLOTS)]
 
 
@@ -90,11 +93,18 @@ class Describe(_Message, tag=2):
 
 
 class Acquire(_Message, tag=3):
-    """Pin the longest cached prefix, or with `prefix=False` all cached chunks. Answered by Acquired."""
+    """Pin the longest cached prefix, or with `prefix=False` all cached chunks. Answered by Acquired.
+
+    Of the request that asks as much is said as is known, as in policy.base.Use; numbers are the client's own.
+    """
 
     id: Id
     keys: Keys
     prefix: bool
+    request: RequestNumber = 0
+    output_tokens: OutputTokens = -1
+    stop: Stop = Stop.UNKNOWN
+    session: Id = 0
 
 
 class Release(_Message, tag=4):
@@ -111,7 +121,7 @@ class Grant(_Message, tag=5):
 
 
 class Publish(_Message, tag=6):
-    """Granted slots are written, of these chunks. Answered by Published."""
+    """Granted slots are written, of these chunks. Answered by Published. Of the request as in Acquire."""
 
     id: Id
     namespace: Root
@@ -119,6 +129,10 @@ class Publish(_Message, tag=6):
     generations: Generations
     keys: Keys  # of the slots
     chain: Keys  # of the sequence, from its first chunk on
+    request: RequestNumber = 0
+    output_tokens: OutputTokens = -1
+    stop: Stop = Stop.UNKNOWN
+    session: Id = 0
 
 
 class GiveBack(_Message, tag=7):
@@ -161,6 +175,15 @@ class Evict(_Message, tag=12):
 
     id: Id
     prefix: Annotated[bytes, Meta(min_length=1, max_length=KEY_NBYTES)]
+
+
+class Finish(_Message, tag=13):
+    """How a request ended. Not answered."""
+
+    request: RequestNumber
+    output_tokens: OutputTokens = -1
+    stop: Stop = Stop.UNKNOWN
+    session: Id = 0
 
 
 # -- daemon to client ---------------------------------------------------------------------------------------------------
@@ -237,7 +260,7 @@ class Draining(_Message, tag=73):
 
 
 Request = (
-    Hello | Describe | Acquire | Release | Grant | Publish | GiveBack | Clear | Settle | Stat | List | Evict
+    Hello | Describe | Acquire | Release | Grant | Publish | GiveBack | Clear | Settle | Stat | List | Evict | Finish
 )  # fmt: skip
 Response = (
     Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining
@@ -319,6 +342,27 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
     if len(joined) != KEY_NBYTES * len(keys):
         raise ConfigError(f"{len(keys)} keys have {len(joined)} bytes in all; chunk keys have {KEY_NBYTES} each")
     return joined
+
+
+def said_of(use: Use | None) -> tuple[int, int, Stop, int]:
+    """The last fields of Acquire, Publish and Finish. Numbers are cut to what travels."""
+    if use is None:
+        return 0, -1, Stop.UNKNOWN, 0
+    output_tokens = max(-1, min(use.output_tokens, (1 << 31) - 1))
+    return use.request % (1 << 32), output_tokens, use.stop, use.session % (1 << 53)
+
+
+def use_of(
+    message: Acquire | Publish | Finish,
+    connection: int,  # its number: requests of different clients may say the same one
+) -> Use:
+    """What the message says of its request. The time is for the daemon to add."""
+    return Use(
+        request=(connection << 32 | message.request) if message.request else 0,
+        output_tokens=message.output_tokens,
+        stop=message.stop,
+        session=message.session,
+    )
 
 
 def unreachable(path: Path, error: OSError) -> ConfigError:

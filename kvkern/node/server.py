@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
 from ..assemble import build_cache
-from ..config import format_nbytes
+from ..config import DEFAULT_POLICY, format_nbytes
 from ..errors import ArenaError, ConfigError, KvkernError
+from ..policy import checked_policy
 from ..slots import SlotGeometry
 from . import protocol as p
-from .place import bind, groups_of, only_one, unfinished
+from .place import bind, groups_of, only_one, peer_of, unfinished
 from .sessions import Quotas, Session, Sessions
 
 logger = logging.getLogger("kvkern")
@@ -35,7 +35,6 @@ MAX_UNSENT_NBYTES = 64 << 20  # of one client
 MAX_CONNECTIONS = 512
 PAGE_KEYS = p.MAX_KEYS // 2  # of either kind in one Changed
 LINGER_S = 1.0  # how long a client that is let go may take to read what is queued for it
-_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,14 @@ class NodeConfig:
     uids: frozenset[int] = frozenset()  # that may connect, beside the daemon's own
     gids: frozenset[int] = frozenset()  # whose members may connect
     quotas: Quotas = field(default_factory=Quotas)
+    policy: str = DEFAULT_POLICY  # of eviction
     drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
             raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
         p.checked_path(self.socket)
+        checked_policy(self.policy)
         if not self.arena_dir.is_dir():
             raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
         if not 0 <= self.drain_s <= 3600:
@@ -85,8 +86,7 @@ class Connection(asyncio.Protocol):
         """Look who it is."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        raw = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        self.peer = _CREDENTIALS.unpack(raw)
+        self.peer = peer_of(transport.get_extra_info("socket"))
         self._server.connections.add(self)
         if len(self._server.connections) > MAX_CONNECTIONS:
             self.refuse(f"{MAX_CONNECTIONS} connections are open already; close some, or run another daemon")
@@ -394,7 +394,8 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
-        sessions = Sessions(build_cache(arena, self.config.quotas.shares), arena, quotas=self.config.quotas)
+        cache = build_cache(arena, self.config.quotas.shares, self.config.policy)
+        sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
@@ -416,7 +417,7 @@ class Server:
             raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
         elif isinstance(request, p.Acquire):
             keys = p.cut_keys(request.keys)
-            number, lease = state.acquire(session, keys, request.prefix)
+            number, lease = state.acquire(session, keys, request.prefix, p.use_of(request, session.number))
             at = {} if request.prefix else {key: row for row, key in enumerate(keys)}
             rows = list(range(len(lease.slots))) if request.prefix else [at[key] for key in lease.keys]
             connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
@@ -429,11 +430,14 @@ class Server:
             connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), limit))
         elif isinstance(request, p.Publish):
             keys, chain = p.cut_keys(request.keys), p.cut_keys(request.chain)
-            done = state.publish(session, request.namespace, request.slots, request.generations, keys, chain)
+            use = p.use_of(request, session.number)
+            done = state.publish(session, request.namespace, request.slots, request.generations, keys, chain, use)
             self._publish_changes()  # before the acknowledgement: what is acknowledged, every client has been told of
             connection.send(p.Published(request.id, done))
         elif isinstance(request, p.GiveBack):
             state.give_back(session, request.slots)
+        elif isinstance(request, p.Finish):
+            state.cache.finish(p.use_of(request, session.number))
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:

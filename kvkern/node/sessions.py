@@ -21,6 +21,7 @@ import numpy as np
 from ..arena import MAX_PROCESSES, Arena, process_alive
 from ..cache import Cache
 from ..errors import ArenaError
+from ..policy.base import Use
 from ..tiers.dram import Lease, Reservation
 
 RESTART_PIN_S = 30.0
@@ -202,11 +203,13 @@ class Sessions:
 
     # -- requests --------------------------------------------------------------------------------------------------------
 
-    def acquire(self, session: Session, keys: Sequence[bytes], prefix: bool) -> tuple[int, Lease]:
+    def acquire(
+        self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
+    ) -> tuple[int, Lease]:
         """(number of the lease, lease). An empty lease has number 0 and needs no release."""
         if len(session.leases) >= MAX_LEASES:
             return 0, Lease((), ())
-        lease = self.cache.acquire(keys, prefix)
+        lease = self.cache.acquire(keys, prefix, use)
         if not lease.slots:
             self.cache.release(lease)
             return 0, lease
@@ -244,6 +247,7 @@ class Sessions:
         generations: Sequence[int],
         keys: Sequence[bytes],
         chain: Sequence[bytes],
+        use: Use | None = None,
     ) -> list[bool]:
         """Publish chunks in slots granted to this session; slots and generations it does not hold publish nothing."""
         result = [False] * len(slots)
@@ -257,7 +261,7 @@ class Sessions:
                 tuple(keys[row] for row in mine), tuple(slots[row] for row in mine),
                 tuple(generations[row] for row in mine), chain=tuple(chain),
             )  # fmt: skip
-            for row, published in zip(mine, self.cache.publish(held, namespace), strict=True):
+            for row, published in zip(mine, self.cache.publish(held, namespace, use), strict=True):
                 result[row] = published
             if (limit := self._slots_of(namespace)) is not None:
                 self.cache.trim(namespace, limit)

@@ -1,54 +1,64 @@
 """Least recently used, tail first.
 
-    order: evictable slots, oldest first
-    insert, touch, unpin (a, b, c in prefix order):  move c, then b, then a to the newest end
-    victims(n):                                      take from the oldest end
+    order: evictable chunks, oldest first
+    access, insert, unpin (a, b, c in prefix order):  move c, then b, then a to the newest end
+    insert of what was accessed last:                 then the whole sequence again, so its new tail is its oldest part
+    victims(n):                                       take from the oldest end
 
-A whole sequence is touched at once, its tail first, so an ancestor is always newer than its descendants and leaves last.
+A whole sequence is used at once, its tail first, so an ancestor is always newer than its descendants and leaves last.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
-from itertools import filterfalse
+from collections.abc import Iterable
+from itertools import islice
+
+from .base import Keys, Use
 
 
 class LRU:
-    """`EvictionPolicy` in one ordered dict; every operation is O(1) a slot."""
+    """`EvictionPolicy` in one ordered dict; every operation is O(1) a chunk. Learns nothing from requests."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
+        self._order: OrderedDict[bytes, None] = OrderedDict()
+        self._latest: dict[bytes, None] = {}  # what was accessed last, its tail first
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def insert(self, slots: Sequence[int]) -> None:
+    def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy."""
-        self._order.update(dict.fromkeys(reversed(slots)))
+        if chain:
+            self._latest = dict.fromkeys(reversed(chain))
+            self._renew(self._latest)
 
-    unpin = insert
-
-    def touch(self, slots: Sequence[int]) -> None:
+    def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
-        order = self._order
-        deque(map(order.move_to_end, filter(order.__contains__, reversed(slots))), maxlen=0)
+        self.unpin(keys)
+        if any(map(self._latest.__contains__, keys)):
+            self._renew(self._latest)
 
-    def pin(self, slots: Sequence[int]) -> None:
+    def pin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        deque(map(self._order.pop, slots), maxlen=0)
+        deque(map(self._order.pop, keys), maxlen=0)
 
-    def remove(self, slots: Sequence[int]) -> None:
+    def unpin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        for slot in slots:
-            self._order.pop(slot, None)
+        self._order.update(dict.fromkeys(reversed(keys)))
 
-    def victims(self, count: int, keep: Collection[int]) -> list[int]:
-        """See EvictionPolicy. Callers touch `keep` first, so it lies at the newest end and the walk is O(count)."""
-        chosen: list[int] = []
-        for slot in filterfalse(keep.__contains__, self._order):
-            if len(chosen) == count:
-                break
-            chosen.append(slot)
+    def remove(self, keys: Keys) -> None:
+        """See EvictionPolicy."""
+        for key in keys:
+            self._order.pop(key, None)
+
+    def victims(self, count: int) -> list[bytes]:
+        """See EvictionPolicy."""
+        chosen = list(islice(self._order, max(count, 0)))
         self.remove(chosen)
         return chosen
+
+    def _renew(self, keys: Iterable[bytes]) -> None:
+        """Those that are evictable become the newest, the last of them the very newest."""
+        order = self._order
+        deque(map(order.move_to_end, filter(order.__contains__, keys)), maxlen=0)

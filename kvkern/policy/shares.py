@@ -1,10 +1,10 @@
-"""Shares of an arena: every namespace has an eviction order of its own, and who holds most gives way first.
+"""Shares of an arena: every namespace has a policy of its own, and who holds most gives way first.
 
-    order of a share: any EvictionPolicy
-    victims(n):       from the largest share until another is as large, then from both by turns, and so on
+    policy of a share: any EvictionPolicy
+    victims(n):        from the largest share until another is as large, then from both by turns, and so on
 
-    heap:             (-size, tick, share), the smallest first: of equal shares the one whose size changed longest ago.
-                      A size that changes leaves a stale entry, dropped when it is met or when half of all are stale
+    heap:              (-size, tick, share), the smallest first: of equal shares the one whose size changed longest ago.
+                       A size that changes leaves a stale entry, dropped when it is met or when half of all are stale
 
 A tenant that scans through new prompts evicts its own chunks once it holds more than anybody else; a small one keeps
 what it has. Caps are the tier's to enforce, with `victims_of`.
@@ -13,76 +13,82 @@ what it has. Caps are the tier's to enforce, with `victims_of`.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 
-from .base import EvictionPolicy
+from .base import EvictionPolicy, Keys, Use
 
-_Entry = tuple[int, int, Hashable]
+_Entry = tuple[int, int, bytes]
 _FEW = 64  # stale entries that are not worth a sweep
+_MAX_EMPTY = 64  # shares without chunks that keep what their policy has learnt
+_OPEN_REQUESTS = 4096  # requests whose end still finds its share
 
 
 class Shares:
-    """`EvictionPolicy` over one policy a share. O(1) a slot, and O(log shares) a share that a call changes or exhausts."""
+    """`EvictionPolicy` over one policy a share. O(1) a chunk, and O(log shares) a share that a call changes or exhausts."""
 
-    def __init__(
-        self,
-        make: Callable[[], EvictionPolicy],
-        share_of: Callable[[int], Hashable],  # asked once for a slot, when it is inserted
-    ) -> None:
-        self._make, self._share_of = make, share_of
-        self._shares: dict[int, Hashable] = {}  # slot -> share, of every slot inserted and not gone
-        self._policies: dict[Hashable, EvictionPolicy] = {}
-        self._sizes: Counter[Hashable] = Counter()
+    def __init__(self, make: Callable[[], EvictionPolicy]) -> None:
+        self._make = make
+        self._shares: dict[bytes, bytes] = {}  # key -> share, of every chunk inserted and not gone
+        self._policies: dict[bytes, EvictionPolicy] = {}
+        self._empty: OrderedDict[bytes, None] = OrderedDict()  # shares without chunks, the one used longest ago first
+        self._requests: OrderedDict[int, bytes] = OrderedDict()  # number -> share, the one used longest ago first
+        self._sizes: Counter[bytes] = Counter()
         self._heap: list[_Entry] = []
-        self._ticks: dict[Hashable, int] = {}  # of every share's entry in the heap that is not stale
+        self._ticks: dict[bytes, int] = {}  # of every share's entry in the heap that is not stale
         self._tick = 0
 
-    def size(self, share: Hashable) -> int:
-        """Slots of a share, pinned ones too."""
+    def size(self, share: bytes) -> int:
+        """Chunks of a share, pinned ones too."""
         return self._sizes[share]
 
-    def insert(self, slots: Sequence[int]) -> None:
-        """See EvictionPolicy."""
-        for slot in slots:
-            self._shares[slot] = self._share_of(slot)
-        for share, mine in self._by_share(slots):
-            if share not in self._policies:
-                self._policies[share] = self._make()
-            self._policies[share].insert(mine)
-            self._grow(share, len(mine))
+    def access(self, chain: Keys, use: Use) -> None:
+        """See EvictionPolicy. Ignored if neither the namespace, nor a chunk, nor the request's number tells the share."""
+        share = use.namespace or next((s for key in chain if (s := self._shares.get(key)) is not None), None)
+        if share is None:
+            share = self._requests.get(use.request)
+        if share is None:
+            return
+        if use.request:
+            self._requests[use.request] = share
+            self._requests.move_to_end(use.request)
+            if len(self._requests) > _OPEN_REQUESTS:
+                self._requests.popitem(last=False)
+        self._policy_of(share).access(chain, use)
 
-    def touch(self, slots: Sequence[int]) -> None:
+    def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
-        for share, mine in self._by_share(slots):
-            self._policies[share].touch(mine)
+        share = use.namespace
+        self._policy_of(share).insert(keys, use)
+        self._shares.update(dict.fromkeys(keys, share))
+        self._grow(share, len(keys))
 
-    def pin(self, slots: Sequence[int]) -> None:
+    def pin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        for share, mine in self._by_share(slots):
+        for share, mine in self._by_share(keys):
             self._policies[share].pin(mine)
 
-    def unpin(self, slots: Sequence[int]) -> None:
+    def unpin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        for share, mine in self._by_share(slots):
+        for share, mine in self._by_share(keys):
             self._policies[share].unpin(mine)
 
-    def remove(self, slots: Sequence[int]) -> None:
+    def remove(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        for share, mine in self._by_share(slots):
+        for share, mine in self._by_share(keys):
             self._policies[share].remove(mine)
             self._forget(share, mine)
 
-    def victims(self, count: int, keep: Collection[int]) -> list[int]:
+    def victims(self, count: int) -> list[bytes]:
         """See EvictionPolicy."""
-        chosen: list[int] = []
+        chosen: list[bytes] = []
         exhausted: list[_Entry] = []
         while len(chosen) < count and (largest := self._largest()) is not None:
             heapq.heappop(self._heap)
             size, _, share = largest
             second = self._largest()
             step = max(1, second[0] - size) if second is not None else -size
-            found = self.victims_of(share, min(step, count - len(chosen)), keep)
+            found = self.victims_of(share, min(step, count - len(chosen)))
             if not found:
                 exhausted.append(largest)
             chosen += found
@@ -90,33 +96,51 @@ class Shares:
             heapq.heappush(self._heap, entry)
         return chosen
 
-    def victims_of(self, share: Hashable, count: int, keep: Collection[int]) -> list[int]:
-        """Up to `count` slots of one share to evict, none of `keep`, and forget them."""
+    def victims_of(self, share: bytes, count: int) -> list[bytes]:
+        """Up to `count` chunks of one share to evict, and forget them."""
         policy = self._policies.get(share)
-        found = policy.victims(count, keep) if policy is not None and count > 0 else []
+        found = policy.victims(count) if policy is not None and count > 0 else []
         if found:
             self._forget(share, found)
         return found
 
-    def _by_share(self, slots: Sequence[int]) -> Iterator[tuple[Hashable, list[int]]]:
-        """Slots that are known, by their share, each in the given order."""
-        groups: dict[Hashable, list[int]] = {}
-        for slot in slots:
-            if (share := self._shares.get(slot)) is not None:
-                groups.setdefault(share, []).append(slot)
+    def _policy_of(self, share: bytes) -> EvictionPolicy:
+        """A new one for a new share; of shares without chunks the one used longest ago loses its own."""
+        policy = self._policies.get(share)
+        if policy is None:
+            policy = self._policies[share] = self._make()
+        if not self._sizes[share]:
+            self._keep_empty(share)
+        return policy
+
+    def _keep_empty(self, share: bytes) -> None:
+        self._empty[share] = None
+        self._empty.move_to_end(share)
+        if len(self._empty) > _MAX_EMPTY:
+            del self._policies[self._empty.popitem(last=False)[0]]
+
+    def _by_share(self, keys: Keys) -> Iterator[tuple[bytes, list[bytes]]]:
+        """Keys that are known, by their share, each in the given order."""
+        groups: dict[bytes, list[bytes]] = {}
+        for key in keys:
+            if (share := self._shares.get(key)) is not None:
+                groups.setdefault(share, []).append(key)
         yield from groups.items()
 
-    def _forget(self, share: Hashable, slots: Sequence[int]) -> None:
-        self._grow(share, -sum(self._shares.pop(slot, None) is not None for slot in slots))
+    def _forget(self, share: bytes, keys: Sequence[bytes]) -> None:
+        self._grow(share, -sum(self._shares.pop(key, None) is not None for key in keys))
 
-    def _grow(self, share: Hashable, count: int) -> None:
+    def _grow(self, share: bytes, count: int) -> None:
         self._sizes[share] += count
         if self._sizes[share]:
             self._tick += 1
             self._ticks[share] = self._tick
             heapq.heappush(self._heap, (-self._sizes[share], self._tick, share))
+            self._empty.pop(share, None)
         else:
-            del self._sizes[share], self._policies[share], self._ticks[share]
+            del self._sizes[share]
+            self._ticks.pop(share, None)
+            self._keep_empty(share)
         if len(self._heap) > 2 * len(self._ticks) + _FEW:
             self._heap = [entry for entry in self._heap if self._is_fresh(entry)]
             heapq.heapify(self._heap)

@@ -6,6 +6,9 @@
     WRITING -> FREE   abort, or the namespace was cleared meanwhile
     READY -> FREE     eviction (never while pinned), drop, clear
 
+The policy knows what is READY and what `reserve` has given a slot, pinned while it is leased or being written; what is
+granted it learns of when it is published.
+
 Not thread-safe: `Cache` holds the lock. Every structure is bounded by the number of slots.
 """
 
@@ -13,22 +16,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arena import Arena, process_start
 from ..errors import ConfigError
-from ..kernels.checksum import ROW_NBYTES
 from ..keys import KEY_NBYTES
-from ..policy.base import EvictionPolicy
+from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.shares import Shares
-from ..slots import HEAD, SlotState, seal
+from ..slots import SlotState
+from .headers import begin_slots, verify_slots
 
-Keys = Sequence[bytes]
-_NO_POSITION = (1 << 32) - 1
-_VERIFY_SLOTS = 256  # at a time: bounds memory, not work
+_UNKNOWN = Use()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Reservation:
     slots: tuple[int, ...]
     generations: tuple[int, ...]  # what each rank writes into the header's `written`
     dropped: int = 0  # chunks that found no room: everything else is leased or being written
+    declined: int = 0  # chunks that the policy holds to be worth less than what it would evict for them
     evicted: tuple[bytes, ...] = ()
     chain: tuple[bytes, ...] = field(default=(), repr=False)  # the sequence from its first chunk on
 
@@ -111,6 +113,7 @@ class DramTier:
         self._key_of: list[bytes | None] = [None] * num_slots
         self._state: list[SlotState] = [SlotState.FREE] * num_slots
         self._pins: list[int] = [0] * num_slots
+        self._num_leased = 0  # slots of `_index` that are pinned
         self._doomed: set[int] = set()  # pinned slots that are freed with their last lease
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
         self._granted: set[int] = set()  # WRITING slots whose chunk only their header names
@@ -135,20 +138,19 @@ class DramTier:
         """Length of the longest READY prefix of `keys`. No side effect."""
         return prefix_length(keys, self._index)
 
-    def acquire(self, keys: Keys, prefix: bool = True) -> Lease:
-        """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows)."""
+    def acquire(self, keys: Keys, prefix: bool = True, use: Use = _UNKNOWN) -> Lease:
+        """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows).
+
+        All that was asked for counts as used: policies learn from misses too.
+        """
+        self._policy.access(keys, use)
         if prefix:
-            keys = keys[: self.contains(keys)]
-        else:
-            keys = [key for key in keys if key in self._index]
-        slots, pins = tuple(map(self._index.__getitem__, keys)), self._pins
-        fresh = []
-        for slot in slots:
-            if not pins[slot]:
-                fresh.append(slot)
-            pins[slot] += 1
-        self._policy.pin(fresh)
-        return Lease(tuple(keys), slots)
+            return self._lease(keys[: self.contains(keys)])
+        return self._lease([key for key in keys if key in self._index])
+
+    def acquire_all(self) -> Lease:
+        """Pin every READY chunk; nobody uses them by that."""
+        return self._lease(self.all_keys())
 
     def release(self, lease: Lease) -> None:
         """End a lease; its slots become evictable again, or free if they were dropped meanwhile."""
@@ -163,32 +165,42 @@ class DramTier:
             doomed -= dead
             idle = [slot for slot in idle if slot not in dead]
             self._recycle(list(dead))
-        self._policy.unpin(idle)
+        self._num_leased -= len(idle)
+        if idle:
+            self._policy.unpin(self._keys_of(idle))
 
-    def touch(self, keys: Keys) -> None:
-        """Used now, though nobody reads them here: an engine hit them in its own cache."""
-        self._policy.touch(self._resident(keys))
+    def touch(self, keys: Keys, use: Use = _UNKNOWN) -> None:
+        """Used, though nobody reads them here: an engine hit them in its own cache. Without keys: how a request ended."""
+        self._policy.access(keys, use)
 
-    def reserve(self, chain: Keys, wanted: Keys, shape: ChunkShape) -> Reservation:
+    def reserve(self, chain: Keys, wanted: Keys, shape: ChunkShape, use: Use = _UNKNOWN) -> Reservation:
         """Slots for those of `wanted` that are neither READY nor WRITING, evicting others if need be.
 
-        `chain` is the sequence from its first chunk: its resident chunks count as used now and are not evicted for
-        `wanted`, so that ancestors stay longer than what hangs on them. If leases leave too little room, the first
-        of `wanted` get it.
+        `chain` is the sequence from its first chunk, and counts as used. The policy is offered all that could get room,
+        and names what goes: resident chunks, or some of those just offered, which are declined then. If leases leave too
+        little room, the first of `wanted` get it.
         """
-        resident = self._resident(chain)
-        self._policy.touch(resident)
         for key in wanted:
             if len(key) != KEY_NBYTES:
                 raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}")
+        use = replace(use, namespace=shape.namespace)
+        self._policy.access(chain, use)
         missing = [key for key in dict.fromkeys(wanted) if key not in self._index and key not in self._writing]
-        evicted = self._evict(len(missing) - len(self._free), resident)
-        granted = missing[: len(self._free)]
+        offered = missing[: len(self._free) + len(self._index) - self._num_leased]
+        if offered:
+            self._policy.insert(offered, use)
+        evicted, declined = self._evict(len(offered) - len(self._free), offered)
+        kept = [key for key in offered if key not in declined] if declined else offered
+        granted, left = kept[: len(self._free)], kept[len(self._free) :]
+        if left:  # the policy has named less than it was asked for
+            self._policy.remove(left)
+        if granted:
+            self._policy.pin(granted)
         slots = [self._free.pop() for _ in granted]
         generations = self._begin(granted, slots, shape, chain)
         return Reservation(
-            tuple(granted), tuple(slots), tuple(generations),
-            len(missing) - len(granted), tuple(evicted), tuple(chain),
+            tuple(granted), tuple(slots), tuple(generations), dropped=len(missing) - len(granted) - len(declined),
+            declined=len(declined), evicted=tuple(evicted), chain=tuple(chain),
         )  # fmt: skip
 
     def commit(self, reservation: Reservation) -> int:
@@ -199,14 +211,15 @@ class DramTier:
         written = (headers["written"][slots] == generations[:, None]).all(axis=1).tolist()
         good = [ok and slot not in self._stale for slot, ok in zip(reservation.slots, written, strict=True)]
         ready = [slot for slot, ok in zip(reservation.slots, good, strict=True) if ok]
-        self._make_ready(ready, [key for key, ok in zip(reservation.keys, good, strict=True) if ok])
-        self._policy.touch(self._resident(reservation.chain))  # else a tail would be newer than its ancestors
+        keys = [key for key, ok in zip(reservation.keys, good, strict=True) if ok]
+        self._make_ready(ready, keys)
+        self._unpin_written(keys, reservation.chain)
         self._recycle([slot for slot, ok in zip(reservation.slots, good, strict=True) if not ok])
         return len(ready)
 
     def grant(self, count: int) -> Reservation:
         """Up to `count` slots for a client to fill and name; evicts if need be. Its keys are empty."""
-        evicted = self._evict(count - len(self._free), ())
+        evicted, _ = self._evict(count - len(self._free), ())
         slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
         for slot in slots:
             self._state[slot] = SlotState.WRITING
@@ -220,12 +233,14 @@ class DramTier:
         }  # fmt: skip
         for name, value in values.items():
             headers[name][at] = value
-        return Reservation((), tuple(slots), tuple(generations.tolist()), count - len(slots), tuple(evicted))
+        dropped = count - len(slots)
+        return Reservation((), tuple(slots), tuple(generations.tolist()), dropped, evicted=tuple(evicted))
 
-    def publish(self, reservation: Reservation, namespace: bytes) -> list[bool]:
+    def publish(self, reservation: Reservation, namespace: bytes, use: Use = _UNKNOWN) -> list[bool]:
         """Make granted slots READY whose header names the given key and that every rank has written; free the others.
 
-        Which of them were published; a chunk that somebody else has published meanwhile was not.
+        Which of them were published; a chunk that somebody else has published meanwhile was not. The sequence they are
+        part of counts as used.
         """
         headers, geometry = self._arena.headers, self._arena.spec.geometry
         slots = np.array(reservation.slots, dtype=np.int64)
@@ -243,7 +258,10 @@ class DramTier:
                 self._make_ready([slot], [key])
             else:
                 self.give_back([slot])
-        self._policy.touch(self._resident(reservation.chain))
+        use = replace(use, namespace=namespace)
+        self._policy.access(reservation.chain, use)
+        if published := [key for key, fresh in zip(reservation.keys, result, strict=True) if fresh]:
+            self._policy.insert(published, use)
         return result
 
     def give_back(self, slots: Iterable[int]) -> None:
@@ -275,10 +293,11 @@ class DramTier:
             if (key := self._key_of[slot]) is not None:
                 del self._writing[key]
                 self._key_of[slot] = None
+                self._policy.remove([key])
         self._stale.update(writing, begun)
         return len(writing) + self._drop(ready)
 
-    def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
+    def adopt(self, alive: Callable[[int, int], bool], use: Use = _UNKNOWN) -> Adopted:
         """Take over what lies in an arena whose daemon is gone. Call once, before anything else.
 
         READY slots whose header and payload verify are served again; the rest is free, but for slots that may still be
@@ -310,6 +329,11 @@ class DramTier:
         self._granted.update(held)
         self._stale.update(held)  # their writers' reservations went with the daemon
         self._make_ready(list(keep.values()), list(keep))
+        found: dict[bytes, list[bytes]] = {}  # by namespace
+        for key, slot in keep.items():
+            found.setdefault(bytes(headers["namespace"][slot]), []).append(key)
+        for namespace, keys in found.items():
+            self._policy.insert(keys, replace(use, namespace=namespace))
         return Adopted(len(keep), len(ready) - len(keep), unfinished, tuple(unserved))
 
     def info(self, keys: Keys) -> list[dict[str, int | str]]:
@@ -335,13 +359,25 @@ class DramTier:
         """Evict chunks of a namespace until it has `limit` slots. Returns how many; without shares none."""
         if not isinstance(self._policy, Shares):
             return 0
-        victims = self._policy.victims_of(namespace, self._policy.size(namespace) - limit, ())
-        self._recycle(victims)
-        return len(victims)
+        named = self._policy.victims_of(namespace, self._policy.size(namespace) - limit)
+        return len(self._recycle_evicted(named))
 
     def drop(self, keys: Keys) -> int:
         """Forget these chunks. Returns how many were READY."""
-        return self._drop(self._resident(list(dict.fromkeys(keys))))
+        return self._drop([self._index[key] for key in dict.fromkeys(keys) if key in self._index])
+
+    def _lease(self, keys: Keys) -> Lease:
+        """Pin these. All are READY."""
+        slots, pins = tuple(map(self._index.__getitem__, keys)), self._pins
+        fresh = []
+        for slot in slots:
+            if not pins[slot]:
+                fresh.append(slot)
+            pins[slot] += 1
+        self._num_leased += len(fresh)
+        if fresh:
+            self._policy.pin(self._keys_of(fresh))
+        return Lease(tuple(keys), slots)
 
     def _of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
         at = np.array(slots, dtype=np.int64)
@@ -357,8 +393,18 @@ class DramTier:
             self._state[slot] = SlotState.READY
         if self.changes is not None:
             self.changes.note(keys, ready=True)
-        self._policy.insert(slots)
         self._arena.headers["state"][list(slots)] = SlotState.READY
+
+    def _unpin_written(self, keys: Sequence[bytes], chain: Keys) -> None:
+        """Evictable from now on, and none before what hangs on it: what is idle of the sequence finds its place with them."""
+        if not keys:
+            return
+        written, order = set(keys), dict.fromkeys([*chain, *keys])
+        idle = [k for k in order if k not in written and k in self._index and not self._pins[self._index[k]]]
+        if idle:
+            self._policy.pin(idle)
+        written.update(idle)
+        self._policy.unpin([key for key in order if key in written])
 
     def _drop(self, slots: Iterable[int]) -> int:
         """READY slots leave the index now; pinned ones are freed with their last lease. Returns how many were in it."""
@@ -368,28 +414,33 @@ class DramTier:
             if key is None:
                 continue  # dropped before, still leased
             count += 1
+            self._policy.remove([key])
             if self._pins[slot]:
                 self._forget(key)
                 self._key_of[slot] = None
                 self._doomed.add(slot)
-                self._policy.remove([slot])
+                self._num_leased -= 1
                 # neither READY nor FREE: a restarted daemon must not serve it, nor give it away under its readers
                 self._arena.headers["state"][slot] = SlotState.WRITING
             else:
-                self._policy.remove([slot])
                 self._recycle([slot])
         return count
 
-    def _resident(self, keys: Keys) -> list[int]:
-        get = self._index.get
-        return [slot for key in keys if (slot := get(key)) is not None]
+    def _keys_of(self, slots: Iterable[int]) -> list[bytes]:
+        return [key for slot in slots if (key := self._key_of[slot]) is not None]
 
-    def _evict(self, count: int, keep: Sequence[int]) -> list[bytes]:
+    def _evict(self, count: int, offered: Sequence[bytes]) -> tuple[list[bytes], set[bytes]]:
+        """(what the policy has named and is free now, what it has named of `offered`, which has no slot yet)."""
         if count <= 0:
-            return []
-        victims = self._policy.victims(count, set(keep))
-        keys = [key for slot in victims if (key := self._key_of[slot]) is not None]
-        self._recycle(victims)
+            return [], set()
+        named = self._policy.victims(count)
+        return self._recycle_evicted(named), set(named).intersection(offered)
+
+    def _recycle_evicted(self, named: Iterable[bytes]) -> list[bytes]:
+        """Free what is READY and idle of these. A policy that names anything else costs hits, never bytes."""
+        index, pins = self._index, self._pins
+        keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
+        self._recycle([index[key] for key in keys])
         return keys
 
     def _forget(self, key: bytes) -> None:
@@ -403,6 +454,7 @@ class DramTier:
             if key is not None:
                 if self._state[slot] is SlotState.WRITING:
                     del self._writing[key]
+                    self._policy.remove([key])
                 else:
                     self._forget(key)
                 self._key_of[slot] = None
@@ -421,59 +473,3 @@ class DramTier:
         generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
         begin_slots(self._arena, at, generations, keys, shape, chain, self._owner)
         return generations.tolist()  # type: ignore[no-any-return]
-
-
-def begin_slots(
-    arena: Arena,
-    slots: npt.NDArray[np.int64],  # [n] int64, reserved or granted to the caller
-    generations: npt.NDArray[np.uint64],  # [n] uint64
-    keys: Keys,  # n
-    shape: ChunkShape,
-    chain: Keys,  # the sequence the chunks belong to, from its first chunk on
-    owner: tuple[int, int],  # pid and start time of who writes
-) -> None:
-    """Write the headers of chunks that are about to be written."""
-    if not len(slots):
-        return
-    positions = dict(zip(chain, range(len(chain)), strict=True))
-    values = {
-        "identity": arena.spec.geometry.identities(np.frombuffer(b"".join(keys), "V32"), np.void(shape.namespace)),
-        "generation": generations, "owner_pid": owner[0], "owner_start": owner[1],
-        "state": SlotState.WRITING, "codec": 0, "group": shape.group, "chunk_tokens": shape.chunk_tokens,
-        "position": [positions.get(key, _NO_POSITION) for key in keys],
-    }  # fmt: skip
-    heads = np.empty(len(slots), dtype=HEAD)
-    for name, value in values.items():
-        heads[name] = value
-    arena.heads[slots] = heads.view(arena.heads.dtype)
-
-
-def verify_slots(
-    arena: Arena,
-    slots: npt.NDArray[np.int64],  # [n] int64
-) -> npt.NDArray[np.bool_]:
-    """[n] bool: whose header is whole and whose payload has the checksums that the header says, on every rank."""
-    good = np.zeros(len(slots), dtype=np.bool_)
-    if not len(slots):
-        return good  # a daemon with a new arena has no use for numba and its 125 MB
-    from ..kernels.paged_copy_numba import checksum_planes
-
-    headers, geometry = arena.headers, arena.spec.geometry
-    for begin in range(0, len(slots), _VERIFY_SLOTS):
-        rows = slice(begin, begin + _VERIFY_SLOTS)
-        at = slots[rows]
-        keys, generations = headers["key"][at], headers["generation"][at]
-        ok = arena.identities[at] == geometry.identities(keys, headers["namespace"][at])
-        ok &= headers["codec"][at] == 0
-        ok &= (headers["written"][at] == generations[:, None]).all(axis=1)
-        sizes: npt.NDArray[np.uint32] = headers["plane_nbytes"][at]  # [rows, world_size, planes]
-        totals = sizes.sum(axis=2, dtype=np.uint64)
-        ok &= ((totals > 0) & (totals <= geometry.part_nbytes)).all(axis=1)
-        ok &= (sizes.reshape(len(at), -1) % ROW_NBYTES == 0).all(axis=1)
-        sizes[~ok] = 0
-        seals = seal(keys, generations)[:, None]
-        for rank in range(geometry.world_size):
-            sums = checksum_planes(arena.parts(rank), at, sizes[:, rank]) ^ seals
-            ok &= ((headers["checksum"][at, rank] == sums) | (sizes[:, rank] == 0)).all(axis=1)
-        good[rows] = ok
-    return good

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvkern.node import protocol as p
+from kvkern.policy.base import Stop
 
 GEOMETRY = p.Geometry(256, 2, 1)
 LARGE_NBYTES = 1 << 20
@@ -29,22 +30,27 @@ def number(rng: random.Random, below: int) -> int:
     return rng.choice([0, 1, rng.randrange(128), below - 1, rng.randrange(below)])
 
 
+def use(rng: random.Random) -> tuple[int, int, Stop, int]:
+    return number(rng, 1 << 32), number(rng, 1 << 31) - 1, rng.choice(list(Stop)), number(rng, 1 << 53)
+
+
 def message(rng: random.Random) -> p.Request:
     """A valid one, that nobody asked for."""
     slots = [number(rng, 1 << 40) for _ in range(rng.choice([0, 1, 3, 200]))]
     generations = [number(rng, 1 << 63) for _ in slots]
     makers: list[Callable[[], p.Request]] = [
-        lambda: p.Hello(rng.choice([0, 1, 1, 1, 2]), "fuzz", rng.choice([None, GEOMETRY]), rng.random() < 0.5),
+        lambda: p.Hello(rng.choice([0, 1, 2, 2, 2]), "fuzz", rng.choice([None, GEOMETRY]), rng.random() < 0.5),
         lambda: p.Describe(number(rng, 1 << 53), bytes(31) + rng.randbytes(1), {"model": "m" * rng.randrange(200)}),
-        lambda: p.Acquire(number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5),
+        lambda: p.Acquire(number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5, *use(rng)),
         lambda: p.Release([number(rng, 1 << 53) for _ in range(5)]),
         lambda: p.Grant(number(rng, 1 << 53), number(rng, 65536)),
         lambda: p.Publish(
             1, rng.randbytes(32), slots, generations,
-            p.join_keys([rng.randbytes(32) for _ in slots]), p.join_keys(keys(rng)),
+            p.join_keys([rng.randbytes(32) for _ in slots]), p.join_keys(keys(rng)), *use(rng),
         ),
         lambda: p.GiveBack(slots),
         lambda: p.Settle(),
+        lambda: p.Finish(*use(rng)),
         lambda: p.Stat(number(rng, 1 << 53)),
         lambda: p.List(1, rng.randbytes(rng.randrange(3)), rng.randrange(1, 1001)),
     ]  # fmt: skip

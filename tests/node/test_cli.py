@@ -248,3 +248,9 @@ def test_a_mad_daemon(folder: Path, said: bytes, why: str) -> None:
             assert why in refused(CliRunner().invoke(app, ["stat", "--socket", str(path)]))
         finally:
             thread.join()
+
+
+def test_serve_refuses_a_policy_nobody_knows(tmp_path: Path) -> None:
+    arguments = ["serve", "--capacity", "1MiB", "--policy", "fifo", "--arena-dir", str(tmp_path)]
+    said = refused(CliRunner().invoke(app, [*arguments, "--socket", str(tmp_path / "s")]))
+    assert "policy is 'fifo'; expected one of lru, arc, s3fifo, lirs, grit" in said

@@ -11,7 +11,8 @@ import pytest
 from kvkern.arena import Arena
 from kvkern.assemble import build_cache
 from kvkern.node.sessions import MAX_TOLD, Quotas, Session, Sessions
-from kvkern.tiers.dram import ChunkShape, Reservation, begin_slots
+from kvkern.tiers.dram import ChunkShape, Reservation
+from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena
 
@@ -31,7 +32,9 @@ class Node:
     def __init__(self, arena: Arena, quotas: Quotas | None = None) -> None:
         quotas = quotas or Quotas()
         self.arena = arena
-        self.sessions = Sessions(build_cache(arena, quotas.shares), arena, alive=lambda pid, start: True, quotas=quotas)
+        self.sessions = Sessions(
+            build_cache(arena, shares=quotas.shares), arena, alive=lambda pid, start: True, quotas=quotas
+        )
         self.first, self.second = self.connect("first"), self.connect("second")
 
     def connect(self, name: str) -> Session:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvkern.errors import ConfigError
 from kvkern.node import protocol as p
+from kvkern.policy.base import Stop, Use
 from tests.support import chain_keys
 
 ids = st.integers(0, (1 << 53) - 1)
@@ -29,19 +30,24 @@ geometries = st.builds(p.Geometry, sizes, st.integers(1, 1 << 16), st.integers(1
 rows = st.lists(
     st.dictionaries(names, st.integers(-(1 << 63), (1 << 63) - 1) | names | st.floats(allow_nan=False)), max_size=3
 )
+uses = st.tuples(
+    st.integers(0, (1 << 32) - 1), st.integers(-1, (1 << 31) - 1), st.sampled_from(Stop), ids
+)  # of a request: its number, tokens of the reply, why it ended, its conversation
 granted = st.lists(st.tuples(slots, generations, roots), max_size=5)
 
 REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Hello: st.builds(p.Hello, st.integers(0, (1 << 16) - 1), names, st.none() | geometries, st.booleans()),
     p.Describe: st.builds(p.Describe, ids, roots, st.dictionaries(names, names, max_size=5)),
-    p.Acquire: st.builds(p.Acquire, ids, keys, st.booleans()),
+    p.Acquire: st.builds(
+        lambda number, asked, prefix, use: p.Acquire(number, asked, prefix, *use), ids, keys, st.booleans(), uses
+    ),
     p.Release: st.builds(p.Release, st.lists(ids, max_size=5)),
     p.Grant: st.builds(p.Grant, ids, counts),
     p.Publish: st.builds(
-        lambda number, root, held, chain: p.Publish(
-            number, root, [h[0] for h in held], [h[1] for h in held], p.join_keys([h[2] for h in held]), chain
+        lambda number, root, held, chain, use: p.Publish(
+            number, root, [h[0] for h in held], [h[1] for h in held], p.join_keys([h[2] for h in held]), chain, *use
         ),
-        ids, roots, granted, keys,
+        ids, roots, granted, keys, uses,
     ),
     p.GiveBack: st.builds(p.GiveBack, slot_lists),
     p.Clear: st.builds(p.Clear, ids, st.none() | roots, slot_lists),
@@ -49,6 +55,7 @@ REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Stat: st.builds(p.Stat, ids),
     p.List: st.builds(p.List, ids, st.binary(max_size=32), st.integers(1, 1000)),
     p.Evict: st.builds(p.Evict, ids, st.binary(min_size=1, max_size=32)),
+    p.Finish: uses.map(lambda use: p.Finish(*use)),
 }  # fmt: skip
 RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Welcome: st.builds(p.Welcome, counts, counts, st.none() | geometries, counts, names),
@@ -134,6 +141,14 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((3, 1, KEY * (p.MAX_KEYS + 1), True), "length <= 2097152"),
         ((3, 1, "k" * 32, True), "got `str`"),
         ((3, 1, KEY, 1), "Expected `bool`"),
+        ((3, 1, KEY, True, -1), ">= 0"),
+        ((3, 1, KEY, True, 1 << 32), "<= 4294967295"),
+        ((3, 1, KEY, True, 1, -2), ">= -1"),
+        ((3, 1, KEY, True, 1, 1 << 31), "<= 2147483647"),
+        ((3, 1, KEY, True, 1, 1, 3), "Invalid enum value 3"),
+        ((3, 1, KEY, True, 1, 1, "END_TURN"), "Expected `int`"),
+        ((3, 1, KEY, True, 1, 1, 2, 1 << 53), "<= 9007199254740991"),
+        ((3, 1, KEY, True, 1, 1, 2, 3, 4), "at most length 7"),
         ((4, [0] * (p.MAX_SLOTS + 1)), "length <= 65536"),
         ((5, 1, p.MAX_SLOTS + 1), "<= 65536"),
         ((6, 1, ROOT, [1], [1], b"", b""), "not as many of each: slots, generations, keys"),
@@ -142,11 +157,15 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((6, 1, ROOT, [1], [1 << 63], KEY, b""), "<="),
         ((6, 1, ROOT, [1 << 40], [1], KEY, b""), "<="),
         ((6, 1, ROOT, [1], [1], KEY, b"x"), "no whole number"),
+        ((6, 1, ROOT, [], [], b"", b"", 0, -1, -1), "Invalid enum value -1"),
         ((8, 1, b""), "length >= 32"),
         ((11, 1, bytes(33), 1), "length <= 32"),
         ((11, 1, b"", 0), ">= 1"),
         ((11, 1, b"", 1001), "<= 1000"),
         ((12, 1, b""), "length >= 1"),
+        ((13,), "at least length 2"),
+        ((13, 1, -2), ">= -1"),
+        ((13, 1, 5, 7), "Invalid enum value 7"),
     ],
 )  # fmt: skip
 def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
@@ -186,7 +205,7 @@ def test_responses_outside_the_limits(fields: tuple[object, ...], why: str) -> N
 )
 def test_what_is_no_message(raw: bytes) -> None:
     for decode in (p.decode_request, p.decode_response):
-        with pytest.raises(p.ProtocolError, match="no message of protocol version 1"):
+        with pytest.raises(p.ProtocolError, match="no message of protocol version 2"):
             decode(raw)
 
 
@@ -205,7 +224,7 @@ def test_nothing_but_protocol_errors(raw: bytes) -> None:
             continue
 
 
-@given(st.integers(1, 12) | st.integers(65, 74), st.lists(anything, max_size=6))
+@given(st.integers(1, 13) | st.integers(65, 74), st.lists(anything, max_size=6))
 def test_nothing_but_protocol_errors_behind_a_tag(tag: int, fields: list[object]) -> None:
     for decode in (p.decode_request, p.decode_response):
         try:
@@ -267,8 +286,32 @@ def test_the_largest_publish_fits_a_frame() -> None:
 
     chain = KEY * p.MAX_KEYS
     slots, under = [(1 << 40) - 1] * MAX_PUBLISH, [(1 << 63) - 1] * MAX_PUBLISH
-    message = p.Publish((1 << 53) - 1, ROOT, slots, under, KEY * MAX_PUBLISH, chain)
+    use = p.said_of(Use(request=(1 << 32) - 1, output_tokens=(1 << 31) - 1, stop=Stop.END_TURN, session=(1 << 53) - 1))
+    message = p.Publish((1 << 53) - 1, ROOT, slots, under, KEY * MAX_PUBLISH, chain, *use)
     assert p.decode_request(body(message)) == message
+
+
+big = st.integers(-(1 << 70), 1 << 70)
+
+
+@given(st.builds(Use, st.floats(), big, roots, big, st.sampled_from(Stop), big), st.integers(1, 1 << 20))
+def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -> None:
+    message = p.Finish(*p.said_of(use))
+    assert p.decode_request(body(message)) == message
+    heard = p.use_of(message, connection)
+    assert (heard.now_s, heard.namespace, heard.stop) == (0.0, b"", use.stop)
+    assert heard.request == (connection << 32 | use.request % (1 << 32) if use.request % (1 << 32) else 0)
+    assert heard.request < 1 << 63
+    if -1 <= use.output_tokens < 1 << 31:
+        assert heard.output_tokens == use.output_tokens
+    if 0 <= use.session < 1 << 53:
+        assert heard.session == use.session
+
+
+def test_nothing_known_is_what_is_not_said() -> None:
+    assert p.Acquire(1, KEY, True, *p.said_of(None)) == p.Acquire(1, KEY, True)
+    assert p.use_of(p.Acquire(1, KEY, True), 5) == Use()
+    assert p.said_of(Use()) == p.said_of(None)
 
 
 @given(key_lists)

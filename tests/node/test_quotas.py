@@ -11,7 +11,8 @@ import pytest
 from kvkern.arena import Arena, process_start
 from kvkern.assemble import build_cache
 from kvkern.node.sessions import Quotas, Session, Sessions
-from kvkern.tiers.dram import ChunkShape, begin_slots
+from kvkern.tiers.dram import ChunkShape
+from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena
 
@@ -35,7 +36,7 @@ class Node:
 
     def __init__(self, arena: Arena, quotas: Quotas) -> None:
         self.arena = arena
-        self.sessions = Sessions(build_cache(arena, quotas.shares), arena, quotas=quotas)
+        self.sessions = Sessions(build_cache(arena, shares=quotas.shares), arena, quotas=quotas)
         self.sessions.adopt()
         self.session: Session = self.sessions.attach((os.getpid(), process_start(os.getpid())), "engine", writer=True)
         for name, root in ROOTS.items():

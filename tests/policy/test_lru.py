@@ -5,86 +5,116 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkern.policy.base import EvictionPolicy
+from kvkern.policy.base import EvictionPolicy, Use
 from kvkern.policy.lru import LRU
+from tests.support import chain_keys
+
+USE = Use()
+A, B = chain_keys("a", 4), chain_keys("b", 4)
+NAMES = {key: f"{name}{i}" for name, chain in (("a", A), ("b", B)) for i, key in enumerate(chain)}
 
 
-def drain(policy: LRU) -> list[int]:
-    return policy.victims(len(policy), ())
+def drain(policy: LRU) -> str:
+    return " ".join(NAMES[key] for key in policy.victims(len(policy)))
+
+
+def store(policy: EvictionPolicy, chain: list[bytes], missing: int | None = None) -> None:
+    policy.access(chain, USE)
+    policy.insert(chain[missing or 0 :], USE)
 
 
 def test_tail_first_and_oldest_sequence_first() -> None:
     policy = LRU()
-    policy.insert([1, 2, 3])
-    policy.insert([4, 5])
-    assert drain(policy) == [3, 2, 1, 5, 4]
+    store(policy, A[:3])
+    store(policy, B[:2])
+    assert drain(policy) == "a2 a1 a0 b1 b0"
 
 
-def test_touch_moves_a_prefix_behind_its_tail() -> None:
+def test_access_moves_a_prefix_behind_its_tail() -> None:
     policy = LRU()
-    policy.insert([1, 2, 3])
-    policy.insert([4, 5])
-    policy.touch([1, 2])
-    assert drain(policy) == [3, 5, 4, 2, 1]
+    store(policy, A[:3])
+    store(policy, B[:2])
+    policy.access(A[:2], USE)
+    assert drain(policy) == "a2 b1 b0 a1 a0"
 
 
-def test_touch_ignores_the_unknown_and_the_pinned() -> None:
+def test_a_new_tail_goes_before_its_ancestors() -> None:
     policy = LRU()
-    policy.insert([1, 2, 3])
-    policy.pin([2])
-    policy.touch([1, 2, 9])
-    assert drain(policy) == [3, 1]
-    policy.unpin([2])
-    assert drain(policy) == [2]
+    store(policy, A[:2])
+    store(policy, B[:1])
+    store(policy, A, missing=2)
+    assert drain(policy) == "b0 a3 a2 a1 a0"
 
 
-def test_pinned_is_no_victim() -> None:
+def test_what_a_restart_finds_was_not_accessed() -> None:
     policy = LRU()
-    policy.insert([1, 2, 3])
-    policy.pin([1, 3])
-    assert policy.victims(3, ()) == [2]
-    assert policy.victims(1, ()) == []
-    policy.unpin([1, 3])
-    assert drain(policy) == [3, 1]
+    store(policy, A[:2])
+    policy.insert(B[:2], USE)
+    assert drain(policy) == "a1 a0 b1 b0"
+
+
+def test_access_ignores_the_unknown_and_the_pinned() -> None:
+    policy = LRU()
+    store(policy, A[:3])
+    policy.pin(A[1:2])
+    policy.access([*A[:2], B[0]], USE)
+    policy.access((), USE)
+    assert drain(policy) == "a2 a0"
+    policy.unpin(A[1:2])
+    assert drain(policy) == "a1"
+
+
+def test_pinned_is_no_victim_and_finds_its_place_when_it_is_let_go() -> None:
+    policy = LRU()
+    store(policy, A[:3])
+    store(policy, B[:1])
+    policy.pin([A[0], A[2]])
+    assert policy.victims(1) == A[1:2]
+    policy.unpin([A[0], A[2]])
+    assert drain(policy) == "b0 a2 a0"
 
 
 def test_remove_takes_pinned_and_unknown() -> None:
     policy = LRU()
-    policy.insert([1, 2])
-    policy.pin([1])
-    policy.remove([1, 2, 7])
-    assert drain(policy) == []
-
-
-def test_keep_is_passed_over_and_stays() -> None:
-    policy = LRU()
-    policy.insert([1, 2, 3, 4])
-    assert policy.victims(2, {4, 2}) == [3, 1]
-    assert drain(policy) == [4, 2]
+    store(policy, A[:2])
+    policy.pin(A[:1])
+    policy.remove([*A[:2], B[0]])
+    assert drain(policy) == ""
+    store(policy, A[:1])
+    assert drain(policy) == "a0"
 
 
 def test_sizes_zero_and_one() -> None:
     policy: EvictionPolicy = LRU()
-    for call in (policy.insert, policy.touch, policy.pin, policy.unpin, policy.remove):
-        call([])
-    assert policy.victims(0, ()) == []
-    assert policy.victims(5, ()) == []
-    policy.insert([7])
-    assert policy.victims(0, ()) == []
-    assert policy.victims(5, {7}) == []
-    assert policy.victims(5, ()) == [7]
-    assert policy.victims(5, ()) == []
+    for keys in ((), A[:1]):
+        policy.access((), USE)
+        policy.insert(keys, USE)
+        for call in (policy.pin, policy.unpin):
+            call(keys)
+        policy.remove(())
+        assert policy.victims(0) == policy.victims(-1) == []
+        assert policy.victims(5) == list(keys)
+        assert policy.victims(5) == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=40))
-def test_ancestors_outlive_descendants(touches: list[tuple[int, int]]) -> None:
-    """Whatever prefixes of four sequences are used, each sequence leaves from its tail on."""
-    policy = LRU()
-    for sequence in range(4):
-        policy.insert([10 * sequence + i for i in range(4)])
-    for sequence, length in touches:
-        policy.touch([10 * sequence + i for i in range(length)])
-    gone: dict[int, list[int]] = {}
-    for slot in drain(policy):
-        gone.setdefault(slot // 10, []).append(slot % 10)
-    assert gone == {sequence: [3, 2, 1, 0] for sequence in range(4)}
+@given(st.lists(st.tuples(st.sampled_from([A, B]), st.integers(1, 4), st.sampled_from(["store", "pin", "unpin"]))))
+def test_ancestors_outlive_descendants(steps: list[tuple[list[bytes], int, str]]) -> None:
+    """Whatever prefixes of two sequences are stored and leased, what is let go leaves from its tail on."""
+    policy, there, pinned = LRU(), set[bytes](), set[bytes]()
+    for chain, length, step in steps:
+        prefix = chain[:length]
+        if step == "store":
+            policy.access(prefix, USE)
+            policy.insert([key for key in prefix if key not in there], USE)
+            there.update(prefix)
+        elif step == "pin":
+            fresh = [key for key in prefix if key in there - pinned]
+            policy.pin(fresh)
+            pinned.update(fresh)
+        elif not any(key in pinned for key in chain[length:]):  # a lease of a longer prefix ends before
+            policy.unpin([key for key in prefix if key in pinned])
+            pinned.difference_update(prefix)
+    left = policy.victims(99)
+    assert sorted(left) == sorted(there - pinned)
+    for chain in (A, B):
+        assert [key for key in left if key in chain] == [key for key in reversed(chain) if key in left]

@@ -1,143 +1,203 @@
-"""Shares: each namespace's own order, the largest gives way first, and nothing is counted twice."""
+"""Shares: each namespace's own policy, the largest gives way first, and nothing is counted twice."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkern.policy.base import EvictionPolicy
+from kvkern.policy.base import EvictionPolicy, Keys, Use
 from kvkern.policy.lru import LRU
-from kvkern.policy.shares import Shares
+from kvkern.policy.shares import _MAX_EMPTY, _OPEN_REQUESTS, Shares
+
+A, B = b"a", b"b"
 
 
-def shares() -> Shares:
-    """Slots 0..99 are a's, 100..199 b's, and so on."""
-    return Shares(LRU, lambda slot: "abcdefgh"[slot // 100])
+def keys(share: bytes, numbers: Iterable[int]) -> list[bytes]:
+    """`a7`: the namespace is the first letter."""
+    return [share + str(number).encode() for number in numbers]
+
+
+def of(share: bytes, request: int = 0) -> Use:
+    return Use(namespace=share, request=request)
+
+
+def put(policy: EvictionPolicy, share: bytes, numbers: Iterable[int]) -> None:
+    policy.insert(keys(share, numbers), of(share))
+
+
+class Seen(LRU):
+    """Notes what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: list[tuple[list[bytes], Use]] = []
+
+    def access(self, chain: Keys, use: Use) -> None:
+        self.uses.append((list(chain), use))
+        super().access(chain, use)
 
 
 def test_the_largest_share_gives_way_first_then_both_by_turns() -> None:
-    policy = shares()
-    policy.insert([100, 101])
-    policy.insert([0, 1, 2, 3])
-    assert policy.victims(2, ()) == [3, 2]
-    assert sorted(policy.victims(2, ())) in ([0, 101], [1, 101])
-    assert (policy.size("a"), policy.size("b")) == (1, 1)
+    policy = Shares(LRU)
+    put(policy, B, [0, 1])
+    put(policy, A, [0, 1, 2, 3])
+    assert policy.victims(2) == [b"a3", b"a2"]
+    assert sorted(policy.victims(2)) in ([b"a0", b"b1"], [b"a1", b"b1"])
+    assert (policy.size(A), policy.size(B)) == (1, 1)
 
 
 def test_a_scanner_evicts_itself() -> None:
-    policy = shares()
-    policy.insert([100, 101, 102])
-    for slot in range(90):
-        policy.insert([slot])
-        if policy.size("a") > 10:
-            policy.victims(1, ())
-    assert (policy.size("a"), policy.size("b")) == (10, 3)
+    policy = Shares(LRU)
+    put(policy, B, [0, 1, 2])
+    for number in range(90):
+        put(policy, A, [number])
+        if policy.size(A) > 10:
+            policy.victims(1)
+    assert (policy.size(A), policy.size(B)) == (10, 3)
 
 
-def test_pinned_and_kept_slots_stay_and_others_are_found_behind_them() -> None:
-    policy = shares()
-    policy.insert([0, 1, 2, 3])
-    policy.insert([100, 101])
-    policy.pin([0, 1, 2, 3])
-    assert policy.victims(1, {100, 101}) == []
-    assert policy.victims(3, {100}) == [101]
-    policy.unpin([0, 1, 2, 3])
-    assert sorted(policy.victims(9, ())) == [0, 1, 2, 3, 100]
+def test_pinned_chunks_stay_and_others_are_found_behind_them() -> None:
+    policy = Shares(LRU)
+    put(policy, A, range(4))
+    put(policy, B, [0, 1])
+    policy.pin(keys(A, range(4)))
+    policy.pin([b"b0"])
+    assert policy.victims(3) == [b"b1"]
+    policy.unpin([b"b0", *keys(A, range(4))])
+    assert sorted(policy.victims(9)) == [*keys(A, range(4)), b"b0"]
 
 
 def test_victims_of_a_share_are_its_own() -> None:
-    policy = shares()
-    policy.insert([0, 1, 2])
-    policy.insert([100, 101, 102, 103])
-    assert policy.victims_of("a", 2, ()) == [2, 1]
-    assert policy.victims_of("a", -1, ()) == []
-    assert policy.victims_of("nobody", 3, ()) == []
-    assert (policy.size("a"), policy.size("b"), policy.size("nobody")) == (1, 4, 0)
+    policy = Shares(LRU)
+    put(policy, A, [0, 1, 2])
+    put(policy, B, [0, 1, 2, 3])
+    assert policy.victims_of(A, 2) == [b"a2", b"a1"]
+    assert policy.victims_of(A, -1) == []
+    assert policy.victims_of(b"nobody", 3) == []
+    assert (policy.size(A), policy.size(B), policy.size(b"nobody")) == (1, 4, 0)
 
 
 def test_equal_shares_take_turns() -> None:
-    policy = shares()
-    for first in (0, 100, 200, 300):
-        policy.insert(list(range(first, first + 5)))
+    policy = Shares(LRU)
+    for share in (A, B, b"c", b"d"):
+        put(policy, share, range(5))
     for left in (4, 3, 2):
-        assert len(policy.victims(4, ())) == 4
-        assert {policy.size(share) for share in "abcd"} == {left}
-    policy.pin([100, 101])
-    assert len(policy.victims(99, ())) == 6
-    assert (policy.size("b"), policy.victims(1, ())) == (2, [])
-    policy.unpin([100, 101])
-    assert policy.victims(1, ()) == [101]
+        assert len(policy.victims(4)) == 4
+        assert {policy.size(share) for share in (A, B, b"c", b"d")} == {left}
+    policy.pin([b"b0", b"b1"])
+    assert len(policy.victims(99)) == 6
+    assert (policy.size(B), policy.victims(1)) == (2, [])
+    policy.unpin([b"b0", b"b1"])
+    assert policy.victims(1) == [b"b1"]
 
 
-class Tenant:
-    """A share that counts how often any of them is looked up or compared."""
+class Tenant(bytes):
+    """A namespace that counts how often any of them is looked up or compared."""
 
     looked_up = 0
 
-    def __init__(self, number: int) -> None:
-        self._number = number
-
     def __hash__(self) -> int:
         Tenant.looked_up += 1
-        return self._number
+        return super().__hash__()
 
 
 def test_victims_of_many_equal_shares_cost_no_look_at_all_of_them() -> None:
-    tenants = [Tenant(number) for number in range(2000)]
-    policy = Shares(LRU, lambda slot: tenants[slot // 2])
-    policy.insert(list(range(4000)))
+    policy = Shares(LRU)
+    for number in range(2000):
+        tenant = Tenant(b"%d" % number)
+        policy.insert([tenant + b"-0", tenant + b"-1"], of(tenant))
     Tenant.looked_up = 0
-    assert len(policy.victims(64, ())) == 64
-    assert Tenant.looked_up < 30 * 64
+    assert len(policy.victims(64)) == 64
+    assert Tenant.looked_up < 40 * 64
 
 
 def test_sizes_that_were_do_not_pile_up() -> None:
-    policy = shares()
+    policy = Shares(LRU)
     for _ in range(1000):
-        policy.insert([0, 100])
-        policy.victims_of("a", 1, ())
-        policy.remove([100])
-        policy.insert([200])
-        policy.remove([200])
-    policy.insert([0, 300])
-    for slot in range(1, 100):
-        policy.insert([slot])
-        policy.victims(1, ())
+        put(policy, A, [0])
+        put(policy, B, [0])
+        policy.victims_of(A, 1)
+        policy.remove([b"b0"])
+        put(policy, b"c", [0])
+        policy.remove([b"c0"])
+    put(policy, A, [0])
+    put(policy, b"d", [0])
+    for number in range(1, 100):
+        put(policy, A, [number])
+        policy.victims(1)
     assert len(policy._heap) < 200
 
 
-def test_touch_and_remove_ignore_the_unknown() -> None:
-    policy: EvictionPolicy = shares()
-    policy.insert([0, 1])
-    policy.touch([0, 7])
-    policy.remove([1, 7, 300])
-    assert policy.victims(5, ()) == [0]
+def test_access_goes_to_the_share_that_is_named_known_or_remembered() -> None:
+    made: list[Seen] = []
+
+    def make() -> Seen:
+        made.append(Seen())
+        return made[-1]
+
+    policy = Shares(make)
+    policy.access([b"a0", b"a1"], of(A, request=5))  # before anything of it is there
+    policy.insert([b"a0"], of(A))
+    policy.insert([b"b0"], of(B))
+    policy.access([b"x", b"b0"], Use(request=6))  # by the first known chunk
+    policy.access((), Use(request=5, output_tokens=9))  # how it ended
+    policy.access([b"x"], Use(request=7))  # nobody's
+    policy.access((), Use())
+    assert [[chain for chain, _ in seen.uses] for seen in made] == [[[b"a0", b"a1"], []], [[b"x", b"b0"]]]
+    assert made[0].uses[-1][1].output_tokens == 9
 
 
-@given(st.lists(st.tuples(st.sampled_from(["insert", "pin", "unpin", "remove", "victims"]), st.integers(0, 399))))
+def test_an_empty_share_keeps_what_it_has_learnt_within_bounds() -> None:
+    policy = Shares(Seen)
+    put(policy, A, [0])
+    learnt = policy._policies[A]
+    policy.remove([b"a0"])
+    put(policy, A, [0])
+    assert policy._policies[A] is learnt
+    for number in range(2 * _OPEN_REQUESTS):
+        policy.access([b"x"], of(b"tenant%d" % number, request=number + 1))
+    assert len(policy._policies) == 1 + _MAX_EMPTY
+    assert len(policy._requests) == _OPEN_REQUESTS
+    assert policy._policies[A] is learnt
+    assert policy.victims(9) == [b"a0"]
+    assert len(policy._policies) == _MAX_EMPTY
+
+
+def test_access_and_remove_ignore_the_unknown() -> None:
+    policy: EvictionPolicy = Shares(LRU)
+    put(policy, A, [0, 1])
+    policy.access([b"a0", b"a7"], Use())
+    policy.remove([b"a1", b"a7", b"d0"])
+    assert policy.victims(5) == [b"a0"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["insert", "pin", "unpin", "remove", "victims"]), st.integers(0, 39))))
 def test_sizes_are_what_is_there(steps: list[tuple[str, int]]) -> None:
-    policy, there, pinned = shares(), set[int](), set[int]()
-    for step, slot in steps:
-        if step == "insert" and slot not in there:
-            policy.insert([slot])
-            there.add(slot)
-        elif step == "pin" and slot in there - pinned:
-            policy.pin([slot])
-            pinned.add(slot)
-        elif step == "unpin" and slot in pinned:
-            policy.unpin([slot])
-            pinned.discard(slot)
+    policy, there, pinned = Shares(LRU), set[bytes](), set[bytes]()
+    for step, number in steps:
+        (key,) = keys(share := b"abcd"[number // 10 :][:1], [number])
+        if step == "insert" and key not in there:
+            policy.insert([key], of(share))
+            there.add(key)
+        elif step == "pin" and key in there - pinned:
+            policy.pin([key])
+            pinned.add(key)
+        elif step == "unpin" and key in pinned:
+            policy.unpin([key])
+            pinned.discard(key)
         elif step == "remove":
-            policy.remove([slot])
-            there.discard(slot)
-            pinned.discard(slot)
+            policy.remove([key])
+            there.discard(key)
+            pinned.discard(key)
         elif step == "victims":
-            count = slot % 5
-            found = policy.victims(count, ())
+            count = number % 5
+            found = policy.victims(count)
             assert len(found) == len(set(found)) == min(count, len(there - pinned))
             assert set(found) <= there - pinned
             there.difference_update(found)
-        sizes = Counter("abcdefgh"[slot // 100] for slot in there)
-        assert {share: policy.size(share) for share in "abcd"} == {share: sizes[share] for share in "abcd"}
+        sizes = Counter(key[:1] for key in there)
+        shares = (A, B, b"c", b"d")
+        assert {share: policy.size(share) for share in shares} == {share: sizes[share] for share in shares}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvkern.arena import Arena
+from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
 from kvkern.slots import MAGIC, VERSION, SlotState
 from kvkern.tiers.dram import DramTier, Lease, Reservation
@@ -179,7 +180,8 @@ def test_growing_a_sequence_never_evicts_its_own_prefix(tier: DramTier, arena: A
     longer = chain_keys("a", 12)
     assert put(tier, arena, longer) == 4
     assert tier.contains(longer) == 8
-    assert tier.reserve(longer, longer, SHAPE).dropped == 4  # all room is this sequence's own
+    again = tier.reserve(longer, longer, SHAPE)  # all room is this sequence's own
+    assert (again.keys, again.evicted, again.declined, again.dropped) == ((), (), 4, 0)
 
 
 def test_a_grown_sequence_leaves_from_its_new_tail(tier: DramTier, arena: Arena) -> None:
@@ -298,4 +300,136 @@ def test_keys_of_another_length_leak_nothing(tier: DramTier, arena: Arena, bad: 
     with pytest.raises(ValueError):  # noqa: PT011  # LayoutError and ConfigError are ValueErrors too
         tier.reserve([bad], [bad], SHAPE)
     assert tier.num_free == 8
+    assert tier._policy.victims(9) == []
     assert put(tier, arena, chain_keys("a", 8)) == 8
+
+
+# -- what the policy says, and what it is told ---------------------------------------------------------------------------
+
+
+class Toy(LRU):
+    """Declines what is `unwanted`, and notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unwanted: set[bytes] = set()
+        self.uses: list[tuple[list[bytes], Use]] = []
+
+    def access(self, chain: Keys, use: Use) -> None:
+        self.uses.append((list(chain), use))
+        super().access(chain, use)
+
+    def insert(self, keys: Keys, use: Use) -> None:
+        self.uses.append((list(keys), use))
+        super().insert(keys, use)
+
+    def victims(self, count: int) -> list[bytes]:
+        first = [key for key in self._order if key in self.unwanted][:count]
+        self.remove(first)
+        return first + super().victims(count - len(first))
+
+
+@pytest.mark.parametrize("unwanted", [{2, 3}, {0}, {1}, {0, 1, 2, 3}], ids=repr)
+def test_declined_chunks_get_no_slot_and_evict_nothing(arena: Arena, unwanted: set[int]) -> None:
+    policy = Toy()
+    tier = DramTier(arena, policy)
+    fill(tier, arena, "old", "new")
+    x = chain_keys("x", 4)
+    policy.unwanted = {x[i] for i in unwanted}
+    kept = tuple(chunk for chunk in x if chunk not in policy.unwanted)
+    reservation = tier.reserve(x, x, SHAPE)
+    assert (reservation.keys, reservation.declined, reservation.dropped) == (kept, len(unwanted), 0)
+    assert reservation.evicted == tuple(reversed(chain_keys("old", 4)))[: len(kept)]
+    write(arena, reservation)
+    assert tier.commit(reservation) == len(kept)
+    policy.unwanted = set()
+    assert put(tier, arena, x) == len(unwanted)  # offered again, taken now
+    assert tier.contains(x) == 4
+
+
+def test_nothing_is_declined_while_there_is_room(arena: Arena) -> None:
+    policy = Toy()
+    policy.unwanted = set(chain_keys("a", 8))
+    assert put(DramTier(arena, policy), arena, chain_keys("a", 8)) == 8
+
+
+def test_declined_and_dropped_are_told_apart(arena: Arena) -> None:
+    policy = Toy()
+    tier = DramTier(arena, policy)
+    fill(tier, arena, "a", "b")
+    lease = tier.acquire([*chain_keys("a", 4), *chain_keys("b", 2)])
+    x = chain_keys("x", 4)
+    policy.unwanted = {x[1]}
+    reservation = tier.reserve(x, x, SHAPE)  # two chunks of b could go, so two of x are offered
+    assert (reservation.keys, reservation.declined, reservation.dropped) == ((x[0],), 1, 2)
+    tier.abort(reservation)
+    tier.release(lease)
+
+
+def test_a_policy_that_names_too_much_costs_no_bytes(arena: Arena) -> None:
+    """What is leased, being written, unknown or named twice is not freed on its word."""
+
+    class Wrong(LRU):
+        def victims(self, count: int) -> list[bytes]:
+            return [*chain_keys("leased", 2), *chain_keys("begun", 2), key("nobody's"), *2 * super().victims(count)]
+
+    tier = DramTier(arena, Wrong())
+    fill(tier, arena, "leased", "idle", chunks=2)
+    lease = tier.acquire(chain_keys("leased", 2))
+    begun = tier.reserve(chain_keys("begun", 4), chain_keys("begun", 4), SHAPE)
+    x = chain_keys("x", 2)
+    new = tier.reserve(x, x, SHAPE)
+    assert new.evicted == tuple(reversed(chain_keys("idle", 2)))
+    assert len({*lease.slots, *begun.slots, *new.slots}) == 8
+    for reservation in (begun, new):
+        write(arena, reservation)
+        assert tier.commit(reservation) == len(reservation.slots)
+    assert tier.contains(chain_keys("leased", 2)) == 2
+
+
+def test_chunks_being_written_are_pinned_and_then_older_than_their_ancestors(tier: DramTier, arena: Arena) -> None:
+    chain = chain_keys("a", 6)
+    put(tier, arena, chain[:2])
+    begun = tier.reserve(chain, chain, SHAPE)
+    put(tier, arena, chain_keys("b", 2))
+    x = chain_keys("x", 8)
+    late = tier.reserve(x, x, SHAPE)  # all but what is being written may go
+    assert (len(late.slots), late.dropped, set(begun.slots) & set(late.slots)) == (4, 4, set())
+    tier.abort(late)
+    put(tier, arena, chain[:2])
+    write(arena, begun)
+    assert tier.commit(begun) == 4
+    put(tier, arena, chain_keys("c", 6))
+    assert tier.contains(chain) == 2  # the tail went first, though its ancestors were used before it was there
+
+
+@pytest.mark.parametrize("end", ["abort", "commit unwritten", "clear, then commit"])
+def test_what_was_not_written_leaves_the_policy(tier: DramTier, arena: Arena, end: str) -> None:
+    chain = chain_keys("a", 3)
+    reservation = tier.reserve(chain, chain, SHAPE)
+    if end == "abort":
+        tier.abort(reservation)
+    elif end == "commit unwritten":
+        assert tier.commit(reservation) == 0
+    else:
+        write(arena, reservation)
+        tier.clear()
+        assert put(tier, arena, chain) == 3  # by another writer
+        assert tier.commit(reservation) == 0
+        assert tier._policy.victims(9) == list(reversed(chain))
+    assert tier._policy.victims(9) == []
+
+
+def test_the_policy_is_told_of_every_request(arena: Arena) -> None:
+    policy = Toy()
+    tier = DramTier(arena, policy)
+    chain, use = chain_keys("a", 3), Use(now_s=5.0, request=7, session=3)
+    mine = Use(now_s=5.0, request=7, session=3, namespace=NAMESPACE)
+    tier.commit(tier.reserve(chain, chain[1:], SHAPE, use))
+    assert policy.uses == [(chain, mine), (chain[1:], mine)]
+    policy.uses.clear()
+    tier.release(tier.acquire(chain, use=use))
+    end = Use(now_s=6.0, request=7, output_tokens=100, stop=Stop.END_TURN)
+    tier.touch((), end)
+    tier.release(tier.acquire_all())
+    assert policy.uses == [(chain, use), ([], end)]

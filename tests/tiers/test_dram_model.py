@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from kvkern.policy.base import EvictionPolicy, Keys, Use
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
 from kvkern.tiers.dram import DramTier, Lease, Reservation
@@ -23,6 +24,52 @@ paths = st.lists(st.booleans(), min_size=1, max_size=6).map(tuple)
 
 def chain_of(path: tuple[bool, ...]) -> list[bytes]:
     return [key(path[: i + 1]) for i in range(len(path))]
+
+
+class Strict:
+    """A policy that holds its tier to the protocol, in front of another one."""
+
+    def __init__(self, inner: EvictionPolicy) -> None:
+        self.inner = inner
+        self.pinned: dict[bytes, bool] = {}  # of every resident chunk
+
+    def access(self, chain: Keys, use: Use) -> None:
+        self.inner.access(chain, use)
+
+    def insert(self, keys: Keys, use: Use) -> None:
+        assert self.pinned.keys().isdisjoint(keys)
+        assert len(set(keys)) == len(keys)
+        self.pinned.update(dict.fromkeys(keys, False))
+        self.inner.insert(keys, use)
+
+    def pin(self, keys: Keys) -> None:
+        assert [self.pinned[key] for key in keys] == [False] * len(keys)
+        self.pinned.update(dict.fromkeys(keys, True))
+        self.inner.pin(keys)
+
+    def unpin(self, keys: Keys) -> None:
+        assert [self.pinned[key] for key in keys] == [True] * len(keys)
+        self.pinned.update(dict.fromkeys(keys, False))
+        self.inner.unpin(keys)
+
+    def remove(self, keys: Keys) -> None:
+        for chunk in keys:
+            self.pinned.pop(chunk, None)
+        self.inner.remove(keys)
+
+    def victims(self, count: int) -> list[bytes]:
+        named = self.inner.victims(count)
+        assert not any(self.pinned.pop(chunk) for chunk in named)
+        return named
+
+
+class Contrary(LRU):
+    """Evicts what was used last, and sometimes less than it was asked for."""
+
+    def victims(self, count: int) -> list[bytes]:
+        chosen = list(reversed(self._order))[: count - count // 3]
+        self.remove(chosen)
+        return chosen
 
 
 @dataclass
@@ -39,12 +86,13 @@ class Walk(RuleBasedStateMachine):
 
     writers: Bundle[Writer] = Bundle("writers")
     leases: Bundle[Lease] = Bundle("leases")
+    make: type[LRU] = LRU
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.arena = make_arena(Path(self.folder.name), slots=SLOTS, part_nbytes=64, world_size=RANKS)
-        self.policy = LRU()
+        self.policy = Strict(self.make())
         self.tier = DramTier(self.arena, self.policy)
         self.ready: dict[bytes, int] = {}
         self.writing: dict[int, bytes | None] = {}  # slot -> key, None once cleared
@@ -75,14 +123,22 @@ class Walk(RuleBasedStateMachine):
         chain = chain_of(path)
         present = {*self.ready, *(k for k in self.writing.values() if k)}
         missing = [k for k in chain[first:] if k not in present]
-        evictable = [k for k, slot in self.ready.items() if not self.pins.get(slot) and k not in chain]
+        idle = [k for k, slot in self.ready.items() if not self.pins.get(slot)]
         free = self.tier.num_free
         got = self.tier.reserve(chain, chain[first:], SHAPE)
-        assert len(got.evicted) == max(0, min(len(missing) - free, len(evictable)))
-        assert set(got.evicted) <= set(evictable)
-        granted = min(len(missing), free + len(evictable))
-        assert got.keys == tuple(missing[:granted])  # never dropped while anything unleased can go
-        assert got.dropped == len(missing) - granted
+        fits = missing[: free + len(idle)]
+        assert len(got.keys) + got.declined + got.dropped == len(missing)
+        assert [k for k in missing if k in got.keys] == list(got.keys)
+        assert set(got.evicted) <= set(idle)
+        assert len(got.keys) <= free + len(got.evicted)
+        if self.make is LRU:  # never dropped while anything unleased can go, and never for another's sake
+            others = [k for k in idle if k not in chain]
+            least = max(0, len(fits) - free - len(others))
+            tail = [k for k in reversed(chain) if k in idle or k in fits][:least]
+            assert got.keys == tuple(k for k in fits if k not in tail)
+            assert (got.dropped, got.declined) == (len(missing) - len(fits), sum(k in fits for k in tail))
+            assert [k for k in got.evicted if k in chain] == [k for k in tail if k in idle]
+            assert len(got.evicted) == max(0, len(fits) - free) - got.declined
         for k in got.evicted:
             del self.ready[k]
         taken = {*self.ready.values(), *self.writing, *self.doomed}
@@ -169,7 +225,12 @@ class Walk(RuleBasedStateMachine):
     def everything_is_bounded_by_the_slots(self) -> None:
         assert len(self.tier._index) == len(self.ready)
         assert len(self.tier._writing) == sum(1 for k in self.writing.values() if k)
-        assert len(self.policy) == sum(1 for slot in self.ready.values() if not self.pins.get(slot))
+        assert self.tier._num_leased == sum(1 for slot in self.ready.values() if self.pins.get(slot))
+
+    @invariant()
+    def the_policy_knows_what_may_go(self) -> None:
+        ready = {k: bool(self.pins.get(slot)) for k, slot in self.ready.items()}
+        assert self.policy.pinned == ready | {k: True for k in self.writing.values() if k}
 
     @invariant()
     def headers_say_the_same(self) -> None:
@@ -183,6 +244,16 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = Walk.TestCase
 TestWalk.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+class ContraryWalk(Walk):
+    """Whatever the policy names, no slot is lost, leased or written twice."""
+
+    make = Contrary
+
+
+TestContraryWalk = ContraryWalk.TestCase
+TestContraryWalk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=200, deadline=None, database=None, print_blob=False)

@@ -12,9 +12,10 @@ from kvkern.cache import Cache
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
 from kvkern.keys import Namespace
+from kvkern.policy.base import Use
 from kvkern.policy.lru import LRU
 from kvkern.tiers.dram import DramTier, Lease
-from tests.support import make_arena, write
+from tests.support import chain_keys, make_arena, put, write
 
 pytestmark = pytest.mark.vllm
 SPACE = Namespace(model="m", dtype="bfloat16", layout="l", chunk_tokens=16, weights="w", group=None, engine_hash="h")
@@ -29,9 +30,9 @@ class SlowCache(Cache):
         super().__init__(dram)
         self.asked: list[tuple[Future[Lease], Any]] = []
 
-    def acquire_soon(self, keys: Any, prefix: bool = True) -> Future[Lease]:
+    def acquire_soon(self, keys: Any, prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         future: Future[Lease] = Future()
-        self.asked.append((future, (keys, prefix)))
+        self.asked.append((future, (keys, prefix, use)))
         return future
 
     def answer(self) -> None:
@@ -56,9 +57,9 @@ class Bench:
         hashes = [bytes([i]) * 32 for i in range(3)]
         context = SimpleNamespace(req_id=name)
         self.manager.on_new_request(context)  # type: ignore[arg-type]
-        self.manager.attach(
-            SimpleNamespace(request_id=name, cache_salt=salt, block_hashes=hashes, is_finished=lambda: finished)  # type: ignore[arg-type]
-        )
+        request = SimpleNamespace(request_id=name, cache_salt=salt, block_hashes=hashes, num_output_tokens=9)
+        request.is_finished = lambda: finished
+        self.manager.attach(request)  # type: ignore[arg-type]
         return context, [shim.make_offload_key(h, 0) for h in hashes]
 
     def store(self, name: str) -> None:
@@ -134,3 +135,34 @@ def test_tenants_and_resets_have_roots_of_their_own(bench: Bench) -> None:
     bench.manager.reset_cache()
     bench.request("after")
     assert bench.manager._requests["after"].root not in roots
+
+
+def test_the_policy_learns_which_calls_are_of_one_request_and_how_it_ended(bench: Bench) -> None:
+    told: list[Use] = []
+    policy = bench.cache._dram._policy
+    access = policy.access
+    policy.access = lambda chain, use: (told.append(use), access(chain, use))[1]  # type: ignore[method-assign,assignment]
+    bench.store("first")
+    context, keys = bench.request("second")
+    bench.manager.lookup(keys[0], context)
+    bench.cache.answer()
+    bench.manager.lookup(keys[0], context)
+    bench.manager.on_request_finished(context)
+    assert [(use.request, use.output_tokens) for use in told] == [(1, -1), (1, 9), (2, -1), (2, 9)]
+
+
+def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
+    """What follows a hole is unreachable."""
+    put(bench.cache, bench.arena, chain_keys("other", 8))
+    context, keys = bench.request("first")
+    state, policy = bench.manager._requests["first"], bench.cache._dram._policy
+    victims = policy.victims
+    policy.victims = lambda count: [state.chains[0][1], *victims(count - 1)]  # type: ignore[method-assign]
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert output.keys_to_store == [keys[0], keys[2]]
+    policy.victims = victims  # type: ignore[method-assign]
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert output.keys_to_store == []
+    assert bench.cache.counters.declined_chunks == 1

@@ -23,6 +23,7 @@ from blake3 import blake3
 from ...cache import ChunkCache
 from ...kernels.chunk_keys import adopt_keys
 from ...keys import Namespace
+from ...policy.base import Use
 from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
 from .jobs import GroupChunks, SlotSpec
@@ -46,6 +47,7 @@ class Group:
 class RequestState:
     """What the manager remembers of a live request. Chains are in sequence order, by group id."""
 
+    use: Use  # of the eviction policy: this request's number
     request: shim.Request | None = None
     root: bytes = b""  # of its tenant's namespace; empty: not cached
     theirs: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class RequestState:
     store_waits: int = 0
     outdated: bool = False  # was alive when the cache was reset
     load_failed: bool = False  # recomputes without loading; see KvkernManager.load_failed
-    broken: set[int] = field(default_factory=set)  # groups with a chunk that found no room: what follows is unreachable
+    broken: set[int] = field(default_factory=set)  # groups with a chunk that is not stored: what follows is unreachable
 
 
 class KvkernManager(shim.OffloadingManager):
@@ -77,6 +79,7 @@ class KvkernManager(shim.OffloadingManager):
         self._windowed: frozenset[int] = frozenset()
         self._tickets: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
         self._next_ticket = 0
+        self._num_requests = 0
         self._step = 0
         self._reported = cache.counters.snapshot()
 
@@ -97,7 +100,8 @@ class KvkernManager(shim.OffloadingManager):
 
     def on_new_request(self, req_context: shim.ReqContext) -> shim.RequestOffloadingContext:
         """See OffloadingManager."""
-        self._requests[req_context.req_id] = RequestState(root=self._root_of(None))
+        self._num_requests += 1
+        self._requests[req_context.req_id] = RequestState(Use(request=self._num_requests), root=self._root_of(None))
         return shim.RequestOffloadingContext()
 
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
@@ -159,6 +163,8 @@ class KvkernManager(shim.OffloadingManager):
         state = self._requests.pop(req_context.req_id, None)
         if state is not None:
             self._unpin(req_context.req_id, state)
+            if state.request is not None and state.root:
+                self._cache.finish(replace(state.use, output_tokens=state.request.num_output_tokens))
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
         """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""
@@ -256,7 +262,8 @@ class KvkernManager(shim.OffloadingManager):
         """Ask for everything cached of this request."""
         self._extend(state)
         for group_id, chain in state.chains.items():
-            state.pending.append((group_id, self._cache.acquire_soon(chain, prefix=group_id not in self._windowed)))
+            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=state.use)
+            state.pending.append((group_id, asked))
         state.pinned_at = self._step
         self._waiting.add(req_id)
 
@@ -277,7 +284,7 @@ class KvkernManager(shim.OffloadingManager):
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
         asked = state.boundaries.get(key)
         if asked is None:
-            asked = state.boundaries[key] = self._cache.acquire_soon([self._our_key(state, key)])
+            asked = state.boundaries[key] = self._cache.acquire_soon([self._our_key(state, key)], use=state.use)
         if not asked.done():
             return shim.LookupResult.RETRY
         del state.boundaries[key]
@@ -322,8 +329,8 @@ class KvkernManager(shim.OffloadingManager):
         if not wanted or self._is_closed(state, group_id):
             return Reservation((), (), ())
         shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens)
-        reservation = self._cache.reserve(state.chains[group_id], wanted, shape)
-        if reservation.dropped and group_id not in self._windowed:
+        reservation = self._cache.reserve(state.chains[group_id], wanted, shape, state.use)
+        if (reservation.dropped or reservation.declined) and group_id not in self._windowed:
             state.broken.add(group_id)
         return reservation
 
@@ -355,6 +362,7 @@ def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
         "failed_chunks": "KV chunks reserved but not written by every rank.",
         "evicted_chunks": "KV chunks evicted to make room.",
         "dropped_chunks": "KV chunks not stored for want of room.",
+        "declined_chunks": "KV chunks not stored since what is cached is worth more.",
         "bad_chunks": "KV chunks that failed verification and were dropped.",
         "faults": "Faults in the cache that were answered as a miss.",
     }

@@ -77,7 +77,7 @@ class KvkernSpec(shim.OffloadingSpec):
         """The scheduler's: the node's daemon, or a cache over this engine's own arena."""
         if self.options.socket:
             return self._connect(index=True)
-        return build_cache(self._open_own_arena())
+        return build_cache(self._open_own_arena(), policy=self.options.policy)
 
     def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
         """(a worker's arena, what ends it)."""
