@@ -178,6 +178,34 @@ def _quota(text: str) -> tuple[str, int]:
     return model, parse_nbytes(size, f"quota of {model}")
 
 
+@app.command()
+def replay(
+    traces: Annotated[list[Path], typer.Argument(help="Request traces in the Mooncake format, .jsonl or .jsonl.gz.")],
+    policy: Annotated[str, typer.Option(help="A list: lru, s3fifo, arc, lirs, grit; min is the offline optimum.")] = (
+        "lru,grit,min"
+    ),
+    capacity: Annotated[
+        str, typer.Option(help="A list: of the unique chunks (3%), chunks (5000) or bytes (8GiB).")
+    ] = "1%,3%,10%,30%",
+    chunk_size: Annotated[str, typer.Option(help="What a chunk takes, for capacities in bytes.")] = "2MiB",
+    hints: Annotated[
+        bool, typer.Option(help="Tell the policy sessions and stop reasons, where the trace has them.")
+    ] = True,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw hit ratio against capacity there, with LRU and MIN.")] = None,
+) -> None:
+    """Replay request traces through eviction policies: hit ratio at each capacity."""
+    from rich.console import Console
+
+    from .config import parse_nbytes
+    from .replay import run
+
+    with _errors():
+        chunk_nbytes = parse_nbytes(chunk_size, "chunk-size")
+        run.replay(traces, policy, capacity, chunk_nbytes, hints, workers, json, plot, Console())
+
+
 def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
     from .node.operator import Operator
 

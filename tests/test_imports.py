@@ -38,6 +38,7 @@ LEVELS = {
     "kvkern.api": 4,
     "kvkern.integrations": 5,
     "kvkern.cli": 5,
+    "kvkern.replay": 5,
     "kvkern.demo": 5,
 }
 TOP = {"kvkern", "kvkern.__main__"}  # re-export and start: import anything, and only level 5 imports them

@@ -199,6 +199,23 @@ class Grit:
         self._rows = rows
 
 
+def compile_kernels() -> None:
+    """Compile what a `Grit` calls, or load it from numba's disk cache: some 20 s or 1 s, better not under a tier's lock."""
+    policy = Grit(2)
+    keys = [bytes([i]) * 32 for i in range(4)]
+    for number in range(1, 2 * _FIRST_FIT):
+        policy.access(keys, Use(float(number), number))
+        policy.access((), Use(float(number), number, output_tokens=1))
+    policy.insert(keys, Use())
+    policy.pin(keys[:1])
+    policy.unpin(keys[:1])
+    policy.remove(keys[3:])
+    policy.chances(keys, 1.0)
+    policy.victims(4)
+    policy._max_ghosts = 1
+    policy.access(keys, Use())
+
+
 def _words(keys: Keys) -> npt.NDArray[np.uint64]:
     """[n, 4] uint64 of 32-byte keys."""
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 4)

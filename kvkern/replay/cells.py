@@ -1,0 +1,119 @@
+"""What a replay runs: every trace with every policy at every capacity, over worker processes. Results keep their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+from ..config import parse_nbytes
+from ..errors import ConfigError
+from ..policy import POLICIES, checked_policy, make_policy
+from . import oracle
+from .drive import replay
+from .trace import Trace, read_trace
+
+MIN = "min"  # the oracle beside the policies
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One number to find."""
+
+    path: Path
+    policy: str
+    capacity: str  # as it was given
+    chunk_nbytes: int
+    hints: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a cell came to."""
+
+    trace: str
+    policy: str
+    capacity_chunks: int
+    capacity_fraction: float  # of the unique chunks
+    hit_ratio: float
+    requests: int
+    chunk_refs: int
+    unique_chunks: int
+    us_per_ref: float  # all of it, reading apart
+
+
+def checked_policies(names: str) -> list[str]:
+    """The policies of a comma-separated list. Raises ConfigError."""
+    found = [name.strip() for name in names.split(",")]
+    return [name if name == MIN else checked_policy(name) for name in found]
+
+
+def capacity_chunks(
+    text: str,  # "3%" of the unique chunks, "5000" chunks, or "8GiB"
+    num_unique: int,
+    chunk_nbytes: int,
+) -> int:
+    """Chunks that fit; at least one. Raises ConfigError."""
+    expected = 'expected a percentage of the unique chunks ("3%"), chunks ("5000") or bytes ("8GiB")'
+    try:
+        if text.endswith("%"):
+            chunks = int(num_unique * float(text[:-1]) / 100)
+        elif text.isdecimal():
+            chunks = int(text)
+        else:
+            chunks = parse_nbytes(text, "capacity") // chunk_nbytes
+    except (ValueError, OverflowError, ConfigError) as error:
+        raise ConfigError(f"capacity is {text!r}; {expected}") from error
+    if text.startswith("-") or chunks < 0 or text.strip("0.%") == "":
+        raise ConfigError(f"capacity is {text!r}, which holds no chunk; {expected}")
+    return max(chunks, 1)
+
+
+def run(
+    cells: Sequence[Cell],
+    workers: int,
+    progress: Callable[[int], object],  # called with the cells done since the last call
+) -> list[Result]:
+    """All results, in the order of the cells."""
+    if workers <= 1 or len(cells) == 1:
+        results = []
+        for cell in cells:
+            results.append(run_cell(cell))
+            progress(1)
+        return results
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures: list[Future[Result]] = [pool.submit(run_cell, cell) for cell in cells]
+        for future in as_completed(futures):
+            future.result()  # the first error ends it
+            progress(1)
+        return [future.result() for future in futures]
+
+
+def run_cell(cell: Cell) -> Result:
+    """Replay one."""
+    trace = _trace(cell.path)
+    capacity = capacity_chunks(cell.capacity, trace.num_unique, cell.chunk_nbytes)
+    begin = time.perf_counter()
+    if cell.policy == MIN:
+        hits = oracle.min_hits(trace, capacity)
+    else:
+        hits = replay(trace, make_policy(cell.policy, capacity), capacity, cell.hints)
+    seconds = time.perf_counter() - begin
+    return Result(
+        trace=trace.name, policy=cell.policy, capacity_chunks=capacity,
+        capacity_fraction=capacity / trace.num_unique, hit_ratio=hits / trace.num_refs,
+        requests=len(trace), chunk_refs=trace.num_refs, unique_chunks=trace.num_unique,
+        us_per_ref=seconds / trace.num_refs * 1e6,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)  # cells of one trace follow each other
+def _trace(path: Path) -> Trace:
+    return read_trace(path)
+
+
+__all__ = ["MIN", "POLICIES", "Cell", "Result", "capacity_chunks", "checked_policies", "run", "run_cell"]

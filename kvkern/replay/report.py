@@ -1,0 +1,93 @@
+"""Turns results into a table, JSON and a plot. Replays nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .cells import MIN, Result
+
+STYLES = {  # policy -> colour, line, width; others get what matplotlib gives them
+    MIN: ("#52606d", "--", 1.4), "lru": ("#9aa5b1", "-", 1.4), "grit": ("#e4572e", "-", 2.2),
+    "arc": ("#4c78a8", "-", 1.2), "s3fifo": ("#54a24b", "-", 1.2), "lirs": ("#b279a2", "-", 1.2),
+}  # fmt: skip
+NAMES = {MIN: "Belady's MIN", "lru": "LRU", "grit": "GRIT", "arc": "ARC", "s3fifo": "S3-FIFO", "lirs": "LIRS"}
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Hit ratios: a row for a trace and capacity, a column for a policy; the best policy's in bold."""
+    policies = list(dict.fromkeys(result.policy for result in results))
+    shown = Table(box=box.SIMPLE_HEAD, title="hit ratio: chunks of the longest cached prefix, of all chunks")
+    for heading in ("trace", "capacity\nchunks", "of unique"):
+        shown.add_column(heading, justify="left" if heading == "trace" else "right")
+    for policy in policies:
+        shown.add_column(NAMES.get(policy, policy), justify="right")
+    last = ""
+    for (trace, capacity), row in _rows(results).items():
+        if last and trace != last:
+            shown.add_section()
+        best = max((result.hit_ratio for result in row.values() if result.policy != MIN), default=0.0)
+        fraction = next(iter(row.values())).capacity_fraction
+        cells = [_ratio(row.get(policy), best) for policy in policies]
+        shown.add_row("" if trace == last else trace, f"{capacity:,}", f"{fraction:.1%}", *cells)
+        last = trace
+    return shown
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Write a picture of hit ratio against capacity, a panel for each trace. Replaces the file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    traces = list(dict.fromkeys(result.trace for result in results))
+    columns = min(len(traces), 2)
+    rows = -(-len(traces) // columns)
+    figure = Figure(figsize=(4.8 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat[len(traces) :]:
+        panel.set_visible(False)
+    for trace, axes in zip(traces, panels.flat, strict=False):
+        _panel(axes, trace, [result for result in results if result.trace == trace])
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _panel(axes: Any, trace: str, results: Sequence[Result]) -> None:
+    for policy in dict.fromkeys(result.policy for result in results):
+        points = sorted((r.capacity_fraction * 100, r.hit_ratio) for r in results if r.policy == policy)
+        colour, line, width = STYLES.get(policy, (None, "-", 1.2))
+        axes.plot(*zip(*points, strict=True), line, color=colour, linewidth=width, marker="o", markersize=3.5,
+                  label=NAMES.get(policy, policy))  # fmt: skip
+    ticks = sorted({round(result.capacity_fraction * 100, 2) for result in results})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_title(trace, fontsize=10)
+    axes.set_xlabel("capacity [% of the unique chunks]", fontsize=9)
+    axes.set_ylabel("hit ratio", fontsize=9)
+    axes.grid(color="#e6e8eb")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _rows(results: Sequence[Result]) -> Mapping[tuple[str, int], dict[str, Result]]:
+    rows: dict[tuple[str, int], dict[str, Result]] = {}
+    for result in results:
+        rows.setdefault((result.trace, result.capacity_chunks), {})[result.policy] = result
+    return rows
+
+
+def _ratio(result: Result | None, best: float) -> str:
+    if result is None:
+        return ""
+    text = f"{result.hit_ratio:.4f}"
+    return f"[bold]{text}[/bold]" if result.policy != MIN and result.hit_ratio == best else text
