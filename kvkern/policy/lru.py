@@ -11,7 +11,6 @@ A whole sequence is used at once, its tail first, so an ancestor is always newer
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 from itertools import islice
 
 from .base import Keys, Use
@@ -22,7 +21,7 @@ class LRU:
 
     def __init__(self) -> None:
         self._order: OrderedDict[bytes, None] = OrderedDict()
-        self._latest: dict[bytes, None] = {}  # what was accessed last, its tail first
+        self._latest: tuple[bytes, ...] = ()  # what was accessed last
 
     def __len__(self) -> int:
         return len(self._order)
@@ -30,14 +29,14 @@ class LRU:
     def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy."""
         if chain:
-            self._latest = dict.fromkeys(reversed(chain))
-            self._renew(self._latest)
+            self._latest = tuple(chain)
+            self._renew()
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
         self.unpin(keys)
-        if any(map(self._latest.__contains__, keys)):
-            self._renew(self._latest)
+        if not frozenset(keys).isdisjoint(self._latest):
+            self._renew()
 
     def pin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
@@ -58,7 +57,7 @@ class LRU:
         self.remove(chosen)
         return chosen
 
-    def _renew(self, keys: Iterable[bytes]) -> None:
-        """Those that are evictable become the newest, the last of them the very newest."""
+    def _renew(self) -> None:
+        """What is evictable of the sequence accessed last becomes the newest, its first chunk the very newest."""
         order = self._order
-        deque(map(order.move_to_end, filter(order.__contains__, keys)), maxlen=0)
+        deque(map(order.move_to_end, filter(order.__contains__, reversed(self._latest))), maxlen=0)

@@ -370,13 +370,13 @@ class DramTier:
         """Pin these. All are READY."""
         slots, pins = tuple(map(self._index.__getitem__, keys)), self._pins
         fresh = []
-        for slot in slots:
+        for key, slot in zip(keys, slots, strict=True):
             if not pins[slot]:
-                fresh.append(slot)
+                fresh.append(key)
             pins[slot] += 1
         self._num_leased += len(fresh)
         if fresh:
-            self._policy.pin(self._keys_of(fresh))
+            self._policy.pin(fresh)
         return Lease(tuple(keys), slots)
 
     def _of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:

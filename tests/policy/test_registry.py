@@ -16,6 +16,8 @@ from kvkern.policy.lru import LRU
 def test_names() -> None:
     assert POLICIES == ("lru", "arc", "s3fifo", "lirs", "grit")
     assert isinstance(make_policy("lru", 8), LRU)
+    for name in POLICIES:
+        assert make_policy(name, 8).victims(1) == []
 
 
 @pytest.mark.parametrize("name", ["", "LRU", "fifo"])
