@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
+from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import EvictionPolicy, Keys, Use
 from kvkern.policy.lru import LRU
+from kvkern.policy.shares import Shares
 from kvkern.slots import SlotState
 from kvkern.tiers.dram import DramTier, Lease, Reservation
 from tests.support import SHAPE, key, make_arena, put, write
@@ -86,7 +97,7 @@ class Walk(RuleBasedStateMachine):
 
     writers: Bundle[Writer] = Bundle("writers")
     leases: Bundle[Lease] = Bundle("leases")
-    make: type[LRU] = LRU
+    make: Callable[[], EvictionPolicy] = LRU
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,6 +265,18 @@ class ContraryWalk(Walk):
 
 TestContraryWalk = ContraryWalk.TestCase
 TestContraryWalk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["whole", "shares"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_policy_is_told_or_says_what_the_protocol_forbids(name: str, shares: bool) -> None:
+    def one() -> EvictionPolicy:
+        return make_policy(name, SLOTS)
+
+    class PolicyWalk(Walk):
+        make = staticmethod(lambda: Shares(one) if shares else one())
+
+    run_state_machine_as_test(PolicyWalk, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))
 
 
 @settings(max_examples=200, deadline=None, database=None, print_blob=False)
