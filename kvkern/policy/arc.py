@@ -1,0 +1,102 @@
+"""ARC (Megiddo and Modha, FAST '03), tail first: recency and frequency, weighed by what their ghosts would have hit.
+
+T1, T2: used once, used more often; B1, B2: their ghosts; p: how large T1 should be
+hit:            to the newest end of T2
+miss in B1:     p += max(|B2| / |B1|, 1); replace; into T2
+miss in B2:     p -= max(|B1| / |B2|, 1); replace; into T2
+other miss:     |T1| + |B1| = c: drop B1's oldest and replace, or T1's oldest if B1 is empty
+                else, when all lists hold 2c: drop B2's oldest; when they hold c: replace
+                into T1
+replace:        T1's oldest to B1 if |T1| > p (or = p for a miss in B2), else T2's oldest to B2
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from .classic import Classic
+
+_List = OrderedDict[bytes, None]
+
+
+class Arc(Classic):
+    """`EvictionPolicy`; ghosts are bounded by the capacity."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(ArcTextbook(capacity), tail_first=True)
+
+
+class ArcTextbook:
+    """See Textbook."""
+
+    def __init__(self, capacity: int) -> None:
+        self._c = capacity
+        self._p = 0.0
+        self._t1: _List = OrderedDict()
+        self._t2: _List = OrderedDict()
+        self._b1: _List = OrderedDict()
+        self._b2: _List = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._t1 or key in self._t2
+
+    def hit(self, key: bytes) -> None:
+        """See Textbook."""
+        if key in self._t1:
+            del self._t1[key]
+            self._t2[key] = None
+        else:
+            self._t2.move_to_end(key)
+
+    def miss(self, key: bytes) -> list[bytes]:
+        """See Textbook."""
+        t1, b1, b2, c = self._t1, self._b1, self._b2, self._c
+        evicted: list[bytes] = []
+        if key in b1:
+            self._p = min(c, self._p + max(len(b2) / len(b1), 1))
+            del b1[key]
+            self._make_room(evicted)
+            self._t2[key] = None
+        elif key in b2:
+            self._p = max(0, self._p - max(len(b1) / len(b2), 1))
+            del b2[key]
+            self._make_room(evicted, in_b2=True)
+            self._t2[key] = None
+        else:
+            if len(t1) + len(b1) >= c:
+                if b1:
+                    b1.popitem(last=False)
+                    self._make_room(evicted)
+                else:
+                    evicted.append(t1.popitem(last=False)[0])
+            else:
+                if len(t1) + len(self._t2) + len(b1) + len(b2) >= 2 * c and b2:
+                    b2.popitem(last=False)
+                self._make_room(evicted)
+            t1[key] = None
+        return evicted
+
+    def evict(self) -> bytes | None:
+        """See Textbook."""
+        return self._replace(in_b2=False) if self._t1 or self._t2 else None
+
+    def discard(self, key: bytes) -> None:
+        """See Textbook."""
+        self._t1.pop(key, None)
+        self._t2.pop(key, None)
+
+    def _make_room(self, evicted: list[bytes], in_b2: bool = False) -> None:
+        if len(self._t1) + len(self._t2) >= self._c:
+            evicted.append(self._replace(in_b2))
+
+    def _replace(self, in_b2: bool) -> bytes:
+        t1, t2 = self._t1, self._t2
+        if t1 and (len(t1) > self._p or (in_b2 and len(t1) == self._p) or not t2):
+            key = t1.popitem(last=False)[0]
+            self._b1[key] = None
+        else:
+            key = t2.popitem(last=False)[0]
+            self._b2[key] = None
+        if len(self._b1) + len(self._b2) > self._c:  # only where chunks leave by other ways
+            (self._b1 or self._b2).popitem(last=False)
+        return key

@@ -1,0 +1,112 @@
+"""LIRS (Jiang and Zhang, SIGMETRICS '02), tail first: keeps what has the shortest time between its last two uses.
+
+S: stack by recency of LIR, HIR and some ghosts; its bottom is always LIR. Q: queue of resident HIR
+hit LIR:             to the top of S; prune
+hit HIR in S:        becomes LIR, to the top; S's bottom becomes HIR, to Q's end; prune
+hit HIR not in S:    to the top of S, to Q's end
+miss:                Q's oldest leaves (a ghost while it is in S); into S as LIR if there is room for one or it was a
+                     ghost (then S's bottom becomes HIR), else as HIR, to Q's end
+prune:               drop HIR from S's bottom
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from .classic import Classic
+
+_HIR_SHARE = 0.05
+_GHOSTS_PER_SLOT = 10
+
+
+class Lirs(Classic):
+    """`EvictionPolicy`; ten ghosts a slot, the oldest are dropped."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(LirsTextbook(capacity), tail_first=True)
+
+
+class LirsTextbook:
+    """See Textbook."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._max_lir = max(capacity - max(int(capacity * _HIR_SHARE), 1), 0)
+        self._stack: OrderedDict[bytes, None] = OrderedDict()  # the top is last
+        self._lir: set[bytes] = set()
+        self._queue: OrderedDict[bytes, None] = OrderedDict()  # resident HIR
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # in the stack, not resident
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._lir or key in self._queue
+
+    def hit(self, key: bytes) -> None:
+        """See Textbook."""
+        in_stack = key in self._stack
+        self._stack[key] = None
+        self._stack.move_to_end(key)
+        if key in self._lir:
+            self._prune()
+        elif in_stack:
+            del self._queue[key]
+            self._promote(key)
+        else:
+            self._queue.move_to_end(key)
+
+    def miss(self, key: bytes) -> list[bytes]:
+        """See Textbook."""
+        evicted: list[bytes] = []
+        while len(self._lir) + len(self._queue) >= self._capacity:
+            left = self.evict()
+            assert left is not None, "a full cache has something to evict"
+            evicted.append(left)
+        was_ghost = self._ghosts.pop(key, self) is None
+        self._stack[key] = None
+        self._stack.move_to_end(key)
+        if was_ghost or len(self._lir) < self._max_lir:
+            self._promote(key)
+        else:
+            self._queue[key] = None
+        return evicted
+
+    def evict(self) -> bytes | None:
+        """See Textbook."""
+        if not self._queue:
+            if not self._lir:
+                return None
+            self._demote_bottom()
+        key = self._queue.popitem(last=False)[0]
+        if key in self._stack:
+            self._ghosts[key] = None
+            if len(self._ghosts) > _GHOSTS_PER_SLOT * self._capacity:
+                del self._stack[self._ghosts.popitem(last=False)[0]]
+        return key
+
+    def discard(self, key: bytes) -> None:
+        """See Textbook."""
+        if key in self._lir:
+            self._lir.discard(key)
+        elif self._queue.pop(key, self) is not None:
+            return
+        self._stack.pop(key, None)
+        self._prune()
+
+    def _promote(self, key: bytes) -> None:
+        self._lir.add(key)
+        while len(self._lir) > max(self._max_lir, 1):
+            self._demote_bottom()
+        self._prune()
+
+    def _demote_bottom(self) -> None:
+        self._prune()
+        key = self._stack.popitem(last=False)[0]
+        self._lir.discard(key)
+        self._queue[key] = None
+        self._prune()
+
+    def _prune(self) -> None:
+        """The bottom of a stack is LIR."""
+        stack = self._stack
+        while stack and (key := next(iter(stack))) not in self._lir:
+            del stack[key]
+            self._ghosts.pop(key, None)

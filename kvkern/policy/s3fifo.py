@@ -1,0 +1,89 @@
+"""S3-FIFO (Yang et al., SOSP '23) as AIBrix sets it: a small queue filters what is used once. Head first.
+
+small (30 % of c), main: FIFO queues; ghost: keys that left small
+hit:          uses += 1, 3 at most
+miss:         into main if it is a ghost, else into small
+evict:        small is at its size: its oldest to main if it was used again, else to the ghosts and out
+              else main: its oldest goes round again with one use less, or, without any, out
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from .classic import Classic
+
+_MAX_USES = 3
+_GHOSTS_PER_SLOT = 32  # AIBrix drops none; with these the decisions are all but the same
+
+
+class S3Fifo(Classic):
+    """`EvictionPolicy`; 32 ghosts a slot, the oldest are dropped."""
+
+    def __init__(self, capacity: int, small: float = 0.3, threshold: int = 1) -> None:
+        super().__init__(S3FifoTextbook(capacity, small, threshold), tail_first=False)
+
+
+class S3FifoTextbook:
+    """See Textbook."""
+
+    def __init__(
+        self,
+        capacity: int,
+        small: float,  # share of the capacity
+        threshold: int,  # uses after the first that lead from small to main
+    ) -> None:
+        self._capacity = capacity
+        self._small_size = max(int(capacity * small), 1)
+        self._max_ghosts = _GHOSTS_PER_SLOT * capacity
+        self._threshold = threshold
+        self._small: OrderedDict[bytes, int] = OrderedDict()  # key -> uses after the first
+        self._main: OrderedDict[bytes, int] = OrderedDict()
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._small or key in self._main
+
+    def hit(self, key: bytes) -> None:
+        """See Textbook."""
+        queue = self._small if key in self._small else self._main
+        if queue[key] < _MAX_USES:
+            queue[key] += 1
+
+    def miss(self, key: bytes) -> list[bytes]:
+        """See Textbook."""
+        evicted: list[bytes] = []
+        while len(self._small) + len(self._main) >= self._capacity:
+            left = self.evict()
+            assert left is not None, "a full cache has something to evict"
+            evicted.append(left)
+        if key in self._ghosts:
+            del self._ghosts[key]
+            self._main[key] = 0
+        else:
+            self._small[key] = 0
+        return evicted
+
+    def evict(self) -> bytes | None:
+        """See Textbook."""
+        small, main = self._small, self._main
+        while small or main:
+            if small and (len(small) >= self._small_size or not main):
+                key, uses = small.popitem(last=False)
+                if uses >= self._threshold:
+                    main[key] = 0
+                    continue
+                self._ghosts[key] = None
+                if len(self._ghosts) > self._max_ghosts:
+                    self._ghosts.popitem(last=False)
+                return key
+            key, uses = main.popitem(last=False)
+            if not uses:
+                return key
+            main[key] = uses - 1
+        return None
+
+    def discard(self, key: bytes) -> None:
+        """See Textbook."""
+        self._small.pop(key, None)
+        self._main.pop(key, None)
