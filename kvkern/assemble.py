@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
 from .config import DEFAULT_POLICY, Config
-from .policy import make_policy
+from .policy import policy_maker
 from .policy.shares import Shares
 from .slots import SlotGeometry
 from .tiers.dram import DramTier
@@ -44,10 +44,8 @@ def build_cache(arena: Arena, shares: bool = False, policy: str = DEFAULT_POLICY
     With `shares` every namespace has a policy of its own, and the largest gives way first. Raises ConfigError for a
     policy that nobody knows.
     """
-    num_slots = arena.spec.num_slots
-    if not shares:
-        return Cache(DramTier(arena, make_policy(policy, num_slots)))
-    return Cache(DramTier(arena, Shares(lambda: make_policy(policy, num_slots))))
+    make = policy_maker(policy, arena.spec.num_slots)
+    return Cache(DramTier(arena, Shares(make) if shares else make()))
 
 
 def build_transfer(

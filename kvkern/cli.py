@@ -191,6 +191,13 @@ def replay(
     hints: Annotated[
         bool, typer.Option(help="Tell the policy sessions and stop reasons, where the trace has them.")
     ] = True,
+    remote_capacity: Annotated[str, typer.Option(help="Replay two tiers, with a remote of that capacity.")] = "",
+    persist: Annotated[
+        str, typer.Option(help="What goes there, a list: all, hot, evicted, predicted.")
+    ] = "all,predicted",
+    prefill: Annotated[float, typer.Option(min=1, help="Tokens/s that the engine computes; for predicted.")] = 15_000,
+    bandwidth: Annotated[str, typer.Option(help="Bytes/s of the remote, both ways; for predicted.")] = "10GB",
+    kv_size: Annotated[str, typer.Option(help="Bytes of KV a token; for predicted.")] = "128KiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw hit ratio against capacity there, with LRU and MIN.")] = None,
@@ -199,11 +206,27 @@ def replay(
     from rich.console import Console
 
     from .config import parse_nbytes
+    from .policy.persist import Costs
     from .replay import run
 
     with _errors():
         chunk_nbytes = parse_nbytes(chunk_size, "chunk-size")
-        run.replay(traces, policy, capacity, chunk_nbytes, hints, workers, json, plot, Console())
+        speed = parse_nbytes(bandwidth, "bandwidth")
+        costs = Costs(1, parse_nbytes(kv_size, "kv-size"), prefill, speed, speed)
+        run.replay(
+            traces,
+            policy,
+            capacity,
+            chunk_nbytes,
+            hints,
+            workers,
+            remote_capacity,
+            persist,
+            costs,
+            json,
+            plot,
+            Console(),
+        )
 
 
 def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:

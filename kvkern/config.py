@@ -17,7 +17,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 MAX_THREADS = 64
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "grit"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
 

@@ -63,3 +63,18 @@ def make_policy(
 ) -> EvictionPolicy:
     """A new policy of that name. Raises ConfigError."""
     return _CREATORS[checked_policy(name)](capacity)
+
+
+def policy_maker(
+    name: str,
+    capacity: int,  # chunks that the tier has room for
+) -> Callable[[], EvictionPolicy]:
+    """Makes policies for the shares of one tier, which learn together. What has to be compiled is, now. Raises ConfigError."""
+    if checked_policy(name) != "grit":
+        return lambda: make_policy(name, capacity)
+    from .grit import Grit, compile_kernels
+    from .grit_model import GritModel
+
+    compile_kernels()
+    model = GritModel()
+    return lambda: Grit(capacity, model)

@@ -12,6 +12,7 @@ is in docs/policy.md.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 
 import numpy as np
@@ -39,9 +40,13 @@ class Grit:
         self,
         capacity: int,  # chunks
         model: GritModel | None = None,  # may be shared with other caches that the same lock guards
-        max_ghosts: int | None = None,  # chunks that are remembered though they are not resident
+        max_ghosts: int
+        | None = None,  # chunks remembered though not resident, of all that share the model; see _forget
     ) -> None:
         self.model = model or GritModel()
+        self.model.members += 1
+        self._ghosts = [0]  # as the model has counted them
+        weakref.finalize(self, self.model.leave, self._ghosts).atexit = False
         self._max_ghosts = max_ghosts or max(_GHOSTS_PER_SLOT * capacity, _MIN_GHOSTS)
         self._state = np.zeros(store.NUM_STATE, dtype=np.int64)
         self._state[[store.FREE_NODE, store.FREE_ROW, store.HEAP]] = -1
@@ -167,16 +172,31 @@ class Grit:
     def _room_for(self, keys: Keys) -> npt.NDArray[np.uint64]:
         """[n, 4] words of the keys, and room for as many nodes and rows."""
         n, state = len(keys), self._state
-        if state[store.GHOSTS] + n > self._max_ghosts:
-            store.forget(
-                self._nodes, self._heads, self._rows, state, self.model.exposure,
-                int(state[store.GHOSTS] + n - self._max_ghosts + self._max_ghosts // 8), self._now,
-            )  # fmt: skip
+        ghosts = int(state[store.GHOSTS])
+        self.model.ghosts += ghosts - self._ghosts[0]
+        self._ghosts[0] = ghosts
+        if self.model.ghosts + n > self._max_ghosts:
+            self._forget(ghosts, n)
         if state[store.NODES] + n > len(self._nodes):
             self._grow_nodes(int(state[store.NODES]) + n)
         if state[store.ROWS] + n + 1 > len(self._rows):
             self._grow_rows(int(state[store.ROWS]) + n + 1)
         return _words(keys)
+
+    def _forget(self, ghosts: int, n: int) -> None:
+        """Make room for n ghosts; one of many that share a model gives up none below half of an even share."""
+        spare = ghosts - self._max_ghosts // (2 * self.model.members) if self.model.members > 1 else ghosts
+        count = min(spare, self.model.ghosts + n - self._max_ghosts + ghosts // 8)
+        if count > 0:
+            store.forget(
+                self._nodes,
+                self._heads,
+                self._rows,
+                self._state,
+                self.model.exposure,
+                max(count, ghosts // 8),
+                self._now,
+            )
 
     def _grow_nodes(self, needed: int) -> None:
         size = max(needed, len(self._nodes) * 3 // 2)

@@ -211,6 +211,8 @@ class GritModel:
         self.index: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
         self.fitted: npt.NDArray[np.int64] = np.full(NUM_CLASSES, -1)  # the epoch of each class's index; -1: never used
         self.epoch = 0
+        self.ghosts = 0  # of all caches that share this
+        self.members = 0
         self._now: float | None = None
         self.fit(0.0)
 
@@ -221,6 +223,11 @@ class GritModel:
         active = np.flatnonzero(self.fitted >= 0)
         _fit(self.events, self.exposure, self.base, self.rho, active, 0.5 ** (elapsed / HALF_LIFE_S))
         self.epoch += 1
+
+    def leave(self, ghosts: list[int]) -> None:
+        """A cache that shared this, with so many ghosts, is gone."""
+        self.members -= 1
+        self.ghosts -= ghosts[0]
 
     def dump(self) -> bytes:
         """What was learned, for `load`: some 600 bytes for a class that was ever used."""

@@ -32,20 +32,25 @@ from .grit_store import (
     returned,
 )  # fmt: skip
 
+_TIE = 1e-13  # of the index, a request
+
 # -- leaves -----------------------------------------------------------------------------------------------------------
 
 
 @njit
 def _score(rows: Any, index: Any, row: int, now: float) -> float:
+    """The index now; among equals the older request's is less."""
     r = rows[row]
     age = now - r.time
     if age < UNIT_S:
-        return float(index[r.cls, 0])
-    position = 2.0 * np.log2(age / UNIT_S)
-    b = int(position)
-    if b >= NUM_BINS - 1:
-        return float(index[r.cls, NUM_BINS - 1])
-    return float(index[r.cls, b] + (position - b) * (index[r.cls, b + 1] - index[r.cls, b]))
+        value = index[r.cls, 0]
+    else:
+        position = 2.0 * np.log2(age / UNIT_S)
+        b = int(position)
+        value = index[r.cls, min(b, NUM_BINS - 1)]
+        if b < NUM_BINS - 1:
+            value += (position - b) * (index[r.cls, b + 1] - value)
+    return float(value * (1.0 + _TIE * r.serial))
 
 
 @njit

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from ..config import parse_nbytes
 from ..errors import ConfigError
 from ..policy import POLICIES, checked_policy, make_policy
-from . import oracle
+from ..policy.persist import Persist
+from . import oracle, two_tier
 from .drive import replay
 from .trace import Trace, read_trace
 
@@ -29,6 +31,9 @@ class Cell:
     capacity: str  # as it was given
     chunk_nbytes: int
     hints: bool
+    remote_capacity: str = ""  # with it, two tiers
+    persist: Persist = Persist.ALL
+    threshold: float = 0.0  # of Persist.PREDICTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,10 @@ class Result:
     chunk_refs: int
     unique_chunks: int
     us_per_ref: float  # all of it, reading apart
+    remote_capacity_chunks: int | None = None
+    persist: str | None = None
+    dram_hit_ratio: float | None = None
+    written_chunks: int | None = None
 
 
 def checked_policies(names: str) -> list[str]:
@@ -98,8 +107,17 @@ def run_cell(cell: Cell) -> Result:
     trace = _trace(cell.path)
     capacity = capacity_chunks(cell.capacity, trace.num_unique, cell.chunk_nbytes)
     begin = time.perf_counter()
+    more: dict[str, Any] = {}
     if cell.policy == MIN:
         hits = oracle.min_hits(trace, capacity)
+    elif cell.remote_capacity:
+        remote = capacity_chunks(cell.remote_capacity, trace.num_unique, cell.chunk_nbytes)
+        tiers = two_tier.replay(trace, cell.policy, capacity, remote, cell.persist, cell.threshold, cell.hints)
+        hits = tiers.dram_hits + tiers.remote_hits
+        more = {
+            "remote_capacity_chunks": remote, "persist": str(cell.persist),
+            "dram_hit_ratio": tiers.dram_hits / trace.num_refs, "written_chunks": tiers.written,
+        }  # fmt: skip
     else:
         hits = replay(trace, make_policy(cell.policy, capacity), capacity, cell.hints)
     seconds = time.perf_counter() - begin
@@ -107,7 +125,7 @@ def run_cell(cell: Cell) -> Result:
         trace=trace.name, policy=cell.policy, capacity_chunks=capacity,
         capacity_fraction=capacity / trace.num_unique, hit_ratio=hits / trace.num_refs,
         requests=len(trace), chunk_refs=trace.num_refs, unique_chunks=trace.num_unique,
-        us_per_ref=seconds / trace.num_refs * 1e6,
+        us_per_ref=seconds / trace.num_refs * 1e6, **more,
     )  # fmt: skip
 
 

@@ -38,6 +38,32 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
+def two_tier_table(results: Sequence[Result], threshold: float) -> Table:
+    """A row for each result: hits by tier, and what was written to the remote."""
+    title = f"two tiers; predicted writes what returns with a probability above {threshold:.3f}"
+    shown = Table(box=box.SIMPLE_HEAD, title=title)
+    for heading in (
+        "trace",
+        "policy",
+        "persist",
+        "DRAM\nchunks",
+        "remote\nchunks",
+        "hit ratio",
+        "of it\nDRAM",
+        "written\nof unique",
+    ):
+        shown.add_column(heading, justify="left" if heading in ("trace", "policy", "persist") else "right")
+    for r in results:
+        remote = "" if r.remote_capacity_chunks is None else f"{r.remote_capacity_chunks:,}"
+        dram = "" if r.dram_hit_ratio is None else f"{r.dram_hit_ratio:.4f}"
+        written = "" if r.written_chunks is None else f"{r.written_chunks / r.unique_chunks:.1%}"
+        name = NAMES.get(r.policy, r.policy)
+        shown.add_row(
+            r.trace, name, r.persist or "", f"{r.capacity_chunks:,}", remote, f"{r.hit_ratio:.4f}", dram, written
+        )
+    return shown
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
     """Write a picture of hit ratio against capacity, a panel for each trace. Replaces the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..demo.report import write_json
 from ..errors import ConfigError
+from ..policy.persist import Costs, Persist, checked_persist
 from . import report
 from .cells import MIN, Cell, Result, checked_policies, run
 
@@ -23,6 +24,9 @@ def replay(
     chunk_nbytes: int,
     hints: bool,
     workers: int | None,  # None: one a core
+    remote_capacity: str,  # with it, two tiers
+    persist: str,  # comma-separated modes of policy/persist.py
+    costs: Costs,
     json_path: Path | None,
     plot_path: Path | None,
     console: Console,
@@ -34,8 +38,14 @@ def replay(
     for path in traces:
         if not path.is_file():
             raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files of the Mooncake format")
+    if remote_capacity and plot_path is not None:
+        raise ConfigError("a plot is of one tier; leave out --plot or --remote-capacity")
+    modes = [checked_persist(mode.strip()) for mode in persist.split(",")] if remote_capacity else [Persist.ALL]
     sizes = [size.strip() for size in capacities.split(",")]
-    cells = [Cell(path, name, size, chunk_nbytes, hints) for path in traces for size in sizes for name in names]
+    cells = [
+        Cell(path, name, size, chunk_nbytes, hints, remote_capacity, mode, costs.threshold)
+        for path in traces for size in sizes for name in names for mode in modes
+    ]  # fmt: skip
     workers = workers or len(os.sched_getaffinity(0))
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -43,7 +53,7 @@ def replay(
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("replaying", total=len(cells))
         results = run(cells, workers, lambda done: bar.advance(task, done))
-    console.print(report.table(results))
+    console.print(report.two_tier_table(results, costs.threshold) if remote_capacity else report.table(results))
     if json_path is not None:
         write_json(json_path, [asdict(result) for result in results], hints=hints)
     if plot_path is not None:

@@ -33,7 +33,7 @@ class Node:
         quotas = quotas or Quotas()
         self.arena = arena
         self.sessions = Sessions(
-            build_cache(arena, shares=quotas.shares), arena, alive=lambda pid, start: True, quotas=quotas
+            build_cache(arena, shares=quotas.shares, policy="lru"), arena, alive=lambda pid, start: True, quotas=quotas
         )
         self.first, self.second = self.connect("first"), self.connect("second")
 

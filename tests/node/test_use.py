@@ -44,11 +44,11 @@ def policies(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
     """All that are made."""
     made: list[Noting] = []
 
-    def make(name: str, capacity: int) -> Noting:
+    def make() -> Noting:
         made.append(Noting())
         return made[-1]
 
-    monkeypatch.setattr(assemble, "make_policy", make)
+    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity: make)
     return made
 
 
@@ -130,7 +130,7 @@ def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="policy is 'fifo'; expected one of lru, "):
         replace(config, policy="fifo")
     asked: list[str] = []
-    monkeypatch.setattr(assemble, "make_policy", lambda name, capacity: asked.append(name) or LRU())
+    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity: asked.append(name) or LRU)
     with served(replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
         assert store(one, CHAIN) == 3
     assert asked == ["arc"]

@@ -307,3 +307,15 @@ def test_damaged_state_is_refused_and_nothing_changes(damage: bytes | str | None
     with pytest.raises(ConfigError, match=r"checksum|version 99"):
         model.load(bytes(data))
     assert model.dump() == before
+
+
+def test_caches_that_share_a_model_share_its_ghosts() -> None:
+    model = GritModel()
+    many = [Grit(4, model, max_ghosts=400) for _ in range(8)]
+    for number in range(4000):
+        policy = many[0] if number % 3 else many[number % 8]
+        policy.access([key(number)], Use(float(number), number + 1))
+    assert 200 <= model.ghosts <= 640
+    assert model.ghosts >= sum(policy.num_chunks for policy in many) - 8
+    del many[1:], policy
+    assert (model.members, model.ghosts) == (1, many[0]._ghosts[0])

@@ -26,6 +26,7 @@ from ...keys import Namespace
 from ...policy.base import Use
 from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
+from .hints import hinted
 from .jobs import GroupChunks, SlotSpec
 
 NO_TICKET = -1
@@ -95,6 +96,7 @@ class KvkernManager(shim.OffloadingManager):
         """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
         state = self._requests[request.request_id]
         state.request, state.root = request, self._root_of(request.cache_salt)
+        state.use = hinted(state.use, request.kv_transfer_params, state.root)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,54 @@
+"""What of the DRAM tier is written to the remote store, and when. One set of modes for the whole project.
+
+    all         every chunk, when it is stored
+    hot         every chunk, when it is hit for the first time
+    evicted     every chunk, when it is evicted
+    predicted   when it is evicted, if  P(use within the remote's residency) * saved > written
+
+`saved` is what a hit spares: prefill of the chunk, less reading it. `written` is what writing it costs. Both in seconds of
+the accelerator, so that they can be compared; the threshold follows from figures that are measured, not from a constant.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+class Persist(enum.StrEnum):
+    """See the module."""
+
+    ALL = "all"
+    HOT = "hot"
+    EVICTED = "evicted"
+    PREDICTED = "predicted"
+
+
+def checked_persist(name: str) -> Persist:
+    """The mode of that name. Raises ConfigError."""
+    try:
+        return Persist(name)
+    except ValueError as error:
+        raise ConfigError(f"persist is {name!r}; expected one of {', '.join(Persist)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a deployment measures. The defaults are those of an 8 B model in bfloat16 (128 KiB a token) on one H100-class GPU
+    and a 100 Gb/s network: orders of magnitude to start from, not figures of this project."""
+
+    chunk_tokens: int = 512
+    chunk_nbytes: int = 512 * 128 * 1024
+    prefill_tokens_s: float = 15_000.0
+    write_nbytes_s: float = 10e9
+    read_nbytes_s: float = 10e9
+    link_price: float = 1.0  # accelerator seconds that a second of the link is worth
+
+    @property
+    def threshold(self) -> float:
+        """The probability of use from which on a write pays; above 1: never."""
+        saved = self.chunk_tokens / self.prefill_tokens_s - self.chunk_nbytes / self.read_nbytes_s * self.link_price
+        written = self.chunk_nbytes / self.write_nbytes_s * self.link_price
+        return written / saved if saved > 0 else float("inf")
