@@ -15,7 +15,7 @@ STYLES = {  # policy -> colour, line, width; others get what matplotlib gives th
     MIN: ("#52606d", "--", 1.4), "lru": ("#9aa5b1", "-", 1.4), "grit": ("#e4572e", "-", 2.2),
     "arc": ("#4c78a8", "-", 1.2), "s3fifo": ("#54a24b", "-", 1.2), "lirs": ("#b279a2", "-", 1.2),
 }  # fmt: skip
-NAMES = {MIN: "Belady's MIN", "lru": "LRU", "grit": "GRIT", "arc": "ARC", "s3fifo": "S3-FIFO", "lirs": "LIRS"}
+NAMES = {MIN: "MIN", "lru": "LRU", "grit": "GRIT", "arc": "ARC", "s3fifo": "S3-FIFO", "lirs": "LIRS"}
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -23,7 +23,7 @@ def table(results: Sequence[Result]) -> Table:
     policies = list(dict.fromkeys(result.policy for result in results))
     shown = Table(box=box.SIMPLE_HEAD, title="hit ratio: chunks of the longest cached prefix, of all chunks")
     for heading in ("trace", "capacity\nchunks", "of unique"):
-        shown.add_column(heading, justify="left" if heading == "trace" else "right")
+        shown.add_column(heading, justify="left" if heading == "trace" else "right", no_wrap=heading == "trace")
     for policy in policies:
         shown.add_column(NAMES.get(policy, policy), justify="right")
     last = ""
@@ -52,7 +52,8 @@ def two_tier_table(results: Sequence[Result], threshold: float) -> Table:
         "of it\nDRAM",
         "written\nof unique",
     ):
-        shown.add_column(heading, justify="left" if heading in ("trace", "policy", "persist") else "right")
+        left = heading in ("trace", "policy", "persist")
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for r in results:
         remote = "" if r.remote_capacity_chunks is None else f"{r.remote_capacity_chunks:,}"
         dram = "" if r.dram_hit_ratio is None else f"{r.dram_hit_ratio:.4f}"

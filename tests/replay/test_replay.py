@@ -138,12 +138,12 @@ def test_hostile_traces_cost_hits_and_nothing_else(tmp_path: Path, name: str) ->
         assert 0 <= replay(trace, make_policy(name, capacity), capacity) <= trace.num_refs
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_the_oracle_is_the_best_of_all_choices(tmp_path: Path, seed: int) -> None:
-    """Brute force over every prefix-closed set that could be kept after each request."""
+    """Brute force over every set that could be kept after each request."""
     trace = load(tmp_path, sessions(seed, count=7, alphabet=3))
     chains = [chain for chain, _ in requests(trace, True, lambda done: None)]
-    for capacity in (1, 2, 3, 5):
+    for capacity in (1, 2, 3):
         states: dict[frozenset[bytes], int] = {frozenset(): 0}
         for chain in chains:
             following: dict[frozenset[bytes], int] = {}
@@ -153,8 +153,7 @@ def test_the_oracle_is_the_best_of_all_choices(tmp_path: Path, seed: int) -> Non
                 for chosen in itertools.combinations(pool, min(capacity, len(pool))):
                     state = frozenset(chosen)
                     following[state] = max(following.get(state, 0), hits + more)
-            best = sorted(following.items(), key=lambda item: -item[1])
-            states = dict(best[:1500])
+            states = following
         assert min_hits(trace, capacity) == max(states.values())
 
 
