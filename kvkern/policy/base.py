@@ -49,13 +49,14 @@ class EvictionPolicy(Protocol):
         """
 
     def insert(self, keys: Keys, use: Use) -> None:
-        """These are resident and evictable from now on. `access` came first, but for what a restart has found."""
+        """These are resident and evictable from now on. `access` came first, but for what a restart has found: that comes
+        in the order of its depth, many sequences mixed."""
 
     def pin(self, keys: Keys) -> None:
-        """Not evictable until `unpin`. Each is resident and evictable before this call."""
+        """Not evictable until `unpin`, and no use. Each is resident and evictable before this call."""
 
     def unpin(self, keys: Keys) -> None:
-        """Evictable again. Each is resident and pinned before this call."""
+        """Evictable again. Each is resident and pinned before this call; ancestors may come with what was written."""
 
     def remove(self, keys: Keys) -> None:
         """Gone for another reason than eviction; pinned or not. Unknown keys are ignored."""

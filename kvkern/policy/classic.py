@@ -47,7 +47,7 @@ class Classic:
     def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy. Its chunks wait for `insert`, to be taken in one order, hits and misses."""
         self._take(())
-        self._waiting = chain
+        self._waiting = list(chain)  # the caller's may grow
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
@@ -91,7 +91,8 @@ class Classic:
         self._waiting = ()
         misses = set(new)
         if not misses.issubset(chain):
-            chain = [*chain, *(key for key in new if key not in set(chain))]
+            known = set(chain)
+            chain = [*chain, *(key for key in new if key not in known)]
         for key in reversed(chain) if self._tail_first else chain:
             if key in textbook:
                 textbook.hit(key)
