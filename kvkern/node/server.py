@@ -394,7 +394,7 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
-        cache = build_cache(arena, self.config.quotas.shares, self.config.policy)
+        cache = await asyncio.to_thread(build_cache, arena, self.config.quotas.shares, self.config.policy)
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
