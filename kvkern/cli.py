@@ -193,8 +193,8 @@ def replay(
     ] = True,
     remote_capacity: Annotated[str, typer.Option(help="Replay two tiers, with a remote of that capacity.")] = "",
     persist: Annotated[
-        str, typer.Option(help="What goes there, a list: all, hot, evicted, predicted.")
-    ] = "all,predicted",
+        str, typer.Option(help="What goes there, a list: all, hot, evicted, predicted, oracle. Default: all of these.")
+    ] = "",
     prefill: Annotated[float, typer.Option(min=1, help="Tokens/s that the engine computes; for predicted.")] = 15_000,
     bandwidth: Annotated[str, typer.Option(help="Bytes/s of the remote, both ways; for predicted.")] = "10GB",
     kv_size: Annotated[str, typer.Option(help="Bytes of KV a token; for predicted.")] = "128KiB",

@@ -1,1 +1,4 @@
-"""Replays request traces through the production policies. Read in this order: trace, drive, two_tier, oracle, cells, report."""
+"""Replays request traces through the production policies.
+
+Read in this order: trace, drive, oracle, remote, two_tier, cells, report.
+"""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 from ..config import parse_nbytes
 from ..errors import ConfigError
 from ..policy import POLICIES, checked_policy, make_policy
-from ..policy.persist import Persist
 from . import oracle, two_tier
 from .drive import replay
 from .trace import Trace, read_trace
 
 MIN = "min"  # the oracle beside the policies
+MAX_CHUNKS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Cell:
     chunk_nbytes: int
     hints: bool
     remote_capacity: str = ""  # with it, two tiers
-    persist: Persist = Persist.ALL
+    persist: str = "all"  # a mode of policy/persist.py, or two_tier.ORACLE
     threshold: float = 0.0  # of Persist.PREDICTED
 
 
@@ -49,15 +50,20 @@ class Result:
     chunk_refs: int
     unique_chunks: int
     us_per_ref: float  # all of it, reading apart
+    num_backwards: int  # requests whose time was before that of the one above
     remote_capacity_chunks: int | None = None
     persist: str | None = None
     dram_hit_ratio: float | None = None
     written_chunks: int | None = None
 
+    def row(self) -> dict[str, object]:
+        """As JSON has it: one tier has no columns of two."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 def checked_policies(names: str) -> list[str]:
     """The policies of a comma-separated list. Raises ConfigError."""
-    found = [name.strip() for name in names.split(",")]
+    found = dict.fromkeys(name.strip() for name in names.split(","))
     return [name if name == MIN else checked_policy(name) for name in found]
 
 
@@ -79,6 +85,8 @@ def capacity_chunks(
         raise ConfigError(f"capacity is {text!r}; {expected}") from error
     if text.startswith("-") or chunks < 0 or text.strip("0.%") == "":
         raise ConfigError(f"capacity is {text!r}, which holds no chunk; {expected}")
+    if chunks > MAX_CHUNKS:
+        raise ConfigError(f"capacity is {text!r}, more than {MAX_CHUNKS} chunks; {expected}")
     return max(chunks, 1)
 
 
@@ -94,12 +102,17 @@ def run(
             results.append(run_cell(cell))
             progress(1)
         return results
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=get_context("spawn"))
+    try:
         futures: list[Future[Result]] = [pool.submit(run_cell, cell) for cell in cells]
         for future in as_completed(futures):
             future.result()  # the first error ends it
             progress(1)
         return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise ConfigError("a worker process died, perhaps for want of memory; try --workers 1") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run_cell(cell: Cell) -> Result:
@@ -112,10 +125,11 @@ def run_cell(cell: Cell) -> Result:
         hits = oracle.min_hits(trace, capacity)
     elif cell.remote_capacity:
         remote = capacity_chunks(cell.remote_capacity, trace.num_unique, cell.chunk_nbytes)
-        tiers = two_tier.replay(trace, cell.policy, capacity, remote, cell.persist, cell.threshold, cell.hints)
+        mode = two_tier.checked_mode(cell.persist, cell.policy)
+        tiers = two_tier.replay(trace, cell.policy, capacity, remote, mode, cell.threshold, cell.hints)
         hits = tiers.dram_hits + tiers.remote_hits
         more = {
-            "remote_capacity_chunks": remote, "persist": str(cell.persist),
+            "remote_capacity_chunks": remote, "persist": cell.persist,
             "dram_hit_ratio": tiers.dram_hits / trace.num_refs, "written_chunks": tiers.written,
         }  # fmt: skip
     else:
@@ -125,7 +139,7 @@ def run_cell(cell: Cell) -> Result:
         trace=trace.name, policy=cell.policy, capacity_chunks=capacity,
         capacity_fraction=capacity / trace.num_unique, hit_ratio=hits / trace.num_refs,
         requests=len(trace), chunk_refs=trace.num_refs, unique_chunks=trace.num_unique,
-        us_per_ref=seconds / trace.num_refs * 1e6, **more,
+        us_per_ref=seconds / trace.num_refs * 1e6, num_backwards=trace.num_backwards, **more,
     )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -12,9 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..demo.report import write_json
 from ..errors import ConfigError
-from ..policy.persist import Costs, Persist, checked_persist
+from ..policy.persist import Costs
 from . import report
-from .cells import MIN, Cell, Result, checked_policies, run
+from .cells import MIN, Cell, Result, capacity_chunks, checked_policies, run
+from .two_tier import checked_mode, modes_of
 
 
 def replay(
@@ -25,7 +26,7 @@ def replay(
     hints: bool,
     workers: int | None,  # None: one a core
     remote_capacity: str,  # with it, two tiers
-    persist: str,  # comma-separated modes of policy/persist.py
+    persist: str,  # comma-separated modes of policy/persist.py, or the oracle; empty: all that a policy can do
     costs: Costs,
     json_path: Path | None,
     plot_path: Path | None,
@@ -35,16 +36,16 @@ def replay(
     names = checked_policies(policies)
     if plot_path is not None:
         names += [name for name in ("lru", MIN) if name not in names]
-    for path in traces:
-        if not path.is_file():
-            raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files of the Mooncake format")
+    _check_paths(traces, json_path, plot_path)
     if remote_capacity and plot_path is not None:
         raise ConfigError("a plot is of one tier; leave out --plot or --remote-capacity")
-    modes = [checked_persist(mode.strip()) for mode in persist.split(",")] if remote_capacity else [Persist.ALL]
-    sizes = [size.strip() for size in capacities.split(",")]
+    sizes = list(dict.fromkeys(size.strip() for size in capacities.split(",")))
+    for size in [*sizes, remote_capacity or "1"]:
+        capacity_chunks(size, 1, chunk_nbytes)
+    modes = {name: _modes(name, persist) if remote_capacity and name != MIN else ["all"] for name in names}
     cells = [
         Cell(path, name, size, chunk_nbytes, hints, remote_capacity, mode, costs.threshold)
-        for path in traces for size in sizes for name in names for mode in modes
+        for path in traces for size in sizes for name in names for mode in modes[name]
     ]  # fmt: skip
     workers = workers or len(os.sched_getaffinity(0))
     columns = (
@@ -54,9 +55,38 @@ def replay(
         task = bar.add_task("replaying", total=len(cells))
         results = run(cells, workers, lambda done: bar.advance(task, done))
     console.print(report.two_tier_table(results, costs.threshold) if remote_capacity else report.table(results))
-    if json_path is not None:
-        write_json(json_path, [asdict(result) for result in results], hints=hints)
-    if plot_path is not None:
-        report.draw(results, plot_path)
-        console.print(f"plot: {plot_path}")
+    for trace, count in {result.trace: result.num_backwards for result in results if result.num_backwards}.items():
+        console.print(f"{trace}: {count:,} requests are older than the one above; they count as of its time")
+    try:
+        if json_path is not None:
+            write_json(json_path, [result.row() for result in results], hints=hints)
+        if plot_path is not None:
+            report.draw(results, plot_path)
+            console.print(f"plot: {plot_path}")
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}; give another path") from error
     return results
+
+
+def _modes(policy: str, persist: str) -> list[str]:
+    """Each once. Raises ConfigError for one that the policy cannot do."""
+    modes = list(dict.fromkeys(mode.strip() for mode in persist.split(","))) if persist else modes_of(policy)
+    for mode in modes:
+        checked_mode(mode, policy)
+    return modes
+
+
+def _check_paths(traces: Sequence[Path], json_path: Path | None, plot_path: Path | None) -> None:
+    """Find out now what would come out only after minutes."""
+    for path in traces:
+        if not path.is_file():
+            raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files of the Mooncake format")
+    names = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in traces]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two traces are named {name!r}, and results go by name; rename one, or replay it alone")
+    for out in (json_path, plot_path):
+        if out is not None and out.is_dir():
+            raise ConfigError(f"cannot write {out}: it is a folder; give a file")
+    if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a plot needs matplotlib: pip install 'kvkern[demo]'")

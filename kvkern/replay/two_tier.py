@@ -2,24 +2,26 @@
 
 hit       the longest prefix that lies in DRAM or the remote; what only the remote has is promoted to DRAM
 written   chunks that go to the remote, by a `Persist` mode; what lies there is not written again
-oracle    writes at eviction exactly what is used again before the remote would have dropped it, had it come then
+oracle    what DRAM evicts is offered to a remote that knows when everything is used next: what writing less could come to
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..policy import make_policy
+from ..policy.base import Keys
 from ..policy.grit import Grit
-from ..policy.persist import Persist
+from ..policy.persist import Persist, checked_persist
 from .drive import Progress, requests
+from .remote import NEVER, LRURemote, OracleRemote
 from .trace import Trace
 
-_FOREVER_S = 1e6  # residency of a remote that has evicted nothing yet
-_SMOOTH = 0.05  # weight of a new eviction's age
+ORACLE = "oracle"  # beside the modes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +33,19 @@ class TwoTier:
     written: int
 
 
-class _Remote:
-    """The remote store's index."""
+def checked_mode(mode: str, policy_name: str) -> Persist | None:
+    """The mode, None for the oracle. Raises ConfigError for one that the policy cannot do, too."""
+    if mode == ORACLE:
+        return None
+    persist = checked_persist(mode)
+    if persist is Persist.PREDICTED and policy_name != "grit":
+        raise ConfigError(f"persist is 'predicted', but policy {policy_name!r} predicts nothing; use grit")
+    return persist
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._used: OrderedDict[bytes, float] = OrderedDict()  # key -> time, the oldest first
-        self.residency_s = _FOREVER_S
-        self.written = 0
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._used
-
-    def use(self, keys: Iterable[bytes], now_s: float) -> None:
-        """Those it has count as used; call with tails first."""
-        for key in keys:
-            if key in self._used:
-                self._used[key] = now_s
-                self._used.move_to_end(key)
-
-    def write(self, keys: Iterable[bytes], now_s: float) -> None:
-        """Tails first."""
-        for key in keys:
-            if key not in self._used:
-                self.written += 1
-                self._used[key] = now_s
-        while len(self._used) > self._capacity:
-            _, then_s = self._used.popitem(last=False)
-            age_s = now_s - then_s
-            known = self.residency_s < _FOREVER_S
-            self.residency_s = (1 - _SMOOTH) * self.residency_s + _SMOOTH * age_s if known else age_s
+def modes_of(policy_name: str) -> list[str]:
+    """All that the policy can do."""
+    return [*(mode for mode in Persist if mode is not Persist.PREDICTED or policy_name == "grit"), ORACLE]
 
 
 def replay(
@@ -68,47 +53,69 @@ def replay(
     policy_name: str,
     capacity: int,  # chunks of DRAM
     remote_capacity: int,  # chunks
-    persist: Persist,
+    persist: Persist | None,  # None: the oracle
     threshold: float,  # of `Persist.PREDICTED`
     hints: bool = True,
     progress: Progress = lambda done: None,
 ) -> TwoTier:
     """Hits by tier, and what was written."""
     policy = make_policy(policy_name, capacity)
-    if persist is Persist.PREDICTED and not isinstance(policy, Grit):
-        raise ConfigError(f"persist is 'predicted', but policy {policy_name!r} predicts nothing; use grit")
+    upcoming: dict[bytes, int] = {}
+    remote = LRURemote(remote_capacity) if persist is not None else OracleRemote(remote_capacity, upcoming)
+    following = _next_uses(trace) if persist is None else None
     resident: set[bytes] = set()
-    hit_once: set[bytes] = set()
-    remote = _Remote(remote_capacity)
-    dram_hits = remote_hits = 0
+    hit_once: set[bytes] = set()  # since they came to DRAM
+    dram_hits = remote_hits = position = 0
     for chain, use in requests(trace, hints, progress):
-        begin = remote_hits + dram_hits
-        for key in chain:
-            if key in resident:
-                dram_hits += 1
-            elif key in remote:
-                remote_hits += 1
-            else:
-                break
-        hit = chain[: remote_hits + dram_hits - begin]
+        near, hit = _longest(chain, resident, remote)
+        dram_hits += near
+        remote_hits += hit - near
+        if following is not None:
+            upcoming.update(zip(chain, following[position : position + len(chain)].tolist(), strict=True))
+            position += len(chain)
         remote.use(reversed(chain), use.now_s)
         policy.access(chain, use)
         missing = [key for key in dict.fromkeys(chain) if key not in resident]
-        policy.insert(missing, use)
-        resident.update(missing)
         if persist is Persist.ALL:
             remote.write(reversed(missing), use.now_s)
         elif persist is Persist.HOT:
-            remote.write([key for key in reversed(hit) if key not in hit_once], use.now_s)
-            hit_once.update(hit)
+            again = [key for key in reversed(chain[:hit]) if key in resident and key not in hit_once]
+            remote.write(again, use.now_s)
+            hit_once.update(again)
+        policy.insert(missing, use)
+        resident.update(missing)
         over = len(resident) - capacity
-        if over > 0:
-            gone = policy.victims(over)
-            resident.difference_update(gone)
-            if persist is Persist.EVICTED:
-                remote.write(gone, use.now_s)
-            elif persist is Persist.PREDICTED:
-                assert isinstance(policy, Grit)
-                chances = policy.chances(gone, remote.residency_s)
-                remote.write([key for key, chance in zip(gone, chances, strict=True) if chance > threshold], use.now_s)
+        if over <= 0:
+            continue
+        gone = policy.victims(over)
+        resident.difference_update(gone)
+        hit_once.difference_update(gone)
+        if persist is Persist.PREDICTED:
+            assert isinstance(policy, Grit)
+            assert isinstance(remote, LRURemote)
+            new = [key for key in gone if key not in remote]
+            chances = policy.chances(new, remote.residency_s)
+            remote.write([key for key, chance in zip(new, chances, strict=True) if chance > threshold], use.now_s)
+        elif persist is Persist.EVICTED or persist is None:
+            remote.write(gone, use.now_s)
     return TwoTier(dram_hits, remote_hits, remote.written)
+
+
+def _longest(chain: Keys, resident: set[bytes], remote: LRURemote | OracleRemote) -> tuple[int, int]:
+    """Of the longest prefix that one of the two has: chunks in DRAM, and all."""
+    near = 0
+    for i, key in enumerate(chain):
+        if key in resident:
+            near += 1
+        elif key not in remote:
+            return near, i
+    return near, len(chain)
+
+
+def _next_uses(trace: Trace) -> npt.NDArray[np.int64]:
+    """[chunk refs] position in `chunks` at which the same chunk is used next, or NEVER."""
+    order = np.argsort(trace.chunks, kind="stable")
+    same = trace.chunks[order[1:]] == trace.chunks[order[:-1]]
+    found = np.full(trace.num_refs, NEVER, dtype=np.int64)
+    found[order[:-1][same]] = order[1:][same]
+    return found

@@ -138,21 +138,29 @@ def test_hostile_traces_cost_hits_and_nothing_else(tmp_path: Path, name: str) ->
         assert 0 <= replay(trace, make_policy(name, capacity), capacity) <= trace.num_refs
 
 
-@pytest.mark.parametrize("seed", range(5))
+def tiny(seed: int) -> Lines:
+    """Nine requests for paths in a random tree of nine chunks."""
+    rng = random.Random(seed)
+    paths: list[list[int]] = [[]]
+    for chunk in range(9):
+        paths.append([*rng.choice(paths), chunk])
+    return [{"timestamp": step, "hash_ids": rng.choice(paths[1:])} for step in range(9)]
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_the_oracle_is_the_best_of_all_choices(tmp_path: Path, seed: int) -> None:
-    """Brute force over every set that could be kept after each request."""
-    trace = load(tmp_path, sessions(seed, count=7, alphabet=3))
+    """Brute force over every set, prefix-closed or not, that could be kept after each request."""
+    trace = load(tmp_path, tiny(seed))
     chains = [chain for chain, _ in requests(trace, True, lambda done: None)]
-    for capacity in (1, 2, 3):
+    for capacity in (1, 2, 3, 5):
         states: dict[frozenset[bytes], int] = {frozenset(): 0}
         for chain in chains:
             following: dict[frozenset[bytes], int] = {}
             for kept, hits in states.items():
                 more = next((i for i, key in enumerate(chain) if key not in kept), len(chain))
-                pool = sorted(kept.union(chain))
-                for chosen in itertools.combinations(pool, min(capacity, len(pool))):
-                    state = frozenset(chosen)
-                    following[state] = max(following.get(state, 0), hits + more)
+                pool = kept.union(chain)
+                for chosen in map(frozenset, itertools.combinations(pool, min(capacity, len(pool)))):
+                    following[chosen] = max(following.get(chosen, 0), hits + more)
             states = following
         assert min_hits(trace, capacity) == max(states.values())
 
@@ -164,7 +172,9 @@ def test_capacities(text: str, chunks: int) -> None:
     assert capacity_chunks(text, 2000, 2 << 20) == chunks
 
 
-@pytest.mark.parametrize("text", ["", "0", "0%", "-1%", "-5", "x%", "nan%", "inf%", "3 %%", "12 apples"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0%", "-1%", "-5", "x%", "nan%", "inf%", "3 %%", "12 apples", "9" * 30, "1" + "0" * 5000]
+)
 def test_capacities_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="capacity is"):
         capacity_chunks(text, 2000, 2 << 20)
@@ -198,6 +208,12 @@ def test_command(tmp_path: Path) -> None:
         (["--policy", "lru,best"], "policy is 'best'; expected one of lru"),
         (["--capacity", "0%"], "capacity is '0%'"),
         (["--chunk-size", "none"], "chunk-size is 'none'"),
+        (["--remote-capacity", "0"], "capacity is '0'"),
+        (["--remote-capacity", "9%", "--persist", "all,some"], "persist is 'some'; expected one of all"),
+        (["--remote-capacity", "9%", "--persist", "predicted"], "policy 'lru' predicts nothing; use grit"),
+        (["--remote-capacity", "9%", "--plot", "x.png"], "a plot is of one tier"),
+        (["--json", "/proc/none/x.json"], "cannot write /proc/none"),
+        (["--json", "/"], "cannot write /: it is a folder"),
     ],
 )
 def test_errors_of_the_command(tmp_path: Path, more: list[str], message: str) -> None:
@@ -208,3 +224,25 @@ def test_errors_of_the_command(tmp_path: Path, more: list[str], message: str) ->
     gone = CliRunner().invoke(app, ["replay", str(tmp_path / "none.jsonl")])
     assert gone.exit_code == 2
     assert "is not a file" in gone.output
+
+
+def test_a_bad_trace_ends_the_command_among_workers(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good.jsonl", sessions(5)), tmp_path / "bad.jsonl"
+    bad.write_text('{"timestamp": 1}\n')
+    done = CliRunner().invoke(app, ["replay", str(bad), str(good), "--policy", "lru", "--workers", "2"])
+    assert done.exit_code == 2
+    assert "bad.jsonl:1: " in done.output.replace("\n", "")
+
+
+def test_times_that_run_backwards_are_reported(tmp_path: Path) -> None:
+    trace = write(tmp_path / "one.jsonl", [{"timestamp": t, "hash_ids": [1]} for t in (5, 3, 4, 9)])
+    done = CliRunner().invoke(app, ["replay", str(trace), "--policy", "lru", "--capacity", "1", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert "one: 2 requests are older" in done.output
+
+
+def test_two_traces_of_one_name(tmp_path: Path) -> None:
+    paths = [str(write(tmp_path / name, sessions(5))) for name in ("one.jsonl", "one.jsonl.gz")]
+    done = CliRunner().invoke(app, ["replay", *paths])
+    assert done.exit_code == 2
+    assert "two traces are named 'one'" in done.output
