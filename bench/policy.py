@@ -4,7 +4,7 @@
     measure: further requests; only access, insert and victims are timed, in runs; the median run counts
     bytes:   of what the policy holds, over the chunks it knows; the 32-byte key itself is not counted
 
-Targets: 1 us a chunk and 30 us a request at 100,000 resident chunks; 64 bytes a chunk, resident or remembered.
+Targets, of GRIT: 1 us a chunk and 30 us a request at 100,000 resident chunks; 64 bytes a chunk, resident or remembered.
 """
 
 from __future__ import annotations

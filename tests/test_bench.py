@@ -109,3 +109,13 @@ def test_node(tmp_path: Path) -> None:
     assert all(row["runs"] > 0 and row["other_cpus"] >= 0 for row in rows.values())
     assert printed.count("memory") == 2
     assert shared_memory() == set()
+
+
+@pytest.mark.slow
+def test_policy(tmp_path: Path) -> None:
+    result, printed = run_quick("policy", tmp_path)
+    assert [row["policy"] for row in result["rows"]] == ["lru", "s3fifo", "arc", "lirs", "grit"]
+    for row in result["rows"]:
+        assert row["resident_chunks"] == 2000
+        assert min(row["us_per_chunk"], row["us_per_request"], row["bytes_per_chunk"]) > 0
+        assert row["policy"] in printed
