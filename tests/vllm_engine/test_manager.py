@@ -57,7 +57,9 @@ class Bench:
         hashes = [bytes([i]) * 32 for i in range(3)]
         context = SimpleNamespace(req_id=name)
         self.manager.on_new_request(context)  # type: ignore[arg-type]
-        request = SimpleNamespace(request_id=name, cache_salt=salt, block_hashes=hashes, num_output_tokens=9)
+        request = SimpleNamespace(
+            request_id=name, cache_salt=salt, block_hashes=hashes, num_output_tokens=9, kv_transfer_params=None
+        )
         request.is_finished = lambda: finished
         self.manager.attach(request)  # type: ignore[arg-type]
         return context, [shim.make_offload_key(h, 0) for h in hashes]
