@@ -13,8 +13,9 @@ replace:        T1's oldest to B1 if |T1| > p (or = p for a miss in B2), else T2
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
-from .classic import Classic
+from .classic import Classic, Condemned
 
 _List = OrderedDict[bytes, None]
 
@@ -30,51 +31,25 @@ class ArcTextbook:
     """See Textbook."""
 
     def __init__(self, capacity: int) -> None:
-        self._c = capacity
+        self._c = max(capacity, 1)
         self._p = 0.0
         self._t1: _List = OrderedDict()
         self._t2: _List = OrderedDict()
         self._b1: _List = OrderedDict()
         self._b2: _List = OrderedDict()
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._t1 or key in self._t2
-
-    def hit(self, key: bytes) -> None:
+    def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
         """See Textbook."""
-        if key in self._t1:
-            del self._t1[key]
-            self._t2[key] = None
-        else:
-            self._t2.move_to_end(key)
-
-    def miss(self, key: bytes) -> list[bytes]:
-        """See Textbook."""
-        t1, b1, b2, c = self._t1, self._b1, self._b2, self._c
-        evicted: list[bytes] = []
-        if key in b1:
-            self._p = min(c, self._p + max(len(b2) / len(b1), 1))
-            del b1[key]
-            self._make_room(evicted)
-            self._t2[key] = None
-        elif key in b2:
-            self._p = max(0, self._p - max(len(b1) / len(b2), 1))
-            del b2[key]
-            self._make_room(evicted, in_b2=True)
-            self._t2[key] = None
-        else:
-            if len(t1) + len(b1) >= c:
-                if b1:
-                    b1.popitem(last=False)
-                    self._make_room(evicted)
-                else:
-                    evicted.append(t1.popitem(last=False)[0])
+        t1, t2 = self._t1, self._t2
+        for key in keys:
+            if key in t2:
+                t2.move_to_end(key)
+            elif key in t1:
+                del t1[key]
+                t2[key] = None
             else:
-                if len(t1) + len(self._t2) + len(b1) + len(b2) >= 2 * c and b2:
-                    b2.popitem(last=False)
-                self._make_room(evicted)
-            t1[key] = None
-        return evicted
+                condemned.pop(key, None)
+                self._miss(key, condemned)
 
     def evict(self) -> bytes | None:
         """See Textbook."""
@@ -85,9 +60,34 @@ class ArcTextbook:
         self._t1.pop(key, None)
         self._t2.pop(key, None)
 
-    def _make_room(self, evicted: list[bytes], in_b2: bool = False) -> None:
+    def _miss(self, key: bytes, condemned: Condemned) -> None:
+        t1, b1, b2, c = self._t1, self._b1, self._b2, self._c
+        if key in b1:
+            self._p = min(c, self._p + max(len(b2) / len(b1), 1))
+            del b1[key]
+            self._make_room(condemned)
+            self._t2[key] = None
+        elif key in b2:
+            self._p = max(0, self._p - max(len(b1) / len(b2), 1))
+            del b2[key]
+            self._make_room(condemned, in_b2=True)
+            self._t2[key] = None
+        else:
+            if len(t1) + len(b1) >= c:
+                if b1:
+                    b1.popitem(last=False)
+                    self._make_room(condemned)
+                else:
+                    condemned[t1.popitem(last=False)[0]] = None
+            else:
+                if len(t1) + len(self._t2) + len(b1) + len(b2) >= 2 * c and b2:
+                    b2.popitem(last=False)
+                self._make_room(condemned)
+            t1[key] = None
+
+    def _make_room(self, condemned: Condemned, in_b2: bool = False) -> None:
         if len(self._t1) + len(self._t2) >= self._c:
-            evicted.append(self._replace(in_b2))
+            condemned[self._replace(in_b2)] = None
 
     def _replace(self, in_b2: bool) -> bytes:
         t1, t2 = self._t1, self._t2

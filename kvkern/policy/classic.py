@@ -2,36 +2,34 @@
 
     access(chain):  each resident chunk is a textbook hit, and each that
     insert(keys)    names is a textbook miss, in one pass; what the textbook evicts is condemned
-    victims(n):     the condemned first, then what the textbook would evict next; pinned ones are passed over
+    victims(n):     the condemned first, then what the textbook would evict next; pinned ones wait until they are let go
 
 A condemned chunk is still resident: when it is used before the tier asks, it is a textbook miss that finds its slot. On
-streams of single chunks every decision is the textbook's.
+streams of single chunks every decision is the textbook's. A request uses a chunk once, however often it is told of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import filterfalse
 from typing import Protocol
 
 from .base import Keys, Use
 
+Condemned = dict[bytes, None]  # resident; the first to go first
+
 
 class Textbook(Protocol):
-    """A policy as its paper has it, with `capacity` chunks. Keys it evicts are returned, once."""
+    """A policy as its paper has it, with `capacity` chunks."""
 
-    def hit(self, key: bytes) -> None:
-        """The chunk is in the cache."""
-
-    def miss(self, key: bytes) -> list[bytes]:
-        """The chunk comes into the cache; what leaves for it."""
+    def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
+        """Each is a hit, or a miss: it comes in, out of `condemned` if it is there, and what leaves for it is condemned."""
 
     def evict(self) -> bytes | None:
         """What leaves next, for room that is needed elsewhere; None: nothing is left."""
 
     def discard(self, key: bytes) -> None:
         """The chunk is gone; unknown ones are ignored."""
-
-    def __contains__(self, key: bytes) -> bool:
-        """Whether the chunk is in the cache."""
 
 
 class Classic:
@@ -40,63 +38,82 @@ class Classic:
     def __init__(self, textbook: Textbook, tail_first: bool) -> None:
         self._textbook = textbook
         self._tail_first = tail_first
-        self._condemned: dict[bytes, None] = {}
+        self._used_by: dict[bytes, int] = {}  # resident chunk -> the request that used it last
+        self._condemned: Condemned = {}
+        self._spared: Condemned = {}  # condemned and pinned when their turn came
         self._pinned: set[bytes] = set()
         self._waiting: Keys = ()  # the chain of the last access, until it is taken
+        self._request = 0  # whose it is; 0: one of its own
+        self._num_unnamed = 0
 
     def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy. Its chunks wait for `insert`, to be taken in one order, hits and misses."""
-        self._take(())
+        if not (use.request and use.request == self._request and len(chain) >= len(self._waiting)):
+            self._take(())
+        self._request = use.request
         self._waiting = list(chain)  # the caller's may grow
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
+        if use.request != self._request:
+            self._take(())
+            self._request = use.request
         self._take(keys)
 
     def pin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
-        self._pinned.update(keys)
+        self._pinned.update(filter(self._used_by.__contains__, keys))
 
     def unpin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
         self._pinned.difference_update(keys)
+        self._release(keys)
 
     def remove(self, keys: Keys) -> None:
         """See EvictionPolicy."""
         self._take(())
+        self._pinned.difference_update(keys)
         for key in keys:
-            self._condemned.pop(key, None)
-            self._pinned.discard(key)
-            self._textbook.discard(key)
+            if self._used_by.pop(key, None) is not None:
+                self._condemned.pop(key, None)
+                self._spared.pop(key, None)
+                self._textbook.discard(key)
 
     def victims(self, count: int) -> list[bytes]:
         """See EvictionPolicy."""
         self._take(())
-        chosen: list[bytes] = []
-        spared: list[bytes] = []
+        condemned, pinned, chosen = self._condemned, self._pinned, list[bytes]()
         while len(chosen) < count:
-            key = next(iter(self._condemned), None) if self._condemned else self._textbook.evict()
+            key = next(iter(condemned)) if condemned else self._textbook.evict()
             if key is None:
                 break
-            self._condemned.pop(key, None)
-            (spared if key in self._pinned else chosen).append(key)
-        self._condemned.update(dict.fromkeys(spared))
+            condemned.pop(key, None)
+            if key in pinned:
+                self._spared[key] = None
+            else:
+                chosen.append(key)
+                del self._used_by[key]
         return chosen
 
     def _take(self, new: Keys) -> None:
         """Hits of the chain that waits, and misses of what is new, in the textbook's order."""
-        textbook, condemned, chain = self._textbook, self._condemned, self._waiting
+        chain, used_by, request = self._waiting, self._used_by, self._request
         if not chain and not new:
             return
         self._waiting = ()
-        misses = set(new)
-        if not misses.issubset(chain):
-            known = set(chain)
-            chain = [*chain, *(key for key in new if key not in known)]
-        for key in reversed(chain) if self._tail_first else chain:
-            if key in textbook:
-                textbook.hit(key)
-            elif key in condemned or key in misses:
-                condemned.pop(key, None)
-                misses.discard(key)
-                condemned.update(dict.fromkeys(textbook.miss(key)))
+        if not request:
+            self._num_unnamed += 1
+            request = -self._num_unnamed
+        used_by.update(dict.fromkeys(filterfalse(used_by.__contains__, new), 0))
+        keys = dict.fromkeys([*chain, *new])  # what is new stands in the chain; if not, it is its tail
+        order = reversed(keys) if self._tail_first else keys
+        used = [key for key in order if used_by.get(key, request) != request]
+        used_by.update(dict.fromkeys(used, request))
+        self._release(used)
+        self._textbook.use(used, self._condemned)
+
+    def _release(self, keys: Keys) -> None:
+        """Those that were spared are condemned as before."""
+        for key in self._spared.keys() & keys if self._spared else ():
+            del self._spared[key]
+            self._condemned[key] = None

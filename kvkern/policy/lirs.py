@@ -12,8 +12,9 @@ prune:               drop HIR from S's bottom
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
-from .classic import Classic
+from .classic import Classic, Condemned
 
 _HIR_SHARE = 0.05
 _GHOSTS_PER_SLOT = 10
@@ -30,44 +31,38 @@ class LirsTextbook:
     """See Textbook."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        self._capacity = max(capacity, 1)
+        self._max_ghosts = _GHOSTS_PER_SLOT * self._capacity
         self._max_lir = max(capacity - max(int(capacity * _HIR_SHARE), 1), 0)
         self._stack: OrderedDict[bytes, None] = OrderedDict()  # the top is last
         self._lir: set[bytes] = set()
         self._queue: OrderedDict[bytes, None] = OrderedDict()  # resident HIR
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # in the stack, not resident
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._lir or key in self._queue
-
-    def hit(self, key: bytes) -> None:
+    def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
         """See Textbook."""
-        in_stack = key in self._stack
-        self._stack[key] = None
-        self._stack.move_to_end(key)
-        if key in self._lir:
-            self._prune()
-        elif in_stack:
-            del self._queue[key]
-            self._promote(key)
-        else:
-            self._queue.move_to_end(key)
-
-    def miss(self, key: bytes) -> list[bytes]:
-        """See Textbook."""
-        evicted: list[bytes] = []
-        while len(self._lir) + len(self._queue) >= self._capacity:
-            left = self.evict()
-            assert left is not None, "a full cache has something to evict"
-            evicted.append(left)
-        was_ghost = self._ghosts.pop(key, self) is None
-        self._stack[key] = None
-        self._stack.move_to_end(key)
-        if was_ghost or len(self._lir) < self._max_lir:
-            self._promote(key)
-        else:
-            self._queue[key] = None
-        return evicted
+        stack, lir, queue, ghosts = self._stack, self._lir, self._queue, self._ghosts
+        for key in keys:
+            if key in lir:
+                stack.move_to_end(key)
+                if next(iter(stack)) not in lir:
+                    self._prune()
+                continue
+            in_queue = key in queue
+            if not in_queue:
+                condemned.pop(key, None)
+                if len(lir) + len(queue) >= self._capacity and (left := self.evict()):
+                    condemned[left] = None
+            promoted = key in stack or (not in_queue and len(lir) < self._max_lir)
+            ghosts.pop(key, None)
+            stack[key] = None
+            stack.move_to_end(key)
+            if promoted:
+                queue.pop(key, None)
+                self._promote(key)
+            else:
+                queue[key] = None
+                queue.move_to_end(key)
 
     def evict(self) -> bytes | None:
         """See Textbook."""
@@ -78,18 +73,17 @@ class LirsTextbook:
         key = self._queue.popitem(last=False)[0]
         if key in self._stack:
             self._ghosts[key] = None
-            if len(self._ghosts) > _GHOSTS_PER_SLOT * self._capacity:
+            if len(self._ghosts) > self._max_ghosts:
                 del self._stack[self._ghosts.popitem(last=False)[0]]
         return key
 
     def discard(self, key: bytes) -> None:
         """See Textbook."""
-        if key in self._lir:
+        if key in self._lir or key in self._queue:
             self._lir.discard(key)
-        elif self._queue.pop(key, self) is not None:
-            return
-        self._stack.pop(key, None)
-        self._prune()
+            self._queue.pop(key, None)
+            self._stack.pop(key, None)
+            self._prune()
 
     def _promote(self, key: bytes) -> None:
         self._lir.add(key)

@@ -10,8 +10,9 @@ evict:        small is at its size: its oldest to main if it was used again, els
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
-from .classic import Classic
+from .classic import Classic, Condemned
 
 _MAX_USES = 3
 _GHOSTS_PER_SLOT = 32  # AIBrix drops none; with these the decisions are all but the same
@@ -33,36 +34,33 @@ class S3FifoTextbook:
         small: float,  # share of the capacity
         threshold: int,  # uses after the first that lead from small to main
     ) -> None:
-        self._capacity = capacity
+        self._capacity = max(capacity, 1)
         self._small_size = max(int(capacity * small), 1)
-        self._max_ghosts = _GHOSTS_PER_SLOT * capacity
+        self._max_ghosts = _GHOSTS_PER_SLOT * self._capacity
         self._threshold = threshold
         self._small: OrderedDict[bytes, int] = OrderedDict()  # key -> uses after the first
         self._main: OrderedDict[bytes, int] = OrderedDict()
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._small or key in self._main
-
-    def hit(self, key: bytes) -> None:
+    def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
         """See Textbook."""
-        queue = self._small if key in self._small else self._main
-        if queue[key] < _MAX_USES:
-            queue[key] += 1
-
-    def miss(self, key: bytes) -> list[bytes]:
-        """See Textbook."""
-        evicted: list[bytes] = []
-        while len(self._small) + len(self._main) >= self._capacity:
-            left = self.evict()
-            assert left is not None, "a full cache has something to evict"
-            evicted.append(left)
-        if key in self._ghosts:
-            del self._ghosts[key]
-            self._main[key] = 0
-        else:
-            self._small[key] = 0
-        return evicted
+        small, main, ghosts = self._small, self._main, self._ghosts
+        for key in keys:
+            if key in main:
+                if (uses := main[key]) < _MAX_USES:
+                    main[key] = uses + 1
+            elif key in small:
+                if (uses := small[key]) < _MAX_USES:
+                    small[key] = uses + 1
+            else:
+                condemned.pop(key, None)
+                if len(small) + len(main) >= self._capacity and (left := self.evict()):
+                    condemned[left] = None
+                if key in ghosts:
+                    del ghosts[key]
+                    main[key] = 0
+                else:
+                    small[key] = 0
 
     def evict(self) -> bytes | None:
         """See Textbook."""
