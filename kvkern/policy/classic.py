@@ -10,8 +10,9 @@ streams of single chunks every decision is the textbook's. A request uses a chun
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
-from itertools import filterfalse
+from itertools import filterfalse, islice, repeat
 from typing import Protocol
 
 from .base import Keys, Use
@@ -83,16 +84,18 @@ class Classic:
         """See EvictionPolicy."""
         self._take(())
         condemned, pinned, chosen = self._condemned, self._pinned, list[bytes]()
-        while len(chosen) < count:
-            key = next(iter(condemned)) if condemned else self._textbook.evict()
-            if key is None:
-                break
-            condemned.pop(key, None)
-            if key in pinned:
-                self._spared[key] = None
-            else:
-                chosen.append(key)
-                del self._used_by[key]
+        while (left := count - len(chosen)) > 0:
+            batch = list(islice(condemned, left))
+            if not batch:
+                if (key := self._textbook.evict()) is None:
+                    break
+                batch = [key]
+            deque(map(condemned.pop, batch, repeat(None)), maxlen=0)
+            if not pinned.isdisjoint(batch):
+                self._spared.update(dict.fromkeys(key for key in batch if key in pinned))
+                batch = [key for key in batch if key not in pinned]
+            chosen += batch
+        deque(map(self._used_by.pop, chosen), maxlen=0)
         return chosen
 
     def _take(self, new: Keys) -> None:
