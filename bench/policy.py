@@ -21,11 +21,10 @@ from statistics import median
 from _common import print_row, write_json
 from blake3 import blake3
 
-from kvkern.policy import make_policy
+from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import Stop, Use
 from kvkern.policy.grit import Grit
 
-POLICIES = ("lru", "s3fifo", "arc", "lirs", "grit")
 RUNS = 7
 
 Request = tuple[list[bytes], Use]
@@ -94,7 +93,7 @@ def measure(name: str, resident_chunks: int, requests_per_run: int) -> dict[str,
 
 
 def memory(name: str, resident_chunks: int) -> float:
-    """Bytes a chunk beside its key, in a policy of its own that has seen three times what fits."""
+    """Bytes a chunk beside its key, in a policy of its own after a request for every five chunks that fit."""
     source = requests(resident_chunks, seed=2)
     seen = [next(source) for _ in range(resident_chunks // 5)]
     gc.collect()

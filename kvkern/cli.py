@@ -212,7 +212,7 @@ def replay(
     with _errors():
         chunk_nbytes = parse_nbytes(chunk_size, "chunk-size")
         speed = parse_nbytes(bandwidth, "bandwidth")
-        costs = Costs(1, parse_nbytes(kv_size, "kv-size"), prefill, speed, speed)
+        costs = Costs(parse_nbytes(kv_size, "kv-size"), prefill, speed, speed)
         run.replay(
             traces,
             policy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ def run_quick(name: str, folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text()), done.stdout
 
 
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(f"kvkern-{os.getuid()}-bench")}
+def shared_memory(own: str) -> set[str]:
+    """What a bench left there, by a pattern of its arenas' names: others may run beside it."""
+    return {name for name in os.listdir("/dev/shm") if re.match(rf"kvkern-{os.getuid()}-bench-(?:{own})", name)}
 
 
 @pytest.mark.slow
@@ -49,7 +51,7 @@ def test_cache(tmp_path: Path) -> None:
     assert overload["rate"] > 0
     assert printed.count("full_hit") == 2
     assert printed.count("overload") == 1
-    assert shared_memory() == set()
+    assert shared_memory(r"\d|overload") == set()
 
 
 @pytest.mark.slow
@@ -89,7 +91,7 @@ def test_paged_copy(tmp_path: Path) -> None:
         assert (row["backend"], row["threads"]) == ("numba", 2)
         assert all(row[name] > 0 for name in ("nbytes", "gb_s", "memcpy_gb_s", "ratio_memcpy", "ratio_index_select"))
     assert printed.count("gather") == printed.count("scatter") == 4
-    assert shared_memory() == set()
+    assert shared_memory("copy|memcpy") == set()
 
 
 @pytest.mark.slow
@@ -108,13 +110,13 @@ def test_node(tmp_path: Path) -> None:
     assert rows["memory"]["slots"] * 7 // 8 <= rows["memory"]["chunks"] < rows["memory"]["slots"]
     assert all(row["runs"] > 0 and row["other_cpus"] >= 0 for row in rows.values())
     assert printed.count("memory") == 2
-    assert shared_memory() == set()
+    assert shared_memory("node") == set()
 
 
 @pytest.mark.slow
 def test_policy(tmp_path: Path) -> None:
     result, printed = run_quick("policy", tmp_path)
-    assert [row["policy"] for row in result["rows"]] == ["lru", "s3fifo", "arc", "lirs", "grit"]
+    assert [row["policy"] for row in result["rows"]] == ["lru", "arc", "s3fifo", "lirs", "grit"]
     for row in result["rows"]:
         assert row["resident_chunks"] == 2000
         assert min(row["us_per_chunk"], row["us_per_request"], row["bytes_per_chunk"]) > 0

@@ -24,6 +24,9 @@ class Stop(enum.IntEnum):
     END_TURN = 2
 
 
+STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}  # as traces and clients call them
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """What is known of the request that uses a chain. All but the time may be unknown."""

@@ -31,6 +31,7 @@ _LEAVES_PER_REQUEST = 256  # likewise for a scan of the leaves: up to so many ar
 _OPEN_REQUESTS = 4096  # requests whose later calls are recognised
 _OPEN_SESSIONS = 16384  # sessions that callers named and whose turns are counted
 _NO_SESSION = (0, -1.0, -1.0)
+_NEW = (-1, 0)  # no row, no serial
 
 
 class Grit:
@@ -40,8 +41,7 @@ class Grit:
         self,
         capacity: int,  # chunks
         model: GritModel | None = None,  # may be shared with other caches that the same lock guards
-        max_ghosts: int
-        | None = None,  # chunks remembered though not resident, of all that share the model; see _forget
+        max_ghosts: int | None = None,  # chunks remembered though not resident; of all that share the model
     ) -> None:
         self.model = model or GritModel()
         self.model.members += 1
@@ -66,18 +66,17 @@ class Grit:
         """See EvictionPolicy."""
         self._now = now = max(use.now_s, self._now)
         keys = self._room_for(chain)  # may forget ghosts, and with them the request's row
-        row, serial = self._requests.get(use.request, (-1, -1)) if use.request else (-1, -1)
+        row, serial = self._requests.get(use.request, _NEW) if use.request else _NEW
         if row >= 0 and self._rows[row]["serial"] != serial:
             row = -1  # its chunks have been used by others since
-        if row < 0:
-            if not len(chain):
-                return
+        if row < 0 and not len(chain):
+            return
+        session = _NO_SESSION
+        if not serial:
             self._serial = serial = self._serial + 1
             if serial >= self._next_fit:
                 self._fit()
             session = self._session(use.session, now)
-        else:
-            session = _NO_SESSION
         model = self.model
         self._state[store.EPOCH] = model.epoch
         row = trie.access(
@@ -93,10 +92,10 @@ class Grit:
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
-        rows = self._room_for(keys)
+        words = self._room_for(keys)
         trie.insert(
             self._nodes, self._heads, self._rows, self._state, self._leaves, self._heap, self.model.index,
-            rows, self._now, main_class(1, 0, -1.0, -1.0, 0, -1, 0),
+            words, self._now, main_class(1, 0, -1.0, -1.0, 0, -1, 0),
         )  # fmt: skip
 
     def pin(self, keys: Keys) -> None:
@@ -188,15 +187,8 @@ class Grit:
         spare = ghosts - self._max_ghosts // (2 * self.model.members) if self.model.members > 1 else ghosts
         count = min(spare, self.model.ghosts + n - self._max_ghosts + ghosts // 8)
         if count > 0:
-            store.forget(
-                self._nodes,
-                self._heads,
-                self._rows,
-                self._state,
-                self.model.exposure,
-                max(count, ghosts // 8),
-                self._now,
-            )
+            count = max(count, ghosts // 8)
+            store.forget(self._nodes, self._heads, self._rows, self._state, self.model.exposure, count, self._now)
 
     def _grow_nodes(self, needed: int) -> None:
         size = max(needed, len(self._nodes) * 3 // 2)
@@ -220,8 +212,8 @@ class Grit:
 
 
 def compile_kernels() -> None:
-    """Compile what a `Grit` calls, or load it from numba's disk cache: some 20 s or 1 s, better not under a tier's lock."""
-    policy = Grit(2)
+    """Compile what a `Grit` calls, some 8 s, or load it from numba's disk cache; better not under a tier's lock."""
+    policy = Grit(2, max_ghosts=1)  # so that it forgets, too
     keys = [bytes([i]) * 32 for i in range(4)]
     for number in range(1, 2 * _FIRST_FIT):
         policy.access(keys, Use(float(number), number))
@@ -232,8 +224,6 @@ def compile_kernels() -> None:
     policy.remove(keys[3:])
     policy.chances(keys, 1.0)
     policy.victims(4)
-    policy._max_ghosts = 1
-    policy.access(keys, Use())
 
 
 def _words(keys: Keys) -> npt.NDArray[np.uint64]:

@@ -44,7 +44,6 @@ NUM_MAIN = int(SIZES.prod())
 NUM_TRUNK = 18  # octaves of a chunk's own gap
 NUM_CLASSES = NUM_MAIN + NUM_TRUNK
 LEVELS = np.stack(np.unravel_index(np.arange(NUM_MAIN), tuple(SIZES)), axis=1).astype(np.int64)  # [NUM_MAIN, 7]
-STRIDES = np.array([int(SIZES[f + 1 :].prod()) for f in range(len(SIZES))])
 
 VERSION = 1  # of `GritModel.dump`
 _LAYOUT = [NUM_BINS, NUM_TRUNK, *SIZES.tolist()]
@@ -171,6 +170,16 @@ def index_class(e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, inde
 
 
 @njit
+def ensure_index(
+    e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, index: Any, fitted: Any, epoch: int
+) -> None:
+    """`index_class`, unless it is of this epoch."""
+    if fitted[cls] != epoch:
+        index_class(e, x, base, rho, cls, hazard, index)
+        fitted[cls] = epoch
+
+
+@njit
 def chance(hazard: Any, cls: int, age: float, horizon: float) -> float:
     """P(return within `horizon` seconds | not yet at `age`)."""
     risk, end, b = 0.0, age + horizon, bin_of(age)
@@ -246,7 +255,7 @@ class GritModel:
             raise ConfigError(f"{what}: its checksum does not match; delete the file, or copy it again")
         try:
             tables = msgspec.msgpack.decode(data[32:], type=_Tables)
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             raise ConfigError(f"{what}: {error}; delete the file") from error
         if tables.version != VERSION or tables.layout != _LAYOUT:
             raise ConfigError(

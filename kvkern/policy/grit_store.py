@@ -156,13 +156,13 @@ def flush(rows: Any, num_rows: int, x: Any, now: float) -> None:
 
 
 @njit
-def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, now: float) -> int:
-    """Drop about `count` ghosts, those that were used longest ago; none that a resident child needs. Returns how many."""
+def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, now: float) -> None:
+    """Drop about `count` ghosts, those that were used longest ago; none that a resident child needs."""
     times = np.array(
         [rows[nodes[i].row].time for i in range(state[NODES]) if nodes[i].row >= 0 and nodes[i].flags == 0]
     )
     if len(times) == 0:
-        return 0
+        return
     times.sort()
     cutoff = times[min(count, len(times)) - 1]
     done = 0
@@ -179,4 +179,3 @@ def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, no
         leave_row(rows, state, n.row, 1)
         drop_node(nodes, heads, state, i)
         done += 1
-    return done

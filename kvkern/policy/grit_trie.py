@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .grit_model import NUM_BINS, UNIT_S, chance, index_class, main_class, njit, trunk_class
+from .grit_model import NUM_BINS, UNIT_S, chance, ensure_index, main_class, njit, trunk_class
 from .grit_store import (
     EPOCH,
     EVICTABLE,
@@ -54,8 +54,8 @@ def _score(rows: Any, index: Any, row: int, now: float) -> float:
 
 
 @njit
-def _less(a: Any, b: Any) -> bool:
-    return bool(a.score < b.score or (a.score == b.score and a.node > b.node))
+def _goes_before(score: float, node: int, other: Any) -> bool:
+    return bool(score < other.score or (score == other.score and node > other.node))
 
 
 @njit
@@ -65,9 +65,9 @@ def _sift_down(heap: Any, size: int, i: int) -> None:
         j = 2 * i + 1
         if j >= size:
             break
-        if j + 1 < size and _less(heap[j + 1], heap[j]):
+        if j + 1 < size and _goes_before(heap[j + 1].score, heap[j + 1].node, heap[j]):
             j += 1
-        if not (heap[j].score < score or (heap[j].score == score and heap[j].node > node)):
+        if _goes_before(score, node, heap[j]):
             break
         heap[i].score, heap[i].node, heap[i].row = heap[j].score, heap[j].node, heap[j].row
         i = j
@@ -89,7 +89,7 @@ def _push(nodes: Any, rows: Any, state: Any, heap: Any, index: Any, i: int, now:
     k = size
     while k > 0:
         up = (k - 1) // 2
-        if not (score < heap[up].score or (score == heap[up].score and i > heap[up].node)):
+        if not _goes_before(score, i, heap[up]):
             break
         heap[k].score, heap[k].node, heap[k].row = heap[up].score, heap[up].node, heap[up].row
         k = up
@@ -147,11 +147,11 @@ def access(
     e: Any, x: Any, base: Any, rho: Any, hazard: Any, index: Any, fitted: Any,  # the model
     keys: Any,  # [n, 4] uint64
     now: float, serial: int,
-    row: int,  # of the same request, when it was here before; or -1
+    row: int,  # of this request, if it was here before and has one; or -1
     output_tokens: int, stop: int,
     turn: int, gap: float, rhythm: float,  # of the session, if it is known; else 0
 ) -> int:  # fmt: skip
-    """A request uses a chain. Room for n nodes and n + 1 rows is the caller's. Returns the request's row, or -1."""
+    """A request uses a chain. The caller made room for n nodes and n + 1 rows. Returns the request's row, -1 if empty."""
     n, epoch = len(keys), state[EPOCH]
     ids = np.empty(n, dtype=np.int32)
     known = n
@@ -176,9 +176,7 @@ def access(
         r.length = max(n, r.length)
         r.cls = main_class(r.turn, r.length - r.known, r.gap, r.rhythm, r.length, output_tokens, stop)
         turn, cls = r.turn, r.cls
-    if fitted[cls] != epoch:
-        index_class(e, x, base, rho, cls, hazard, index)
-        fitted[cls] = epoch
+    ensure_index(e, x, base, rho, cls, hazard, index, fitted, epoch)
     rows[row].refs += 1  # ours until the end
     weight = rows[row].weight
     trunk_row, trunk_cls = -1, -1
@@ -213,9 +211,7 @@ def access(
                 if shared != trunk_cls:
                     trunk_cls = shared
                     trunk_row = add_row(rows, state, now, serial, weight, shared)
-                    if fitted[shared] != epoch:
-                        index_class(e, x, base, rho, shared, hazard, index)
-                        fitted[shared] = epoch
+                    ensure_index(e, x, base, rho, shared, hazard, index, fitted, epoch)
                 mine = trunk_row
             node.row = mine
             rows[mine].refs += 1
@@ -359,10 +355,7 @@ def reindex(
 ) -> None:
     """The index of every class that a cohort is in."""
     for i in range(num_rows):
-        cls = rows[i].cls
-        if fitted[cls] != epoch:
-            index_class(e, x, base, rho, cls, hazard, index)
-            fitted[cls] = epoch
+        ensure_index(e, x, base, rho, rows[i].cls, hazard, index, fitted, epoch)
 
 
 @njit

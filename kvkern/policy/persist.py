@@ -5,8 +5,8 @@
     evicted     every chunk, when it is evicted
     predicted   when it is evicted, if  P(use within the remote's residency) * saved > written
 
-`saved` is what a hit spares: prefill of the chunk, less reading it. `written` is what writing it costs. Both in seconds of
-the accelerator, so that they can be compared; the threshold follows from figures that are measured, not from a constant.
+`saved` is what a hit spares: prefill of the chunk, less reading it. `written` is what writing it costs. Both in seconds, one
+of the link being worth one of the accelerator; the threshold follows from measured figures, not from a constant.
 """
 
 from __future__ import annotations
@@ -39,16 +39,14 @@ class Costs:
     """What a deployment measures. The defaults are those of an 8 B model in bfloat16 (128 KiB a token) on one H100-class GPU
     and a 100 Gb/s network: orders of magnitude to start from, not figures of this project."""
 
-    chunk_tokens: int = 512
-    chunk_nbytes: int = 512 * 128 * 1024
+    token_nbytes: int = 128 * 1024
     prefill_tokens_s: float = 15_000.0
     write_nbytes_s: float = 10e9
     read_nbytes_s: float = 10e9
-    link_price: float = 1.0  # accelerator seconds that a second of the link is worth
 
     @property
     def threshold(self) -> float:
-        """The probability of use from which on a write pays; above 1: never."""
-        saved = self.chunk_tokens / self.prefill_tokens_s - self.chunk_nbytes / self.read_nbytes_s * self.link_price
-        written = self.chunk_nbytes / self.write_nbytes_s * self.link_price
-        return written / saved if saved > 0 else float("inf")
+        """The probability of use from which on a write pays; infinite: never. The same for chunks of any size."""
+        saved_s = 1 / self.prefill_tokens_s - self.token_nbytes / self.read_nbytes_s
+        written_s = self.token_nbytes / self.write_nbytes_s
+        return written_s / saved_s if saved_s > 0 else float("inf")

@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 NEVER = 1 << 62  # the next use of what is not used again
-FOREVER_S = (
-    1e6  # residency of a remote that has evicted nothing yet: as long as there is room, a write displaces nothing
-)
+FOREVER_S = 1e6  # residency of a remote that has evicted nothing yet: where there is room, a write displaces nothing
 _SMOOTH = 0.05  # weight of a new eviction's age
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from .cells import MIN, Result
@@ -18,50 +19,55 @@ STYLES = {  # policy -> colour, line, width; others get what matplotlib gives th
 NAMES = {MIN: "MIN", "lru": "LRU", "grit": "GRIT", "arc": "ARC", "s3fifo": "S3-FIFO", "lirs": "LIRS"}
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Hit ratios: a row for a trace and capacity, a column for a policy; the best policy's in bold."""
-    policies = list(dict.fromkeys(result.policy for result in results))
-    shown = Table(box=box.SIMPLE_HEAD, title="hit ratio: chunks of the longest cached prefix, of all chunks")
-    for heading in ("trace", "capacity\nchunks", "of unique"):
-        shown.add_column(heading, justify="left" if heading == "trace" else "right", no_wrap=heading == "trace")
-    for policy in policies:
-        shown.add_column(NAMES.get(policy, policy), justify="right")
-    last = ""
-    for (trace, capacity), row in _rows(results).items():
-        if last and trace != last:
-            shown.add_section()
-        best = max((result.hit_ratio for result in row.values() if result.policy != MIN), default=0.0)
-        fraction = next(iter(row.values())).capacity_fraction
-        cells = [_ratio(row.get(policy), best) for policy in policies]
-        shown.add_row("" if trace == last else trace, f"{capacity:,}", f"{fraction:.1%}", *cells)
-        last = trace
-    return shown
+def hit_ratios(results: Sequence[Result]) -> Group:
+    """A table for each trace: a row for a capacity, a column for a policy; the best policy's in bold."""
+    tables: list[RenderableType] = ["\nhit ratio: chunks of the longest cached prefix, of all chunks"]
+    for trace, mine in _by_trace(results):
+        policies = list(dict.fromkeys(result.policy for result in mine))
+        shown = _table(trace, "capacity\nchunks", "of\nunique", *(NAMES.get(policy, policy) for policy in policies))
+        for capacity in dict.fromkeys(result.capacity_chunks for result in mine):
+            row = {result.policy: result for result in mine if result.capacity_chunks == capacity}
+            best = max((result.hit_ratio for result in row.values() if result.policy != MIN), default=0.0)
+            fraction = next(iter(row.values())).capacity_fraction
+            shown.add_row(f"{capacity:,}", f"{fraction:.1%}", *(_ratio(row.get(policy), best) for policy in policies))
+        tables.append(shown)
+    return Group(*tables)
 
 
-def two_tier_table(results: Sequence[Result], threshold: float) -> Table:
-    """A row for each result: hits by tier, and what was written to the remote."""
-    title = f"two tiers; predicted writes what returns with a probability above {threshold:.3f}"
-    shown = Table(box=box.SIMPLE_HEAD, title=title)
-    for heading in (
-        "trace",
-        "policy",
-        "persist",
-        "DRAM\nchunks",
-        "remote\nchunks",
-        "hit ratio",
-        "of it\nDRAM",
-        "written\nof unique",
-    ):
-        left = heading in ("trace", "policy", "persist")
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=left)
-    for r in results:
-        remote = "" if r.remote_capacity_chunks is None else f"{r.remote_capacity_chunks:,}"
-        dram = "" if r.dram_hit_ratio is None else f"{r.dram_hit_ratio:.4f}"
-        written = "" if r.written_chunks is None else f"{r.written_chunks / r.unique_chunks:.1%}"
-        name = NAMES.get(r.policy, r.policy)
-        shown.add_row(
-            r.trace, name, r.persist or "", f"{r.capacity_chunks:,}", remote, f"{r.hit_ratio:.4f}", dram, written
+def two_tiers(results: Sequence[Result], threshold: float) -> Group:
+    """A table for each trace: hits by tier, and what was written to the remote."""
+    tables: list[RenderableType] = [f"\npredicted writes what returns with a probability above {threshold:.3f}"]
+    for trace, mine in _by_trace(results):
+        shown = _table(
+            trace,
+            "DRAM\nchunks",
+            "remote\nchunks",
+            "policy",
+            "persist",
+            "hit\nratio",
+            "of it\nDRAM",
+            "written\nof unique",
         )
+        for r in mine:
+            remote = "" if r.remote_capacity_chunks is None else f"{r.remote_capacity_chunks:,}"
+            dram = "" if r.dram_hit_ratio is None else f"{r.dram_hit_ratio:.4f}"
+            written = "" if r.written_chunks is None else f"{r.written_chunks / r.unique_chunks:.1%}"
+            name = NAMES.get(r.policy, r.policy)
+            shown.add_row(f"{r.capacity_chunks:,}", remote, name, r.persist or "", f"{r.hit_ratio:.4f}", dram, written)
+        tables.append(shown)
+    return Group(*tables)
+
+
+def _by_trace(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    traces = dict.fromkeys(result.trace for result in results)
+    return [(trace, [result for result in results if result.trace == trace]) for trace in traces]
+
+
+def _table(title: str, *headings: str) -> Table:
+    """Narrow enough for 80 columns: no digit is cut off."""
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
     return shown
 
 
@@ -70,7 +76,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    traces = list(dict.fromkeys(result.trace for result in results))
+    traces = _by_trace(results)
     columns = min(len(traces), 2)
     rows = -(-len(traces) // columns)
     figure = Figure(figsize=(4.8 * columns, 3.4 * rows + 0.5), dpi=150, layout="constrained")
@@ -78,8 +84,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[len(traces) :]:
         panel.set_visible(False)
-    for trace, axes in zip(traces, panels.flat, strict=False):
-        _panel(axes, trace, [result for result in results if result.trace == trace])
+    for (trace, mine), axes in zip(traces, panels.flat, strict=False):
+        _panel(axes, trace, mine)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +110,6 @@ def _panel(axes: Any, trace: str, results: Sequence[Result]) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _rows(results: Sequence[Result]) -> Mapping[tuple[str, int], dict[str, Result]]:
-    rows: dict[tuple[str, int], dict[str, Result]] = {}
-    for result in results:
-        rows.setdefault((result.trace, result.capacity_chunks), {})[result.policy] = result
-    return rows
 
 
 def _ratio(result: Result | None, best: float) -> str:

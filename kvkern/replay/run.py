@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..policy.persist import Costs
 from . import report
 from .cells import MIN, Cell, Result, capacity_chunks, checked_policies, run
+from .trace import trace_name
 from .two_tier import checked_mode, modes_of
 
 
@@ -54,7 +55,7 @@ def replay(
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("replaying", total=len(cells))
         results = run(cells, workers, lambda done: bar.advance(task, done))
-    console.print(report.two_tier_table(results, costs.threshold) if remote_capacity else report.table(results))
+    console.print(report.two_tiers(results, costs.threshold) if remote_capacity else report.hit_ratios(results))
     for trace, count in {result.trace: result.num_backwards for result in results if result.num_backwards}.items():
         console.print(f"{trace}: {count:,} requests are older than the one above; they count as of its time")
     try:
@@ -81,7 +82,7 @@ def _check_paths(traces: Sequence[Path], json_path: Path | None, plot_path: Path
     for path in traces:
         if not path.is_file():
             raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files of the Mooncake format")
-    names = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in traces]
+    names = [trace_name(path) for path in traces]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two traces are named {name!r}, and results go by name; rename one, or replay it alone")

@@ -22,9 +22,8 @@ from blake3 import blake3
 from msgspec import Meta
 
 from ..errors import ConfigError
-from ..policy.base import Stop
+from ..policy.base import STOPS, Stop
 
-_STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}
 _MAX_CHAIN = 1 << 20  # chunks of one request
 
 
@@ -64,6 +63,11 @@ class Trace:
         return [blake3(b"%d" % number).digest() for number in range(self.num_unique)]
 
 
+def trace_name(path: Path) -> str:
+    """What results call a trace."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
 def read_trace(path: Path) -> Trace:
     """Read it whole. Raises ConfigError that names file, line and fault."""
     times, stops, outputs, sessions, lengths = [], [], [], [], []
@@ -84,7 +88,7 @@ def read_trace(path: Path) -> Trace:
                 if line.hash_ids:
                     times.append(line.timestamp / 1000)
                     outputs.append(line.output_length)
-                    stops.append(_STOPS.get(line.stop or "", Stop.UNKNOWN))
+                    stops.append(STOPS.get(line.stop or "", Stop.UNKNOWN))
                     known = line.session_id is not None
                     sessions.append(numbers.setdefault(line.session_id, len(numbers) + 1) if known else 0)  # type: ignore[arg-type]
                     lengths.append(len(line.hash_ids))
@@ -97,7 +101,7 @@ def read_trace(path: Path) -> Trace:
     raw = np.array(times)
     forward = np.maximum.accumulate(raw)
     return Trace(
-        name=path.name.removesuffix(".gz").removesuffix(".jsonl"),
+        name=trace_name(path),
         times_s=forward - forward[0],
         ends=np.cumsum(lengths),
         chunks=chunks.astype(np.int32),

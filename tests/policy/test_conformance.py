@@ -137,12 +137,7 @@ def test_no_room_and_nothing_to_do(name: str) -> None:
         assert tier.policy.victims(-1) == tier.policy.victims(1) == []
 
 
-_GRIT_COUNTS_AGAIN = pytest.mark.xfail(
-    reason="GRIT counts a request again when all its chunks are in trunk cohorts", strict=True
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[_GRIT_COUNTS_AGAIN] * (n == "grit")) for n in POLICIES])
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_request_uses_a_chunk_once_however_often_it_is_told_of(name: str) -> None:
     """As a tier does: what is there is leased, what is not is reserved and then committed, and at the end comes how it went."""
 

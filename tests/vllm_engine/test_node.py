@@ -26,7 +26,7 @@ IDLE = {"leases": 0, "quarantined_leases": 0, "quarantined_slots": 0}
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    running = Daemon(tmp_path_factory.mktemp("arena"), "64MiB", ("--policy", "lru")).start()
+    running = Daemon(tmp_path_factory.mktemp("arena"), "64MiB").start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONHASHSEED", "0")
         yield running

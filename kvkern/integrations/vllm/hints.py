@@ -14,10 +14,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from ...policy.base import Stop, Use
+from ...policy.base import STOPS, Use
 from . import shim
-
-_STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}
 
 
 def hinted(
@@ -35,8 +33,8 @@ def hinted(
         if name == "session" and isinstance(value, str | int):
             digest = blake3(tenant + str(value).encode(errors="replace")).digest()
             use = replace(use, session=int.from_bytes(digest[:6], "little") + 1)
-        elif name == "stop" and isinstance(value, str) and value in _STOPS:
-            use = replace(use, stop=_STOPS[value])
+        elif name == "stop" and isinstance(value, str) and value in STOPS:
+            use = replace(use, stop=STOPS[value])
         else:
             use = _ignored(use)
     return use
