@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import _scan
 from _common import print_row, write_json
 from blake3 import blake3
 
@@ -124,7 +125,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run")
     parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument(
+        "--scan", action="store_true", help="instead: hit ratios where documents are read once (_scan.py)"
+    )
     args = parser.parse_args()
+    if args.scan:
+        rows = _scan.hit_ratios(args.quick)
+        for row in _scan.means(rows):
+            print_row(row)
+        if args.json:
+            write_json(args.json, rows)
+        return
     resident, count = (2_000, 50) if args.quick else (100_000, 1_000)
     rows = []
     for name in args.policies.split(","):

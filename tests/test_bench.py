@@ -16,11 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_quick(name: str, folder: Path) -> tuple[dict[str, Any], str]:
+def run_quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """(the JSON, what was printed) of `bench/<name>.py --quick`."""
     out = folder / f"{name}.json"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick", "--json", str(out)],
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick", "--json", str(out), *more],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -121,3 +121,19 @@ def test_policy(tmp_path: Path) -> None:
         assert row["resident_chunks"] == 2000
         assert min(row["us_per_chunk"], row["us_per_request"], row["bytes_per_chunk"]) > 0
         assert row["policy"] in printed
+
+
+@pytest.mark.slow
+def test_policy_scan(tmp_path: Path) -> None:
+    result, printed = run_quick("policy", tmp_path, "--scan")
+    rows = result["rows"]
+    names = ["lru", "arc", "s3fifo", "lirs", "grit", "min"]
+    assert [(row["trace"], row["policy"]) for row in rows] == [("scan-1", name) for name in 4 * names]
+    for row in rows:
+        assert 0 < row["hit_ratio"] <= next(r["hit_ratio"] for r in rows[5::6] if _same_size(r, row))
+    assert len(printed.splitlines()) == 4
+    assert printed.count("grit_gap") == 4
+
+
+def _same_size(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(one["capacity_chunks"] == other["capacity_chunks"])
