@@ -17,6 +17,7 @@ from .tiers.dram import DramTier
 
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
     from .kernels.paged_copy import PagedTensors
+    from .policy.grit_model import GritModel
     from .transfer import Transfer
 
 logger = logging.getLogger("kvkern")
@@ -38,13 +39,18 @@ def open_arena(
     return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
 
 
-def build_cache(arena: Arena, shares: bool = False, policy: str = DEFAULT_POLICY) -> Cache:
+def build_cache(
+    arena: Arena,
+    shares: bool = False,
+    policy: str = DEFAULT_POLICY,
+    model: GritModel | None = None,  # what the policy has learned, see policy.make_model; None: nothing yet
+) -> Cache:
     """A manager over the arena. One per arena: it alone allocates, evicts and publishes.
 
     With `shares` every namespace has a policy of its own, and the largest gives way first. Raises ConfigError for a
     policy that nobody knows.
     """
-    make = policy_maker(policy, arena.spec.num_slots)
+    make = policy_maker(policy, arena.spec.num_slots, model)
     return Cache(DramTier(arena, Shares(make) if shares else make()))
 
 

@@ -66,7 +66,13 @@ class ChunkCache(Protocol):
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
 
-    def finish(self, use: Use) -> None:
+    def finish(
+        self,
+        use: Use,
+        prompt: Sequence[bytes] = (),  # its chunks, from the first on
+        prompt_tokens: int = 0,
+        age_s: float = 0.0,  # since the request came
+    ) -> None:
         """How the request `use.request` ended. Never blocks, and may be lost."""
 
     def clear(self, namespace: bytes | None = None) -> int:
@@ -172,8 +178,8 @@ class Cache:
         with self._lock, self.faults.are_misses():
             self._dram.touch(keys, self._now(use))
 
-    def finish(self, use: Use) -> None:
-        """How the request `use.request` ended."""
+    def finish(self, use: Use, prompt: Sequence[bytes] = (), prompt_tokens: int = 0, age_s: float = 0.0) -> None:
+        """See ChunkCache."""
         self.touch((), use)
 
     def reserve(

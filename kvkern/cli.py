@@ -80,6 +80,9 @@ def serve(
     tenant_quota: Annotated[str | None, typer.Option(help="The most that each cache salt may hold.")] = None,
     fair: Annotated[bool, typer.Option("--fair", help="When full, the largest namespace gives way.")] = False,
     policy: Annotated[str, typer.Option(help=f"Of eviction: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
+    policy_state: Annotated[
+        Path | None, typer.Option(help="File for what the policy learns; read at start, written every minute.")
+    ] = None,
     drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
 ) -> None:
@@ -106,6 +109,7 @@ def serve(
                 fair=fair,
             ),
             policy=policy,
+            policy_state=None if policy_state is None else policy_state.absolute(),
             drain_s=drain,
         )
         server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))
@@ -166,6 +170,22 @@ def clear(
 
     root = None if namespace is None else _key_bytes("namespace", namespace, least=KEY_NBYTES)
     _print_forgotten(_ask(socket, protocol.Clear(1, root)), json)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Argument(help="The trace to write, .jsonl or .jsonl.gz. Must not exist.")],
+    socket: Socket = DEFAULT_SOCKET,
+    requests: Annotated[int | None, typer.Option(min=1, help="End after so many. Default: on Ctrl-C.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="End after so long. Default: on Ctrl-C.")] = None,
+) -> None:
+    """Record the requests of a daemon's engines as a trace for `kvkern replay`. It holds no keys and no tokens."""
+    from .node import record
+
+    with _errors():
+        typer.echo(f"kvkern: recording into {out}", err=True)
+        writer, why = record.record(socket, out, requests, seconds)
+        typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
 
 
 def _quota(text: str) -> tuple[str, int]:

@@ -259,11 +259,12 @@ class NodeClient:
         """`commit_soon`, waited for: when it returns, every engine's acquire hits what was published."""
         return self.commit_soon(reservation).result()
 
-    def finish(self, use: Use) -> None:
+    def finish(self, use: Use, prompt: Sequence[bytes] = (), prompt_tokens: int = 0, age_s: float = 0.0) -> None:
         """How the request `use.request` ended. Queued; lost if the daemon is away."""
         with self._lock:
             if use.request:
-                self._link.send(p.Finish(*p.said_of(use)))
+                keys = p.join_keys(prompt[: p.MAX_KEYS])
+                self._link.send(p.Finish(keys, prompt_tokens, min(max(0.0, age_s), p.MAX_AGE_S), *p.said_of(use)))
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""

@@ -238,8 +238,8 @@ class Link:
         elif isinstance(response, p.Draining):
             logger.info("kvkern: the daemon on %s is ending; until it is back everything is computed", self.path)
             self._told(response)
-        elif isinstance(response, p.Welcome | p.Refused):
-            raise p.ProtocolError(f"{type(response).__name__} in an open session")
+        elif isinstance(response, p.Welcome | p.Refused | p.Recorded):
+            raise p.ProtocolError(f"{type(response).__name__} in an engine's open session")
         elif (entry := self._waiting.pop(response.id, None)) is not None:
             entry[1](response)
         elif isinstance(response, p.Granted):

@@ -1,8 +1,9 @@
-"""What an operator asks a daemon: one blocking request at a time, over a session without an arena."""
+"""What an operator asks a daemon: one blocking request at a time, over a session without an arena, or a recording."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,27 @@ class Operator:
         if not isinstance(answer, p.Answer):
             raise p.ProtocolError(f"the daemon answers with {type(answer).__name__}")
         return answer.rows
+
+    def recorded(
+        self,
+        idle_s: float = 0.5,  # None is yielded at least so often while no request ends
+    ) -> Iterator[p.Recorded | None]:
+        """Requests of all engines, as they end, until the daemon ends. The daemon hangs up on who reads too slowly."""
+        self._socket.settimeout(idle_s)
+        asked = False
+        while True:
+            try:
+                if not asked:
+                    self._socket.sendall(p.encode(p.Record()))
+                    asked = True
+                message = self._receive()
+            except TimeoutError:
+                yield None
+            except OSError:
+                return
+            else:
+                if isinstance(message, p.Recorded):
+                    yield message
 
     def _receive(self) -> p.Response:
         while not self._ready:

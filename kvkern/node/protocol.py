@@ -23,12 +23,13 @@ from ..keys import KEY_NBYTES
 from ..policy.base import Stop, Use
 from ..slots import SlotGeometry
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME_NBYTES = 4 << 20
 MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # of an answer
 MAX_PATH_NBYTES = 107  # of a Unix socket, by Linux
+MAX_AGE_S = 1e7  # of a request
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 _LENGTH = struct.Struct("<I")
 
@@ -42,6 +43,7 @@ Keys = Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
 Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
 Generations = Annotated[list[Generation], Meta(max_length=MAX_SLOTS)]
+Tokens = Annotated[int, Meta(ge=0, lt=1 << 31)]
 OutputTokens = Annotated[int, Meta(ge=-1, lt=1 << 31)]
 RequestNumber = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Ids = Annotated[list[Id], Meta(max_length=MAX_SLOTS)]
@@ -180,10 +182,17 @@ class Evict(_Message, tag=12):
 class Finish(_Message, tag=13):
     """How a request ended. Not answered."""
 
+    keys: Keys  # of its prompt, from the first chunk on
+    prompt_tokens: Tokens
+    age_s: Annotated[float, Meta(ge=0, le=MAX_AGE_S)]  # since the client had it
     request: RequestNumber
     output_tokens: OutputTokens = -1
     stop: Stop = Stop.UNKNOWN
     session: Id = 0
+
+
+class Record(_Message, tag=14):
+    """From now on tell what requests there were. Answered by one Recorded for each that ends."""
 
 
 # -- daemon to client ---------------------------------------------------------------------------------------------------
@@ -259,11 +268,23 @@ class Draining(_Message, tag=73):
     """The daemon ends soon: finish what is under way, begin nothing."""
 
 
+class Recorded(_Message, tag=74):
+    """A request of some client has ended."""
+
+    arrived_s: float  # Unix time
+    keys: Keys
+    prompt_tokens: Tokens
+    output_tokens: OutputTokens
+    stop: Stop
+    session: Id
+
+
 Request = (
     Hello | Describe | Acquire | Release | Grant | Publish | GiveBack | Clear | Settle | Stat | List | Evict | Finish
+    | Record
 )  # fmt: skip
 Response = (
-    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining
+    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining | Recorded
 )  # fmt: skip
 
 _PARALLEL: dict[type, tuple[str, ...]] = {

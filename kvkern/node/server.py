@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,22 +18,21 @@ from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
 from ..assemble import build_cache
+from ..cache import Cache
 from ..config import DEFAULT_POLICY, format_nbytes
-from ..errors import ArenaError, ConfigError, KvkernError
+from ..errors import ArenaError, ConfigError
 from ..policy import checked_policy
 from ..slots import SlotGeometry
 from . import protocol as p
-from .place import bind, groups_of, only_one, peer_of, unfinished
+from .connection import Connection
+from .learned import Learned
+from .place import bind, groups_of, only_one, unfinished
 from .sessions import Quotas, Session, Sessions
 
 logger = logging.getLogger("kvkern")
 
-HELLO_S = 5.0  # a connection that has not said Hello by then is closed
 SWEEP_S = 0.25
-MAX_UNSENT_NBYTES = 64 << 20  # of one client
-MAX_CONNECTIONS = 512
 PAGE_KEYS = p.MAX_KEYS // 2  # of either kind in one Changed
-LINGER_S = 1.0  # how long a client that is let go may take to read what is queued for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,7 @@ class NodeConfig:
     gids: frozenset[int] = frozenset()  # whose members may connect
     quotas: Quotas = field(default_factory=Quotas)
     policy: str = DEFAULT_POLICY  # of eviction
+    policy_state: Path | None = None  # file of what the policy has learned; None: it starts anew
     drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
 
     def __post_init__(self) -> None:
@@ -68,138 +67,6 @@ class NodeConfig:
         return self.arena_dir / f"kvkern-node-{os.getuid()}-{self.name}"
 
 
-class Connection(asyncio.Protocol):
-    """One client."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._frames = p.Frames()
-        self._transport: asyncio.Transport | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._early: list[p.Request] = []  # after Hello, while the arena is being made
-        self._deadline: asyncio.TimerHandle | None = None
-        self.peer = (0, 0, 0)  # pid, uid, gid
-        self.session: Session | None = None
-        self.index = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Look who it is."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self.peer = peer_of(transport.get_extra_info("socket"))
-        self._server.connections.add(self)
-        if len(self._server.connections) > MAX_CONNECTIONS:
-            self.refuse(f"{MAX_CONNECTIONS} connections are open already; close some, or run another daemon")
-            return
-        self._deadline = self._server.loop.call_later(HELLO_S, self.close, "said no Hello")
-
-    def data_received(self, data: bytes) -> None:
-        """Carry out every request that is whole."""
-        try:
-            for body in self._frames.feed(data):
-                self._handle(p.decode_request(body))
-                if self._transport is None:
-                    return
-        except KvkernError as error:
-            self._server.bad_frames += isinstance(error, p.ProtocolError)
-            self.close(str(error))
-
-    def eof_received(self) -> None:
-        """A client that sends no more is gone."""
-        self.close("has ended")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End the session."""
-        self._transport = None
-        self._server.connections.discard(self)
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self.session is not None:
-            self._server.detach(self.session)
-            self.session = None
-
-    @property
-    def gone(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return self._transport is None
-
-    def send(self, message: p.Response) -> None:
-        """Queue an answer; a client that reads too slowly is disconnected."""
-        self.send_frame(p.encode(message))
-
-    def send_frame(self, frame: bytes) -> None:
-        """Queue a message that is encoded already, for many clients perhaps."""
-        transport = self._transport
-        if transport is None:
-            return
-        transport.write(frame)
-        if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
-            self.close(f"has {format_nbytes(MAX_UNSENT_NBYTES)} of answers unread")
-
-    def send_welcome(self, welcome: p.Welcome, descriptor: int | None) -> None:
-        """First answer: nothing is queued yet, so it can go past the transport, with the descriptor beside it."""
-        assert self._transport is not None
-        frame = p.encode(welcome)
-        if descriptor is None:
-            self._transport.write(frame)
-            return
-        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as sock:
-            sent = socket.send_fds(sock, [frame], [descriptor])
-        self._transport.write(frame[sent:])
-
-    def refuse(self, reason: str) -> None:
-        """Say why, then hang up."""
-        self.send(p.Refused(reason))
-        self.close(f"was refused: {reason}")
-
-    def close(self, why: str) -> None:
-        """Hang up, after what is queued if the client reads it within LINGER_S."""
-        if self._transport is not None:
-            logger.info("kvkern: client pid %d uid %d %s", self.peer[0], self.peer[1], why)
-            transport, self._transport = self._transport, None
-            if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
-                transport.abort()
-            else:
-                transport.close()
-                self._server.loop.call_later(LINGER_S, transport.abort)
-
-    def _handle(self, request: p.Request) -> None:
-        if self.session is not None:
-            self._server.handle(self, self.session, request)
-        elif self._opening is not None:
-            if len(self._early) >= 64:
-                raise p.ProtocolError("sends requests before it was welcomed")
-            self._early.append(request)
-        elif isinstance(request, p.Hello):
-            if self._deadline is not None:
-                self._deadline.cancel()  # the arena may take longer
-            self._opening = self._server.loop.create_task(self._open(request))
-        else:
-            raise p.ProtocolError(f"says {type(request).__name__} before Hello")
-
-    async def _open(self, hello: p.Hello) -> None:
-        done = False
-        try:
-            self.session = await self._server.open(self, hello)
-            self._handle_early()
-            done = True
-        except (KvkernError, OSError) as error:
-            self.refuse(str(error))
-        finally:
-            self._opening = None  # so that nothing keeps a task that has failed, and asyncio reports it now
-            if not done:
-                self.close("could not be let in")
-
-    def _handle_early(self) -> None:
-        early, self._early = self._early, []
-        try:
-            for request in early:
-                if self.session is not None:
-                    self._server.handle(self, self.session, request)
-        except KvkernError as error:
-            self.close(str(error))
-
-
 class Server:
     """Run with `await run()`; `stop` ends it gracefully."""
 
@@ -210,6 +77,7 @@ class Server:
         self.bad_frames = 0
         self.started = time.time()
         self._arena: Arena | None = None
+        self._learned = Learned(config.policy, config.policy_state)
         self._making = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._draining = False
@@ -223,7 +91,12 @@ class Server:
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`. Raises ConfigError or ArenaError if the socket or the arena cannot be had."""
-        with only_one(self.config.socket, "--socket"), only_one(self.config.arena_path, "--name or --arena-dir"):
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(only_one(self.config.socket, "--socket"))
+            locks.enter_context(only_one(self.config.arena_path, "--name or --arena-dir"))
+            if self.config.policy_state is not None:
+                locks.enter_context(only_one(self.config.policy_state, "--policy-state"))
+                await asyncio.to_thread(self._learned.load)
             await self._take_over()
             listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: Connection(self), sock=bind(self.config.socket)
@@ -238,6 +111,7 @@ class Server:
                     if self.sessions is not None:
                         self.sessions.sweep()
                         self._publish_changes()
+                        self._learned.save_when_due()
             finally:
                 listener.close()
                 self.config.socket.unlink(missing_ok=True)
@@ -264,6 +138,7 @@ class Server:
         for connection in list(self.connections):
             connection.close("is let go: the daemon ends")
         await asyncio.sleep(0)
+        await self._learned.close()
         if self._arena is not None:
             self._arena.close()
 
@@ -394,13 +269,19 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
-        cache = await asyncio.to_thread(build_cache, arena, self.config.quotas.shares, self.config.policy)
+        cache = await asyncio.to_thread(self._build_cache, arena)
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
         sessions.cache.track()
         self._arena, self.sessions = arena, sessions
+
+    def _build_cache(self, arena: Arena) -> Cache:
+        """What has been learned in an arena before this one counts here too."""
+        if self._learned.model is None:
+            self._learned.load()
+        return build_cache(arena, self.config.quotas.shares, self.config.policy, self._learned.model)
 
     # -- requests --------------------------------------------------------------------------------------------------------
 
@@ -413,6 +294,8 @@ class Server:
             answer = p.Answer(request.id, self._operate(session, request))
             self._publish_changes()  # before the answer: who has been answered stores again what it forgot
             connection.send(answer)
+        elif isinstance(request, p.Record):
+            connection.recording = True
         elif state is None or not session.number:
             raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
         elif isinstance(request, p.Acquire):
@@ -438,11 +321,24 @@ class Server:
             state.give_back(session, request.slots)
         elif isinstance(request, p.Finish):
             state.cache.finish(p.use_of(request, session.number))
+            self._record(request)
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
         self._publish_changes()
+
+    def _record(self, ended: p.Finish) -> None:
+        """Tell who records."""
+        listeners = [connection for connection in self.connections if connection.recording]
+        if not listeners:
+            return
+        recorded = p.Recorded(
+            time.time() - ended.age_s, ended.keys, ended.prompt_tokens, ended.output_tokens, ended.stop, ended.session
+        )
+        frame = p.encode(recorded)
+        for connection in listeners:
+            connection.send_frame(frame)
 
     def _operate(
         self, session: Session, request: p.Stat | p.List | p.Evict | p.Clear

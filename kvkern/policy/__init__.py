@@ -12,6 +12,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from .base import EvictionPolicy
+    from .grit_model import GritModel
 
 
 def _lru(capacity: int) -> EvictionPolicy:
@@ -65,16 +66,25 @@ def make_policy(
     return _CREATORS[checked_policy(name)](capacity)
 
 
+def make_model(name: str) -> GritModel | None:
+    """What policies of that name learn, for `policy_maker`; None if they learn nothing that outlives them."""
+    if checked_policy(name) != "grit":
+        return None
+    from .grit_model import GritModel
+
+    return GritModel()
+
+
 def policy_maker(
     name: str,
     capacity: int,  # chunks that the tier has room for
+    model: GritModel | None = None,  # of `make_model`, to go on with; None: a new one
 ) -> Callable[[], EvictionPolicy]:
     """Makes policies for the shares of one tier, which learn together. What has to be compiled is, now. Raises ConfigError."""
     if checked_policy(name) != "grit":
         return lambda: make_policy(name, capacity)
     from .grit import Grit, compile_kernels
-    from .grit_model import GritModel
 
     compile_kernels()
-    model = GritModel()
-    return lambda: Grit(capacity, model)
+    shared = model or make_model(name)
+    return lambda: Grit(capacity, shared)

@@ -50,7 +50,8 @@ def message(rng: random.Random) -> p.Request:
         ),
         lambda: p.GiveBack(slots),
         lambda: p.Settle(),
-        lambda: p.Finish(*use(rng)),
+        lambda: p.Finish(p.join_keys(keys(rng)), number(rng, 1 << 31), rng.random(), *use(rng)),
+        lambda: p.Record(),
         lambda: p.Stat(number(rng, 1 << 53)),
         lambda: p.List(1, rng.randbytes(rng.randrange(3)), rng.randrange(1, 1001)),
     ]  # fmt: skip

@@ -33,6 +33,8 @@ rows = st.lists(
 uses = st.tuples(
     st.integers(0, (1 << 32) - 1), st.integers(-1, (1 << 31) - 1), st.sampled_from(Stop), ids
 )  # of a request: its number, tokens of the reply, why it ended, its conversation
+tokens = st.integers(0, (1 << 31) - 1)
+ages = st.floats(0, p.MAX_AGE_S)
 granted = st.lists(st.tuples(slots, generations, roots), max_size=5)
 
 REQUESTS: dict[type, st.SearchStrategy[Any]] = {
@@ -55,7 +57,8 @@ REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Stat: st.builds(p.Stat, ids),
     p.List: st.builds(p.List, ids, st.binary(max_size=32), st.integers(1, 1000)),
     p.Evict: st.builds(p.Evict, ids, st.binary(min_size=1, max_size=32)),
-    p.Finish: uses.map(lambda use: p.Finish(*use)),
+    p.Finish: st.builds(lambda asked, tokens, age, use: p.Finish(asked, tokens, age, *use), keys, tokens, ages, uses),
+    p.Record: st.builds(p.Record),
 }  # fmt: skip
 RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Welcome: st.builds(p.Welcome, counts, counts, st.none() | geometries, counts, names),
@@ -73,6 +76,9 @@ RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Changed: st.builds(p.Changed, keys, keys, st.booleans()),
     p.Answer: st.builds(p.Answer, ids, rows),
     p.Draining: st.builds(p.Draining),
+    p.Recorded: st.builds(
+        p.Recorded, ages, keys, tokens, st.integers(-1, (1 << 31) - 1), st.sampled_from(Stop), ids
+    ),
 }  # fmt: skip
 
 
@@ -163,9 +169,14 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((11, 1, b"", 0), ">= 1"),
         ((11, 1, b"", 1001), "<= 1000"),
         ((12, 1, b""), "length >= 1"),
-        ((13,), "at least length 2"),
-        ((13, 1, -2), ">= -1"),
-        ((13, 1, 5, 7), "Invalid enum value 7"),
+        ((13, KEY, 1, 0.5), "at least length 5"),
+        ((13, KEY[1:], 1, 0.5, 1), "no whole number"),
+        ((13, KEY, -1, 0.5, 1), ">= 0"),
+        ((13, KEY, 1, -0.5, 1), ">= 0"),
+        ((13, KEY, 1, float("inf"), 1), "<= 10000000"),
+        ((13, KEY, 1, float("nan"), 1), "= "),
+        ((13, KEY, 1, 0.5, 1, -2), ">= -1"),
+        ((13, KEY, 1, 0.5, 1, 5, 7), "Invalid enum value 7"),
     ],
 )  # fmt: skip
 def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
@@ -205,7 +216,7 @@ def test_responses_outside_the_limits(fields: tuple[object, ...], why: str) -> N
 )
 def test_what_is_no_message(raw: bytes) -> None:
     for decode in (p.decode_request, p.decode_response):
-        with pytest.raises(p.ProtocolError, match="no message of protocol version 2"):
+        with pytest.raises(p.ProtocolError, match="no message of protocol version 3"):
             decode(raw)
 
 
@@ -296,7 +307,7 @@ big = st.integers(-(1 << 70), 1 << 70)
 
 @given(st.builds(Use, st.floats(), big, roots, big, st.sampled_from(Stop), big), st.integers(1, 1 << 20))
 def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -> None:
-    message = p.Finish(*p.said_of(use))
+    message = p.Finish(KEY, 5, 0.5, *p.said_of(use))
     assert p.decode_request(body(message)) == message
     heard = p.use_of(message, connection)
     assert (heard.now_s, heard.namespace, heard.stop) == (0.0, b"", use.stop)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvkern.errors import ConfigError
+from kvkern.node import connection as connection_module
 from kvkern.node import protocol as p
 from kvkern.node import server as server_module
 from kvkern.node.client import NodeClient
@@ -166,7 +167,7 @@ def config(folder: Path, tmp_path: Path) -> NodeConfig:
 
 
 def test_who_says_no_hello_is_cut_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HELLO_S", 0.05)
+    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.socket.sendall(b"\x07\x00")  # the beginning of a frame is no Hello
         assert peer.hung_up()
@@ -189,7 +190,7 @@ def slow_arena(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, thread
 def test_who_has_said_hello_may_wait_for_a_large_arena(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "HELLO_S", 0.05)
+    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
     begun, go = slow_arena(monkeypatch)
     with served(config(folder, tmp_path)), Peer(folder / "s") as peer, Peer(folder / "s") as silent:
         sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
@@ -219,7 +220,7 @@ def test_who_leaves_while_the_arena_is_made_holds_nothing(
 
 def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut off before its answers fill the memory; others are served all the time."""
-    monkeypatch.setattr(server_module, "MAX_UNSENT_NBYTES", 1 << 20)
+    monkeypatch.setattr(connection_module, "MAX_UNSENT_NBYTES", 1 << 20)
     with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
         chain = chain_keys("a", 3)
         eventually(lambda: stock(client)[0])
@@ -243,7 +244,7 @@ def test_a_bad_client_that_does_not_read_is_let_go(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is queued for it does not keep it, or what it holds, for ever."""
-    monkeypatch.setattr(server_module, "LINGER_S", 0.05)
+    monkeypatch.setattr(connection_module, "LINGER_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.greet()
         peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket takes, less than the limit
@@ -263,7 +264,7 @@ def test_a_client_that_only_stops_sending_is_gone(daemon: Daemon) -> None:
 
 
 def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 2)
     with served(config(folder, tmp_path)) as server:
         with Peer(folder / "s") as one, Peer(folder / "s") as two:
             one.greet()

@@ -48,7 +48,7 @@ def policies(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
         made.append(Noting())
         return made[-1]
 
-    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity: make)
+    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity, model: make)
     return made
 
 
@@ -117,10 +117,10 @@ def test_finish_is_not_answered_and_needs_an_arena(folder: Path, tmp_path: Path)
     with daemon(folder, tmp_path) as server:
         with Peer(server.config.socket) as peer:
             peer.greet(geometry=None)
-            assert peer.say(p.Finish(1)).hung_up()
+            assert peer.say(p.Finish(b"", 0, 0.0, 1)).hung_up()
         with Peer(server.config.socket) as peer:
             peer.greet()
-            peer.say(p.Finish(1, 5), p.Stat(3))
+            peer.say(p.Finish(b"", 0, 0.0, 1, 5), p.Stat(3))
             assert isinstance(answer := peer.hear(), p.Answer)
             assert answer.id == 3
 
@@ -130,7 +130,7 @@ def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="policy is 'fifo'; expected one of lru, "):
         replace(config, policy="fifo")
     asked: list[str] = []
-    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity: asked.append(name) or LRU)
+    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity, model: asked.append(name) or LRU)
     with served(replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
         assert store(one, CHAIN) == 3
     assert asked == ["arc"]

@@ -11,6 +11,7 @@ Tickets, not requests, own slots: they outlive aborts and resets until every wor
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
@@ -49,6 +50,7 @@ class RequestState:
     """What the manager remembers of a live request. Chains are in sequence order, by group id."""
 
     use: Use  # of the eviction policy: this request's number
+    came_s: float = field(default_factory=time.monotonic)
     request: shim.Request | None = None
     root: bytes = b""  # of its tenant's namespace; empty: not cached
     theirs: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)
@@ -166,7 +168,13 @@ class KvkernManager(shim.OffloadingManager):
         if state is not None:
             self._unpin(req_context.req_id, state)
             if state.request is not None and state.root:
-                self._cache.finish(replace(state.use, output_tokens=state.request.num_output_tokens))
+                self._finish(state, state.request)
+
+    def _finish(self, state: RequestState, request: shim.Request) -> None:
+        use = replace(state.use, output_tokens=request.num_output_tokens)
+        group_id, group = next(iter(self._groups.items()))
+        prompt = state.chains.get(group_id, [])[: request.num_prompt_tokens // group.chunk_tokens]
+        self._cache.finish(use, prompt, request.num_prompt_tokens, time.monotonic() - state.came_s)
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
         """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""
