@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -16,108 +15,14 @@ from rich.console import Console
 for _module in ("matplotlib", "safetensors", "tokenizers", "torch"):
     pytest.importorskip(_module, reason="the demo's packages are not installed: pip install kvkern[demo]")
 
-from kvkern.demo import checks, corpus, model, need, phases, process, prompts, report, run, wire  # noqa: E402
+from kvkern.demo import checks, corpus, model, need, process, prompts, report, run, wire  # noqa: E402
 from kvkern.demo.prompts import Library  # noqa: E402
-from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Plan, Progress, Ready  # noqa: E402
+from kvkern.demo.wire import Answer, Done, EngineSpec, Job, Progress, Ready  # noqa: E402
+from tests.demo_engine import PLAN, FakeEngine, Prefix, all_answers, play, policy_engine  # noqa: E402
 
-BLOCK_TOKENS = 16
-POOL_BLOCKS = 20
 TINY = model.ModelConfig(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=512, max_tokens=64
 )  # fmt: skip
-# Four documents of six blocks each push the first one wholly out of 20 blocks; one of 16 fits.
-PLAN = Plan(
-    short_tokens=100, long_tokens=256, long_runs=2, pairs=3, overcommit_prompts=5, reply_tokens=3,
-    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2, node_pairs=2,
-)  # fmt: skip
-
-Prefix = tuple[int, ...]
-
-
-@dataclass
-class FakeEngine:
-    """Answers as vLLM does: a pool that forgets the least recently used, and kvkern beside it, which forgets nothing."""
-
-    kvkern: bool
-    wrong_when_loaded: bool = False  # a wrong KV block shows in the reply
-    pool: dict[Prefix, None] = field(default_factory=dict)  # whole blocks, oldest first
-    kept: set[Prefix] = field(default_factory=set)
-
-    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int) -> Answer:
-        reusable = (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS  # vLLM computes at least one token
-        native = _held(prompt[:reusable], self.pool)
-        cached = max(native, _held(prompt[:reusable], self.kept) if self.kvkern else 0)
-        wrong = self.wrong_when_loaded and cached > native
-        tokens = tuple((sum(prompt) + index + wrong) % 500 for index in range(reply_tokens))
-        self._remember([*prompt, *tokens[:-1]])
-        return Answer(
-            case=case, prompt_id=prompt_id, prompt_tokens=len(prompt), cached_tokens=cached, loaded_tokens=cached - native,
-            ttft_s=1e-3 * (len(prompt) - native - 0.9 * (cached - native)), tokens=tokens,
-            logprobs=tuple(((token, -0.5), (token + 1, -2.0)) for token in tokens),
-        )  # fmt: skip
-
-    def forget(self) -> None:
-        self.pool.clear()
-
-    def _remember(self, sequence: list[int]) -> None:
-        for prefix in reversed(_prefixes(sequence)):  # so that the end of a sequence goes first
-            self.pool.pop(prefix, None)
-            self.pool[prefix] = None
-            self.kept.add(prefix)
-        while len(self.pool) > POOL_BLOCKS:
-            del self.pool[next(iter(self.pool))]
-
-
-def _prefixes(sequence: Sequence[int]) -> list[Prefix]:
-    return [tuple(sequence[:end]) for end in range(BLOCK_TOKENS, len(sequence) + 1, BLOCK_TOKENS)]
-
-
-def _held(sequence: Sequence[int], store: dict[Prefix, None] | set[Prefix]) -> int:
-    held = 0
-    for prefix in _prefixes(sequence):
-        if prefix not in store:
-            break
-        held = len(prefix)
-    return held
-
-
-@dataclass
-class FakeNode:
-    """The daemon as a phase sees it: while it is away, the engine has vLLM's own pool only."""
-
-    engine: FakeEngine
-    caches: bool = True
-
-    def kill(self, socket: Path) -> int:
-        self.caches, self.engine.kvkern = self.engine.kvkern, False
-        return 2
-
-    def wait_for(self, socket: Path, condition: Callable[[dict[str, int]], bool]) -> None:
-        assert condition({"chunks": 10**6, "sessions": 2})
-        assert not condition({})
-        self.engine.kvkern = self.caches
-
-
-def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Progress]:
-    """All that a phase emits."""
-    events: list[Answer | Progress] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "node", FakeNode(engine, caches=engine.kvkern))
-        phases.PHASES[phase](phases.Desk(engine, Library(list(range(50_000))), plan, events.append))
-    return events
-
-
-def all_answers(**flags: bool) -> list[Answer]:
-    """The answers of all engines of a demo; the last three share a cache."""
-    ours = {"kvkern": True} | flags
-    kept: set[Prefix] = set()
-    engines = {
-        "vllm": FakeEngine(kvkern=False),
-        "kvkern": FakeEngine(**ours),
-        "float32": FakeEngine(**ours),
-    } | {phase: FakeEngine(**ours, kept=kept) for phase in ("first", "second", "again")}
-    events = [event for phase, engine in engines.items() for event in play(phase, engine)]
-    return [event for event in events if isinstance(event, Answer)]
 
 
 def quiet() -> run.Clock:
@@ -256,9 +161,9 @@ def _by_case(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
 
 def test_a_right_engine_passes_every_check() -> None:
     answers = all_answers()
-    findings = [checks.loaded(answers), *checks.judge(answers)]
+    findings = [checks.loaded(answers), checks.policies(answers), *checks.judge(answers)]
     assert [finding.line() for finding in findings if not finding.ok] == []
-    assert all(finding.line().endswith(f"{finding.num_compared} of {finding.num_compared}") for finding in findings)
+    assert all(f": {finding.num_compared} of {finding.num_compared}" in finding.line() for finding in findings)
 
 
 def test_wrong_tokens_after_a_load_are_found_everywhere() -> None:
@@ -277,7 +182,7 @@ def test_nothing_loaded_is_a_failure_though_the_tokens_are_right() -> None:
 
 
 def test_no_answers_at_all_are_a_failure() -> None:
-    for finding in [checks.loaded([]), *checks.judge([])]:
+    for finding in [checks.loaded([]), checks.policies([]), *checks.judge([])]:
         assert not finding.ok, finding.name
 
 
@@ -335,6 +240,7 @@ def test_rows_are_medians_in_the_tables_order() -> None:
         ("recompute", 256, 2), ("native_hit", 256, 3), ("kvkern_hit", 256, 3),
         ("second_engine", 256, 2), ("engine_restart", 256, 2), ("daemon_restart", 256, 2),
         ("overcommit_native", 100, 5), ("overcommit_kvkern", 100, 5),
+        ("overcommit_lru", 122, 22), ("overcommit_grit", 122, 22),
     ]  # fmt: skip
     hits = [answer for answer in answers if answer.case == "kvkern_hit" and answer.prompt_tokens == 256]
     assert rows[8].ttft_s == median(answer.ttft_s for answer in hits)
@@ -374,7 +280,7 @@ def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flag
     assert "FAIL" in printed(clock)
     written = json.loads((tmp_path / "demo.json").read_text())
     assert not all(check["ok"] for check in written["checks"])
-    assert written["tokens_equal"] is all(check["ok"] for check in written["checks"][1:])
+    assert written["tokens_equal"] is all(check["ok"] for check in written["checks"][2:])
     assert (tmp_path / "here.png").exists()
 
 
@@ -408,6 +314,8 @@ def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypat
         started.append(job.engine)
         shared = job.engine.kvkern_socket is not None
         engine = FakeEngine(kvkern=job.engine.kvkern_capacity is not None or shared, kept=kept if shared else set())
+        if job.engine.kvkern_policy is not None:
+            engine = policy_engine(job.engine.kvkern_policy, job.plan.mix)
         yield from play(job.phase, engine, job.plan)
         if job.until is not None:
             yield Ready()
@@ -416,8 +324,10 @@ def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(process, "run", fake)
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path, capacity="1GiB"), PLAN) == run.EXIT_OK
-    assert [(engine.dtype, engine.kvkern_capacity, engine.kvkern_socket is None) for engine in started] == [
-        ("bfloat16", None, True), ("bfloat16", "1GiB", True), ("float32", "1GiB", True), *3 * [("bfloat16", None, False)],
+    small = run.arena_capacity(tmp_path, PLAN.mix)
+    assert [(spec.dtype, spec.kvkern_capacity, spec.kvkern_policy, spec.kvkern_socket is None) for spec in started] == [
+        ("bfloat16", None, None, True), ("bfloat16", "1GiB", None, True), ("bfloat16", small, "lru", True),
+        ("bfloat16", small, "grit", True), ("float32", "1GiB", None, True), *3 * [("bfloat16", None, None, False)],
     ]  # fmt: skip
     assert FakeDaemon.capacities == ["1GiB"]
     assert {engine.model for engine in started} == {str(tmp_path)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import Row
+from .report import CASES, POLICY_CASES, Row
 
 # case -> (legend, colour); cases of one legend share it
 STYLES = {
@@ -17,6 +17,8 @@ STYLES = {
     "kvkern_hit": ("loaded by kvkern", "#e4572e"),
     "overcommit_kvkern": ("loaded by kvkern", "#e4572e"),
     "second_engine": ("by another engine", "#f2a65a"),
+    "overcommit_lru": ("what LRU keeps", "#b8a9c9"),
+    "overcommit_grit": ("what GRIT keeps", "#7b4ea3"),
 }
 BAR_WIDTH = 0.8
 GROUP_GAP = 0.9
@@ -53,12 +55,15 @@ def _decade_below(value_s: float) -> float:
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     hits = [row for row in rows if row.case in ("recompute", "native_hit", "kvkern_hit", "second_engine")]
-    beyond = [row for row in rows if row.case.startswith("overcommit")]
+    beyond = [row for row in rows if row.case in ("overcommit_native", "overcommit_kvkern")]
+    chosen = [row for row in rows if row.case in POLICY_CASES]
     lengths = sorted({row.prompt_tokens for row in hits})
     groups = [(f"{length:,} tokens", [row for row in hits if row.prompt_tokens == length]) for length in lengths]
     if beyond:
         count, length = beyond[0].runs, beyond[0].prompt_tokens
         groups.append((f"{count} prompts of {length:,} tokens,\nmore than vLLM's pool holds", beyond))
+    if chosen:
+        groups.append((f"{chosen[0].runs} turns, 4x what\nkvkern's arena holds", chosen))
     return groups
 
 
@@ -80,7 +85,8 @@ def _bars(axes: Any, groups: Sequence[tuple[str, list[Row]]]) -> None:
 
 def _label(row: Row, group: Sequence[Row]) -> str:
     time = f"{row.ttft_s:.2f} s" if row.ttft_s < 10 else f"{row.ttft_s:.1f} s"
-    computed = next((other for other in group if other.case in ("recompute", "overcommit_native")), None)
-    if computed is None or computed is row:
+    base = next((other for other in group if other.case == CASES[row.case]), None)
+    if base is None:
         return time
-    return f"{time}\n{computed.ttft_s / row.ttft_s:.0f}x"
+    ratio = base.ttft_s / row.ttft_s
+    return f"{time}\n{ratio:.0f}x" if ratio >= 10 else f"{time}\n{ratio:.1f}x"

@@ -2,6 +2,7 @@
 
     bf16      kvkern's answer == native hit's answer for the same prompt at the same cached length, bit for bit
     float32   recompute == native hit == kvkern hit: tokens equal, log-probabilities within FLOAT32_TOLERANCE
+    policies  GRIT loads at least as many tokens as LRU, of the same requests
 
 Knows answers; knows nothing of engines. A comparison that could not be made counts as failed.
 """
@@ -16,6 +17,7 @@ from .wire import Answer
 FLOAT32_TOLERANCE = 1e-4  # of a log-probability: recompute adds up in another order than a hit does
 NODE_CASES = ("second_engine", "daemon_restart", "engine_restart")
 LOADED_CASES = ("kvkern_hit", "overcommit_kvkern", "kvkern_recheck", "kvkern_hit_float32", *NODE_CASES)
+POLICY_CASES = ("overcommit_lru", "overcommit_grit")  # turns that come back; `_new`: all other prompts between them
 NATIVE_CASES = ("native_hit", "check", *(f"{case}_native" for case in NODE_CASES))
 
 
@@ -26,17 +28,19 @@ class Finding:
     name: str
     num_compared: int
     problems: tuple[str, ...]  # empty when the check holds
+    figures: str = ""  # what was measured, in the line whether it holds or not
 
     @property
     def ok(self) -> bool:
         return self.num_compared > 0 and not self.problems
 
     def line(self) -> str:
-        if self.ok:
-            return f"{self.name}: {self.num_compared} of {self.num_compared}"
         if not self.num_compared:
             return f"{self.name}: nothing to compare"
-        return f"{self.name}: {len(self.problems)} of {self.num_compared} failed; first: {self.problems[0]}"
+        figures = f"; {self.figures}" if self.figures else ""
+        if self.ok:
+            return f"{self.name}: {self.num_compared} of {self.num_compared}{figures}"
+        return f"{self.name}: {len(self.problems)} of {self.num_compared} failed; first: {self.problems[0]}{figures}"
 
 
 def judge(answers: Sequence[Answer]) -> list[Finding]:
@@ -55,6 +59,7 @@ def judge(answers: Sequence[Answer]) -> list[Finding]:
         documents,
         overcommit,
         recheck,
+        _beyond_the_arena(answers),
         *node,
         _without_daemon(answers),
         _across_engines(answers),
@@ -69,6 +74,54 @@ def loaded(answers: Sequence[Answer]) -> Finding:
     empty = [f"{_who(answer)} loaded nothing" for answer in asked if not answer.cached_tokens]
     empty += [f"no {case} loaded a token" for case in LOADED_CASES if not _any_loaded(asked, case)]
     return Finding("tokens were loaded", len(asked), tuple(empty))
+
+
+def policies(answers: Sequence[Answer]) -> Finding:
+    """Check that GRIT loads at least as much as LRU, when each has to choose; vLLM itself had nothing left."""
+    lru, grit = ([answer for answer in answers if answer.case in (case, f"{case}_new")] for case in POLICY_CASES)
+    problems = [
+        f"{_who(answer)} found {answer.cached_tokens - answer.loaded_tokens} tokens in vLLM's own cache"
+        for answer in (*lru, *grit)
+        if answer.cached_tokens != answer.loaded_tokens
+    ]
+    if [(answer.prompt_id, answer.prompt_tokens) for answer in lru] != [
+        (answer.prompt_id, answer.prompt_tokens) for answer in grit
+    ]:
+        problems.append("the two policies were asked for different prompts")
+    loaded_lru, loaded_grit = (sum(answer.loaded_tokens for answer in side) for side in (lru, grit))
+    if not loaded_lru <= loaded_grit or not loaded_grit:
+        problems.append(f"GRIT loaded {loaded_grit:,} tokens, LRU {loaded_lru:,}")
+    asked, before = max(sum(answer.prompt_tokens for answer in grit), 1), _had_before(grit)
+    figures = (
+        f"{loaded_grit:,} and {loaded_lru:,} of {asked:,} tokens, hit ratios {loaded_grit / asked:.3f} and "
+        f"{loaded_lru / asked:.3f}, of {before / asked:.3f} with room for all"
+    )
+    return Finding("arena overcommitted, GRIT loads at least what LRU does", len(grit), tuple(problems), figures)
+
+
+def _had_before(answers: Sequence[Answer]) -> int:
+    """Tokens that the turn before had as well: the most that can be loaded, and up to a chunk a turn more."""
+    before: dict[str, int] = {}
+    total = 0
+    for answer in answers:
+        source = answer.prompt_id.partition("/")[0]
+        total += before.get(source, 0)
+        before[source] = answer.prompt_tokens
+    return total
+
+
+def _beyond_the_arena(answers: Sequence[Answer]) -> Finding:
+    """A sample: vLLM has held some of the conversations once more by itself, computing the same parts."""
+    ours, problems = [], []
+    for case in POLICY_CASES:
+        native = {answer.prompt_id: answer for answer in answers if answer.case == f"{case}_native"}
+        sample = [a for a in answers if a.case == case and a.loaded_tokens and a.prompt_id in native]
+        ours += sample
+        problems += [problem for answer in sample if (problem := _differs(answer, native[answer.prompt_id]))]
+        problems += [f"{_who(answer)} loaded something" for answer in native.values() if answer.loaded_tokens]
+        if not sample:
+            problems.append(f"no {case} has a native answer")
+    return Finding("bf16, kvkern hit = native hit, arena overcommitted", len(ours), tuple(problems))
 
 
 def _without_daemon(answers: Sequence[Answer]) -> Finding:

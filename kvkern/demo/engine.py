@@ -46,7 +46,8 @@ def connector(spec: EngineSpec) -> Any:
 
     if spec.kvkern_socket is not None:
         return kv_transfer_config(socket=spec.kvkern_socket)
-    return kv_transfer_config(spec.kvkern_capacity)
+    options: dict[str, Any] = {} if spec.kvkern_policy is None else {"policy": spec.kvkern_policy}
+    return kv_transfer_config(spec.kvkern_capacity, **options)
 
 
 class Engine:
@@ -69,10 +70,14 @@ class Engine:
         prompt_id: str,
         prompt: Sequence[int],  # tokens
         reply_tokens: int,
+        salt: str | None = None,  # a tenant of its own: meets nobody else's blocks or chunks
     ) -> Answer:
         """Send one greedy request and wait for its end. The clock starts when vLLM gets the request."""
         hits_before = self._external_hits()
-        final, ttft_s = self._run({"prompt_token_ids": list(prompt)}, _greedy(reply_tokens))
+        sent: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+        if salt is not None:
+            sent["cache_salt"] = salt
+        final, ttft_s = self._run(sent, _greedy(reply_tokens))
         reply = final.outputs[0]
         return Answer(
             case=case,

@@ -6,17 +6,19 @@ float32   recompute, native hit and kvkern hit of the same prompt, where all thr
 first     computes documents through a daemon, and stays up
 second    another engine beside it: (forget, second_engine, native hit) x pairs; kills the daemon; the same as daemon_restart
 again     a new engine when both are gone: the same as engine_restart
+lru, grit the requests of mixed.py, four times what the arena holds; vLLM forgets before each, so only kvkern can have it
 both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from . import node
+from . import mixed, node
 from .prompts import Library
 from .wire import BLOCK_TOKENS, Answer, Plan, Progress
 
@@ -24,12 +26,15 @@ from .wire import BLOCK_TOKENS, Answer, Plan, Progress
 class Asks(Protocol):
     """The part of `Engine` that phases need."""
 
-    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int) -> Answer: ...
+    def ask(
+        self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int, salt: str | None = None
+    ) -> Answer: ...
     def forget(self) -> None: ...
 
 
 Emit = Callable[[Answer | Progress], None]
 Prompts = dict[str, list[int]]
+Turn = tuple[Answer, list[int]]  # and its prompt
 
 
 class Desk:
@@ -43,8 +48,10 @@ class Desk:
         self.turns = [library.document(plan.turn_tokens) for _ in range(plan.turns)]
         self.short = self._documents("short", 1, plan.short_tokens)
 
-    def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None) -> Answer:
-        answer = self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens)
+    def ask(
+        self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None, salt: str | None = None
+    ) -> Answer:
+        answer = self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens, salt)
         self._emit(answer)
         return answer
 
@@ -158,6 +165,50 @@ def _converse(desk: Desk, case: str, *, forget: bool) -> None:
     desk.say(f"conversation: {len(desk.turns)} turns, {len(history):,} tokens")
 
 
+def overcommitted(desk: Desk, case: str) -> None:
+    """One token a reply: only the time counts, and what was loaded."""
+    mix = desk.plan.mix
+    drawn = mixed.requests(mix)
+    texts = {source: desk.library.document(length) for source, length in mixed.lengths(drawn).items()}
+    held: dict[str, list[Turn]] = {}  # by source
+    for request in drawn:
+        desk.engine.forget()
+        prompt = texts[request.source][: request.num_tokens]
+        answer = desk.ask(case if request.turn else f"{case}_new", request.prompt_id, prompt, 1)
+        held.setdefault(request.source, []).append((answer, prompt))
+    again = [answer for turns in held.values() for answer, _ in turns[1:]]
+    loaded, ttft_s = sum(answer.loaded_tokens for answer in again), median(answer.ttft_s for answer in again)
+    desk.say(f"{case}: {len(drawn)} prompts, {len(again)} came back: {loaded:,} tokens loaded, median {ttft_s:.3f} s")
+    plain = [_plain_turns(turns, mix.chunk_tokens) for turns in held.values()]
+    for turns in sorted(filter(_num_loaded, plain), key=_num_loaded, reverse=True)[: mix.natives]:
+        _hold_natively(desk, f"{case}_native", turns)
+
+
+def _plain_turns(turns: list[Turn], chunk_tokens: int) -> list[Turn]:
+    """The first turns that found all of their history or none of it: vLLM alone can be brought to the same state."""
+    plain, known = [], 0
+    for answer, prompt in turns:
+        if answer.cached_tokens not in (0, known):
+            break
+        plain.append((answer, prompt))
+        known = len(prompt) // chunk_tokens * chunk_tokens
+    return plain
+
+
+def _num_loaded(turns: list[Turn]) -> int:
+    return sum(answer.loaded_tokens > 0 for answer, _ in turns)
+
+
+def _hold_natively(desk: Desk, case: str, turns: list[Turn]) -> None:
+    """The same turns with the same parts computed, as a tenant whom kvkern has nothing for."""
+    salt = ""
+    for answer, prompt in turns:
+        if not answer.cached_tokens:
+            desk.engine.forget()
+            salt = f"{case}-{answer.prompt_id}"
+        desk.ask(case, answer.prompt_id, prompt, 1, salt)
+
+
 PHASES: dict[str, Callable[[Desk], None]] = {
     "vllm": vllm_alone,
     "kvkern": vllm_with_kvkern,
@@ -165,4 +216,6 @@ PHASES: dict[str, Callable[[Desk], None]] = {
     "first": first_of_node,
     "second": second_of_node,
     "again": again_on_node,
+    "lru": partial(overcommitted, case="overcommit_lru"),
+    "grit": partial(overcommitted, case="overcommit_grit"),
 }

@@ -29,11 +29,15 @@ CASES = {
     "daemon_restart": "recompute",
     "overcommit_native": None,
     "overcommit_kvkern": "overcommit_native",
+    "overcommit_lru": None,
+    "overcommit_grit": "overcommit_lru",
 }
+POLICY_CASES = ("overcommit_lru", "overcommit_grit")  # one row each, of prompts of all lengths
 HEADINGS = ("prompt\ntokens", "reused\ntokens", "loaded\ntokens", "TTFT\ns", "times\nfaster", "of native\nhit", "runs")
 CAPTION = (
     "reused: not computed. loaded: of these, from kvkern. faster: than computing. overcommit: more than the pool holds. "
-    "second engine to daemon: through the node's daemon, of what another engine process has computed."
+    "second engine to daemon: through the node's daemon, of what another engine process has computed. 4x arena: turns that "
+    "come back, among as much as four of kvkern's arenas hold; faster: than with LRU."
 )
 NODE_CASES = ("second_engine", "engine_restart", "daemon_restart")
 # The native hits measured beside each, in the same engine.
@@ -47,6 +51,8 @@ TITLES = {
     "daemon_restart": "daemon killed, back",
     "overcommit_native": "overcommit, vLLM",
     "overcommit_kvkern": "overcommit, kvkern",
+    "overcommit_lru": "4x arena, LRU",
+    "overcommit_grit": "4x arena, GRIT",
 }
 
 
@@ -55,7 +61,7 @@ class Row:
     """One case at one prompt length."""
 
     case: str
-    prompt_tokens: int
+    prompt_tokens: int  # median, where they differ
     cached_tokens: int  # median; from vLLM's own cache and from kvkern
     loaded_tokens: int  # median; of these, from kvkern
     ttft_s: float  # median
@@ -67,13 +73,19 @@ class Row:
 
 def rows(answers: Sequence[Answer]) -> list[Row]:
     """Return one row for each reported case and prompt length, in the table's order."""
-    order = list(CASES)
-    groups: dict[tuple[bool, int, int], list[Answer]] = {}
+    groups: dict[tuple[int, int, int], list[Answer]] = {}
     for answer in answers:
         if answer.case in CASES:
-            key = (answer.case.startswith("overcommit"), answer.prompt_tokens, order.index(answer.case))
-            groups.setdefault(key, []).append(answer)
-    return [_row(groups[key], answers) for key in sorted(groups)]
+            groups.setdefault(_place(answer), []).append(answer)
+    return [_row(groups[place], answers) for place in sorted(groups)]
+
+
+def _place(answer: Answer) -> tuple[int, int, int]:
+    """Where its row is: section, prompt length, case."""
+    order = list(CASES).index(answer.case)
+    if answer.case in POLICY_CASES:
+        return 2, 0, order
+    return int(answer.case.startswith("overcommit")), answer.prompt_tokens, order
 
 
 def _row(group: Sequence[Answer], answers: Sequence[Answer]) -> Row:
@@ -82,7 +94,7 @@ def _row(group: Sequence[Answer], answers: Sequence[Answer]) -> Row:
     times_s = [answer.ttft_s for answer in group]
     return Row(
         case=group[0].case,
-        prompt_tokens=group[0].prompt_tokens,
+        prompt_tokens=int(median(answer.prompt_tokens for answer in group)),
         cached_tokens=int(median(answer.cached_tokens for answer in group)),
         loaded_tokens=int(median(answer.loaded_tokens for answer in group)),
         ttft_s=median(times_s),

@@ -17,7 +17,7 @@ import msgspec
 from rich.console import Console
 
 from . import chart, checks, model, need, node, process, report
-from .wire import Answer, Done, EngineSpec, Event, Job, Plan, Progress, Ready
+from .wire import Answer, Done, EngineSpec, Event, Job, Mix, Plan, Progress, Ready
 
 EXIT_OK = 0
 EXIT_WRONG = 1  # tokens differ, or nothing was loaded
@@ -29,6 +29,7 @@ POOL_TOKENS = 127 * 128  # of vLLM's own KV pool in bf16: the long document fits
 CAPACITY_TOKENS = 1 << 16  # that kvkern can keep at least: all documents of the demo
 MIN_CAPACITY_NBYTES = 2 << 30
 FLOAT32_MODEL_TOKENS = 4096  # the same pool holds half the tokens in float32
+SLOT_EXTRA_NBYTES = 2 * 4096  # of a slot beside a block's keys and values: its header, and the rounding
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,16 @@ def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]
     """Return the engines in the order they run, each with its title."""
     alone = engine_spec(folder)
     ours = msgspec.structs.replace(alone, kvkern_capacity=capacity or default_capacity(folder))
+    small = msgspec.structs.replace(
+        alone, kvkern_capacity=arena_capacity(folder, plan.mix), block_tokens=plan.mix.chunk_tokens
+    )
+    lru, grit = (msgspec.structs.replace(small, kvkern_policy=policy) for policy in ("lru", "grit"))
     exact = msgspec.structs.replace(ours, dtype="float32", max_model_tokens=FLOAT32_MODEL_TOKENS)
     return [
         ("vLLM alone, bf16", Job("vllm", alone, plan)),
         ("vLLM with kvkern, bf16", Job("kvkern", ours, plan)),
+        (f"a small arena, {plan.mix.times}x as much asked for, LRU", Job("lru", lru, plan)),
+        ("the same with GRIT", Job("grit", grit, plan)),
         ("vLLM with kvkern, float32", Job("float32", exact, plan)),
     ]
 
@@ -135,6 +142,12 @@ def default_capacity(folder: Path) -> str:
     return str(max(MIN_CAPACITY_NBYTES, CAPACITY_TOKENS * need.kv_nbytes_per_token(folder, 4)))
 
 
+def arena_capacity(folder: Path, mix: Mix) -> str:
+    """Return how many bytes hold `mix.arena_chunks` of this model in bf16; some chunks less of models above 64 layers."""
+    chunk_nbytes = mix.chunk_tokens * need.kv_nbytes_per_token(folder, 2)
+    return str(4096 + mix.arena_chunks * (chunk_nbytes + SLOT_EXTRA_NBYTES))
+
+
 def _model(options: Options, clock: Clock) -> Path:
     if options.model is not None:
         clock.say(f"model: {options.model}")
@@ -167,19 +180,22 @@ def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[An
 
 def _conclude(options: Options, answers: list[Answer], clock: Clock) -> int:
     shown = report.rows(answers)
-    findings = [checks.loaded(answers), *checks.judge(answers)]
+    equal = checks.judge(answers)
+    findings = [checks.loaded(answers), checks.policies(answers), *equal]
     clock.console.print()
     clock.console.print(report.table(shown))
     for finding in findings:
         mark, style = ("ok  ", "green") if finding.ok else ("FAIL", "bold red")
         clock.console.print(f"{mark} {finding.line()}", style=style, markup=False, highlight=False, soft_wrap=True)
-    _write(options, shown, findings, clock)
+    _write(options, shown, findings, all(finding.ok for finding in equal), clock)
     good = all(finding.ok for finding in findings)
     clock.say("the demo holds" if good else "the demo FAILED: see the lines marked FAIL")
     return EXIT_OK if good else EXIT_WRONG
 
 
-def _write(options: Options, shown: list[report.Row], findings: list[checks.Finding], clock: Clock) -> None:
+def _write(
+    options: Options, shown: list[report.Row], findings: list[checks.Finding], tokens_equal: bool, clock: Clock
+) -> None:
     meta = report.meta()
     chart_path = options.chart_path or options.workdir / "demo.png"
     chart.draw(shown, chart_path, subtitle(meta))
@@ -189,7 +205,7 @@ def _write(options: Options, shown: list[report.Row], findings: list[checks.Find
             options.json_path,
             report.as_dicts(shown),
             engine=f"vllm {_vllm_version(meta)}",
-            tokens_equal=all(finding.ok for finding in findings[1:]),
+            tokens_equal=tokens_equal,
             checks=[{"name": finding.name, "ok": finding.ok, "text": finding.line()} for finding in findings],
         )
         clock.console.print(f"json: {options.json_path}", highlight=False, soft_wrap=True)

@@ -17,11 +17,29 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # folder
     dtype: str = "bfloat16"
     kvkern_capacity: str | None = None  # of a cache of its own
+    kvkern_policy: str | None = None  # of eviction, in a cache of its own; None: the default
     kvkern_socket: str | None = None  # of a daemon; with neither it is vLLM alone
     kv_pool_nbytes: int  # vLLM's own KV blocks
     block_tokens: int = BLOCK_TOKENS
     max_model_tokens: int = 12_288
     max_batched_tokens: int = 2048
+
+
+class Mix(msgspec.Struct, frozen=True, kw_only=True):
+    """The requests of mixed.py. Ranges are of tokens, both ends included."""
+
+    chunk_tokens: int = 32  # vLLM's blocks are as long in these engines
+    arena_chunks: int = 224  # that kvkern has room for
+    times: int = 4  # as many distinct chunks in all requests together
+    conversations: int = 14  # open at a time
+    thinking_spread: float = 0.7  # sigma of the log-normal time between turns
+    opening_tokens: tuple[int, int] = (256, 512)
+    turn_tokens: tuple[int, int] = (32, 96)
+    end_share: float = 0.1  # of turns that are a conversation's last
+    document_share: float = 0.25  # of requests
+    document_tokens: tuple[int, int] = (512, 1024)
+    natives: int = 4  # conversations that vLLM holds once more by itself, to compare
+    seed: int = 0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     turn_reply_tokens: int = 40
     float32_prompts: int = 2
     node_pairs: int = 5  # as pairs, but through a daemon
+    mix: Mix = Mix()
 
 
 class Job(msgspec.Struct, frozen=True):
