@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 BLOCK_TOKENS = 32
 VOCAB = 512
+TOOL_CALL_TOKEN = 511  # as the models' tokenizer file says
 
 
 def _llama(config_class: Any, **extra: Any) -> Any:
@@ -68,6 +70,8 @@ def build_model(kind: str, path: Path) -> str:
     config = _config(kind)
     model = hf.AutoModelForCausalLM.from_config(config).to(torch.float32)
     model.save_pretrained(path)
+    added = [{"id": TOOL_CALL_TOKEN, "content": "<tool_call>"}]
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))  # read by kvkern; vLLM runs without
     return str(path)
 
 

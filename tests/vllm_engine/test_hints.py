@@ -26,6 +26,13 @@ def test_session_and_stop() -> None:
     )
 
 
+def test_the_session_that_vllm_knows() -> None:
+    known = hinted(USE, None, b"t", "a")
+    assert known.session == hinted(USE, {"kvkern": {"session": "a"}}, b"t").session
+    assert hinted(USE, {"kvkern": {"stop": "end_turn"}}, b"t", "a").session == known.session
+    assert hinted(USE, {"kvkern": {"session": "b"}}, b"t", "a").session != known.session
+
+
 BAD: list[Any] = [
     None,
     3,

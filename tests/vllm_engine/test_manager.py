@@ -58,7 +58,15 @@ class Bench:
         context = SimpleNamespace(req_id=name)
         self.manager.on_new_request(context)  # type: ignore[arg-type]
         request = SimpleNamespace(
-            request_id=name, cache_salt=salt, block_hashes=hashes, num_output_tokens=9, kv_transfer_params=None
+            request_id=name,
+            cache_salt=salt,
+            block_hashes=hashes,
+            num_output_tokens=9,
+            output_token_ids=[5] * 9,
+            num_prompt_tokens=50,
+            kv_transfer_params=None,
+            session_id=None,
+            status=shim.RequestStatus.FINISHED_STOPPED,
         )
         request.is_finished = lambda: finished
         self.manager.attach(request)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 from kvkern.errors import ConfigError, UnsupportedError
 from kvkern.integrations.vllm.options import parse_options, refuse_unshareable
 from kvkern.node import protocol as p
+from kvkern.node.operator import Operator
+from kvkern.node.record import TraceWriter
 from tests.node.conftest import ROOT, Daemon, eventually
-from tests.vllm_engine.engine import Engine, Reply, prompt
+from tests.vllm_engine.engine import TOOL_CALL_TOKEN, Engine, Reply, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 IDLE = {"leases": 0, "quarantined_leases": 0, "quarantined_slots": 0}
@@ -209,6 +212,47 @@ def test_after_a_reset_an_engine_neither_reads_nor_feeds_what_it_shared(
     node_engine.reset_everything()  # once more: what is its own goes at once
     eventually(lambda: daemon.stat()["chunks"] < chunks, "the end of the engine's own chunks")
     assert node_engine.one(later).cached_tokens == 0
+
+
+def test_a_recording_says_what_vllm_did(node_engine: Engine, daemon: Daemon, tmp_path: Path) -> None:
+    """Prompts, replies, sessions and how they ended; a turn that vLLM answers from its own cache too."""
+    from vllm import SamplingParams
+
+    def ask(tokens: list[int], forced: int, params: SamplingParams, **more: Any) -> list[int]:
+        """A reply that is all the token `forced`."""
+        params.logit_bias, params.temperature, params.detokenize = {forced: 100.0}, 0, False
+        inputs = {"prompt_token_ids": tokens}
+        node_engine.llm.llm_engine.add_request(f"recorded-{len(tokens)}-{forced}", inputs, params, **more)
+        while node_engine.llm.llm_engine.has_unfinished_requests():
+            for output in node_engine.llm.llm_engine.step():
+                reply = list(output.outputs[0].token_ids)
+        node_engine.settle()
+        return reply
+
+    with Operator(daemon.socket) as operator:
+        heard = operator.recorded(0.2)
+        assert next(heard) is None  # it has asked
+        began_s = time.time()
+        first = prompt(700, 110)
+        second = first + ask(first, TOOL_CALL_TOKEN, SamplingParams(max_tokens=40), session_id="s")
+        ask(second, 7, SamplingParams(max_tokens=40, stop_token_ids=[7]), session_id="s")
+        ask(first, 9, SamplingParams(max_tokens=3))
+        ask(prompt(5, 0), 9, SamplingParams(max_tokens=1))  # vLLM tells the end of a request with its next step
+        with TraceWriter(tmp_path / "t.jsonl") as writer:
+            while writer.requests < 3:
+                if (request := next(heard)) is not None and request.arrived_s >= began_s:
+                    writer.add(request)
+    lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    times = [line.pop("timestamp") for line in lines]
+    assert times == sorted(times)
+    assert lines == [
+        {
+            "input_length": 700, "output_length": 40, "hash_ids": list(range(21)), "session_id": 0,
+            "stop": "tool_call",
+        },
+        {"input_length": 740, "output_length": 1, "hash_ids": list(range(23)), "session_id": 0, "stop": "end_turn"},
+        {"input_length": 700, "output_length": 3, "hash_ids": list(range(21))},
+    ]  # fmt: skip
 
 
 def salted(engine: Engine, tokens: list[int], salt: str) -> int:

@@ -13,6 +13,7 @@ from .identity import namespace_of, resolve_weights
 from .jobs import SlotSpec, StepMetadata
 from .manager import KvkernManager
 from .options import fill_defaults, parse_options, refuse_unshareable, refuse_unsupported
+from .stops import tool_call_ids
 from .worker import KvkernWorker
 
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load instead of polling for it
@@ -40,6 +41,7 @@ class KvkernConnector(shim.OffloadingConnector):
             manager.bind(
                 namespace=lambda: namespace_of(vllm_config, offload, options, weights),
                 windowed=shim.windowed_groups(kv_cache_config),
+                tool_calls=tool_call_ids(vllm_config),
             )
 
     # -- worker ------------------------------------------------------------------------------------------------------

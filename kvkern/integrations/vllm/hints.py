@@ -22,8 +22,11 @@ def hinted(
     use: Use,
     params: Any,  # `kv_transfer_params` of a request, as the client sent them
     tenant: bytes,  # sessions of different tenants are different
+    session_id: str | None = None,  # that vLLM's own API was given; a hint goes before
 ) -> Use:
     """`use`, with what the client says."""
+    if session_id is not None:
+        use = replace(use, session=_number(session_id, tenant))
     hints = params.get("kvkern") if isinstance(params, Mapping) else None
     if hints is None:
         return use
@@ -31,13 +34,17 @@ def hinted(
         return _ignored(use)
     for name, value in hints.items():
         if name == "session" and isinstance(value, str | int):
-            digest = blake3(tenant + str(value).encode(errors="replace")).digest()
-            use = replace(use, session=int.from_bytes(digest[:6], "little") + 1)
+            use = replace(use, session=_number(value, tenant))
         elif name == "stop" and isinstance(value, str) and value in STOPS:
             use = replace(use, stop=STOPS[value])
         else:
             use = _ignored(use)
     return use
+
+
+def _number(session: str | int, tenant: bytes) -> int:
+    digest = blake3(tenant + str(session).encode(errors="replace")).digest()
+    return int.from_bytes(digest[:6], "little") + 1
 
 
 def _ignored(use: Use) -> Use:

@@ -29,6 +29,7 @@ from ...tiers.dram import ChunkShape, Lease, Reservation
 from . import shim
 from .hints import hinted
 from .jobs import GroupChunks, SlotSpec
+from .stops import stop_of
 
 NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
@@ -80,25 +81,30 @@ class KvkernManager(shim.OffloadingManager):
         self._requests: dict[str, RequestState] = {}
         self._waiting: set[str] = set()  # requests that hold pins between lookup and load
         self._windowed: frozenset[int] = frozenset()
+        self._tool_calls: Collection[int] = ()
         self._tickets: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
         self._next_ticket = 0
         self._num_requests = 0
         self._step = 0
         self._reported = cache.counters.snapshot()
 
-    def bind(self, namespace: Callable[[], Namespace], windowed: Iterable[int] = ()) -> None:
+    def bind(
+        self, namespace: Callable[[], Namespace], windowed: Iterable[int] = (), tool_calls: Collection[int] = ()
+    ) -> None:
         """Give the namespace, asked for at the first request, when the engine's hash seed is known.
 
         `windowed` are the groups of sliding windows and states: there any cached chunk helps, not only a prefix.
+        `tool_calls` are the tokens that begin a call of a tool.
         """
         self._namespace = namespace
+        self._tool_calls = tool_calls
         self._windowed = frozenset(windowed)
 
     def attach(self, request: shim.Request) -> None:
         """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
         state = self._requests[request.request_id]
         state.request, state.root = request, self._root_of(request.cache_salt)
-        state.use = hinted(state.use, request.kv_transfer_params, state.root)
+        state.use = hinted(state.use, request.kv_transfer_params, state.root, request.session_id)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
 
@@ -171,7 +177,8 @@ class KvkernManager(shim.OffloadingManager):
                 self._finish(state, state.request)
 
     def _finish(self, state: RequestState, request: shim.Request) -> None:
-        use = replace(state.use, output_tokens=request.num_output_tokens)
+        stop = state.use.stop or stop_of(request, self._tool_calls)
+        use = replace(state.use, output_tokens=request.num_output_tokens, stop=stop)
         group_id, group = next(iter(self._groups.items()))
         prompt = state.chains.get(group_id, [])[: request.num_prompt_tokens // group.chunk_tokens]
         self._cache.finish(use, prompt, request.num_prompt_tokens, time.monotonic() - state.came_s)

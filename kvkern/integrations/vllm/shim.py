@@ -30,7 +30,7 @@ if VLLM_VERSION.rsplit(".", 1)[0] not in SUPPORTED:
         f"Install one of those, or a kvkern that names yours"
     )
 
-from vllm.config import KVTransferConfig, VllmConfig  # noqa: E402
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorMetadata,
     KVConnectorRole,
@@ -70,7 +70,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
-from vllm.v1.request import Request  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
 logger = init_logger("vllm.kvkern")  # vLLM's handlers hang on the name's first part
 
@@ -89,6 +89,7 @@ __all__ = [
     "KVTransferConfig",
     "LoadStoreSpec",
     "LookupResult",
+    "ModelConfig",
     "OffloadKey",
     "OffloadingConfig",
     "OffloadingConnector",
@@ -104,6 +105,7 @@ __all__ = [
     "ReqContext",
     "Request",
     "RequestOffloadingContext",
+    "RequestStatus",
     "ScheduleEndContext",
     "SchedulerOutput",
     "TransferResult",
