@@ -13,7 +13,6 @@ is in docs/policy.md.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,8 @@ _MIN_GHOSTS = 1 << 18
 _FIRST_FIT, _FIT_EVERY = 10, 200  # requests
 _ROWS_PER_REQUEST = 64  # what a fit may cost: cohorts it looks at, a request
 _LEAVES_PER_REQUEST = 256  # likewise for a scan of the leaves: up to so many are looked at on every request
-_OPEN_REQUESTS = 4096  # requests whose later calls are recognised
-_OPEN_SESSIONS = 16384  # sessions that callers named and whose turns are counted
+_FEW_NODES, _SOME_NODES = 8, 256  # what a new cache has room for, and what it grows to at least
+_FEW_ROWS, _SOME_ROWS = 4, 64
 _NO_SESSION = (0, -1.0, -1.0)
 _NEW = (-1, 0)  # no row, no serial
 
@@ -45,6 +44,7 @@ class Grit:
     ) -> None:
         self.model = model or GritModel()
         self.model.members += 1
+        self._member = next(self.model.numbers)
         self._ghosts = [0]  # as the model has counted them
         weakref.finalize(self, self.model.leave, self._ghosts).atexit = False
         self._max_ghosts = max_ghosts or max(_GHOSTS_PER_SLOT * capacity, _MIN_GHOSTS)
@@ -52,21 +52,20 @@ class Grit:
         self._state[[store.FREE_NODE, store.FREE_ROW, store.HEAP]] = -1
         self._nodes = np.zeros(0, dtype=store.NODE)
         self._rows = np.zeros(0, dtype=store.ROW)
-        self._requests: OrderedDict[int, tuple[int, int]] = OrderedDict()  # number -> its row and serial
-        self._sessions: OrderedDict[int, tuple[int, float, float]] = OrderedDict()  # number -> turn, time, rhythm
         self._serial = 0
         self._next_fit = _FIRST_FIT
         self._last_scan = -1
         self._now = 0.0
         self._leaves = np.empty(0, dtype=np.int32)
-        self._grow_nodes(256)
-        self._grow_rows(64)
+        self._resize_nodes(_FEW_NODES)
+        self._resize_rows(_FEW_ROWS)
 
     def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy."""
         self._now = now = max(use.now_s, self._now)
         keys = self._room_for(chain)  # may forget ghosts, and with them the request's row
-        row, serial = self._requests.get(use.request, _NEW) if use.request else _NEW
+        requests = self.model.requests
+        row, serial = requests.get((self._member, use.request), _NEW) if use.request else _NEW
         if row >= 0 and self._rows[row]["serial"] != serial:
             row = -1  # its chunks have been used by others since
         if row < 0 and not len(chain):
@@ -85,10 +84,7 @@ class Grit:
             keys, now, serial, row, use.output_tokens, int(use.stop), *session,
         )  # fmt: skip
         if use.request:
-            self._requests[use.request] = row, serial
-            self._requests.move_to_end(use.request)
-            if len(self._requests) > _OPEN_REQUESTS:
-                self._requests.popitem(last=False)
+            requests.put((self._member, use.request), (row, serial))
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
@@ -111,13 +107,16 @@ class Grit:
 
     def remove(self, keys: Keys) -> None:
         """See EvictionPolicy."""
+        self._remember(len(keys))
         trie.remove(
             self._nodes, self._heads, self._rows, self._state, self._leaves, self._heap, self.model.index,
             _words(keys), self._now,
         )  # fmt: skip
+        self._remember(0)
 
     def victims(self, count: int) -> list[bytes]:
         """See EvictionPolicy."""
+        self._remember(max(min(count, int(self._state[store.EVICTABLE])), 0))
         scan = (self._serial - self._last_scan) * _LEAVES_PER_REQUEST >= self._state[store.LEAVES]
         if scan:
             self._last_scan = self._serial
@@ -125,6 +124,7 @@ class Grit:
             self._nodes, self._rows, self._state, self._leaves, self._heap, self.model.index, count, self._now, scan
         )
         blob = self._keys[found].tobytes()
+        self._remember(0)
         return [blob[i : i + 32] for i in range(0, len(blob), 32)]
 
     def chances(self, keys: Keys, horizon_s: float) -> list[float]:
@@ -149,12 +149,10 @@ class Grit:
         if not number:
             return _NO_SESSION
         turn, gap, rhythm = 1, -1.0, -1.0
-        if (last := self._sessions.pop(number, None)) is not None:
+        if (last := self.model.sessions.get((self._member, number))) is not None:
             turn, gap = min(last[0] + 1, 255), now - last[1]
             rhythm = gap if last[2] < 0 else (max(gap, 1e-3) * last[2]) ** 0.5
-        self._sessions[number] = turn, now, rhythm
-        if len(self._sessions) > _OPEN_SESSIONS:
-            self._sessions.popitem(last=False)
+        self.model.sessions.put((self._member, number), (turn, now, rhythm))
         return turn, gap, rhythm
 
     def _fit(self) -> None:
@@ -171,43 +169,64 @@ class Grit:
     def _room_for(self, keys: Keys) -> npt.NDArray[np.uint64]:
         """[n, 4] words of the keys, and room for as many nodes and rows."""
         n, state = len(keys), self._state
-        ghosts = int(state[store.GHOSTS])
-        self.model.ghosts += ghosts - self._ghosts[0]
-        self._ghosts[0] = ghosts
-        if self.model.ghosts + n > self._max_ghosts:
-            self._forget(ghosts, n)
+        self._remember(n)
         if state[store.NODES] + n > len(self._nodes):
-            self._grow_nodes(int(state[store.NODES]) + n)
+            self._resize_nodes(max(int(state[store.NODES]) + n, len(self._nodes) * 3 // 2, _SOME_NODES))
         if state[store.ROWS] + n + 1 > len(self._rows):
-            self._grow_rows(int(state[store.ROWS]) + n + 1)
+            self._resize_rows(max(int(state[store.ROWS]) + n + 1, len(self._rows) * 3 // 2, _SOME_ROWS))
         return _words(keys)
 
-    def _forget(self, ghosts: int, n: int) -> None:
-        """Make room for n ghosts; one of many that share a model gives up none below half of an even share."""
+    def _remember(self, n: int) -> None:
+        """Room for n ghosts, of those that have been used longest ago; tells the model how many there are.
+
+        One of many that share a model gives up none below half of an even share.
+        """
+        ghosts = self._count_ghosts()
+        if self.model.ghosts + n <= self._max_ghosts:
+            return
         spare = ghosts - self._max_ghosts // (2 * self.model.members) if self.model.members > 1 else ghosts
         count = min(spare, self.model.ghosts + n - self._max_ghosts + ghosts // 8)
         if count > 0:
             count = max(count, ghosts // 8)
             store.forget(self._nodes, self._heads, self._rows, self._state, self.model.exposure, count, self._now)
+            self._count_ghosts()
+            needed = self.num_chunks + n
+            if len(self._nodes) > 4 * max(needed, _FEW_NODES):
+                self._compact(2 * max(needed, _FEW_NODES))
 
-    def _grow_nodes(self, needed: int) -> None:
-        size = max(needed, len(self._nodes) * 3 // 2)
+    def _count_ghosts(self) -> int:
+        ghosts = int(self._state[store.GHOSTS])
+        self.model.ghosts += ghosts - self._ghosts[0]
+        self._ghosts[0] = ghosts
+        return ghosts
+
+    def _compact(self, num_nodes: int) -> None:
+        """Smaller arrays, for what was forgotten; nothing changes its order."""
+        moved = store.compact(self._nodes, self._rows, self._state, self._leaves)
+        for key, (row, serial) in self.model.requests.items():
+            if key[0] == self._member and row >= 0:
+                self.model.requests[key] = int(moved[row]), serial
+        self._resize_nodes(num_nodes)
+        self._resize_rows(2 * max(int(self._state[store.ROWS]), _FEW_ROWS))
+
+    def _resize_nodes(self, size: int) -> None:
+        used, num_leaves = int(self._state[store.NODES]), int(self._state[store.LEAVES])
         nodes = np.zeros(size, dtype=store.NODE)
-        nodes[: len(self._nodes)] = self._nodes
+        nodes[:used] = self._nodes[:used]
         self._nodes = nodes
         self._keys = _keys_of(nodes)
         self._heads = np.empty(1 << max(size - 1, 1).bit_length(), dtype=np.int32)
-        store.rehash(nodes, self._heads, int(self._state[store.NODES]))
+        store.rehash(nodes, self._heads, used)
         leaves = np.empty(size, dtype=np.int32)
-        num_leaves = int(self._state[store.LEAVES])
         leaves[:num_leaves] = self._leaves[:num_leaves]
         self._leaves = leaves
         self._heap = np.empty(size + 64, dtype=store.ENTRY)
         self._state[store.HEAP] = -1
 
-    def _grow_rows(self, needed: int) -> None:
-        rows = np.zeros(max(needed, len(self._rows) * 3 // 2), dtype=store.ROW)
-        rows[: len(self._rows)] = self._rows
+    def _resize_rows(self, size: int) -> None:
+        used = int(self._state[store.ROWS])
+        rows = np.zeros(size, dtype=store.ROW)
+        rows[:used] = self._rows[:used]
         self._rows = rows
 
 

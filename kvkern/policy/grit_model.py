@@ -15,6 +15,7 @@ smoothed gap (TRUNK). G is the Gittins index of a slot: the most returns per chu
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from ..errors import ConfigError
+from .recent import Recent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +56,8 @@ BASE_WEIGHT = 1.0  # k: events that the prior is worth in a bin
 CLASS_WEIGHT = 30.0  # K: events that the model is worth in a class and bin
 LEVEL_WEIGHT = 8.0  # of a factor of 1 for a level and band
 SWEEPS = 3
+OPEN_REQUESTS = 4096  # requests whose later calls are recognised
+OPEN_SESSIONS = 16384  # sessions that callers named and whose turns are counted
 LEAST_S = 1.0  # no decision to keep a chunk costs less: bursts within a second are worth no more than that
 
 
@@ -222,6 +226,9 @@ class GritModel:
         self.epoch = 0
         self.ghosts = 0  # of all caches that share this
         self.members = 0
+        self.numbers = count(1)  # of members; what follows is theirs, by (member, number)
+        self.requests: Recent[tuple[int, int], tuple[int, int]] = Recent(OPEN_REQUESTS)  # row and serial
+        self.sessions: Recent[tuple[int, int], tuple[int, float, float]] = Recent(OPEN_SESSIONS)  # turn, time, rhythm
         self._now: float | None = None
         self.fit(0.0)
 

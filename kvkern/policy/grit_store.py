@@ -179,3 +179,35 @@ def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, no
         leave_row(rows, state, n.row, 1)
         drop_node(nodes, heads, state, i)
         done += 1
+
+
+@njit
+def compact(nodes: Any, rows: Any, state: Any, leaves: Any) -> Any:
+    """Move nodes and rows in use to the front; the hash table is to be refilled. [rows] int32, where each went, or -1."""
+    num_nodes, num_rows = state[NODES], state[ROWS]
+    node_to, row_to = np.full(num_nodes, -1, np.int32), np.full(num_rows, -1, np.int32)
+    at = 0
+    for i in range(num_nodes):
+        if nodes[i].row >= 0:
+            row_to[nodes[i].row] = 0
+            node_to[i] = at
+            at += 1
+    state[NODES], state[FREE_NODE] = at, -1
+    at = 0
+    for i in range(num_rows):
+        if row_to[i] == 0:
+            row_to[i] = at
+            rows[at] = rows[i]
+            at += 1
+    state[ROWS], state[FREE_ROW] = at, -1
+    for i in range(num_nodes):
+        at = node_to[i]
+        if at >= 0:
+            nodes[at] = nodes[i]
+            nodes[at].row = row_to[nodes[at].row]
+            if nodes[at].parent >= 0:
+                nodes[at].parent = node_to[nodes[at].parent]
+    for i in range(state[LEAVES]):
+        leaves[i] = node_to[leaves[i]]
+    state[HEAP] = -1
+    return row_to

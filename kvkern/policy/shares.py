@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 from .base import EvictionPolicy, Keys, Use
+from .recent import Recent
 
 _Entry = tuple[int, int, bytes]
 _FEW = 64  # stale entries that are not worth a sweep
@@ -32,7 +33,7 @@ class Shares:
         self._shares: dict[bytes, bytes] = {}  # key -> share, of every chunk inserted and not gone
         self._policies: dict[bytes, EvictionPolicy] = {}
         self._empty: OrderedDict[bytes, None] = OrderedDict()  # shares without chunks, the one used longest ago first
-        self._requests: OrderedDict[int, bytes] = OrderedDict()  # number -> share, the one used longest ago first
+        self._requests: Recent[int, bytes] = Recent(_OPEN_REQUESTS)  # number -> share
         self._sizes: Counter[bytes] = Counter()
         self._heap: list[_Entry] = []
         self._ticks: dict[bytes, int] = {}  # of every share's entry in the heap that is not stale
@@ -50,10 +51,7 @@ class Shares:
         if share is None:
             return
         if use.request:
-            self._requests[use.request] = share
-            self._requests.move_to_end(use.request)
-            if len(self._requests) > _OPEN_REQUESTS:
-                self._requests.popitem(last=False)
+            self._requests.put(use.request, share)
         self._policy_of(share).access(chain, use)
 
     def insert(self, keys: Keys, use: Use) -> None:

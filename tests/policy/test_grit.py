@@ -161,7 +161,7 @@ def test_arrays_stay_small_under_a_flood_of_single_chunks() -> None:
     assert len(resident) == 50
     assert len(policy._nodes) <= 2 * 256
     assert len(policy._rows) <= 2 * 512
-    assert len(policy._requests) <= 4096
+    assert len(policy.model.requests) <= 4096
 
 
 def test_a_request_goes_on_under_its_number_and_counts_once() -> None:
@@ -171,7 +171,7 @@ def test_a_request_goes_on_under_its_number_and_counts_once() -> None:
     policy.access(chain, Use(3.0, request=7))
     policy.access((), Use(4.0, request=7, output_tokens=500, stop=Stop.END_TURN))
     assert policy.model.events.sum() == 0
-    row = policy._rows[policy._requests[7][0]]
+    row = policy._rows[policy.model.requests[policy._member, 7][0]]
     assert row["cls"] == main_class(1, 6, -1.0, -1.0, 6, 500, int(Stop.END_TURN))
     assert row["refs"] == 6
     policy.access(chain, Use(10.0, request=8))
@@ -319,3 +319,56 @@ def test_caches_that_share_a_model_share_its_ghosts() -> None:
     assert model.ghosts >= sum(policy.num_chunks for policy in many) - 8
     del many[1:], policy
     assert (model.members, model.ghosts) == (1, many[0]._ghosts[0])
+
+
+def test_arrays_shrink_and_keep_their_books_when_another_cache_takes_the_ghosts() -> None:
+    model, rng = GritModel(), random.Random(2)
+    small, *others = (Grit(40, model, max_ghosts=2000) for _ in range(6))
+    held: dict[Grit, set[bytes]] = {policy: set() for policy in (small, *others)}
+
+    def request(policy: Grit, numbers: list[int], serial: int) -> None:
+        keys, resident = [key(i) for i in numbers], held[policy]
+        use = Use(serial * 0.1, serial)
+        policy.access(keys, use)
+        policy.insert([k for k in keys if k not in resident], use)
+        resident.update(keys)
+        resident.difference_update(policy.victims(len(resident) - 40))
+
+    for serial in range(1, 1000):
+        request(small, [3 * serial, 3 * serial + 1, 3 * serial + 2], serial)
+    largest = len(small._nodes)
+    pinned = sorted(held[small])[:5]
+    small.pin(pinned)
+    small.access([key(1 << 40)], Use(100.0, 999_999))
+    for serial in range(1000, 4000):
+        request(others[serial % 5], [10 * serial], serial)
+        if not serial % 7:
+            request(small, [rng.randrange(3000)], serial)
+        if not serial % 100:
+            check_books(small, held[small], set(pinned))
+            check_books(others[0], held[others[0]], set())
+    assert len(small._nodes) < largest / 2
+    assert len(small._rows) < largest / 2
+    open_rows = [rows for (member, _), rows in model.requests.items() if member == small._member]
+    serials = [(int(small._rows[row]["serial"]), serial) for row, serial in open_rows if row >= 0]
+    assert sum(found == wanted for found, wanted in serials) > 100
+    small.unpin(pinned)
+    assert set(small.victims(40)) == held[small]
+
+
+def test_what_idle_caches_hold_counts_too() -> None:
+    """They fill, are emptied but for a chunk, and are never used again."""
+    model, many = GritModel(), list[Grit]()
+    for number in range(40):
+        policy = Grit(1000, model, max_ghosts=1000)
+        many.append(policy)
+        for first in range(0, 1000, 50):
+            chain, use = [key(1000 * number + first + i) for i in range(50)], Use(float(number), number + 1)
+            policy.access(chain, use)
+            policy.insert(chain, use)
+        assert len(policy.victims(999)) == 999
+    ghosts = [policy.num_chunks - 1 for policy in many]
+    assert model.ghosts == sum(ghosts)
+    assert sum(ghosts) <= 1000 * (1 + sum(1 / (2 * members) for members in range(2, 41)))
+    assert sum(policy.nbytes for policy in many) < 500 * sum(ghosts)
+    assert Grit(1000, model).nbytes < 3000
