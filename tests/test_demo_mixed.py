@@ -80,7 +80,7 @@ def test_grit_loads_more_than_lru_whatever_the_order() -> None:
 
 def test_of_a_plain_loop_lru_keeps_nothing_and_grit_a_quarter() -> None:
     """Four times what the arena holds, over and over: no policy can hit more than a quarter."""
-    chunks, prompt_chunks, rounds = 224, 28, 10
+    chunks, prompt_chunks, rounds = MIX.arena_chunks, 24, 10
     loop = [[(name, (end,)) for end in range(prompt_chunks)] for name in map(str, range(4 * chunks // prompt_chunks))]
     rates = {}
     for policy in ("lru", "grit"):

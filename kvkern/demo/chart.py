@@ -29,7 +29,7 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10.0, 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _bars(axes, _groups(rows))
@@ -61,9 +61,9 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     groups = [(f"{length:,} tokens", [row for row in hits if row.prompt_tokens == length]) for length in lengths]
     if beyond:
         count, length = beyond[0].runs, beyond[0].prompt_tokens
-        groups.append((f"{count} prompts of {length:,} tokens,\nmore than vLLM's pool holds", beyond))
+        groups.append((f"{count} x {length:,} tokens,\nabove vLLM's pool", beyond))
     if chosen:
-        groups.append((f"{chosen[0].runs} turns, 4x what\nkvkern's arena holds", chosen))
+        groups.append((f"{chosen[0].runs} turns, working set\n4x kvkern's arena", chosen))
     return groups
 
 

@@ -29,7 +29,7 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
     """The requests of mixed.py. Ranges are of tokens, both ends included."""
 
     chunk_tokens: int = 32  # vLLM's blocks are as long in these engines
-    arena_chunks: int = 224  # that kvkern has room for
+    arena_chunks: int = 192  # that kvkern has room for
     times: int = 4  # as many distinct chunks in all requests together
     conversations: int = 14  # open at a time
     thinking_spread: float = 0.7  # sigma of the log-normal time between turns
@@ -38,7 +38,7 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True):
     end_share: float = 0.1  # of turns that are a conversation's last
     document_share: float = 0.25  # of requests
     document_tokens: tuple[int, int] = (512, 1024)
-    natives: int = 4  # conversations that vLLM holds once more by itself, to compare
+    natives: int = 3  # conversations that vLLM holds once more by itself, to compare
     seed: int = 0
 
 
