@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import _ablation
 import _scan
 from _common import print_row, write_json
 from blake3 import blake3
@@ -128,11 +129,18 @@ def main() -> None:
     parser.add_argument(
         "--scan", action="store_true", help="instead: hit ratios where documents are read once (_scan.py)"
     )
+    parser.add_argument("--ablation", type=Path, nargs="+", metavar="TRACE", help="instead: GRIT without its parts")
     args = parser.parse_args()
     if args.scan:
         rows = _scan.hit_ratios(args.quick)
         for row in _scan.means(rows):
             print_row(row)
+        if args.json:
+            write_json(args.json, rows)
+        return
+    if args.ablation:
+        rows = list(_ablation.rows_of(args.ablation))
+        print(*_ablation.table(rows), sep="\n")
         if args.json:
             write_json(args.json, rows)
         return

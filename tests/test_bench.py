@@ -135,5 +135,30 @@ def test_policy_scan(tmp_path: Path) -> None:
     assert printed.count("grit_gap") == 4
 
 
+@pytest.mark.slow
+def test_policy_ablation(tmp_path: Path) -> None:
+    """What the variants replace is there, and compiles; all of them at once, which nothing else would."""
+    lines = [{"timestamp": 900 * i, "hash_ids": list(range(i % 50 * 9, i % 50 * 9 + i % 7 + 1))} for i in range(300)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code = """
+import _ablation
+from pathlib import Path
+for variant in _ablation.VARIANTS.values():
+    variant()
+results = map(_ablation.run_cell, _ablation._cells([Path("t.jsonl")], "grit"))
+rows = [{"variant": _ablation.FULL, "gap": 0.5, **_ablation._row(result)} for result in results]
+print(*_ablation.table([*rows, *({**row, "variant": "less", "hit_ratio": 0.0} for row in rows)]), sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "NUMBA_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, _, full, less = done.stdout.splitlines()
+    assert head.count("| t ") == 3
+    assert re.fullmatch(r"\| GRIT( \| \.\d{4}){3} \| \.50 \|", full)
+    assert re.fullmatch(r"\| less( \| (-\d*\.\d|0)){3} \| \.50 \|", less)
+
+
 def _same_size(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one["capacity_chunks"] == other["capacity_chunks"])
