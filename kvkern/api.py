@@ -4,11 +4,12 @@ cache = kvkern.open_cache(layout, tensors, model="my-model", weights=revision, c
 with cache.match(tokens) as hit:                       # longest cached prefix, pinned
     num_loaded = cache.load(hit, block_table)          # verified tokens now in the engine's blocks
 ...                                                    # the engine computes tokens[num_loaded:]
-cache.store(tokens, block_table)                       # whole chunks that are not cached yet
+cache.store(tokens, block_table, match=hit)            # whole chunks that are not cached yet
 """
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from .kernels.layout import PagedLayout
 from .kernels.paged_copy import PagedTensors
 from .keys import Namespace, split_keys
 from .node.client import NodeClient
+from .policy.base import Use
 from .slots import SlotGeometry
 from .tiers.dram import ChunkShape, Lease
 from .transfer import ChunkBatch, Job, Transfer
@@ -35,16 +37,18 @@ if TYPE_CHECKING:
     import torch
 
 STORE_WAIT_S = 1.0  # how long a store waits for a daemon's slots before it takes what there is
+_requests = itertools.count(1)  # numbers of requests, each once in this process: caches may share a manager
 BlockTable = npt.NDArray[np.integer] | Sequence[int]
 
 
 class Match:
     """A cached prefix of a prompt, readable until `release` (or the end of the `with` block)."""
 
-    def __init__(self, cache: ChunkCache, lease: Lease, chunk_tokens: int) -> None:
+    def __init__(self, cache: ChunkCache, lease: Lease, chunk_tokens: int, request: int) -> None:
         self._cache = cache
         self._released = False
         self.lease = lease
+        self.request = request  # its number, for `store`; outlives the release
         self.num_tokens = len(lease.slots) * chunk_tokens
 
     def release(self) -> None:
@@ -91,7 +95,9 @@ class PagedCache:
 
         An engine that needs logits of the last token passes `tokens[:-1]`, or recomputes the last token after loading.
         """
-        return Match(self._cache, self._cache.acquire(self.keys(tokens, extras)), self.chunk_tokens)
+        use = Use(request=next(_requests))
+        lease = self._cache.acquire(self.keys(tokens, extras), use=use)
+        return Match(self._cache, lease, self.chunk_tokens, use.request)
 
     def load(self, match: Match, block_table: BlockTable, start: int = 0) -> int:
         """Copy the match into the blocks of `block_table` and verify it. Returns how many tokens from 0 on are good.
@@ -117,17 +123,24 @@ class PagedCache:
         return start if good == 0 else (first + good) * self.chunk_tokens
 
     def store(
-        self, tokens: Tokens, block_table: BlockTable, extras: Mapping[int, bytes] | None = None, start: int = 0
+        self,
+        tokens: Tokens,
+        block_table: BlockTable,
+        extras: Mapping[int, bytes] | None = None,
+        start: int = 0,
+        match: Match | None = None,  # of the same request, released or not; a request may store several times
     ) -> int:
         """Copy those whole chunks of `tokens[start:]` that are not cached yet. Returns how many chunks were published.
 
-        The KV of every whole chunk must be in its blocks. Fewer than offered may be stored when all else is in use.
+        The KV of every whole chunk must be in its blocks. Fewer than offered may be stored when all else is in use. With
+        `match`, finding and storing count as one use of the sequence; without, the eviction policy takes them for two requests.
         """
         keys = self.keys(tokens, extras)
         table = self._rows(block_table, len(keys))
         if start < 0:
             raise ConfigError(f"start is {start}; it must be at least 0")
-        reservation = self._cache.reserve(keys, keys[start // self.chunk_tokens :], self._shape)
+        use = Use(request=match.request if match is not None else next(_requests))
+        reservation = self._cache.reserve(keys, keys[start // self.chunk_tokens :], self._shape, use)
         if not reservation.slots:
             return 0
         at = {key: i for i, key in enumerate(keys)}

@@ -139,6 +139,24 @@ def test_store_from_the_middle(cache: PagedCache) -> None:
         assert hit.num_tokens == 3 * CHUNK
 
 
+def test_match_and_store_of_a_request_are_one_use(cache: PagedCache) -> None:
+    """GRIT learns from what comes back: a store is no return of what its own match asked for."""
+    learned = cache._cache._dram._policy.model.events
+    with cache.match(TOKENS[: CHUNK + 1]) as hit:
+        pass
+    assert cache.store(TOKENS[: CHUNK + 1], TABLE, match=hit) == 1  # chunked prefill: it stores as it goes
+    assert cache.store(TOKENS, TABLE, start=CHUNK, match=hit) == 2
+    assert learned.sum() == 0
+    with cache.match(TOKENS) as again:
+        assert again.num_tokens == 3 * CHUNK
+    once = learned.sum()
+    assert once > 0
+    assert cache.store(TOKENS, TABLE, match=again) == 0
+    assert learned.sum() == once
+    cache.store(TOKENS, TABLE)  # whose match nobody knows: one more use
+    assert learned.sum() > once
+
+
 def test_clear(cache: PagedCache) -> None:
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit:
