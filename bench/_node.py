@@ -28,7 +28,7 @@ from kvkern.node import protocol
 from kvkern.node.client import NodeClient
 from kvkern.node.operator import Operator
 from kvkern.slots import PAGE, SlotGeometry
-from kvkern.tiers.dram import ChunkShape
+from kvkern.tiers.base import ChunkShape
 from kvkern.transfer import ChunkBatch, Transfer
 
 CHUNKS = 128  # of a sequence

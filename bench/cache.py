@@ -30,7 +30,7 @@ from kvkern.config import Config
 from kvkern.kernels.chunk_keys import chunk_keys
 from kvkern.keys import split_keys
 from kvkern.slots import SlotGeometry
-from kvkern.tiers.dram import ChunkShape
+from kvkern.tiers.base import ChunkShape
 
 CHUNK_TOKENS = 16
 PART_NBYTES = 4096  # of full_hit's slots: nobody reads them

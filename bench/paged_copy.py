@@ -31,7 +31,7 @@ from kvkern.kernels import layout as L
 from kvkern.kernels.layout import PagedLayout
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.slots import SlotGeometry
-from kvkern.tiers.dram import ChunkShape
+from kvkern.tiers.base import ChunkShape
 from kvkern.transfer import ChunkBatch, Transfer
 
 MIN_RATIO_LONG, MIN_RATIO_SHORT, LONG_RUN_NBYTES = 0.95, 0.50, 18 << 10

@@ -30,7 +30,7 @@ from .keys import Namespace, split_keys
 from .node.client import NodeClient
 from .policy.base import Use
 from .slots import SlotGeometry
-from .tiers.dram import ChunkShape, Lease
+from .tiers.base import ChunkShape, Lease
 from .transfer import ChunkBatch, Job, Transfer
 
 if TYPE_CHECKING:

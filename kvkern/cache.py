@@ -19,7 +19,8 @@ from typing import Protocol, TypeVar
 from .errors import KvkernError
 from .metrics import CacheCounters
 from .policy.base import Use
-from .tiers.dram import Adopted, Changes, ChunkShape, DramTier, Lease, Reservation
+from .tiers.base import Adopted, Changes, ChunkShape, Lease, Reservation
+from .tiers.dram import DramTier
 
 logger = logging.getLogger("kvkern")
 

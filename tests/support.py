@@ -13,7 +13,8 @@ import torch
 from kvkern.arena import Arena, ArenaSpec, create_or_attach
 from kvkern.cache import Cache
 from kvkern.slots import SlotGeometry
-from kvkern.tiers.dram import ChunkShape, DramTier, Reservation
+from kvkern.tiers.base import ChunkShape, Reservation
+from kvkern.tiers.dram import DramTier
 
 GUARD = 0xA5
 NAMESPACE = bytes(range(32))

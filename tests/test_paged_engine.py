@@ -19,7 +19,7 @@ from kvkern.config import Config
 from kvkern.kernels.layout import PagedLayout
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.slots import SlotGeometry
-from kvkern.tiers.dram import ChunkShape
+from kvkern.tiers.base import ChunkShape
 from tests.paged_engine import VOCAB, PagedEngine
 
 DTYPES = [torch.float32, torch.bfloat16]

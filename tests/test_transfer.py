@@ -19,7 +19,8 @@ from kvkern.kernels import layout as L
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
-from kvkern.tiers.dram import DramTier, Reservation
+from kvkern.tiers.base import Reservation
+from kvkern.tiers.dram import DramTier
 from kvkern.transfer import ChunkBatch, Transfer, piece_chunks
 from tests.support import NAMESPACE, SHAPE, chain_keys, guarded, make_arena, storage_bytes
 

@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..slots import SlotGeometry, SlotState
-from ..tiers.dram import ChunkShape, Lease, Reservation, prefix_length
+from ..tiers.base import ChunkShape, Lease, Reservation, prefix_length
 from ..tiers.headers import begin_slots
 from . import protocol as p
 from .link import Link

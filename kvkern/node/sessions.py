@@ -22,7 +22,7 @@ from ..arena import MAX_PROCESSES, Arena, process_alive
 from ..cache import Cache
 from ..errors import ArenaError
 from ..policy.base import Use
-from ..tiers.dram import Lease, Reservation
+from ..tiers.base import Lease, Reservation
 
 RESTART_PIN_S = 30.0
 GRANTED_SHARE = 8  # at most one slot in so many is granted and not yet filled, over all clients

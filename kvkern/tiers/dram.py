@@ -15,8 +15,8 @@ Not thread-safe: `Cache` holds the lock. Every structure is bounded by the numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,78 +27,10 @@ from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.shares import Shares
 from ..slots import SlotState
+from .base import Adopted, Changes, ChunkShape, Lease, Outbox, Reservation, prefix_length
 from .headers import begin_slots, verify_slots
 
 _UNKNOWN = Use()
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Read rights to the slots of a prefix. They stay as they are until `release`; release exactly once."""
-
-    keys: tuple[bytes, ...]
-    slots: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Write rights to free slots for chunks nobody has. Ends with `commit` or `abort`, exactly once."""
-
-    keys: tuple[bytes, ...]
-    slots: tuple[int, ...]
-    generations: tuple[int, ...]  # what each rank writes into the header's `written`
-    dropped: int = 0  # chunks that found no room: everything else is leased or being written
-    declined: int = 0  # chunks that the policy holds to be worth less than what it would evict for them
-    evicted: tuple[bytes, ...] = ()
-    chain: tuple[bytes, ...] = field(default=(), repr=False)  # the sequence from its first chunk on
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkShape:
-    """Header fields that are the same for every chunk of a KV group; the sizes are the arena's."""
-
-    namespace: bytes  # 32-byte root
-    group: int
-    chunk_tokens: int
-
-
-@dataclass(slots=True)
-class Changes:
-    """What has become of an index since somebody took them: the last word on every key that came or went."""
-
-    ready: dict[bytes, bool] = field(default_factory=dict)  # the last to change is last
-
-    def note(self, keys: Iterable[bytes], ready: bool) -> None:
-        """These have come, or gone."""
-        for key in keys:
-            self.ready.pop(key, None)
-            self.ready[key] = ready
-
-    @property
-    def added(self) -> list[bytes]:
-        """Keys that are READY now."""
-        return [key for key, ready in self.ready.items() if ready]
-
-    @property
-    def removed(self) -> list[bytes]:
-        """Keys that are not READY any more."""
-        return [key for key, ready in self.ready.items() if not ready]
-
-
-@dataclass(frozen=True, slots=True)
-class Adopted:
-    """What a restarted daemon found in its arena."""
-
-    ready: int  # verified and served again
-    torn: int  # said to be READY, but did not verify: freed
-    unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of its writer; not free until `give_back`
-    unserved: tuple[int, ...]  # whole, but cleared or marked BAD while somebody read them; not free until `give_back`
-
-
-def prefix_length(keys: Keys, index: Container[bytes]) -> int:
-    """How many of `keys`, from the first on, are in `index` without a gap."""
-    hits = map(index.__contains__, keys)
-    return next((count for count, hit in enumerate(hits) if not hit), len(keys))
 
 
 class DramTier:
@@ -120,6 +52,9 @@ class DramTier:
         self._stale: set[int] = set()  # WRITING slots that a clear has overtaken: never published
         self._owner = (os.getpid(), process_start(os.getpid()))
         self.changes: Changes | None = None  # set: keys that become and cease to be READY are noted there
+        self.outbox: Outbox | None = None
+        self.spare = 0  # slots that are kept free, or on their way to the outbox: what is evicted is written from them
+        self._departing: set[int] = set()  # the outbox's
 
     def __len__(self) -> int:
         return sum(1 for state in self._state if state is SlotState.READY)
@@ -144,9 +79,10 @@ class DramTier:
         All that was asked for counts as used: policies learn from misses too.
         """
         self._policy.access(keys, use)
-        if prefix:
-            return self._lease(keys[: self.contains(keys)])
-        return self._lease([key for key in keys if key in self._index])
+        lease = self._lease(keys[: self.contains(keys)]) if prefix else self.lease(keys)
+        if self.outbox is not None:
+            self.outbox.hit(lease.keys, lease.slots)
+        return lease
 
     def acquire_all(self) -> Lease:
         """Pin every READY chunk; nobody uses them by that."""
@@ -189,7 +125,7 @@ class DramTier:
         offered = missing[: len(self._free) + len(self._index) - self._num_leased]
         if offered:
             self._policy.insert(offered, use)
-        evicted, declined = self._evict(len(offered) - len(self._free), offered)
+        evicted, declined = self._make_room(len(offered), offered)
         kept = [key for key in offered if key not in declined] if declined else offered
         granted, left = kept[: len(self._free)], kept[len(self._free) :]
         if left:  # the policy has named less than it was asked for
@@ -214,12 +150,14 @@ class DramTier:
         keys = [key for key, ok in zip(reservation.keys, good, strict=True) if ok]
         self._make_ready(ready, keys)
         self._unpin_written(keys, reservation.chain)
+        if self.outbox is not None:
+            self.outbox.stored(keys, ready)
         self._recycle([slot for slot, ok in zip(reservation.slots, good, strict=True) if not ok])
         return len(ready)
 
     def grant(self, count: int) -> Reservation:
         """Up to `count` slots for a client to fill and name; evicts if need be. Its keys are empty."""
-        evicted, _ = self._evict(count - len(self._free), ())
+        evicted, _ = self._make_room(count, ())
         slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
         for slot in slots:
             self._state[slot] = SlotState.WRITING
@@ -236,7 +174,13 @@ class DramTier:
         dropped = count - len(slots)
         return Reservation((), tuple(slots), tuple(generations.tolist()), dropped, evicted=tuple(evicted))
 
-    def publish(self, reservation: Reservation, namespace: bytes, use: Use = _UNKNOWN) -> list[bool]:
+    def publish(
+        self,
+        reservation: Reservation,
+        namespace: bytes,
+        use: Use = _UNKNOWN,
+        computed: bool = True,  # False: a remote store has them already
+    ) -> list[bool]:
         """Make granted slots READY whose header names the given key and that every rank has written; free the others.
 
         Which of them were published; a chunk that somebody else has published meanwhile was not. The sequence they are
@@ -262,6 +206,8 @@ class DramTier:
         self._policy.access(reservation.chain, use)
         if published := [key for key, fresh in zip(reservation.keys, result, strict=True) if fresh]:
             self._policy.insert(published, use)
+            if self.outbox is not None and computed:
+                self.outbox.stored(published, [self._index[key] for key in published])
         return result
 
     def give_back(self, slots: Iterable[int]) -> None:
@@ -360,7 +306,7 @@ class DramTier:
         if not isinstance(self._policy, Shares):
             return 0
         named = self._policy.victims_of(namespace, self._policy.size(namespace) - limit)
-        return len(self._recycle_evicted(named))
+        return len(self._evict(named))
 
     def drop(self, keys: Keys) -> int:
         """Forget these chunks. Returns how many were READY."""
@@ -378,6 +324,16 @@ class DramTier:
         if fresh:
             self._policy.pin(fresh)
         return Lease(tuple(keys), slots)
+
+    def lease(self, keys: Keys) -> Lease:
+        """Pin those of these that are READY; nobody uses them by that."""
+        return self._lease([key for key in keys if key in self._index])
+
+    def departed(self, slots: Iterable[int]) -> None:
+        """The outbox is done with these."""
+        mine = self._departing.intersection(slots)
+        self._departing -= mine
+        self._recycle(sorted(mine))
 
     def _of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
         at = np.array(slots, dtype=np.int64)
@@ -429,18 +385,43 @@ class DramTier:
     def _keys_of(self, slots: Iterable[int]) -> list[bytes]:
         return [key for slot in slots if (key := self._key_of[slot]) is not None]
 
-    def _evict(self, count: int, offered: Sequence[bytes]) -> tuple[list[bytes], set[bytes]]:
-        """(what the policy has named and is free now, what it has named of `offered`, which has no slot yet)."""
-        if count <= 0:
-            return [], set()
-        named = self._policy.victims(count)
-        return self._recycle_evicted(named), set(named).intersection(offered)
+    def _make_room(self, wanted: int, offered: Sequence[bytes]) -> tuple[list[bytes], set[bytes]]:
+        """(what was evicted for `wanted` slots, what the policy has named of `offered`, which has no slot yet).
 
-    def _recycle_evicted(self, named: Iterable[bytes]) -> list[bytes]:
-        """Free what is READY and idle of these. A policy that names anything else costs hits, never bytes."""
+        What the outbox chooses leaves its slot later, and slots for now come out of the spare ones. When those are used up
+        the outbox gives slots back, and at last what goes is freed at once, unwritten.
+        """
+        evicted: list[bytes] = []
+        declined: set[bytes] = set()
+        expected = len(self._free) + len(self._departing) - self.spare
+        if wanted > expected:
+            named = self._policy.victims(wanted - expected)
+            declined = set(named).intersection(offered)
+            evicted = self._evict(named)
+        short = wanted - len(declined) - len(self._free)
+        if short > 0 and self.outbox is not None:
+            self.departed(self.outbox.recall(short))
+            if (short := wanted - len(declined) - len(self._free)) > 0:
+                named = self._policy.victims(short)
+                declined.update(set(named).intersection(offered))
+                evicted += self._evict(named, write=False)
+        return evicted, declined
+
+    def _evict(self, named: Iterable[bytes], write: bool = True) -> list[bytes]:
+        """Take away what is READY and idle of these. A policy that names anything else costs hits, never bytes."""
         index, pins = self._index, self._pins
         keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
-        self._recycle([index[key] for key in keys])
+        chosen = self.outbox.choose(keys, self._policy) if self.outbox is not None and write else []
+        if chosen and self.outbox is not None:
+            slots = [index[key] for key in chosen]
+            for key, slot in zip(chosen, slots, strict=True):
+                self._forget(key)
+                self._key_of[slot] = None
+                self._state[slot] = SlotState.WRITING
+            self._arena.headers["state"][slots] = SlotState.WRITING  # a restarted daemon must not serve it
+            self._departing.update(slots)
+            self.outbox.depart(chosen, slots)
+        self._recycle([slot for key in keys if (slot := index.get(key)) is not None])
         return keys
 
     def _forget(self, key: bytes) -> None:

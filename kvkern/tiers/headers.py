@@ -13,7 +13,7 @@ from ..policy.base import Keys
 from ..slots import HEAD, SlotState, seal
 
 if TYPE_CHECKING:
-    from .dram import ChunkShape
+    from .base import ChunkShape
 
 _NO_POSITION = (1 << 32) - 1
 _VERIFY_SLOTS = 256  # at a time: bounds memory, not work

@@ -29,7 +29,7 @@ from kvkern.node.client import NodeClient
 from kvkern.node.operator import Operator
 from kvkern.node.server import NodeConfig, Server
 from kvkern.slots import SlotGeometry, seal
-from kvkern.tiers.dram import Lease, Reservation
+from kvkern.tiers.base import Lease, Reservation
 from tests.support import SHAPE
 
 ROOT = Path(__file__).resolve().parent.parent.parent

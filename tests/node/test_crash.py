@@ -40,7 +40,7 @@ from kvkern.node.client import NodeClient
 from kvkern.node.operator import Operator
 from kvkern.node.server import NodeConfig, serve
 from kvkern.slots import SlotGeometry, seal
-from kvkern.tiers.dram import ChunkShape, Lease
+from kvkern.tiers.base import ChunkShape, Lease
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KILLS = 240

@@ -11,7 +11,7 @@ import pytest
 from kvkern.arena import Arena
 from kvkern.assemble import build_cache
 from kvkern.node.sessions import MAX_TOLD, Quotas, Session, Sessions
-from kvkern.tiers.dram import ChunkShape, Reservation
+from kvkern.tiers.base import ChunkShape, Reservation
 from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena

@@ -13,7 +13,7 @@ from kvkern.assemble import build_cache
 from kvkern.errors import ArenaError
 from kvkern.node.sessions import GRANTED_SHARE, MAX_LEASES, RESTART_PIN_S, Process, Session, Sessions
 from kvkern.slots import SlotState
-from kvkern.tiers.dram import Reservation
+from kvkern.tiers.base import Reservation
 from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena

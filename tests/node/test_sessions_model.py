@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvkern.assemble import build_cache
 from kvkern.node.sessions import RESTART_PIN_S, Process, Session, Sessions
 from kvkern.slots import SlotState
-from kvkern.tiers.dram import ChunkShape, Reservation
+from kvkern.tiers.base import ChunkShape, Reservation
 from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import payload, write_payload
 from tests.support import key, make_arena

@@ -12,7 +12,8 @@ from kvkern.arena import Arena
 from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
 from kvkern.slots import MAGIC, VERSION, SlotState
-from kvkern.tiers.dram import DramTier, Lease, Reservation
+from kvkern.tiers.base import Lease, Reservation
+from kvkern.tiers.dram import DramTier
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena, put, write
 
 

@@ -25,7 +25,8 @@ from kvkern.policy.base import EvictionPolicy, Keys, Use
 from kvkern.policy.lru import LRU
 from kvkern.policy.shares import Shares
 from kvkern.slots import SlotState
-from kvkern.tiers.dram import DramTier, Lease, Reservation
+from kvkern.tiers.base import Lease, Reservation
+from kvkern.tiers.dram import DramTier
 from tests.support import SHAPE, key, make_arena, put, write
 
 SLOTS, RANKS = 5, 2

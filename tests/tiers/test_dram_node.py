@@ -14,7 +14,8 @@ from kvkern.kernels import layout as L
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.policy.lru import LRU
 from kvkern.slots import PAGE, SlotGeometry, SlotState
-from kvkern.tiers.dram import Adopted, Changes, ChunkShape, DramTier, Reservation
+from kvkern.tiers.base import Adopted, Changes, ChunkShape, Reservation
+from kvkern.tiers.dram import DramTier
 from kvkern.tiers.headers import begin_slots
 from kvkern.transfer import ChunkBatch, Transfer
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena, write

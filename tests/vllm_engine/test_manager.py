@@ -14,7 +14,8 @@ from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, Kvke
 from kvkern.keys import Namespace
 from kvkern.policy.base import Use
 from kvkern.policy.lru import LRU
-from kvkern.tiers.dram import DramTier, Lease
+from kvkern.tiers.base import Lease
+from kvkern.tiers.dram import DramTier
 from tests.support import chain_keys, make_arena, put, write
 
 pytestmark = pytest.mark.vllm

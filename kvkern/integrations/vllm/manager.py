@@ -25,7 +25,7 @@ from ...cache import ChunkCache
 from ...kernels.chunk_keys import adopt_keys
 from ...keys import Namespace
 from ...policy.base import Use
-from ...tiers.dram import ChunkShape, Lease, Reservation
+from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
 from .hints import hinted
 from .jobs import GroupChunks, SlotSpec
