@@ -94,13 +94,13 @@ def policies(answers: Sequence[Answer]) -> Finding:
     asked, before = max(sum(answer.prompt_tokens for answer in grit), 1), _had_before(grit)
     figures = (
         f"{loaded_grit:,} and {loaded_lru:,} of {asked:,} tokens, hit ratios {loaded_grit / asked:.3f} and "
-        f"{loaded_lru / asked:.3f}, of {before / asked:.3f} with room for all"
+        f"{loaded_lru / asked:.3f} of at most {before / asked:.3f}"
     )
     return Finding("arena overcommitted, GRIT loads at least what LRU does", len(grit), tuple(problems), figures)
 
 
 def _had_before(answers: Sequence[Answer]) -> int:
-    """Tokens that the turn before had as well: the most that can be loaded, and up to a chunk a turn more."""
+    """Tokens that the turn before had as well: no policy can load more, and whole chunks are a little less."""
     before: dict[str, int] = {}
     total = 0
     for answer in answers:
