@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .assemble import build_cache, build_transfer, open_arena
-from .cache import ChunkCache
+from .arena import Arena
+from .assemble import back_with_remote, build_cache, build_transfer, open_arena
+from .cache import Cache, ChunkCache
 from .config import Config
 from .errors import ConfigError, KvkernError, LayoutError
 from .kernels.chunk_keys import Tokens, chunk_keys
@@ -95,7 +96,7 @@ class PagedCache:
 
         An engine that needs logits of the last token passes `tokens[:-1]`, or recomputes the last token after loading.
         """
-        use = Use(request=next(_requests))
+        use = Use(request=next(_requests), namespace=self._shape.namespace)
         lease = self._cache.acquire(self.keys(tokens, extras), use=use)
         return Match(self._cache, lease, self.chunk_tokens, use.request)
 
@@ -208,6 +209,22 @@ class PagedCache:
         )
 
 
+def _embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
+    """(a cache of this process alone, what ends it)."""
+    cache = build_cache(arena, policy=config.policy)
+
+    def close() -> None:
+        cache.close()
+        arena.close()
+
+    try:
+        back_with_remote(cache, arena, config.remote_config, config.policy)
+    except BaseException:
+        arena.close()
+        raise
+    return cache, close
+
+
 def open_cache(
     layout: PagedLayout,  # from kvkern.layout: flash_attention, split_kv, fused_kv, token_pool, mla, from_pages
     tensors: Sequence[torch.Tensor],  # the tensors the layout was made from, in the same order
@@ -247,7 +264,7 @@ def open_cache(
         client.describe(namespace.root, namespace.described())
     else:
         arena = open_arena(config, geometry, name, expected=1)
-        cache, close = build_cache(arena, policy=config.policy), arena.close
+        cache, close = _embedded(arena, config)
     try:
         transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
     except BaseException:

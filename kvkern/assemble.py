@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
-from .config import DEFAULT_POLICY, Config
+from .config import DEFAULT_POLICY, Config, RemoteConfig
 from .policy import policy_maker
+from .policy.persist import persist_mode
 from .policy.shares import Shares
 from .slots import SlotGeometry
 from .tiers.dram import DramTier
@@ -18,6 +20,7 @@ from .tiers.dram import DramTier
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
+    from .remote.tier import RemoteTier
     from .transfer import Transfer
 
 logger = logging.getLogger("kvkern")
@@ -52,6 +55,52 @@ def build_cache(
     """
     make = policy_maker(policy, arena.spec.num_slots, model)
     return Cache(DramTier(arena, Shares(make) if shares else make()))
+
+
+def back_with_remote(cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str) -> RemoteTier | None:
+    """Put a remote store behind the cache, and open it. Raises ConfigError for what the user has to mend."""
+    if config is None:
+        return None
+    from .remote.base import RemoteUrl, make_store
+    from .remote.tier import RemoteTier
+
+    url = RemoteUrl.parse(config.url)
+    mode = persist_mode(config.persist, policy)
+    tier = RemoteTier(
+        make_store(url),
+        str(url),
+        arena,
+        cache,
+        cache.counters,
+        cache.faults,
+        mode,
+        config.queue_nbytes,
+        config.timeout_s,
+    )
+    tier.start()
+    cache.back(tier, tier.outbox, tier.spare)
+    return tier
+
+
+def check_remote(config: RemoteConfig) -> None:
+    """Open the store and close it again, before anybody needs it. Raises ConfigError; a store that does not answer is none."""
+    from .remote.base import RemoteError, RemoteUrl, make_store
+
+    async def probe() -> None:
+        store = make_store(RemoteUrl.parse(config.url))
+        try:
+            async with asyncio.timeout(config.timeout_s):
+                await store.open()
+        except (RemoteError, TimeoutError) as error:
+            logger.warning(
+                "kvkern: remote %s does not answer (%s); until it does everything there is a miss",
+                RemoteUrl.parse(config.url),
+                error,
+            )
+        finally:
+            await store.close()
+
+    asyncio.run(probe())
 
 
 def build_transfer(

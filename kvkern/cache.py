@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from .errors import KvkernError
 from .metrics import CacheCounters
 from .policy.base import Use
-from .tiers.base import Adopted, Changes, ChunkShape, Lease, Reservation
+from .tiers.base import Adopted, Changes, ChunkShape, Lease, Outbox, Reservation
 from .tiers.dram import DramTier
 
 logger = logging.getLogger("kvkern")
@@ -27,6 +27,16 @@ logger = logging.getLogger("kvkern")
 _UNKNOWN = Use()
 NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is known of a request at its end, beside its `Use`."""
+
+    prompt: Sequence[bytes] = ()  # its chunks, from the first on
+    prompt_tokens: int = 0
+    age_s: float = 0.0  # since it came
+    prefill_tokens_s: float = 0.0  # how fast the engine computes prompts at present; 0: unknown
 
 
 class ChunkCache(Protocol):
@@ -67,13 +77,7 @@ class ChunkCache(Protocol):
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
 
-    def finish(
-        self,
-        use: Use,
-        prompt: Sequence[bytes] = (),  # its chunks, from the first on
-        prompt_tokens: int = 0,
-        age_s: float = 0.0,  # since the request came
-    ) -> None:
+    def finish(self, use: Use, ended: Ended | None = None) -> None:
         """How the request `use.request` ended. Never blocks, and may be lost."""
 
     def clear(self, namespace: bytes | None = None) -> int:
@@ -91,6 +95,19 @@ class ChunkCache(Protocol):
     @property
     def shared(self) -> bool:
         """Whether other engines read what this one stores, and it what they store."""
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
+
+
+class Backing(Protocol):
+    """What stands behind DRAM: remote.tier.RemoteTier. Thread-safe; never blocks."""
+
+    def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
+        """A lease of what this one has and the store adds to it."""
+
+    def note_prefill(self, tokens_s: float) -> None:
+        """An engine computes that fast."""
 
     def close(self) -> None:
         """Nothing more will be asked."""
@@ -132,6 +149,7 @@ class Cache:
         self._clock = clock
         self._lock = threading.Lock()
         self._late: deque[Lease] = deque()  # abandoned leases, see release_later
+        self._remote: Backing | None = None
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
 
@@ -142,11 +160,20 @@ class Cache:
             return self._dram.contains(keys)
         return 0
 
+    def back(self, remote: Backing, outbox: Outbox, spare: int) -> None:
+        """From now on chunks come from a remote store too, and go there; `spare` slots are kept for those that leave."""
+        with self._lock:
+            self._remote, self._dram.outbox, self._dram.spare = remote, outbox, spare
+
     def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
         """Pin the longest cached prefix (or, for windowed groups, all cached chunks with `prefix=False`).
 
         The caller may read the slots until it calls `release`, which it must do exactly once, also for an empty lease.
+        With a remote store it waits for what comes from there.
         """
+        return self.acquire_soon(keys, prefix, use).result()
+
+    def _acquire(self, keys: Sequence[bytes], prefix: bool, use: Use | None) -> Lease:
         with self._lock, self.faults.are_misses():
             self._end_late()
             lease = self._dram.acquire(keys, prefix, self._now(use))
@@ -156,8 +183,11 @@ class Cache:
         return NO_LEASE
 
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
-        """See ChunkCache; done at once."""
-        return _done(self.acquire(keys, prefix, use))
+        """See ChunkCache; done at once, but for what comes from a remote store."""
+        lease = self._acquire(keys, prefix, use)
+        if self._remote is None or len(lease.keys) == len(keys):
+            return _done(lease)
+        return self._remote.extend(lease, keys, prefix, use or _UNKNOWN)
 
     def release(self, lease: Lease) -> int:
         """End a lease. Chunks its reader marked BAD are dropped and counted; returns how many."""
@@ -179,8 +209,10 @@ class Cache:
         with self._lock, self.faults.are_misses():
             self._dram.touch(keys, self._now(use))
 
-    def finish(self, use: Use, prompt: Sequence[bytes] = (), prompt_tokens: int = 0, age_s: float = 0.0) -> None:
+    def finish(self, use: Use, ended: Ended | None = None) -> None:
         """See ChunkCache."""
+        if self._remote is not None and ended is not None and ended.prefill_tokens_s:
+            self._remote.note_prefill(ended.prefill_tokens_s)
         self.touch((), use)
 
     def reserve(
@@ -242,7 +274,9 @@ class Cache:
         return False
 
     def close(self) -> None:
-        """The arena is its owner's to close."""
+        """End the remote tier; the arena is its owner's to close."""
+        if self._remote is not None:
+            self._remote.close()
 
     def drop(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks. Returns how many there were."""
@@ -251,6 +285,28 @@ class Cache:
             self.counters.cleared_chunks += count
             return count
         return 0
+
+    # -- for the remote tier ---------------------------------------------------------------------------------------------
+
+    def lease(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+        """Pin the longest READY prefix, or all READY chunks. Counts as no lookup, and as no use."""
+        with self._lock, self.faults.are_misses():
+            return self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
+        return NO_LEASE
+
+    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool) -> Lease:
+        """Publish what a remote store has given; the lease is its reader's, empty without `pin`."""
+        with self._lock, self.faults.are_misses():
+            self._dram.publish(reservation, namespace, self._now(use), computed=False)
+            lease = self._dram.lease(reservation.keys) if pin else NO_LEASE
+            self.counters.hit_chunks += len(lease.keys)
+            return lease
+        return NO_LEASE
+
+    def departed(self, slots: Sequence[int]) -> None:
+        """The outbox is done with these slots."""
+        with self._lock, self.faults.are_misses():
+            self._dram.departed(slots)
 
     # -- for a daemon, whose clients are other processes --------------------------------------------------------------
 

@@ -83,6 +83,12 @@ def serve(
     policy_state: Annotated[
         Path | None, typer.Option(help="File for what the policy learns; read at start, written every minute.")
     ] = None,
+    remote: Annotated[
+        str | None, typer.Option(help="URL of a store shared with other nodes: redis, mooncake, file, s3 and more.")
+    ] = None,
+    persist: Annotated[str, typer.Option(help="What goes there: all, hot, evicted, predicted.")] = "",
+    remote_queue: Annotated[str, typer.Option(help="The most that may wait to be written there.")] = "256MiB",
+    remote_timeout: Annotated[float, typer.Option(help="Seconds that a call to it may take.")] = 10.0,
     drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
 ) -> None:
@@ -110,6 +116,7 @@ def serve(
             ),
             policy=policy,
             policy_state=None if policy_state is None else policy_state.absolute(),
+            remote=_remote(remote, persist, remote_queue, remote_timeout),
             drain_s=drain,
         )
         server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))
@@ -186,6 +193,19 @@ def record(
         typer.echo(f"kvkern: recording into {out}", err=True)
         writer, why = record.record(socket, out, requests, seconds)
         typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
+
+
+def _remote(url: str | None, persist: str, queue: str, timeout_s: float) -> Any:
+    from .config import RemoteConfig, parse_nbytes
+    from .errors import ConfigError
+
+    if url is None:
+        if persist:
+            raise ConfigError(
+                f"persist is {persist!r}, but there is no --remote to write to; give one, or leave it out"
+            )
+        return None
+    return RemoteConfig(url, persist, parse_nbytes(queue, "remote-queue"), timeout_s)
 
 
 def _quota(text: str) -> tuple[str, int]:

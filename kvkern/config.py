@@ -6,12 +6,13 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
 from .policy import checked_policy
+from .policy.persist import checked_persist
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -59,6 +60,22 @@ def _default_threads() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteConfig:
+    """What a remote tier needs to know. See remote.base.RemoteUrl for URLs."""
+
+    url: str = field(repr=False)  # may have a password in it
+    persist: str = ""  # what goes there: a mode of policy.persist; empty: predicted if the policy can, else evicted
+    queue_nbytes: int = 256 << 20  # of chunks that wait to be written
+    timeout_s: float = 10.0  # of a call to the store
+
+    def __post_init__(self) -> None:
+        if self.persist:
+            checked_persist(self.persist)
+        if not 0.1 <= self.timeout_s <= 300:
+            raise ConfigError(f"remote_timeout is {self.timeout_s}; it must lie in 0.1..300 seconds")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """What a cache needs to know besides the engine's layout."""
 
@@ -71,6 +88,8 @@ class Config:
     salt: str = ""  # folded into every key: caches with different salts never share
     socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
     policy: str = DEFAULT_POLICY  # of eviction, see policy/; with `socket` it is the daemon's
+    remote: str = ""  # URL of a store that engines and nodes share; with `socket` it is the daemon's
+    persist: str = ""  # what goes there, see RemoteConfig
     connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
 
     def __post_init__(self) -> None:
@@ -79,8 +98,17 @@ class Config:
         if not 0 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
         checked_policy(self.policy)
+        if self.persist and not self.remote:
+            raise ConfigError(
+                f"persist is {self.persist!r}, but there is no remote to write to; give one, or leave it out"
+            )
         if not self.arena_dir.is_dir():
             raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
+
+    @property
+    def remote_config(self) -> RemoteConfig | None:
+        """Of the remote tier; None: there is none."""
+        return RemoteConfig(self.remote, self.persist) if self.remote else None
 
     @property
     def copy_threads(self) -> int:
@@ -90,16 +118,17 @@ class Config:
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
         """Config of user options: `capacity` ('8GiB') or `socket`, and any other field by name."""
-        known = {field.name for field in fields(cls)} - {"capacity_nbytes"} | {"capacity"}
+        known = {found.name for found in fields(cls)} - {"capacity_nbytes"} | {"capacity"}
         reject_unknown(options, known, where)
         values: dict[str, Any] = {}
         if options.get("socket"):
             if "capacity" in options:
                 raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
-            if "policy" in options:
-                raise ConfigError(
-                    f"policy and socket in {where}: it is the daemon's, `kvkern serve --policy`; leave it out"
-                )
+            for name in ("policy", "remote", "persist"):
+                if name in options:
+                    raise ConfigError(
+                        f"{name} and socket in {where}: it is the daemon's, `kvkern serve --{name}`; leave it out"
+                    )
         elif "capacity" in options:
             values["capacity_nbytes"] = parse_nbytes(options["capacity"])
         else:
@@ -107,9 +136,11 @@ class Config:
                 f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB', "
                 f"or name the node's daemon, 'socket': '/run/kvkern.sock'"
             )
-        for field in fields(cls):
-            if field.name in options:
-                values[field.name] = _convert(field.name, str(field.type), options[field.name], where)
+        for known_field in fields(cls):
+            if known_field.name in options:
+                values[known_field.name] = _convert(
+                    known_field.name, str(known_field.type), options[known_field.name], where
+                )
         return cls(**values)
 
 

@@ -18,6 +18,14 @@ class CacheCounters:
     evicted_chunks: int = 0
     bad_chunks: int = 0  # failed their checksum: a miss
     cleared_chunks: int = 0
+    remote_lookup_chunks: int = 0  # that were not in DRAM and looked for in the remote store
+    remote_hit_chunks: int = 0  # of those, read and verified
+    remote_gated_chunks: int = 0  # there, and not read: computing them is faster
+    remote_late_chunks: int = 0  # read when nobody waited any more; they are in DRAM now
+    remote_bad_chunks: int = 0  # did not verify: a miss, and deleted there
+    remote_written_chunks: int = 0
+    remote_dropped_chunks: int = 0  # not written: no room there, too many waiting, or it failed
+    remote_failures: int = 0  # calls that failed
     faults: int = 0  # exceptions turned into misses
 
     @property

@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from ..arena import Arena, process_start
-from ..cache import NO_LEASE, Faults
+from ..cache import NO_LEASE, Ended, Faults
 from ..errors import ConfigError
 from ..metrics import CacheCounters
 from ..policy.base import Use
@@ -152,7 +152,7 @@ class NodeClient:
         with self._lock:
             self._end_late()
             self.counters.lookup_chunks += len(keys)
-            if self._synced and not (self._publishing or self._link.behind()):
+            if self._synced and not (self._link.remote or self._publishing or self._link.behind()):
                 asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
@@ -168,8 +168,8 @@ class NodeClient:
                     self._held += 1
                 result.set_result(lease)
 
-            said = p.said_of(use)
-            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix, *said), answered)
+            namespace, said = use.namespace if use is not None else b"", p.said_of(use)
+            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix, namespace, *said), answered)
         return result
 
     def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
@@ -259,12 +259,14 @@ class NodeClient:
         """`commit_soon`, waited for: when it returns, every engine's acquire hits what was published."""
         return self.commit_soon(reservation).result()
 
-    def finish(self, use: Use, prompt: Sequence[bytes] = (), prompt_tokens: int = 0, age_s: float = 0.0) -> None:
+    def finish(self, use: Use, ended: Ended | None = None) -> None:
         """How the request `use.request` ended. Queued; lost if the daemon is away."""
+        end = ended or Ended()
         with self._lock:
             if use.request:
-                keys = p.join_keys(prompt[: p.MAX_KEYS])
-                self._link.send(p.Finish(keys, prompt_tokens, min(max(0.0, age_s), p.MAX_AGE_S), *p.said_of(use)))
+                keys, age_s = p.join_keys(end.prompt[: p.MAX_KEYS]), min(max(0.0, end.age_s), p.MAX_AGE_S)
+                speed = min(max(0.0, end.prefill_tokens_s), p.MAX_SPEED)
+                self._link.send(p.Finish(keys, end.prompt_tokens, age_s, speed, *p.said_of(use)))
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""

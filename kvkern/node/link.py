@@ -58,6 +58,7 @@ class Link:
         self._outbox: deque[bytes] = deque()
         self._unsent = 0
         self._waiting: dict[int, tuple[float, Answered]] = {}
+        self.remote = False  # whether the daemon may have what its index does not tell
         self._next_id = 0
         self._reading = self._closing = False
         self._wake_in, self._wake_out = socket.socketpair()
@@ -127,7 +128,7 @@ class Link:
             sock.close()
             raise
         with self.lock:
-            self._socket, self._frames, self.connected = sock, frames, True
+            self._socket, self._frames, self.connected, self.remote = sock, frames, True, welcome.remote
             self._opened()
             for body in rest:
                 self._apply(p.decode_response(body))
@@ -240,6 +241,9 @@ class Link:
             self._told(response)
         elif isinstance(response, p.Welcome | p.Refused | p.Recorded):
             raise p.ProtocolError(f"{type(response).__name__} in an engine's open session")
+        elif isinstance(response, p.Working):
+            if (waiting := self._waiting.get(response.id)) is not None:
+                self._waiting[response.id] = (time.monotonic() + ANSWER_S, waiting[1])
         elif (entry := self._waiting.pop(response.id, None)) is not None:
             entry[1](response)
         elif isinstance(response, p.Granted):

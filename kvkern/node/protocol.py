@@ -30,6 +30,7 @@ MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # of an answer
 MAX_PATH_NBYTES = 107  # of a Unix socket, by Linux
 MAX_AGE_S = 1e7  # of a request
+MAX_SPEED = 1e9  # tokens/s
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 _LENGTH = struct.Struct("<I")
 
@@ -103,6 +104,7 @@ class Acquire(_Message, tag=3):
     id: Id
     keys: Keys
     prefix: bool
+    namespace: Annotated[bytes, Meta(max_length=32)] = b""  # 32-byte root; empty: only what is in DRAM
     request: RequestNumber = 0
     output_tokens: OutputTokens = -1
     stop: Stop = Stop.UNKNOWN
@@ -185,6 +187,7 @@ class Finish(_Message, tag=13):
     keys: Keys  # of its prompt, from the first chunk on
     prompt_tokens: Tokens
     age_s: Annotated[float, Meta(ge=0, le=MAX_AGE_S)]  # since the client had it
+    prefill_tokens_s: Annotated[float, Meta(ge=0, le=MAX_SPEED)]  # of the engine at present; 0: unknown
     request: RequestNumber
     output_tokens: OutputTokens = -1
     stop: Stop = Stop.UNKNOWN
@@ -206,6 +209,7 @@ class Welcome(_Message, tag=65):
     geometry: Geometry | None = None
     num_slots: int = 0
     path: str = ""
+    remote: bool = False  # an Acquire may find more than the index tells
 
 
 class Refused(_Message, tag=66):
@@ -268,6 +272,12 @@ class Draining(_Message, tag=73):
     """The daemon ends soon: finish what is under way, begin nothing."""
 
 
+class Working(_Message, tag=75):
+    """The answer to this Acquire takes longer: part of it comes from a remote store. Said now and then."""
+
+    id: Id
+
+
 class Recorded(_Message, tag=74):
     """A request of some client has ended."""
 
@@ -284,7 +294,7 @@ Request = (
     | Record
 )  # fmt: skip
 Response = (
-    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining | Recorded
+    Welcome | Refused | Described | Acquired | Granted | Published | Changed | Answer | Draining | Working | Recorded
 )  # fmt: skip
 
 _PARALLEL: dict[type, tuple[str, ...]] = {
@@ -380,6 +390,7 @@ def use_of(
     """What the message says of its request. The time is for the daemon to add."""
     return Use(
         request=(connection << 32 | message.request) if message.request else 0,
+        namespace=message.namespace if isinstance(message, Acquire) and len(message.namespace) == 32 else b"",
         output_tokens=message.output_tokens,
         stop=message.stop,
         session=message.session,

@@ -13,16 +13,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
-from ..assemble import build_cache
-from ..cache import Cache
-from ..config import DEFAULT_POLICY, format_nbytes
+from ..assemble import back_with_remote, build_cache, check_remote
+from ..cache import Cache, Ended
+from ..config import DEFAULT_POLICY, RemoteConfig, format_nbytes
 from ..errors import ArenaError, ConfigError
 from ..policy import checked_policy
+from ..policy.persist import persist_mode
+from ..remote.base import RemoteUrl
+from ..remote.tier import RemoteTier
 from ..slots import SlotGeometry
+from ..tiers.base import Lease
 from . import protocol as p
 from .connection import Connection
 from .learned import Learned
@@ -49,6 +54,7 @@ class NodeConfig:
     quotas: Quotas = field(default_factory=Quotas)
     policy: str = DEFAULT_POLICY  # of eviction
     policy_state: Path | None = None  # file of what the policy has learned; None: it starts anew
+    remote: RemoteConfig | None = None  # a store that the node shares with others
     drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
 
     def __post_init__(self) -> None:
@@ -56,6 +62,9 @@ class NodeConfig:
             raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
         p.checked_path(self.socket)
         checked_policy(self.policy)
+        if self.remote is not None:
+            RemoteUrl.parse(self.remote.url)
+            persist_mode(self.remote.persist, self.policy)
         if not self.arena_dir.is_dir():
             raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
         if not 0 <= self.drain_s <= 3600:
@@ -81,6 +90,8 @@ class Server:
         self._making = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._draining = False
+        self._remote: RemoteTier | None = None
+        self._waiting: dict[Future[Lease], tuple[Connection, int]] = {}  # requests whose chunks come from the remote
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -97,6 +108,8 @@ class Server:
             if self.config.policy_state is not None:
                 locks.enter_context(only_one(self.config.policy_state, "--policy-state"))
                 await asyncio.to_thread(self._learned.load)
+            if self.config.remote is not None:
+                await asyncio.to_thread(check_remote, self.config.remote)
             await self._take_over()
             listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: Connection(self), sock=bind(self.config.socket)
@@ -108,6 +121,8 @@ class Server:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
                     self._hang_up_on_the_dead()
+                    for connection, number in self._waiting.values():
+                        connection.send(p.Working(number))
                     if self.sessions is not None:
                         self.sessions.sweep()
                         self._publish_changes()
@@ -138,13 +153,19 @@ class Server:
         for connection in list(self.connections):
             connection.close("is let go: the daemon ends")
         await asyncio.sleep(0)
+        await asyncio.to_thread(self._end_remote, self.config.drain_s)
         await self._learned.close()
         if self._arena is not None:
             self._arena.close()
 
+    def _end_remote(self, drain_s: float = 0.0) -> None:
+        if self._remote is not None:
+            self._remote.close(drain_s)
+            self._remote = None
+
     def _busy(self) -> bool:
         sessions = self.sessions.sessions.values() if self.sessions is not None else ()
-        return any(session.leases or session.granted for session in sessions)
+        return bool(self._waiting) or any(session.leases or session.granted for session in sessions)
 
     # -- clients ---------------------------------------------------------------------------------------------------------
 
@@ -195,9 +216,12 @@ class Server:
 
     def _welcome(self, connection: Connection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
         geometry, num_slots = p.Geometry.of(arena.spec.geometry), arena.spec.num_slots
+        remote = self._remote is not None
         descriptor = arena.descriptor() if hello.geometry is not None else None
         try:
-            connection.send_welcome(p.Welcome(p.VERSION, os.getpid(), geometry, num_slots, str(arena.path)), descriptor)
+            connection.send_welcome(
+                p.Welcome(p.VERSION, os.getpid(), geometry, num_slots, str(arena.path), remote), descriptor
+            )
         finally:
             if descriptor is not None:
                 os.close(descriptor)
@@ -221,6 +245,7 @@ class Server:
     async def _ensure_arena(self, wanted: SlotGeometry) -> None:
         async with self._making:
             if self._arena is not None and self._arena.spec.geometry != wanted and self._replaceable():
+                await asyncio.to_thread(self._end_remote)
                 self._arena.path.unlink(missing_ok=True)
                 self._arena.close()
                 self._arena = self.sessions = None
@@ -270,6 +295,7 @@ class Server:
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
         cache = await asyncio.to_thread(self._build_cache, arena)
+        self._remote = await asyncio.to_thread(back_with_remote, cache, arena, self.config.remote, self.config.policy)
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
@@ -300,10 +326,11 @@ class Server:
             raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
         elif isinstance(request, p.Acquire):
             keys = p.cut_keys(request.keys)
-            number, lease = state.acquire(session, keys, request.prefix, p.use_of(request, session.number))
-            at = {} if request.prefix else {key: row for row, key in enumerate(keys)}
-            rows = list(range(len(lease.slots))) if request.prefix else [at[key] for key in lease.keys]
-            connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
+            found = state.acquire_soon(session, keys, request.prefix, p.use_of(request, session.number))
+            if found.done():
+                self._lend(connection, session, request, found.result())
+            else:
+                self._wait(connection, session, request, found)
         elif isinstance(request, p.Release):
             state.release(session, request.leases)
         elif isinstance(request, p.Grant):
@@ -320,13 +347,39 @@ class Server:
         elif isinstance(request, p.GiveBack):
             state.give_back(session, request.slots)
         elif isinstance(request, p.Finish):
-            state.cache.finish(p.use_of(request, session.number))
+            ended = Ended(prefill_tokens_s=request.prefill_tokens_s)
+            state.cache.finish(p.use_of(request, session.number), ended)
             self._record(request)
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
         self._publish_changes()
+
+    def _wait(self, connection: Connection, session: Session, request: p.Acquire, found: Future[Lease]) -> None:
+        """Lend when the remote store has answered, and say meanwhile that this daemon is alive."""
+        self._waiting[found] = connection, request.id
+        loop = self.loop
+
+        def answered(found: Future[Lease]) -> None:
+            loop.call_soon_threadsafe(lend)
+
+        def lend() -> None:
+            self._waiting.pop(found, None)
+            self._lend(connection, session, request, found.result())
+            self._publish_changes()
+
+        found.add_done_callback(answered)
+
+    def _lend(self, connection: Connection, session: Session, request: p.Acquire, lease: Lease) -> None:
+        if self.sessions is None:
+            return
+        number, lease = self.sessions.lend(session, lease)
+        rows = list(range(len(lease.slots)))
+        if not request.prefix:
+            at = {key: row for row, key in enumerate(p.cut_keys(request.keys))}
+            rows = [at[key] for key in lease.keys]
+        connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
 
     def _record(self, ended: p.Finish) -> None:
         """Tell who records."""

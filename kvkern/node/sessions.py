@@ -13,13 +13,14 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ..arena import MAX_PROCESSES, Arena, process_alive
-from ..cache import Cache
+from ..cache import NO_LEASE, Cache
 from ..errors import ArenaError
 from ..policy.base import Use
 from ..tiers.base import Lease, Reservation
@@ -206,13 +207,24 @@ class Sessions:
     def acquire(
         self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
     ) -> tuple[int, Lease]:
-        """(number of the lease, lease). An empty lease has number 0 and needs no release."""
+        """`lend` of what is found, waited for."""
+        return self.lend(session, self.acquire_soon(session, keys, prefix, use).result())
+
+    def acquire_soon(
+        self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
+    ) -> Future[Lease]:
+        """What is cached, to be lent when it is known; a remote store takes its time."""
         if len(session.leases) >= MAX_LEASES:
-            return 0, Lease((), ())
-        lease = self.cache.acquire(keys, prefix, use)
-        if not lease.slots:
+            nothing: Future[Lease] = Future()
+            nothing.set_result(NO_LEASE)
+            return nothing
+        return self.cache.acquire_soon(keys, prefix, use)
+
+    def lend(self, session: Session, lease: Lease) -> tuple[int, Lease]:
+        """(number of the lease, lease). An empty lease has number 0 and needs no release. Nothing for who has gone."""
+        if not lease.slots or session.number not in self.sessions:
             self.cache.release(lease)
-            return 0, lease
+            return 0, NO_LEASE
         self._next_lease += 1
         session.leases[self._next_lease] = lease
         return self._next_lease, lease

@@ -34,6 +34,20 @@ def checked_persist(name: str) -> Persist:
         raise ConfigError(f"persist is {name!r}; expected one of {', '.join(Persist)}") from error
 
 
+def persist_mode(
+    name: str,  # empty: predicted if the policy can, else evicted
+    policy: str,  # its name
+) -> Persist:
+    """What a tier with that policy does. Raises ConfigError for a mode that nobody knows, or that the policy cannot do."""
+    predicts = policy == "grit"
+    if not name:
+        return Persist.PREDICTED if predicts else Persist.EVICTED
+    mode = checked_persist(name)
+    if mode is Persist.PREDICTED and not predicts:
+        raise ConfigError(f"persist is 'predicted', but policy {policy!r} predicts nothing; use grit")
+    return mode
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What a deployment measures. The defaults are those of an 8 B model in bfloat16 (128 KiB a token) on one H100-class GPU

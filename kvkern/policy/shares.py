@@ -38,6 +38,7 @@ class Shares:
         self._heap: list[_Entry] = []
         self._ticks: dict[bytes, int] = {}  # of every share's entry in the heap that is not stale
         self._tick = 0
+        self._named: dict[bytes, bytes] = {}  # key -> share, of the victims named last
 
     def size(self, share: bytes) -> int:
         """Chunks of a share, pinned ones too."""
@@ -79,6 +80,7 @@ class Shares:
 
     def victims(self, count: int) -> list[bytes]:
         """See EvictionPolicy."""
+        self._named = {}
         chosen: list[bytes] = []
         exhausted: list[_Entry] = []
         while len(chosen) < count and (largest := self._largest()) is not None:
@@ -86,7 +88,7 @@ class Shares:
             size, _, share = largest
             second = self._largest()
             step = max(1, second[0] - size) if second is not None else -size
-            found = self.victims_of(share, min(step, count - len(chosen)))
+            found = self._victims_of(share, min(step, count - len(chosen)))
             if not found:
                 exhausted.append(largest)
             chosen += found
@@ -96,11 +98,33 @@ class Shares:
 
     def victims_of(self, share: bytes, count: int) -> list[bytes]:
         """Up to `count` chunks of one share to evict, and forget them."""
+        self._named = {}
+        return self._victims_of(share, count)
+
+    def _victims_of(self, share: bytes, count: int) -> list[bytes]:
         policy = self._policies.get(share)
         found = policy.victims(count) if policy is not None and count > 0 else []
         if found:
             self._forget(share, found)
+            self._named.update(dict.fromkeys(found, share))
         return found
+
+    def chances(self, keys: Keys, horizon_s: float) -> list[float]:
+        """The probability of each chunk to be used within so many seconds; of those just named as victims too.
+
+        0 for other chunks that are not here, and in shares whose policy predicts nothing.
+        """
+        groups: dict[bytes, list[bytes]] = {}
+        for key in keys:
+            share = self._shares.get(key, self._named.get(key))
+            if share is not None:
+                groups.setdefault(share, []).append(key)
+        result: dict[bytes, float] = {}
+        for share, mine in groups.items():
+            chances = getattr(self._policies.get(share), "chances", None)
+            if chances is not None:
+                result.update(zip(mine, chances(mine, horizon_s), strict=True))
+        return [result.get(key, 0.0) for key in keys]
 
     def _policy_of(self, share: bytes) -> EvictionPolicy:
         """A new one for a new share; of shares without chunks the one used longest ago loses its own."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError
 from ..policy import make_policy
 from ..policy.base import Keys
 from ..policy.grit import Grit
-from ..policy.persist import Persist, checked_persist
+from ..policy.persist import Persist, persist_mode
 from .drive import Progress, requests
 from .remote import NEVER, LRURemote, OracleRemote
 from .trace import Trace
@@ -37,10 +36,7 @@ def checked_mode(mode: str, policy_name: str) -> Persist | None:
     """The mode, None for the oracle. Raises ConfigError for one that the policy cannot do, too."""
     if mode == ORACLE:
         return None
-    persist = checked_persist(mode)
-    if persist is Persist.PREDICTED and policy_name != "grit":
-        raise ConfigError(f"persist is 'predicted', but policy {policy_name!r} predicts nothing; use grit")
-    return persist
+    return persist_mode(mode, policy_name)
 
 
 def modes_of(policy_name: str) -> list[str]:

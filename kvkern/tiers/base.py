@@ -90,8 +90,12 @@ class Outbox(Protocol):
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """Those of what is evicted that are to be written first; `depart` follows at once."""
 
-    def depart(self, keys: Keys, slots: Sequence[int]) -> None:
-        """These slots are no chunk's any more, and stay as they are until `DramTier.departed`."""
+    def depart(self, keys: Keys, slots: Sequence[int]) -> list[int]:
+        """These slots are no chunk's any more, and stay as they are until `DramTier.departed`. Returns those it does not
+        need: their chunks are on the way already."""
+
+    def lost(self, keys: Keys) -> None:
+        """These are evicted unwritten: their slots are needed at once."""
 
     def recall(self, count: int) -> list[int]:
         """Up to `count` slots that have departed and are not being read yet: what is worth least, given up."""

@@ -411,7 +411,11 @@ class DramTier:
         """Take away what is READY and idle of these. A policy that names anything else costs hits, never bytes."""
         index, pins = self._index, self._pins
         keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
-        chosen = self.outbox.choose(keys, self._policy) if self.outbox is not None and write else []
+        chosen: list[bytes] = []
+        if self.outbox is not None and write:
+            chosen = self.outbox.choose(keys, self._policy)
+        elif self.outbox is not None:
+            self.outbox.lost(keys)
         if chosen and self.outbox is not None:
             slots = [index[key] for key in chosen]
             for key, slot in zip(chosen, slots, strict=True):
@@ -420,7 +424,7 @@ class DramTier:
                 self._state[slot] = SlotState.WRITING
             self._arena.headers["state"][slots] = SlotState.WRITING  # a restarted daemon must not serve it
             self._departing.update(slots)
-            self.outbox.depart(chosen, slots)
+            self.departed(self.outbox.depart(chosen, slots))
         self._recycle([slot for key in keys if (slot := index.get(key)) is not None])
         return keys
 

@@ -41,7 +41,10 @@ def message(rng: random.Random) -> p.Request:
     makers: list[Callable[[], p.Request]] = [
         lambda: p.Hello(rng.choice([0, 1, 2, 2, 2]), "fuzz", rng.choice([None, GEOMETRY]), rng.random() < 0.5),
         lambda: p.Describe(number(rng, 1 << 53), bytes(31) + rng.randbytes(1), {"model": "m" * rng.randrange(200)}),
-        lambda: p.Acquire(number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5, *use(rng)),
+        lambda: p.Acquire(
+            number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5, rng.choice([b"", rng.randbytes(32), b"x"]),
+            *use(rng),
+        ),
         lambda: p.Release([number(rng, 1 << 53) for _ in range(5)]),
         lambda: p.Grant(number(rng, 1 << 53), number(rng, 65536)),
         lambda: p.Publish(
@@ -50,7 +53,7 @@ def message(rng: random.Random) -> p.Request:
         ),
         lambda: p.GiveBack(slots),
         lambda: p.Settle(),
-        lambda: p.Finish(p.join_keys(keys(rng)), number(rng, 1 << 31), rng.random(), *use(rng)),
+        lambda: p.Finish(p.join_keys(keys(rng)), number(rng, 1 << 31), rng.random(), rng.random(), *use(rng)),
         lambda: p.Record(),
         lambda: p.Stat(number(rng, 1 << 53)),
         lambda: p.List(1, rng.randbytes(rng.randrange(3)), rng.randrange(1, 1001)),

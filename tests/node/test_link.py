@@ -140,7 +140,7 @@ def test_the_arenas_descriptor_is_not_inherited(fake: FakeDaemon) -> None:
         ([p.encode(p.Stat(1))], "no message"),
         ([b"\xff" * 8], "above"),
         ([p.Welcome(p.VERSION, 1, p.Geometry(256, 2, 1), 19, "x")], "another geometry"),
-        ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "Refused in an open session"),
+        ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "Refused in an engine.s open session"),
     ],
 )  # fmt: skip
 def test_no_welcome(fake: FakeDaemon, first: list[Any], why: str) -> None:

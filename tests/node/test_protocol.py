@@ -41,7 +41,8 @@ REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Hello: st.builds(p.Hello, st.integers(0, (1 << 16) - 1), names, st.none() | geometries, st.booleans()),
     p.Describe: st.builds(p.Describe, ids, roots, st.dictionaries(names, names, max_size=5)),
     p.Acquire: st.builds(
-        lambda number, asked, prefix, use: p.Acquire(number, asked, prefix, *use), ids, keys, st.booleans(), uses
+        lambda number, asked, prefix, root, use: p.Acquire(number, asked, prefix, root, *use),
+        ids, keys, st.booleans(), st.just(b"") | roots, uses,
     ),
     p.Release: st.builds(p.Release, st.lists(ids, max_size=5)),
     p.Grant: st.builds(p.Grant, ids, counts),
@@ -57,7 +58,7 @@ REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Stat: st.builds(p.Stat, ids),
     p.List: st.builds(p.List, ids, st.binary(max_size=32), st.integers(1, 1000)),
     p.Evict: st.builds(p.Evict, ids, st.binary(min_size=1, max_size=32)),
-    p.Finish: st.builds(lambda asked, tokens, age, use: p.Finish(asked, tokens, age, *use), keys, tokens, ages, uses),
+    p.Finish: st.builds(lambda asked, tokens, age, use: p.Finish(asked, tokens, age, age, *use), keys, tokens, ages, uses),
     p.Record: st.builds(p.Record),
 }  # fmt: skip
 RESPONSES: dict[type, st.SearchStrategy[Any]] = {
@@ -76,6 +77,7 @@ RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Changed: st.builds(p.Changed, keys, keys, st.booleans()),
     p.Answer: st.builds(p.Answer, ids, rows),
     p.Draining: st.builds(p.Draining),
+    p.Working: st.builds(p.Working, ids),
     p.Recorded: st.builds(
         p.Recorded, ages, keys, tokens, st.integers(-1, (1 << 31) - 1), st.sampled_from(Stop), ids
     ),
@@ -147,14 +149,15 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((3, 1, KEY * (p.MAX_KEYS + 1), True), "length <= 2097152"),
         ((3, 1, "k" * 32, True), "got `str`"),
         ((3, 1, KEY, 1), "Expected `bool`"),
-        ((3, 1, KEY, True, -1), ">= 0"),
-        ((3, 1, KEY, True, 1 << 32), "<= 4294967295"),
-        ((3, 1, KEY, True, 1, -2), ">= -1"),
-        ((3, 1, KEY, True, 1, 1 << 31), "<= 2147483647"),
-        ((3, 1, KEY, True, 1, 1, 3), "Invalid enum value 3"),
-        ((3, 1, KEY, True, 1, 1, "END_TURN"), "Expected `int`"),
-        ((3, 1, KEY, True, 1, 1, 2, 1 << 53), "<= 9007199254740991"),
-        ((3, 1, KEY, True, 1, 1, 2, 3, 4), "at most length 7"),
+        ((3, 1, KEY, True, bytes(33)), "length <= 32"),
+        ((3, 1, KEY, True, b"", -1), ">= 0"),
+        ((3, 1, KEY, True, b"", 1 << 32), "<= 4294967295"),
+        ((3, 1, KEY, True, b"", 1, -2), ">= -1"),
+        ((3, 1, KEY, True, b"", 1, 1 << 31), "<= 2147483647"),
+        ((3, 1, KEY, True, b"", 1, 1, 3), "Invalid enum value 3"),
+        ((3, 1, KEY, True, b"", 1, 1, "END_TURN"), "Expected `int`"),
+        ((3, 1, KEY, True, b"", 1, 1, 2, 1 << 53), "<= 9007199254740991"),
+        ((3, 1, KEY, True, b"", 1, 1, 2, 3, 4), "at most length 8"),
         ((4, [0] * (p.MAX_SLOTS + 1)), "length <= 65536"),
         ((5, 1, p.MAX_SLOTS + 1), "<= 65536"),
         ((6, 1, ROOT, [1], [1], b"", b""), "not as many of each: slots, generations, keys"),
@@ -169,14 +172,15 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((11, 1, b"", 0), ">= 1"),
         ((11, 1, b"", 1001), "<= 1000"),
         ((12, 1, b""), "length >= 1"),
-        ((13, KEY, 1, 0.5), "at least length 5"),
-        ((13, KEY[1:], 1, 0.5, 1), "no whole number"),
-        ((13, KEY, -1, 0.5, 1), ">= 0"),
-        ((13, KEY, 1, -0.5, 1), ">= 0"),
-        ((13, KEY, 1, float("inf"), 1), "<= 10000000"),
-        ((13, KEY, 1, float("nan"), 1), "= "),
-        ((13, KEY, 1, 0.5, 1, -2), ">= -1"),
-        ((13, KEY, 1, 0.5, 1, 5, 7), "Invalid enum value 7"),
+        ((13, KEY, 1, 0.5, 9.0), "at least length 6"),
+        ((13, KEY[1:], 1, 0.5, 9.0, 1), "no whole number"),
+        ((13, KEY, -1, 0.5, 9.0, 1), ">= 0"),
+        ((13, KEY, 1, -0.5, 9.0, 1), ">= 0"),
+        ((13, KEY, 1, float("inf"), 9.0, 1), "<= 10000000"),
+        ((13, KEY, 1, float("nan"), 9.0, 1), "= "),
+        ((13, KEY, 1, 0.5, -9.0, 1), ">= 0"),
+        ((13, KEY, 1, 0.5, 9.0, 1, -2), ">= -1"),
+        ((13, KEY, 1, 0.5, 9.0, 1, 5, 7), "Invalid enum value 7"),
     ],
 )  # fmt: skip
 def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
@@ -307,7 +311,7 @@ big = st.integers(-(1 << 70), 1 << 70)
 
 @given(st.builds(Use, st.floats(), big, roots, big, st.sampled_from(Stop), big), st.integers(1, 1 << 20))
 def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -> None:
-    message = p.Finish(KEY, 5, 0.5, *p.said_of(use))
+    message = p.Finish(KEY, 5, 0.5, 9.0, *p.said_of(use))
     assert p.decode_request(body(message)) == message
     heard = p.use_of(message, connection)
     assert (heard.now_s, heard.namespace, heard.stop) == (0.0, b"", use.stop)
@@ -320,7 +324,7 @@ def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -
 
 
 def test_nothing_known_is_what_is_not_said() -> None:
-    assert p.Acquire(1, KEY, True, *p.said_of(None)) == p.Acquire(1, KEY, True)
+    assert p.Acquire(1, KEY, True, b"", *p.said_of(None)) == p.Acquire(1, KEY, True)
     assert p.use_of(p.Acquire(1, KEY, True), 5) == Use()
     assert p.said_of(Use()) == p.said_of(None)
 

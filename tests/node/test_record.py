@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kvkern.cache import Ended
 from kvkern.cli import app
 from kvkern.node import connection as connection_module
 from kvkern.node import protocol as p
@@ -81,12 +82,12 @@ def test_record_what_engines_had(daemon: Daemon, make_client: MakeClient, tmp_pa
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     eventually(lambda: daemon.stat()["connections"] >= 2 and out.exists(), "the recorder")
     one, two = make_client("one"), make_client("two")
-    one.finish(Use(request=1, output_tokens=10, stop=Stop.TOOL_CALL, session=5), A, 83, 2.0)
-    two.finish(Use(request=1, output_tokens=20), A[:2] + B, 64, 0.0)
-    one.finish(Use(output_tokens=9), B)  # of no request
-    two.finish(Use(request=2), [], 3, 1e6)  # too short for a chunk, and as old as can be
+    one.finish(Use(request=1, output_tokens=10, stop=Stop.TOOL_CALL, session=5), Ended(A, 83, 2.0))
+    two.finish(Use(request=1, output_tokens=20), Ended(A[:2] + B, 64))
+    one.finish(Use(output_tokens=9), Ended(B))  # of no request
+    two.finish(Use(request=2), Ended([], 3, 1e6))  # too short for a chunk, and as old as can be
     with closing(daemon.client("three")) as three:  # what is said before the end is heard
-        three.finish(Use(request=1), B, 40)
+        three.finish(Use(request=1), Ended(B, 40))
         eventually(lambda: not three._link._outbox)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=30)
@@ -124,7 +125,7 @@ def test_ends_when_there_are_enough_or_the_time_is_over_or_the_daemon_ends(daemo
     eventually(lambda: daemon.stat()["connections"] >= 3, "two recorders")
     with closing(daemon.client()) as client:
         eventually(lambda: all((tmp_path / f"{n}.jsonl").exists() for n in range(2)), "files")
-        client.finish(Use(request=1), A, 80)
+        client.finish(Use(request=1), Ended(A, 80))
         printed, _ = processes[0].communicate(timeout=30)
         assert printed.endswith(": there are as many as wanted\n")
     daemon.stop()
@@ -158,7 +159,7 @@ def test_a_recorder_that_does_not_read_is_let_go(folder: Path, tmp_path: Path, m
             many = chain_keys("c", 1000)
 
             def gone() -> bool:
-                client.finish(Use(request=1), many, 16_000)
+                client.finish(Use(request=1), Ended(many, 16_000))
                 return len(server.connections) == 1
 
             eventually(gone, "the recorder's end")

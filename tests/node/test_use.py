@@ -117,10 +117,10 @@ def test_finish_is_not_answered_and_needs_an_arena(folder: Path, tmp_path: Path)
     with daemon(folder, tmp_path) as server:
         with Peer(server.config.socket) as peer:
             peer.greet(geometry=None)
-            assert peer.say(p.Finish(b"", 0, 0.0, 1)).hung_up()
+            assert peer.say(p.Finish(b"", 0, 0.0, 0.0, 1)).hung_up()
         with Peer(server.config.socket) as peer:
             peer.greet()
-            peer.say(p.Finish(b"", 0, 0.0, 1, 5), p.Stat(3))
+            peer.say(p.Finish(b"", 0, 0.0, 0.0, 1, 5), p.Stat(3))
             assert isinstance(answer := peer.hear(), p.Answer)
             assert answer.id == 3
 

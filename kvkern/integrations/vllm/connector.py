@@ -82,6 +82,7 @@ class KvkernConnector(shim.OffloadingConnector):
         for job_id, job in metadata.store_jobs.items():
             assert isinstance(job.dst_spec, SlotSpec)
             self._tickets[job_id] = [job.dst_spec.ticket, self._world_size]
+        self._manager.note_step(scheduler_output.total_num_scheduled_tokens)
         idle = scheduler_output.total_num_scheduled_tokens == 0
         return StepMetadata(metadata.load_jobs, metadata.store_jobs, metadata.jobs_to_flush, idle)
 

@@ -9,7 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from ...arena import Arena
-from ...assemble import build_cache, build_transfer, open_arena
+from ...assemble import back_with_remote, build_cache, build_transfer, open_arena
 from ...cache import ChunkCache
 from ...errors import UnsupportedError
 from ...kernels.checksum import ROW_NBYTES
@@ -77,7 +77,10 @@ class KvkernSpec(shim.OffloadingSpec):
         """The scheduler's: the node's daemon, or a cache over this engine's own arena."""
         if self.options.socket:
             return self._connect(index=True)
-        return build_cache(self._open_own_arena(), policy=self.options.policy)
+        arena = self._open_own_arena()
+        cache = build_cache(arena, policy=self.options.policy)
+        back_with_remote(cache, arena, self.options.remote_config, self.options.policy)
+        return cache
 
     def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
         """(a worker's arena, what ends it)."""

@@ -1,0 +1,476 @@
+"""The remote tier: chunks that DRAM lacks come from a store, and what DRAM has or evicts goes there, by write-behind.
+
+    extend   what a lease lacks of a prefix:  known absent? -> exists -> worth it? -> windows: grant, get, verify, promote
+    write    of the outbox the most worth:    exists -> put what is not there -> give the slots back
+
+One thread with an event loop; stores are called there and nowhere else. A request waits for its chunks as long as it
+would take to compute them, and gets what is there by then; what is still being read ends in DRAM later. Slots under a call
+are the call's until it returns, however long that takes. While the breaker is open nothing is asked and nothing leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arena import Arena, process_start
+from ..metrics import CacheCounters
+from ..policy.base import Use
+from ..policy.persist import Persist
+from ..tiers.base import ChunkShape, Lease, Reservation
+from ..tiers.headers import begin_slots
+from .base import Got, Parts, RemoteError, RemoteStore
+from .breaker import Breaker
+from .outbox import NO_SLOT, Entry, WriteBehind
+from .speeds import Speeds
+from .value import accept, incoming_parts, new_headers, slot_parts
+
+logger = logging.getLogger("kvkern")
+
+T = TypeVar("T")
+
+WINDOW_NBYTES = 32 << 20  # of values a call moves; a lease grows by so much at a time
+READS_AT_ONCE, WRITES_AT_ONCE = 2, 2  # calls
+MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
+ABSENT_S, MAX_ABSENT = (
+    1.0,
+    65_536,
+)  # what was just not there is not asked for again so soon: others' writes take as long
+MAX_REMEMBERED = 65_536  # chunks whose time of writing is known
+OPEN_S = 20.0
+RETRY_S = 0.2
+
+
+class Local(Protocol):
+    """The cache's side. Thread-safe."""
+
+    def lease(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
+        """Pin those of these that are READY, or the longest prefix; counts as no use."""
+
+    def release(self, lease: Lease) -> int:
+        """End a lease."""
+
+    def grant(self, count: int) -> Reservation:
+        """Slots to read into."""
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Granted slots that nothing is read into any more."""
+
+    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool) -> Lease:
+        """Publish what was read and verified; pinned for its reader, or not."""
+
+    def departed(self, slots: Sequence[int]) -> None:
+        """The outbox is done with these slots."""
+
+
+class Misses(Protocol):
+    """Where a fault becomes a miss: cache.Faults."""
+
+    def are_misses(self) -> AbstractContextManager[None]:
+        """Count and log what goes wrong inside."""
+
+
+@dataclass
+class _Asked:
+    """A request that waits."""
+
+    keys: list[bytes]  # of its sequence
+    use: Use
+    prefix: bool
+    answer: Future[Lease]
+    held: list[Lease] = field(default_factory=list)
+
+    def reply(self) -> None:
+        """With what there is."""
+        if not self.answer.done():
+            keys = tuple(key for lease in self.held for key in lease.keys)
+            self.answer.set_result(Lease(keys, tuple(slot for lease in self.held for slot in lease.slots)))
+
+
+class RemoteTier:
+    """`start`, then `extend` from any thread; `close` ends it."""
+
+    def __init__(
+        self,
+        store: RemoteStore,
+        name: str,  # for messages; no secrets
+        arena: Arena,
+        local: Local,
+        counters: CacheCounters,
+        faults: Misses,
+        mode: Persist,
+        queue_nbytes: int,  # of what may wait to be written
+        timeout_s: float,  # of a call
+    ) -> None:
+        self._store, self._arena, self._local = store, arena, local
+        self._counters, self._faults, self._timeout_s = counters, faults, timeout_s
+        geometry = arena.spec.geometry
+        self._window = max(1, WINDOW_NBYTES // geometry.slot_nbytes)
+        self.breaker = Breaker(name)
+        self.speeds = Speeds(geometry.slot_nbytes)
+        limit = max(1, queue_nbytes // geometry.slot_nbytes)
+        self.spare = 0 if mode in (Persist.ALL, Persist.HOT) else min(limit, max(1, arena.spec.num_slots // 8))
+        self.outbox = WriteBehind(
+            arena, mode, limit, self.speeds, counters, self.breaker.allows, self._wake_writers
+        )  # fmt: skip
+        self._owner = (os.getpid(), process_start(os.getpid()))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kvkern-remote", daemon=True)
+        self._wake = asyncio.Event()
+        self._woken = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._coming: dict[bytes, asyncio.Future[None]] = {}  # chunks that are being read
+        self._absent: OrderedDict[bytes, float] = OrderedDict()  # key -> until when it is not asked for
+        self._written_at: OrderedDict[bytes, float] = OrderedDict()
+        self._waiting = 0  # requests
+        self._writing = 0  # calls, counted before their chunks leave the outbox
+        self._closing = threading.Event()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open the store. Raises ConfigError for what the user has to mend; nobody there is a miss until somebody is."""
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        except BaseException:
+            self._stop()
+            raise
+        for _ in range(WRITES_AT_ONCE):
+            self._loop.call_soon_threadsafe(self._spawn, self._write())
+
+    async def _open(self) -> None:
+        try:
+            async with asyncio.timeout(OPEN_S):
+                await self._store.open()
+        except (RemoteError, TimeoutError) as error:
+            self.breaker.trip(str(error) or f"no answer for {OPEN_S:.0f} s")
+        await self._store.register(self._arena.bytes.data)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Write what waits, for so long; then end calls under way and the thread."""
+        if not self._thread.is_alive():
+            return
+        end = time.monotonic() + drain_s
+        while not self.idle and not self.breaker.is_open and time.monotonic() < end:
+            time.sleep(0.01)
+        self._closing.set()
+        self._wake_writers()
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._stop()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be written, and nothing is being written."""
+        return not len(self.outbox) and not self._writing
+
+    async def _finish(self) -> None:
+        """Every call ends soon after its timeout: the memory is nobody's then."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        left = self.outbox.take(len(self.outbox))
+        self._counters.remote_dropped_chunks += len(left)
+        self._local.departed([entry.slot for entry in left if entry.slot != NO_SLOT])
+        await self._store.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def note_prefill(self, tokens_s: float) -> None:
+        """An engine computes that fast."""
+        self.speeds.note_prefill(tokens_s)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
+        """A lease of what this one has and the store adds to it. Done at once if that is sure to be nothing."""
+        answer: Future[Lease] = Future()
+        missing = len(keys) - len(lease.keys)
+        if not missing or not use.namespace or self._closing.is_set() or self._waiting >= MAX_WAITING:
+            answer.set_result(lease)
+        elif not self.breaker.allows() or (prefix and self._is_absent(keys[len(lease.keys)])):
+            self._counters.remote_lookup_chunks += missing
+            answer.set_result(lease)
+        else:
+            self._counters.remote_lookup_chunks += missing
+            self._waiting += 1
+            asked = _Asked(list(keys), use, prefix, answer, [lease])
+            self._loop.call_soon_threadsafe(self._begin, asked)
+        return answer
+
+    def _begin(self, asked: _Asked) -> None:
+        self._spawn(self._serve(asked))
+
+    async def _serve(self, asked: _Asked) -> None:
+        held = set(asked.held[0].keys)
+        missing = [key for key in asked.keys if key not in held]
+        patience_s = self.speeds.patience_s(len(missing), self.outbox.chunk_tokens)
+        timer = self._loop.call_later(patience_s, asked.reply)
+        try:
+            with self._faults.are_misses():
+                try:
+                    await self._fetch(asked, missing)
+                except RemoteError as error:
+                    logger.debug("kvkern: a remote read failed: %s", error)  # counted and told by `_call`
+        finally:
+            self._waiting -= 1
+            timer.cancel()
+            asked.reply()
+
+    async def _fetch(self, asked: _Asked, keys: list[bytes]) -> None:
+        """Take in as many of `keys` as can be had, in their order; with `prefix` without a gap."""
+        while keys:
+            if (coming := self._coming.get(keys[0])) is not None:
+                await asyncio.wait([coming])
+                found = self._local.lease(keys, asked.prefix)
+                if not found.keys:
+                    return
+                self._hand_over(asked, found)
+                keys = [key for key in keys if key not in set(found.keys)]
+                continue
+            there = await self._which_are_there(keys, asked.prefix)
+            if keys[0] in self._coming:
+                continue  # since it was asked for
+            there = there[: next((i for i, key in enumerate(there) if key in self._coming), len(there))]
+            worth = self.speeds.worth(len(there), self.outbox.chunk_tokens)
+            self._counters.remote_gated_chunks += len(there) - worth
+            if not worth or not await self._read_all(asked, there[:worth]):
+                return
+            if worth < len(there) or not asked.prefix:
+                return
+            keys = keys[worth:]
+
+    async def _which_are_there(self, keys: list[bytes], prefix: bool) -> list[bytes]:
+        if prefix:
+            keys = keys[: next((i for i, key in enumerate(keys) if self._is_absent(key)), len(keys))]
+        if not keys:
+            return []
+        there = await self._call(lambda: self._store.exists(keys, self._timeout_s))
+        count = next((i for i, is_there in enumerate(there) if not is_there), len(keys))
+        if count < len(keys):
+            self._note_absent(keys[count])
+        if prefix:
+            return keys[:count]
+        return [key for key, is_there in zip(keys, there, strict=True) if is_there]
+
+    async def _read_all(self, asked: _Asked, keys: list[bytes]) -> bool:
+        """Read these, window by window, the next one while one is being taken in. Whether all came."""
+        began, at, came, whole = time.monotonic(), 0, 0, True
+        under_way: deque[tuple[list[bytes], asyncio.Task[Reservation], asyncio.Future[None]]] = deque()
+        try:
+            while True:
+                while whole and at < len(keys) and len(under_way) < READS_AT_ONCE and not asked.answer.done():
+                    window = keys[at : at + self._window]
+                    at += len(window)
+                    over = self._loop.create_future()
+                    self._coming.update(dict.fromkeys(window, over))
+                    under_way.append((window, self._loop.create_task(self._read(window, asked)), over))
+                if not under_way:
+                    break
+                window, task, _ = under_way[0]
+                read = await task
+                came += len(read.keys)
+                self._take_in(asked, read)
+                whole = whole and (len(read.keys) == len(window) or not asked.prefix)
+                self._settle(*under_way.popleft())
+        finally:
+            for window, task, over in under_way:  # one has failed: what the others have read is given back
+                await asyncio.wait([task])
+                if task.exception() is None:
+                    self._local.give_back(task.result().slots)
+                self._settle(window, task, over)
+        if came:
+            self.speeds.note_read(came, time.monotonic() - began)
+        return whole and at == len(keys)
+
+    def _take_in(self, asked: _Asked, read: Reservation) -> None:
+        if not read.keys:
+            return
+        pin = not asked.answer.done()
+        self._counters.remote_hit_chunks += len(read.keys)
+        self._counters.remote_late_chunks += 0 if pin else len(read.keys)
+        self._hand_over(asked, self._local.promote(read, asked.use.namespace, asked.use, pin))
+
+    def _settle(self, window: list[bytes], task: asyncio.Task[Reservation], over: asyncio.Future[None]) -> None:
+        """A window is over: who waits for its chunks looks for them."""
+        for key in window:
+            if self._coming.get(key) is over:
+                del self._coming[key]
+        over.set_result(None)
+
+    async def _read(self, keys: list[bytes], asked: _Asked) -> Reservation:
+        """Read a window into granted slots, and verify it: what is good, to be promoted or given back."""
+        granted = self._local.grant(len(keys))
+        keys = keys[: len(granted.slots)]
+        if not keys:
+            return Reservation((), (), ())
+        good: list[int] = []
+        try:
+            shape = ChunkShape(asked.use.namespace, 0, 0)  # group and tokens come with the value
+            slots, under = np.array(granted.slots, dtype=np.int64), np.array(granted.generations, dtype=np.uint64)
+            begin_slots(self._arena, slots, under, keys, shape, asked.keys, self._owner)
+            headers = new_headers(self._arena.spec.geometry, len(keys))
+            into = incoming_parts(self._arena, headers, granted.slots)
+            got = await self._call(lambda: self._store.get(keys, into, self._timeout_s))
+            good = await self._verified(keys, asked, slots, headers, got)
+        finally:
+            self._local.give_back([slot for row, slot in enumerate(granted.slots) if row not in good])
+        return Reservation(
+            tuple(keys[row] for row in good), tuple(granted.slots[row] for row in good),
+            tuple(granted.generations[row] for row in good), chain=tuple(asked.keys),
+        )  # fmt: skip
+
+    async def _verified(
+        self,
+        keys: list[bytes],
+        asked: _Asked,
+        slots: npt.NDArray[np.int64],
+        headers: npt.NDArray[np.uint8],
+        got: list[Got],
+    ) -> list[int]:
+        """Rows that are what was asked for; with `prefix` those before the first that is not. Others are deleted."""
+        hits = [row for row, outcome in enumerate(got) if outcome is Got.HIT]
+        at = np.array(hits, dtype=np.int64)
+        named = np.frombuffer(b"".join(keys), dtype="V32")
+        fine = await asyncio.to_thread(
+            accept, self._arena, headers[at], slots[at], named[at], asked.use.namespace
+        )  # fmt: skip
+        good = [row for row, ok in zip(hits, fine.tolist(), strict=True) if ok]
+        spoiled = [row for row in range(len(keys)) if got[row] is Got.WRONG_SIZE or (row in hits and row not in good)]
+        if Got.MISS in got:
+            self._note_absent(keys[got.index(Got.MISS)])  # what is behind it the store has perhaps not looked for
+        if spoiled:
+            self._counters.remote_bad_chunks += len(spoiled)
+            logger.warning("kvkern: %d chunk(s) of the remote store did not verify and are deleted there", len(spoiled))
+            await self._call(lambda: self._store.delete([keys[row] for row in spoiled], self._timeout_s))
+        unbroken = next((count for count, row in enumerate(good) if count != row), len(good))
+        return good[:unbroken] if asked.prefix else good
+
+    def _hand_over(self, asked: _Asked, lease: Lease) -> None:
+        """To who waits, or back."""
+        if asked.answer.done():
+            self._local.release(lease)
+        else:
+            asked.held.append(lease)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def _wake_writers(self) -> None:
+        """From any thread, often."""
+        if not self._woken and not self._loop.is_closed():
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _write(self) -> None:
+        while not self._closing.is_set():
+            await self._wake.wait()
+            self._wake.clear()
+            self._woken = False
+            self._writing += 1
+            while not self._closing.is_set() and (entries := self.outbox.take(self._window)):
+                if len(self.outbox):
+                    self._wake.set()  # another writer's
+                with self._faults.are_misses():
+                    await self._write_window(entries)
+            self._writing -= 1
+
+    async def _write_window(self, entries: list[Entry]) -> None:
+        """Write those that the store lacks, and give everything back."""
+        lease = self._local.lease([entry.key for entry in entries if entry.slot == NO_SLOT], prefix=False)
+        owned = {entry.key: entry.slot for entry in entries if entry.slot != NO_SLOT}
+        slots = owned | dict(zip(lease.keys, lease.slots, strict=True))
+        try:
+            keys = sorted(slots, key=lambda key: int(self._arena.headers["position"][slots[key]]))
+            written = await self._put(keys, slots)
+            self._counters.remote_written_chunks += written
+        finally:
+            self._local.departed(list(owned.values()))
+            self._local.release(lease)
+
+    async def _put(self, keys: list[bytes], slots: dict[bytes, int]) -> int:
+        """How many were written. What fails is tried once more, a little later."""
+        if not self.breaker.allows():
+            self._counters.remote_dropped_chunks += len(keys)
+            return 0
+        for last in (False, True):
+            try:
+                there = await self._call(lambda: self._store.exists(keys, self._timeout_s))
+                missing = [key for key, is_there in zip(keys, there, strict=True) if not is_there]
+                if not missing:
+                    return 0
+                began = time.monotonic()
+                taken = await self._put_parts(missing, [slot_parts(self._arena, slots[key]) for key in missing])
+                self._note_written([key for key, ok in zip(missing, taken, strict=True) if ok], began)
+                self._counters.remote_dropped_chunks += len(missing) - sum(taken)
+                return sum(taken)
+            except RemoteError:
+                if last or self.breaker.is_open or self._closing.is_set():
+                    break
+                await asyncio.sleep(RETRY_S * (0.5 + random.random()))
+        self._counters.remote_dropped_chunks += len(keys)
+        return 0
+
+    async def _put_parts(self, keys: list[bytes], values: list[Parts]) -> list[bool]:
+        return await self._call(lambda: self._store.put(keys, values, self._timeout_s))
+
+    def _note_written(self, keys: list[bytes], began: float) -> None:
+        now = time.monotonic()
+        if keys:
+            self.speeds.note_write(len(keys), now - began)
+        for key in keys:
+            self._written_at[key] = now
+            self._absent.pop(key, None)
+        while len(self._written_at) > MAX_REMEMBERED:
+            self._written_at.popitem(last=False)
+
+    # -- what both do --------------------------------------------------------------------------------------------------
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What the store answers; the breaker hears of it."""
+        if not self.breaker.begin():
+            raise RemoteError("the store has failed before")
+        try:
+            result = await call()
+        except BaseException as error:
+            self._counters.remote_failures += 1
+            self.breaker.failed(error)
+            raise
+        self.breaker.succeeded()
+        return result
+
+    def _is_absent(self, key: bytes) -> bool:
+        until = self._absent.get(key)
+        return until is not None and time.monotonic() < until
+
+    def _note_absent(self, key: bytes) -> None:
+        now = time.monotonic()
+        if (written := self._written_at.pop(key, None)) is not None:
+            self.speeds.note_gone(now - written)
+        self._absent[key] = now + ABSENT_S
+        self._absent.move_to_end(key)
+        while len(self._absent) > MAX_ABSENT:
+            self._absent.popitem(last=False)

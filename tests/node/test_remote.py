@@ -1,0 +1,168 @@
+"""Daemons of two nodes on one store: what one's engines compute, the other's load; and the daemon lives on when it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkern.cache import Ended
+from kvkern.config import RemoteConfig
+from kvkern.errors import ConfigError
+from kvkern.node import link as link_module
+from kvkern.node import server as server_module
+from kvkern.node.client import NodeClient
+from kvkern.node.server import NodeConfig, Server
+from kvkern.policy.base import Use
+from kvkern.remote import base
+from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
+from tests.remote.memory import MemoryStore
+from tests.support import NAMESPACE, chain_keys
+
+A, B = chain_keys("a", 6), chain_keys("b", 6)
+USE = Use(namespace=NAMESPACE)
+
+
+def hits(client: NodeClient, chain: list[bytes]) -> int:
+    lease = client.acquire(chain, use=USE)
+    assert lease.keys == tuple(chain[: len(lease.keys)])
+    assert read_verified(client.arena, lease)
+    client.release(lease)
+    return len(lease.keys)
+
+
+@pytest.fixture
+def values() -> dict[bytes, bytes]:
+    return {}
+
+
+@pytest.fixture
+def stores(monkeypatch: pytest.MonkeyPatch, values: dict[bytes, bytes]) -> list[MemoryStore]:
+    """All that daemons of this process make, over the same values."""
+    made: list[MemoryStore] = []
+
+    def make(url: base.RemoteUrl) -> MemoryStore:
+        made.append(MemoryStore(values))
+        return made[-1]
+
+    monkeypatch.setattr(base, "make_store", make)
+    return made
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Server, NodeClient]]]:
+    """Starts a daemon with the store and a client of it; both end with the test."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def begin(name: str, engine: str = "e", **options: Any) -> tuple[Server, NodeClient]:
+            remote = RemoteConfig("memory://m", **({"persist": "all"} | options))
+            config = NodeConfig(folder / name, 1 << 20, name=name, arena_dir=tmp_path, prefault=False, remote=remote)
+            server = stack.enter_context(served(config))
+            opened = NodeClient.open(config.socket, engine, GEOMETRY, patience_s=30.0, prefault=False)
+            return server, stack.enter_context(closing(opened))
+
+        yield begin
+
+
+def test_a_prompt_computed_on_another_node_is_loaded(start: Any, stores: list[MemoryStore], values: Any) -> None:
+    (_, one), (server, two) = start("one"), start("two")
+    assert store(one, A) == 6
+    eventually(lambda: len(values) == 6, "the write")
+    assert hits(two, A + B) == 6
+    eventually(lambda: two.usage()["known_chunks"] == 6, "the index")
+    assert hits(two, A) == 6
+    assert server.sessions is not None
+    sessions = server.sessions
+    assert sessions.usage()["remote_hit_chunks"] == 6
+    eventually(lambda: sessions.usage()["leases"] == 0, "the release")
+
+
+def test_an_answer_that_takes_long_is_no_daemon_that_is_gone(
+    start: Any, stores: list[MemoryStore], values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "ANSWER_S", 0.6)
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.1)
+    (_, one), (server, two) = start("one"), start("two")
+    store(one, A)
+    eventually(lambda: len(values) == 6, "the write")
+    store(two, B)
+    two.finish(Use(request=1), Ended(prefill_tokens_s=6 * 16 / 10))  # 10 s to compute A
+    eventually(lambda: server._remote is not None and server._remote.speeds.prefill_tokens_s, "the speed")
+    stores[-1].delay_s = 1.0
+    began = time.monotonic()
+    assert hits(two, A) == 6
+    assert time.monotonic() - began > 2
+    assert two.connected
+
+
+def test_a_client_that_goes_while_it_waits_leaves_nothing(start: Any, stores: list[MemoryStore], values: Any) -> None:
+    (_, one), (server, two) = start("one"), start("two")
+    store(one, A)
+    eventually(lambda: len(values) == 6, "the write")
+    stores[-1].delay_s = 0.2
+    answer = two.acquire_soon(A, use=USE)
+    eventually(lambda: server._waiting, "the request")
+    two.close()
+    assert answer.result(30).keys == ()
+    eventually(lambda: not server._waiting, "the end of the wait")
+    assert server.sessions is not None
+    usage = server.sessions.usage()
+    assert (usage["leases"], usage["sessions"]) == (0, 0)
+
+
+def test_a_failing_store_costs_hits_only(start: Any, stores: list[MemoryStore], values: Any) -> None:
+    _, one = start("one")
+    stores[-1].broken = True
+    assert store(one, A) == 6
+    assert hits(one, A) == 6
+    assert hits(one, B) == 0
+    stores[-1].broken = False
+
+
+def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/values?capacity=64MiB"
+    one, two = (make_daemon(options=["--name", name, "--remote", url, "--persist", "all"]) for name in ("one", "two"))
+    one.start()
+    two.start()
+    with closing(one.client()) as first:
+        assert store(first, A) == 6
+        eventually(lambda: one.stat()["remote_written_chunks"] == 6, "the write")
+    assert one.stop() == 0
+    with closing(two.client()) as second:
+        assert hits(second, A) == 6
+        assert two.stat()["remote_hit_chunks"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--remote", "ftp://h"], "no remote store has the scheme 'ftp'"),
+        (["--remote", "nonsense"], "has no scheme"),
+        (["--remote", "file:///proc/nowhere/x"], "/proc/nowhere"),
+        (["--persist", "all"], "persist is 'all', but there is no --remote"),
+        (["--remote", "file:///tmp/x", "--persist", "some"], "persist is 'some'; expected one of all"),
+        (["--remote", "file:///tmp/x", "--policy", "lru", "--persist", "predicted"], "policy 'lru' predicts nothing"),
+        (["--remote", "file:///tmp/x", "--remote-timeout", "0"], "remote_timeout is 0.0; it must lie in"),
+        (["--remote", "file:///tmp/x", "--remote-queue", "many"], "remote-queue is 'many'"),
+    ],
+)
+def test_a_wrong_option_is_an_error_at_start(make_daemon: MakeDaemon, options: list[str], message: str) -> None:
+    daemon: Daemon = make_daemon(options=options)
+    assert daemon.launch().wait() == 2
+    assert message in daemon.log
+    assert daemon.log.count("\n") == 1
+
+
+def test_a_password_is_never_printed(folder: Path, tmp_path: Path) -> None:
+    remote = RemoteConfig("redis://me:hush@127.0.0.1:1/")
+    config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, remote=remote)
+    assert "hush" not in repr(config)
+    with pytest.raises(ConfigError, match="persist"):
+        replace(config, remote=replace(remote, persist="some"))

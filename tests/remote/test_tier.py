@@ -1,0 +1,499 @@
+"""The tier over a real cache and arena, and a store in memory: what comes back, what goes, and what faults cost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvkern.arena import Arena, ArenaSpec, create_or_attach
+from kvkern.cache import Cache
+from kvkern.errors import ConfigError
+from kvkern.policy.base import Use
+from kvkern.policy.grit import Grit
+from kvkern.policy.lru import LRU
+from kvkern.policy.persist import Persist
+from kvkern.remote import tier as tier_module
+from kvkern.remote.breaker import FAILURES
+from kvkern.remote.tier import RemoteTier
+from kvkern.slots import SlotGeometry, SlotState
+from kvkern.tiers.base import Lease
+from kvkern.tiers.dram import DramTier
+from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
+from tests.remote.memory import MemoryStore
+from tests.support import NAMESPACE, SHAPE, chain_keys
+
+A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)
+USE = Use(namespace=NAMESPACE)
+
+
+class Node:
+    """A cache of few slots with a store behind it."""
+
+    def __init__(
+        self, folder: Path, store: MemoryStore, mode: Persist = Persist.ALL, slots: int = 16,
+        geometry: SlotGeometry = GEOMETRY, predict: bool = False, queue_slots: int = 100,
+    ) -> None:  # fmt: skip
+        self.arena: Arena = create_or_attach(ArenaSpec(geometry, slots), folder / f"arena-{id(self)}")
+        self.cache = Cache(DramTier(self.arena, Grit(slots) if predict else LRU()))
+        self.store = store
+        self.tier = RemoteTier(
+            store, "memory://", self.arena, self.cache, self.cache.counters, self.cache.faults, mode,
+            queue_slots * geometry.slot_nbytes, 5.0,
+        )  # fmt: skip
+        self.tier.start()
+        self.cache.back(self.tier, self.tier.outbox, self.tier.spare)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        return self.cache.counters.snapshot()
+
+    def compute(self, chain: Sequence[bytes], seed: int = 0) -> int:
+        """What an engine stores; returns how many chunks."""
+        reservation = self.cache.reserve(chain, chain, SHAPE, USE)
+        write_payload(self.arena, reservation, seed)
+        return self.cache.commit(reservation)
+
+    def acquire(self, chain: Sequence[bytes], prefix: bool = True) -> Lease:
+        return self.cache.acquire(chain, prefix, USE)
+
+    def hits(self, chain: Sequence[bytes], seed: int = 0) -> int:
+        """How many chunks an engine would load, verified as its worker does."""
+        lease = self.acquire(chain)
+        assert lease.keys == tuple(chain[: len(lease.keys)])
+        assert read_verified(self.arena, lease, seed)
+        self.cache.release(lease)
+        return len(lease.keys)
+
+    def settle(self) -> None:
+        """Until nothing is on its way any more."""
+        eventually(lambda: self.tier.idle and not self.cache._dram._departing, "an empty outbox")
+        eventually(lambda: not any(self.cache._dram._pins) and not self.tier._waiting, "no reader")
+
+    def whole(self) -> bool:
+        """Every slot is free or READY: nothing leaks."""
+        dram = self.cache._dram
+        return dram.num_free + len(dram) == dram.num_slots and not dram._granted and not any(dram._pins)
+
+    def close(self) -> None:
+        self.tier.close()
+        assert self.whole()
+        self.arena.close()
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@contextmanager
+def node(folder: Path, store: MemoryStore, **options: object) -> Iterator[Node]:
+    made = Node(folder, store, **options)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def nodes(folder: Path, store: MemoryStore, **options: object) -> Iterator[tuple[Node, Node]]:
+    """Two that share the values of a store."""
+    with node(folder, store, **options) as one, node(folder, MemoryStore(store.values), **options) as two:
+        yield one, two
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_node_loads_what_one_has_computed(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        assert one.compute(A) == 6
+        one.settle()
+        assert sorted(store.values) == sorted(A)
+        assert two.hits(A + B) == 6
+        two.settle()
+        assert two.cache.lookup(A) == 6  # it is in DRAM now
+        assert two.counters["remote_hit_chunks"] == two.counters["hit_chunks"] == 6
+        assert two.counters["remote_lookup_chunks"] == 12
+        calls = len(two.store.calls)
+        assert two.hits(A) == 6
+        assert len(two.store.calls) == calls
+        assert two.counters["remote_written_chunks"] == two.counters["stored_chunks"] == 0
+        assert one.counters["remote_written_chunks"] == 6
+
+
+def test_what_dram_has_is_extended(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        assert two.compute(A[:2]) == 2
+        assert two.hits(A) == 6
+        assert two.counters["remote_hit_chunks"] == 4
+
+
+def test_several_ranks_and_many_windows(tmp_path: Path, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = SlotGeometry(part_nbytes=4608, max_planes=3, world_size=2)
+    monkeypatch.setattr(tier_module, "WINDOW_NBYTES", 3 * geometry.slot_nbytes)
+    long = chain_keys("long", 40)
+    with nodes(tmp_path, store, slots=64, geometry=geometry) as (one, two):
+        assert one.compute(long, seed=7) == 40
+        one.settle()
+        assert two.hits(long, seed=7) == 40
+        assert max(count for what, count in two.store.calls if what == "get") == 3
+
+
+def test_a_hole_ends_the_prefix(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        del store.values[A[3]]
+        assert two.hits(A) == 3
+        lease = two.acquire(A, prefix=False)  # a sliding window's group takes what there is
+        assert sorted(lease.keys) == sorted([*A[:3], *A[4:]])
+        assert read_verified(two.arena, lease)
+        two.cache.release(lease)
+
+
+def test_a_request_without_a_namespace_gets_what_dram_has(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        lease = two.cache.acquire(A)
+        assert not lease.keys
+        two.cache.release(lease)
+
+
+def test_what_was_just_absent_is_not_asked_for(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        assert [two.hits(A) for _ in range(3)] == [0, 0, 0]
+        assert [what for what, _ in two.store.calls].count("exists") == 1
+        one.compute(A)
+        one.settle()
+        eventually(lambda: two.hits(A) == 6, "the end of ABSENT_S")
+
+
+def test_two_requests_for_the_same_chunks_read_them_once(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.store.delay_s = 0.05
+        answers = [two.cache.acquire_soon(chain, True, USE) for chain in (A[:4], A, A[:2])]
+        leases = [answer.result() for answer in answers]
+        assert [len(lease.keys) for lease in leases] == [4, 6, 2]
+        assert sum(count for what, count in two.store.calls if what == "get") == 6
+        for lease in leases:
+            assert read_verified(two.arena, lease)
+            two.cache.release(lease)
+
+
+def test_a_full_arena_of_leases_reads_what_it_has_room_for(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store, slots=8) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.compute(B[:5])
+        held = two.acquire(B[:5])
+        assert two.hits(A) == 3
+        two.cache.release(held)
+        eventually(lambda: two.hits(A) == 6)
+
+
+# -- spoiled values ----------------------------------------------------------------------------------------------------
+
+
+def spoil(value: bytes, at: int) -> bytes:
+    return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+
+
+HEADER = GEOMETRY.header_nbytes
+FIELDS = {
+    "magic": 0, "version": 8, "key": 16, "namespace": 48, "payload size": 80, "part size": 88, "generation": 104, "codec": 132,
+    "written": 256, "checksum": 264, "plane size": 280, "payload": HEADER, "its end": HEADER + 255,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", FIELDS.values(), ids=FIELDS.keys())
+def test_a_flipped_bit_is_a_miss_and_the_value_is_deleted(tmp_path: Path, store: MemoryStore, at: int) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        store.values[A[2]] = spoil(store.values[A[2]], at)
+        assert two.hits(A) == 2
+        assert two.counters["remote_bad_chunks"] == 1
+        assert A[2] not in store.values
+        assert two.compute(A) == 4  # what was behind it is not there, and what is computed anew is written anew
+        two.settle()
+        assert A[2] in store.values
+
+
+def test_values_swapped_truncated_and_of_another_namespace(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        for chain in (A, B, C):
+            one.compute(chain[:2])
+        one.settle()
+        values = store.values
+        values[A[0]], values[A[1]] = values[A[1]], values[A[0]]
+        values[B[0]] = values[B[0]][:-1]
+        assert two.hits(A[:2]) == 0
+        assert two.hits(B[:2]) == 0
+        lease = two.cache.acquire(C[:2], True, Use(namespace=bytes(31) + b"x"))
+        assert not lease.keys
+        two.cache.release(lease)
+        assert two.counters["remote_bad_chunks"] == 5
+        assert set(values) == {B[1]}
+
+
+def test_a_spoiled_chunk_behind_a_good_one_costs_only_itself(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        store.values[A[2]] = spoil(store.values[A[2]], HEADER + 9)
+        lease = two.acquire(A, prefix=False)
+        assert sorted(lease.keys) == sorted([*A[:2], *A[3:]])
+        assert read_verified(two.arena, lease)
+        two.cache.release(lease)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_store_is_waited_for_as_long_as_computing_takes(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.compute(B)  # so that it knows how many tokens a chunk has: 16
+        two.tier.note_prefill(6 * 16 / 0.2)  # 0.2 s for A
+        two.store.delay_s = 0.15  # of each call, and there are two
+        began = time.monotonic()
+        assert two.hits(A) == 0
+        assert time.monotonic() - began < 0.29
+        eventually(lambda: two.cache.lookup(A) == 6, "the late chunks in DRAM")
+        assert two.counters["remote_late_chunks"] == 6
+        two.store.delay_s = 0.0
+        assert two.hits(A) == 6
+
+
+def test_a_store_too_slow_to_pay_is_not_asked_but_measured_now_and_then(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store, slots=64) as (one, two):
+        for chain in (A, B, C):
+            one.compute(chain)
+        one.settle()
+        two.compute(chain_keys("own", 1))
+        two.tier.note_prefill(16 / 0.02)  # 20 ms a chunk
+        two.tier.speeds.note_read(1000, 1000 * 0.03)
+        assert two.hits(A) == 0
+        assert two.counters["remote_gated_chunks"] == 6
+        two.tier.speeds._read_at -= 100  # PROBE_S later
+        assert two.hits(A) == 2
+        for _ in range(10):  # it is fast, and this is found out
+            two.tier.speeds._read_at -= 100
+            two.hits(B)
+        two.tier.speeds.note_read(1000, 1.0)
+        assert two.hits(C) == 6
+
+
+def test_a_broken_store_is_a_miss_and_soon_not_asked_any_more(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.store.broken = True
+        assert [two.hits(A) for _ in range(20)] == [0] * 20
+        assert [what for what, _ in two.store.calls].count("exists") <= FAILURES + 1
+        assert two.compute(B) == 6  # nothing is lost but the remote's copy
+        assert two.hits(B) == 6
+        two.settle()
+        assert two.counters["remote_dropped_chunks"] == 6
+        two.store.broken = False
+        eventually(lambda: two.hits(A) == 6, "recovery")
+
+
+def test_a_store_that_does_not_answer_at_the_start(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.broken = True
+    with node(tmp_path, store) as one:
+        assert one.tier.breaker.is_open
+        assert one.compute(A) == 6
+        store.broken = False
+        eventually(lambda: one.hits(B) == 0 and not one.tier.breaker.is_open, "the first trial")
+
+
+def test_bad_configuration_at_the_start_is_an_error(tmp_path: Path) -> None:
+    class Refusing(MemoryStore):
+        async def open(self) -> None:
+            raise ConfigError("wrong password; give the right one")
+
+    threads = threading.active_count()
+    with pytest.raises(ConfigError, match="wrong password"):
+        Node(tmp_path, Refusing())
+    assert threading.active_count() == threads
+
+
+def test_a_bug_in_a_store_is_a_miss(tmp_path: Path, store: MemoryStore) -> None:
+    class Buggy(MemoryStore):
+        async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
+            raise IndexError("a bug")
+
+    with node(tmp_path, Buggy()) as one:
+        assert one.hits(A) == 0
+        assert one.compute(A) == 6
+        one.settle()
+        assert one.counters["faults"] >= 2
+        assert one.hits(A) == 6
+
+
+def test_slots_under_a_call_that_hangs_are_nobody_else_s(tmp_path: Path, store: MemoryStore) -> None:
+    """Given up by who waited, they are still the call's: nothing else is put there until it returns."""
+    with nodes(tmp_path, store, slots=8) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.compute(B[:1])
+        two.tier.note_prefill(1e6)  # hardly any patience
+        gate = asyncio.Event()
+        real = two.store.get
+
+        async def hanging(*arguments: object) -> object:
+            got = await real(*arguments)  # type: ignore[arg-type]
+            await gate.wait()
+            for _, payload in arguments[1]:  # type: ignore[attr-defined]
+                payload[:] = bytes([9]) * len(payload)  # late, and wrong
+            return got
+
+        two.store.get = hanging  # type: ignore[method-assign,assignment]
+        assert two.hits(A) == 0
+        assert two.compute(C) == 2  # of 8 slots, 6 are under the call
+        assert two.hits(C) == 2
+        two.tier._loop.call_soon_threadsafe(gate.set)
+        eventually(two.whole, "the end of the call")
+        assert two.counters["remote_bad_chunks"] == 6  # what it wrote in the end did not verify
+        assert two.hits(C) == 2
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        two.compute(A)
+        two.settle()
+        assert two.counters["remote_written_chunks"] == 0
+        assert "put" not in [what for what, _ in two.store.calls]
+
+
+def test_hot_writes_what_is_hit(tmp_path: Path, store: MemoryStore) -> None:
+    with node(tmp_path, store, mode=Persist.HOT) as one:
+        one.compute(A)
+        one.compute(B)
+        assert one.hits(A[:4]) == 4
+        one.settle()
+        assert sorted(store.values) == sorted(A[:4])
+        assert [one.hits(A[:4]) for _ in range(3)] == [4, 4, 4]
+        one.settle()
+        assert one.counters["remote_written_chunks"] == 4
+
+
+def test_evicted_writes_what_leaves_dram(tmp_path: Path, store: MemoryStore) -> None:
+    with nodes(tmp_path, store, mode=Persist.EVICTED, slots=48) as (one, two):
+        assert one.tier.spare == 6
+        for chain in (A, B, C, *(chain_keys(name, 6) for name in "defg")):
+            one.compute(chain)
+        one.settle()
+        assert not store.values  # 42 chunks, and 6 slots that stay free
+        one.compute(chain_keys("h", 4))
+        one.settle()
+        assert set(store.values) == set(A[2:])  # tails go first
+        assert two.hits(A) == 0  # its head was never evicted, so nobody else has it
+        one.compute(chain_keys("i", 4))
+        one.settle()
+        assert set(store.values) == {*A, *B[4:]}
+        assert one.cache._dram.num_free == 6
+        assert one.counters["remote_dropped_chunks"] == 0
+        assert one.counters["evicted_chunks"] == one.counters["remote_written_chunks"] == 8
+        assert one.hits(A) == 6  # it comes back
+        eventually(lambda: two.hits(A) == 6, "the end of ABSENT_S")
+
+
+def test_eviction_goes_on_when_the_store_hangs(tmp_path: Path, store: MemoryStore) -> None:
+    """What waits is given up, the least valuable first, rather than that an engine waits."""
+    with node(tmp_path, store, mode=Persist.EVICTED) as one:
+        gate = asyncio.Event()
+        store.gate = gate
+        for chain in (A, B, C, chain_keys("d", 6), chain_keys("e", 6), chain_keys("f", 6)):
+            assert one.compute(chain) == 6
+        assert one.counters["remote_dropped_chunks"] > 0
+        one.tier._loop.call_soon_threadsafe(gate.set)
+        one.settle()
+        assert len(store.values) >= 1
+        written = one.counters["remote_written_chunks"] + one.counters["remote_dropped_chunks"]
+        assert written <= one.counters["evicted_chunks"]
+        for chain in (A, B, C):
+            one.hits(chain)
+
+
+def test_predicted_writes_what_probably_comes_back(tmp_path: Path, store: MemoryStore) -> None:
+    with node(tmp_path, store, mode=Persist.PREDICTED, predict=True) as one:
+        policy = one.cache._dram._policy
+        likely: set[bytes] = set(A)
+        asked: list[float] = []
+
+        def chances(keys: Sequence[bytes], horizon_s: float) -> list[float]:
+            asked.append(horizon_s)
+            return [0.9 if key in likely else 0.0 for key in keys]
+
+        policy.chances = chances  # type: ignore[attr-defined]
+        for chain in (A, B, C, chain_keys("d", 6)):
+            one.compute(chain)
+        one.settle()
+        assert asked
+        assert set(store.values) <= likely
+        assert one.counters["evicted_chunks"] > one.counters["remote_written_chunks"]
+
+
+def test_a_full_queue_drops_tails_first(tmp_path: Path, store: MemoryStore) -> None:
+    gate = asyncio.Event()
+    with node(tmp_path, store, queue_slots=4) as one:
+        store.gate = gate
+        one.compute(A)
+        eventually(lambda: len(one.tier.outbox) <= 4)
+        one.compute(B)
+        assert len(one.tier.outbox) <= 4
+        dropped = one.counters["remote_dropped_chunks"]
+        one.tier._loop.call_soon_threadsafe(gate.set)
+        one.settle()
+        assert dropped + len(store.values) == 12
+        assert B[0] in store.values
+        assert B[5] not in store.values
+
+
+def test_a_store_without_room(tmp_path: Path, store: MemoryStore) -> None:
+    store.full = True
+    with node(tmp_path, store) as one:
+        one.compute(A)
+        one.settle()
+        assert one.counters["remote_dropped_chunks"] == 6
+        assert not one.tier.breaker.is_open
+
+
+def test_the_end_writes_what_waits(tmp_path: Path, store: MemoryStore) -> None:
+    one = Node(tmp_path, store)
+    store.delay_s = 0.05
+    one.compute(A)
+    one.tier.close(drain_s=10.0)
+    assert sorted(store.values) == sorted(A)
+    assert store.calls[-1] == ("close", 0)
+    assert one.cache.acquire(B, True, USE).keys == ()
+    one.arena.close()
+
+
+def test_the_end_gives_slots_back(tmp_path: Path, store: MemoryStore) -> None:
+    one = Node(tmp_path, store, mode=Persist.EVICTED)
+    store.delay_s = 0.1
+    for chain in (A, B, C):
+        one.compute(chain)
+    one.close()
+    assert (one.arena.headers["state"] != SlotState.WRITING).all()
