@@ -166,7 +166,7 @@ def make(url: RemoteUrl) -> RemoteStore:
     address = _address(url)
     dialer = Dialer(url.user, url.password, _database(url, cluster), url.text("socket"), _tls(url) if tls else None)
     if not tls and (given := [name for name in _TLS_OPTIONS if name in url.options]):
-        raise ConfigError(f"{given[0]} of {url} is for TLS; say {base.rstrip('s')}s{url.scheme[len(base) :]}://")
+        raise ConfigError(f"{given[0]} of {url} is for TLS; say {base}s{url.scheme[len(base) :]}://")
     if dialer.socket_path and (url.host or cluster or tls):
         raise ConfigError(f"socket of {url} is another place than its host; say redis:///0?socket=PATH")
     seeds = _seeds(url)

@@ -232,12 +232,20 @@ class Dialer:
                     f"cert_file and key_file"
                 )
         if isinstance(error, exceptions.AuthenticationError):
-            return RefusedError(_REMEDIES["NOAUTH"].format(name=name, said=said))
+            return RefusedError(_REMEDIES["WRONGPASS" if self.password else "NOAUTH"].format(name=name, said=said))
         if isinstance(error, exceptions.NoPermissionError):
             return RefusedError(_REMEDIES["NOPERM"].format(name=name, said=said))
         if self.database and isinstance(error, exceptions.ResponseError):
             return RefusedError(f"{name} has no database {self.database} ({said}); name one that it has, most often /0")
-        return RemoteError(f"{name} cannot be reached: {said}")
+        hint = (
+            "; perhaps it wants a certificate of ours, cert_file and key_file" if self._lacks_certificate(error) else ""
+        )
+        return RemoteError(f"{name} cannot be reached: {said}{hint}")
+
+    def _lacks_certificate(self, error: BaseException) -> bool:
+        """Whether it may be that: a server that misses one hangs up, and its reason is most often lost."""
+        hung_up = any(isinstance(cause, ssl.SSLEOFError | ConnectionError) for cause in _causes(error))
+        return self.tls is not None and not self.tls["ssl_certfile"] and hung_up
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:

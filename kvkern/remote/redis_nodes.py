@@ -37,7 +37,7 @@ class Server:
     def work(self, share: Share) -> None:
         """Do a share. Raises RemoteError. A connection that turns out to be dead is replaced once by a new one."""
         if not share.queue:  # others have been faster
-            return
+            return None
         link = self._pooled()
         if link is not None:
             try:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import redis
+import pytest
 
+from kvkern.errors import ConfigError
+from kvkern.remote.base import RemoteError, RemoteStore, RemoteUrl, make_store
+from tests.remote.conformance import Bench, MakeStore
 from tests.remote.need import answers, free_port, running
 
 NUM_SLOTS = 16384
+LATE_S = 1.0  # how much longer than its time a call may take on a busy machine
 
 
 @dataclass
@@ -30,6 +36,8 @@ class RedisServer:
 
     def client(self, **options: Any) -> Any:
         """A plain client of its own, to look behind the store's back. Its connections end with it."""
+        import redis  # only where it is there
+
         return redis.Redis(port=self.port, socket_timeout=10, **options)
 
     def stop(self) -> None:
@@ -97,7 +105,7 @@ def redis_cluster(folder: Path, count: int = 3) -> Iterator[RedisCluster]:
             (folder / f"node{index}").mkdir()
             bus.append(free_port())
             options = (
-                "--cluster-enabled", "yes", "--cluster-port", str(bus[-1]), "--cluster-node-timeout", "1500",
+                "--cluster-enabled", "yes", "--cluster-port", str(bus[-1]), "--cluster-node-timeout", "15000",
                 "--cluster-require-full-coverage", "no",
             )  # fmt: skip
             servers.append(stack.enter_context(redis_server(folder / f"node{index}", *options)))
@@ -142,13 +150,14 @@ class Proxy:
         self._left: int | None = None  # bytes of replies that still pass; None: all
         self._then = b""  # is sent behind them
         self._cut = False  # and then the connection ends; else it stays, silent
+        self._once = False  # what comes later passes again
         self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
-    def break_after(self, nbytes: int, then: bytes = b"", cut: bool = False) -> None:
+    def break_after(self, nbytes: int, then: bytes = b"", cut: bool = False, once: bool = False) -> None:
         """Replies pass for so many bytes more, counted over all connections."""
-        self._then, self._cut, self._left = then, cut, nbytes
+        self._then, self._cut, self._once, self._left = then, cut, once, nbytes
 
     def heal(self) -> None:
         """All passes again, on new connections."""
@@ -156,7 +165,7 @@ class Proxy:
 
     def close(self) -> None:
         for sock in (self._listener, *self._sockets):
-            with _ignoring(OSError):
+            with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         for thread in self._threads:
@@ -177,38 +186,78 @@ class Proxy:
                 thread.start()
 
     def _requests(self, client: socket.socket, server: socket.socket) -> None:
-        with _ignoring(OSError):
+        with suppress(OSError):
             while data := client.recv(1 << 16):
                 server.sendall(data)
-        with _ignoring(OSError):
+        with suppress(OSError):
             server.shutdown(socket.SHUT_RDWR)
 
     def _replies(self, server: socket.socket, client: socket.socket) -> None:
-        with _ignoring(OSError):
+        with suppress(OSError):
             while data := server.recv(1 << 16):
                 if self._left is None:
                     client.sendall(data)
                     continue
-                passing, self._left = data[: self._left], max(0, self._left - len(data))
+                passing, self._left = data[: self._left], self._left - len(data)
                 client.sendall(passing)
-                if self._left == 0:
+                if self._left <= 0:
+                    self._left = None if self._once else 0
                     client.sendall(self._then)
-                    break
-            if self._left == 0 and not self._cut:
-                return  # the rest of its replies goes nowhere
-        with _ignoring(OSError):
+                    if self._cut:
+                        break
+                    return  # the rest of its replies goes nowhere
+        with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def _ignoring(kind: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kind:
-        pass
 
 
 def spread(names: Sequence[bytes], cluster: RedisCluster) -> list[int]:
     """Which server of the cluster has each of the values."""
     with cluster.servers[0].client() as client:
         return [cluster.owner(client.execute_command("CLUSTER KEYSLOT", name)) for name in names]
+
+
+# -- stores ------------------------------------------------------------------------------------------------------------
+
+
+def store_of(url: str) -> RemoteStore:
+    return make_store(RemoteUrl.parse(url))
+
+
+def fresh(url: str) -> MakeStore:
+    """Stores at a URL, with a prefix that nobody has used."""
+    full = f"{url}{'&' if '?' in url else '?'}prefix={secrets.token_hex(4)}/"
+    return lambda: store_of(full)
+
+
+@contextmanager
+def bench_of(make: MakeStore | str, count: int = 8, payload_nbytes: int = 70_000) -> Iterator[Bench]:
+    bench = Bench(fresh(make) if isinstance(make, str) else make, count, payload_nbytes)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def fails(bench: Bench, call: Any, timeout_s: float) -> str:
+    """What the call's RemoteError says. It comes soon after the time is up."""
+    began = time.monotonic()
+    with pytest.raises(RemoteError) as error:
+        bench.run(call)
+    assert time.monotonic() - began < timeout_s + LATE_S
+    return str(error.value)
+
+
+def refused(url: str) -> str:
+    """The ConfigError of making and opening a store. It tells no password."""
+
+    async def attempt() -> None:
+        store = store_of(url)
+        try:
+            await store.open()
+        finally:
+            await store.close()
+
+    with pytest.raises(ConfigError) as error:
+        asyncio.run(attempt())
+    assert "hush" not in str(error.value)
+    return str(error.value)
