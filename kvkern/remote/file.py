@@ -89,6 +89,7 @@ class FileStore:
             await self.close()
             raise
         except OSError as error:
+            self._trouble = error
             raise RemoteError(f"file://{self._root}: {error}") from error
         finally:
             if not self._closed.is_set():

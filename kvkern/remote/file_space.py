@@ -8,14 +8,16 @@
 
     scan     every file: count its bytes, keep the POOL least recently used; leftover temporaries go
     room     while counted + reserved > capacity: take the oldest of the pool
-               gone? uncount it    used since the scan? back to the young end    else unlink it
+               used since the scan? back to the young end    else unlink it and uncount it
 
 With at most POOL values the pool is all of them in order of last use, own writes included: exact LRU to REFRESH_S. With
 more, the scan finds the POOL oldest, which is exact as well, and the next scan is due when half of them are gone.
 
 Several writers, of any node, share a directory without talking. Each counts its own writes at once and those of others
-at its next scan, so together they may overshoot by what the others wrote since. They agree on which values are oldest, so
-that two who see the same excess remove the same files, and what one finds gone it need not remove: nobody evicts twice.
+at its next scan. One that needs room and finds the oldest gone does not count that as room: another has taken it for
+values not yet seen here. So each removes as much as it writes, and together they stay at the capacity, give or take what
+they wrote between two scans while it filled up. An excess that a scan finds is there for all to see: they agree on which
+values are the oldest, and one that is gone has been removed for everybody.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Space:
         self._counted: dict[str, int] = {}  # directory: bytes
         self._used = 0  # their sum
         self._reserved = 0  # of values that are being written
+        self._leaving = 0  # of values that are being removed, which are counted still
         # While a scan is under way: what it has counted so far, what is still to come, own writes since its start.
         self._fresh: dict[str, int] = {}
         self._to_come: set[str] = set()
@@ -75,7 +78,7 @@ class Space:
         """Make room for a value that is about to be written, or say that there is none now."""
         with self._lock:
             self._reserved += nbytes
-        if nbytes <= self.capacity_nbytes and self.trim():
+        if nbytes <= self.capacity_nbytes and self._trim(for_all=False):
             return True
         self.release(nbytes)
         return False
@@ -108,34 +111,56 @@ class Space:
             self._count(name, -nbytes)
 
     def trim(self) -> bool:
-        """Evict what is above the capacity; False if that much cannot be found."""
-        while self._used + self._reserved > self.capacity_nbytes:
-            if self._evict_one() is None:
-                return False
-        return True
+        """Evict what a scan has found to be above the capacity; False if that much cannot be found."""
+        return self._trim(for_all=True)
 
     def evict(self, nbytes: int) -> bool:
         """Make the disk less full, whatever the capacity says: by this much or some of the whole. False: nothing to evict."""
         goal, freed = max(nbytes, self._used // 64), 0
-        while freed < goal and (step := self._evict_one()) is not None:
-            freed += step
+        while freed < goal:
+            with self._lock:
+                victim = self._take()
+            if victim is None:
+                break
+            freed += self._drop(*victim, for_all=False)
         return freed > 0
 
-    def _evict_one(self) -> int | None:
-        """Bytes less after this step, none if the oldest was used meanwhile; None if there is nothing to take."""
-        with self._lock:
-            if not self._pool:
-                return None
-            name, (last_use, nbytes) = self._pool.popitem(last=False)
+    def _trim(self, for_all: bool) -> bool:
+        while True:
+            with self._lock:
+                if self._used + self._reserved - self._leaving <= self.capacity_nbytes:
+                    return True
+                victim = self._take()
+            if victim is None:
+                return False
+            self._drop(*victim, for_all)
+
+    def _take(self) -> tuple[str, int, int] | None:
+        if not self._pool:
+            self._complete = False  # what is still counted is not where it was
+            return None
+        name, (last_use, nbytes) = self._pool.popitem(last=False)
+        self._leaving += nbytes
+        return name, last_use, nbytes
+
+    def _drop(self, name: str, last_use: int, nbytes: int, for_all: bool) -> int:
+        """Bytes less: none if it was used meanwhile, or has gone for somebody else's values."""
         path = f"{self._root}/{name}"
-        with suppress(FileNotFoundError):
-            now = os.lstat(path)
-            if now.st_mtime_ns > last_use:
-                with self._lock:
-                    self._complete &= self._young(self._pool, name, (now.st_mtime_ns, now.st_size))
-                return 0
-            os.unlink(path)
-        self.removed(name, nbytes)
+        try:
+            try:
+                now = os.lstat(path)
+                if now.st_mtime_ns > last_use:
+                    with self._lock:
+                        self._complete &= self._young(self._pool, name, (now.st_mtime_ns, now.st_size))
+                    return 0
+                os.unlink(path)
+            except FileNotFoundError:
+                if not for_all:
+                    return 0
+            self.removed(name, nbytes)
+        finally:
+            with self._lock:
+                self._leaving -= nbytes
         return nbytes
 
     def _young(self, pool: OrderedDict[str, tuple[int, int]], name: str, entry: tuple[int, int]) -> bool:
