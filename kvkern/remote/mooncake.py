@@ -51,6 +51,7 @@ _RETRY_S = 1.0  # between two attempts to connect
 _REFUSED_RETRY_S = 30.0  # more, after one that the library refused: that takes a second of the whole process
 _ASK_THREADS = 2  # exists, delete
 _SEGMENT_NBYTES = 1 << 30
+_PEER_TO_PEER = "P2PHANDSHAKE"
 _MAX_REPLICAS, _MAX_THREADS = 64, 64
 _OPTIONS = ("segment", "protocol", "devices", "host", "metadata", "buffer", "replicas", "threads", "logs")
 
@@ -74,11 +75,15 @@ def make(url: RemoteUrl) -> MooncakeStore:
         raise ConfigError(f"protocol of {url} is {protocol!r}; expected tcp or rdma")
     if url.text("devices") and protocol != "rdma":
         raise ConfigError(f"devices of {url} are for protocol=rdma")
+    metadata = url.text("metadata", _PEER_TO_PEER)
+    if metadata != _PEER_TO_PEER and not metadata.startswith(("http://", "https://")):
+        # Of another the library may end the process.
+        raise ConfigError(f"metadata of {url} is {metadata!r}; expected {_PEER_TO_PEER} or http://host:8080/metadata")
     master = Master(url.host, url.port or _PORT)
     settings = Settings(
         master=str(master),
         host=url.text("host"),
-        metadata=url.text("metadata", "P2PHANDSHAKE"),
+        metadata=metadata,
         protocol=protocol,
         devices=url.text("devices"),
         segment_nbytes=0 if url.text("segment") == "0" else url.nbytes("segment", _SEGMENT_NBYTES),

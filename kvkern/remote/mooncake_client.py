@@ -46,6 +46,7 @@ _FATAL = 3
 
 _NO_ROOM, _BAD_SIZE, _NOT_READY, _NOT_FOUND, _EXISTS = -200, -600, -703, -704, -705
 _NO_REPLICA, _TRANSFER_FAILED, _NO_MASTER, _LATE_MASTER = -702, -800, -900, -901
+_THROWN = (RuntimeError, MemoryError, ValueError)  # what becomes of C++ exceptions
 _ABSENT = {_NO_REPLICA, _NOT_READY, _NOT_FOUND}
 _MEANING = {
     _NO_ROOM: "no room", _BAD_SIZE: "bad parameters", -707: "the lease ran out", -714: "in use",
@@ -64,13 +65,13 @@ class Settings:
 
     master: str  # host:port
     host: str  # of this node, for its peers
-    metadata: str = "P2PHANDSHAKE"
-    protocol: str = "tcp"
-    devices: str = ""
-    segment_nbytes: int = 0  # contributed to the store
-    buffer_nbytes: int = 0
-    replicas: int = 1
-    logs: bool = False
+    metadata: str  # P2PHANDSHAKE, or a server's URL
+    protocol: str
+    devices: str  # of RDMA, separated by commas; none: all
+    segment_nbytes: int  # contributed to the store
+    buffer_nbytes: int  # the library's, for values on disk
+    replicas: int
+    logs: bool
 
 
 class Client:
@@ -101,19 +102,36 @@ class Client:
         self._port = socket.socket()
         self._port.bind(("", 0))
         self._library = library.MooncakeDistributedStore()
-        code = self._library.setup(
-            _address(settings.host, self._port.getsockname()[1]), settings.metadata, 0, settings.buffer_nbytes,
-            settings.protocol, settings.devices, settings.master,
-        )  # fmt: skip
-        if code == 0 and settings.segment_nbytes:
-            mounted = self._library.allocate_and_mount_segment(settings.segment_nbytes, settings.protocol, "")
-            code, self._segments = mounted["ret"], mounted["segment_ids"]
-        if code:
+        if why := self._set_up(settings):
             self.close()
-            raise RefusedError(
-                f"Mooncake's library cannot be set up with {settings} ({code}); it says why on stderr with logs=yes. "
-                f"It has to be of the master's version"
+            raise RefusedError(f"Mooncake's library takes no {why}; with logs=yes it says more on stderr")
+
+    def _set_up(self, settings: Settings) -> str:
+        """What it does not take, if anything."""
+        address = _address(settings.host, self._port.getsockname()[1])
+        try:
+            code = self._library.setup(
+                address,
+                settings.metadata,
+                0,
+                settings.buffer_nbytes,
+                settings.protocol,
+                settings.devices,
+                settings.master,
             )
+        except _THROWN as error:
+            code = str(error)
+        if code:
+            return (
+                f"setup ({code}) with the host {settings.host}, metadata={settings.metadata}, protocol={settings.protocol}, "
+                f"devices={settings.devices} and buffer={settings.buffer_nbytes}; the master has to be of its version"
+            )
+        if settings.segment_nbytes:
+            mounted = self._library.allocate_and_mount_segment(settings.segment_nbytes, settings.protocol, "")
+            self._segments = mounted["segment_ids"]
+            if mounted["ret"]:
+                return f"segment of {settings.segment_nbytes} bytes ({mounted['ret']}): contribute less"
+        return ""
 
     @property
     def gone(self) -> bool:
@@ -217,6 +235,8 @@ class Client:
             self._calls += 1
         try:
             yield self._library
+        except _THROWN as error:
+            raise RemoteError(f"Mooncake's library: {error}") from error
         finally:
             with self._state:
                 self._calls -= 1
