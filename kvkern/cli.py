@@ -47,6 +47,14 @@ def demo(
         str | None, typer.Option(help="Memory that kvkern may use. Default: for all documents, 2GiB at least.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's own log.")] = False,
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A store such as redis://host:6379. Then only this is measured, in about 3 minutes: what one node has "
+            "computed, another loads from the store; beside it vLLM alone, and its native hit.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 5 minutes."""
     from .demo import run
@@ -58,6 +66,7 @@ def demo(
         chart_path=chart,
         capacity=capacity,
         verbose=verbose,
+        remote=remote,
     )
     raise typer.Exit(run.demo(options))
 

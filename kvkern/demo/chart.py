@@ -17,9 +17,11 @@ STYLES = {
     "kvkern_hit": ("loaded by kvkern", "#e4572e"),
     "overcommit_kvkern": ("loaded by kvkern", "#e4572e"),
     "second_engine": ("by another engine", "#f2a65a"),
+    "remote": ("loaded from a remote store, another node has computed it", "#3a9679"),
     "overcommit_lru": ("what LRU keeps", "#b8a9c9"),
     "overcommit_grit": ("what GRIT keeps", "#7b4ea3"),
 }
+HIT_CASES = ("recompute", "native_hit", "kvkern_hit", "second_engine", "remote")  # a group for each length
 BAR_WIDTH = 0.8
 GROUP_GAP = 0.9
 
@@ -54,7 +56,7 @@ def _decade_below(value_s: float) -> float:
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    hits = [row for row in rows if row.case in ("recompute", "native_hit", "kvkern_hit", "second_engine")]
+    hits = [row for row in rows if row.case in HIT_CASES]
     beyond = [row for row in rows if row.case in ("overcommit_native", "overcommit_kvkern")]
     chosen = [row for row in rows if row.case in POLICY_CASES]
     lengths = sorted({row.prompt_tokens for row in hits})

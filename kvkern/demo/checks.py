@@ -3,6 +3,7 @@
     bf16      kvkern's answer == native hit's answer for the same prompt at the same cached length, bit for bit
     float32   recompute == native hit == kvkern hit: tokens equal, log-probabilities within FLOAT32_TOLERANCE
     policies  GRIT loads at least as many tokens as LRU, of the same requests
+    remote    what the second node's engine loads, its daemon has read from the remote store, for this very request
 
 Knows answers; knows nothing of engines. A comparison that could not be made counts as failed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from .wire import Answer
 
@@ -74,6 +76,45 @@ def loaded(answers: Sequence[Answer]) -> Finding:
     empty = [f"{_who(answer)} loaded nothing" for answer in asked if not answer.cached_tokens]
     empty += [f"no {case} loaded a token" for case in LOADED_CASES if not _any_loaded(asked, case)]
     return Finding("tokens were loaded", len(asked), tuple(empty))
+
+
+def remote(answers: Sequence[Answer]) -> list[Finding]:
+    """Return every check of the demo with a remote store; the last one is of tokens and log-probabilities."""
+    ours = [answer for answer in answers if answer.case == "remote"]
+    empty = [f"{_who(answer)} loaded nothing" for answer in ours if not answer.loaded_tokens]
+    elsewhere = [
+        f"{_who(answer)} loaded {answer.loaded_tokens} tokens, of which the store gave {answer.remote_tokens}"
+        for answer in ours
+        if answer.remote_tokens < answer.loaded_tokens
+    ]
+    elsewhere += [
+        f"{_who(answer)} found {answer.cached_tokens} tokens before any node had computed them"
+        for answer in answers
+        if answer.case in ("fill", "recompute") and answer.cached_tokens
+    ]
+    equal = _against_native("bf16, another node's chunks = native hit", answers, ("remote",))
+    return [
+        Finding("tokens were loaded", len(ours), tuple(empty), _speeds(answers)),
+        Finding("all of them through the remote store", len(ours), tuple(elsewhere)),
+        equal,
+    ]
+
+
+def _speeds(answers: Sequence[Answer]) -> str:
+    """Medians for each prompt length that all three were measured at."""
+    lines = []
+    for length in sorted({answer.prompt_tokens for answer in answers}):
+        times_s = [
+            [answer.ttft_s for answer in answers if answer.case == case and answer.prompt_tokens == length]
+            for case in ("remote", "native_hit", "recompute")
+        ]
+        if all(times_s):
+            ours_s, native_s, computed_s = map(median, times_s)
+            lines.append(
+                f"{length:,} tokens in {ours_s:.3f} s, {ours_s / native_s:.2f}x of a native hit and "
+                f"{computed_s / ours_s:.1f}x faster than computing"
+            )
+    return "; ".join(lines)
 
 
 def policies(answers: Sequence[Answer]) -> Finding:

@@ -35,9 +35,9 @@ def main() -> None:
         engine = Engine(job.engine)
         try:
             start_s = time.monotonic() - started_s
-            engine.warm_up(library.tokens)
+            engine.warm_up(library.tokens, job.salt)
             emit(wire.Progress(f"engine up after {start_s:.0f} s, warm after {time.monotonic() - started_s:.0f} s"))
-            PHASES[job.phase](Desk(engine, desk_library, job.plan, emit, job.engine.kvkern_socket))
+            PHASES[job.phase](Desk(engine, desk_library, job.plan, emit, job.engine.kvkern_socket, job.salt))
             if job.until is not None:
                 emit(wire.Ready())
                 while not Path(job.until).exists():

@@ -59,10 +59,10 @@ class Engine:
         self._llm = LLM(**engine_kwargs(spec), kv_transfer_config=connector(spec), disable_log_stats=False)
         self._serial = itertools.count()
 
-    def warm_up(self, library_tokens: Sequence[int]) -> None:
+    def warm_up(self, library_tokens: Sequence[int], salt: str | None = None) -> None:
         """Run two short requests: the first one in a process pays seconds for set-up inside torch and oneDNN."""
         for num_tokens in (16, 256):
-            self.ask("warm_up", "warm_up", library_tokens[:num_tokens], 2)
+            self.ask("warm_up", "warm_up", library_tokens[:num_tokens], 2, salt)
 
     def ask(
         self,

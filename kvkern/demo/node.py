@@ -12,14 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from ..errors import ConfigError
 from ..node.operator import Operator
-from ..node.protocol import Stat
+from ..node.protocol import MAX_ROWS, Clear, List, Stat
 from .process import EngineFailed, environment
 
 START_LIMIT_S = 120.0
@@ -29,13 +29,19 @@ RESTART_S = 0.5  # how long it stays away
 class Daemon:
     """`kvkern serve` over an arena of its own, as long as the `with` block lasts."""
 
-    def __init__(self, capacity: str, log: Path) -> None:
+    def __init__(
+        self,
+        capacity: str,
+        log: Path,
+        name: str = "node",  # no two at a time have the same
+        options: Sequence[str] = (),  # more of `kvkern serve`
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvkern-demo-")
         self.socket = Path(self._folder.name) / "kvkern.sock"
-        self._name = f"demo-{os.getpid()}"
+        self._name = f"demo-{os.getpid()}-{name}"
         self._command = [
             sys.executable, "-m", "kvkern", "serve", "--socket", str(self.socket), "--capacity", capacity,
-            "--name", self._name,
+            "--name", self._name, *options,
         ]  # fmt: skip
         self._log_path = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,6 +92,21 @@ def stat(socket: Path) -> dict[str, Any]:
     """The daemon's counters. Raises ConfigError while it is away."""
     with Operator(socket) as daemon:
         return daemon.ask(Stat(1))[0]
+
+
+def clear(socket: Path) -> None:
+    """The daemon forgets every chunk in its memory. Raises ConfigError while it is away."""
+    with Operator(socket) as daemon:
+        daemon.ask(Clear(1, None))
+
+
+def keys(socket: Path) -> list[bytes]:
+    """Of the chunks in its memory; none while it is away."""
+    try:
+        with Operator(socket) as daemon:
+            return [bytes.fromhex(row["key"]) for row in daemon.ask(List(1, b"", MAX_ROWS))]
+    except ConfigError:
+        return []
 
 
 def wait_for(socket: Path, condition: Callable[[dict[str, Any]], object], limit_s: float = 60.0) -> dict[str, Any]:

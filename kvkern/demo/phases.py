@@ -6,6 +6,8 @@ float32   recompute, native hit and kvkern hit of the same prompt, where all thr
 first     computes documents through a daemon, and stays up
 second    another engine beside it: (forget, second_engine, native hit) x pairs; kills the daemon; the same as daemon_restart
 again     a new engine when both are gone: the same as engine_restart
+computed  of the remote demo: short and long document, forgotten before each (recompute)
+remote    an engine of another node, whose memory is emptied before each: (forget, remote, native hit) x pairs
 lru, grit the requests of mixed.py, four times what the arena holds; vLLM forgets before each, so only kvkern can have it
 both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
 """
@@ -17,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Protocol
+
+import msgspec
 
 from . import mixed, node
 from .prompts import Library
@@ -40,9 +44,17 @@ Turn = tuple[Answer, list[int]]  # and its prompt
 class Desk:
     """Asks an engine and passes every answer on."""
 
-    def __init__(self, engine: Asks, library: Library, plan: Plan, emit: Emit, socket: str | None = None) -> None:
-        self.engine, self.library, self.plan, self._emit = engine, library, plan, emit
-        self.socket = Path(socket or "")
+    def __init__(
+        self,
+        engine: Asks,
+        library: Library,
+        plan: Plan,
+        emit: Emit,
+        socket: str | None = None,  # of the engine's daemon
+        salt: str | None = None,
+    ) -> None:
+        self.engine, self.library, self.plan, self.emit = engine, library, plan, emit
+        self.socket, self.salt = Path(socket or ""), salt
         self.overcommit = self._documents("overcommit", plan.overcommit_prompts, plan.short_tokens)
         self.long = self._documents("long", plan.long_runs, plan.long_tokens)
         self.turns = [library.document(plan.turn_tokens) for _ in range(plan.turns)]
@@ -51,9 +63,15 @@ class Desk:
     def ask(
         self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None, salt: str | None = None
     ) -> Answer:
-        answer = self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens, salt)
-        self._emit(answer)
+        answer = self.ask_quietly(case, prompt_id, prompt, reply_tokens, salt)
+        self.emit(answer)
         return answer
+
+    def ask_quietly(
+        self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None, salt: str | None = None
+    ) -> Answer:
+        """The answer is the caller's to pass on."""
+        return self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens, salt or self.salt)
 
     def ask_all(self, case: str, prompts: Prompts) -> list[Answer]:
         """Ask every prompt once, in order, for one token: only the time counts."""
@@ -64,7 +82,7 @@ class Desk:
         return answers
 
     def say(self, text: str) -> None:
-        self._emit(Progress(text))
+        self.emit(Progress(text))
 
     def _documents(self, kind: str, count: int, num_tokens: int) -> Prompts:
         return {f"{kind}-{index}": self.library.document(num_tokens) for index in range(count)}
@@ -128,6 +146,38 @@ def again_on_node(desk: Desk) -> None:
     _load_pairs(desk, _node_documents(desk), "engine_restart", "engine_restart_native", desk.plan.node_pairs)
 
 
+def computed(desk: Desk) -> None:
+    """What the documents cost who has nothing of them."""
+    for prompt_id, prompt in _node_documents(desk).items():
+        answers = []
+        for _ in range(desk.plan.long_runs):
+            desk.engine.forget()
+            answers.append(desk.ask("recompute", prompt_id, prompt, 1))
+        ttft_s = median(answer.ttft_s for answer in answers)
+        desk.say(f"recompute: {len(answers)} x {len(prompt):,} tokens, median {ttft_s:.2f} s to the first token")
+
+
+def other_node(desk: Desk) -> None:
+    """Loads what the first node has written to the remote store, and has nowhere else."""
+    _load_pairs(desk, _node_documents(desk), "remote", "native_hit", desk.plan.node_pairs, partial(_from_remote, desk))
+    row = node.stat(desk.socket)
+    if late := row["remote_late_chunks"]:
+        desk.say(f"{late} chunks came when computing would have been done: the engine had gone on without them")
+    if gated := row["remote_gated_chunks"]:
+        desk.say(f"{gated} chunks were left in the store: it takes longer than computing them")
+
+
+def _from_remote(desk: Desk, case: str, prompt_id: str, prompt: list[int]) -> Answer:
+    """Ask when the daemon's memory is empty; the answer tells what the daemon has read from the store for it."""
+    node.clear(desk.socket)
+    before = node.stat(desk.socket)["remote_hit_chunks"]
+    answer = desk.ask_quietly(case, prompt_id, prompt)
+    chunks = node.stat(desk.socket)["remote_hit_chunks"] - before
+    answer = msgspec.structs.replace(answer, remote_tokens=chunks * BLOCK_TOKENS)
+    desk.emit(answer)
+    return answer
+
+
 def _node_documents(desk: Desk) -> Prompts:
     return desk.short | dict(list(desk.long.items())[:1])
 
@@ -138,13 +188,21 @@ def _hit_pairs(desk: Desk, prompts: Prompts) -> None:
     _load_pairs(desk, prompts, "kvkern_hit", "native_hit", desk.plan.pairs)
 
 
-def _load_pairs(desk: Desk, prompts: Prompts, case: str, native_case: str, count: int) -> None:
+def _load_pairs(
+    desk: Desk,
+    prompts: Prompts,
+    case: str,
+    native_case: str,
+    count: int,
+    load: Callable[[str, str, list[int]], Answer] | None = None,  # how it is asked for; None: as anything
+) -> None:
     """Ask for each prompt: vLLM forgets, it is loaded, it is hit natively."""
+    load = load or desk.ask
     for prompt_id, prompt in prompts.items():
         pairs = []
         for _ in range(count):
             desk.engine.forget()
-            pairs.append((desk.ask(case, prompt_id, prompt), desk.ask(native_case, prompt_id, prompt)))
+            pairs.append((load(case, prompt_id, prompt), desk.ask(native_case, prompt_id, prompt)))
         ours_s, native_s = (median(answer.ttft_s for answer in side) for side in zip(*pairs, strict=True))
         title = case.replace("_", " ")
         desk.say(f"{len(pairs)} x {len(prompt):,} tokens: {title} {ours_s:.3f} s, native hit {native_s:.3f} s")
@@ -216,6 +274,8 @@ PHASES: dict[str, Callable[[Desk], None]] = {
     "first": first_of_node,
     "second": second_of_node,
     "again": again_on_node,
+    "computed": computed,
+    "remote": other_node,
     "lru": partial(overcommitted, case="overcommit_lru"),
     "grit": partial(overcommitted, case="overcommit_grit"),
 }

@@ -27,6 +27,7 @@ CASES = {
     "second_engine": "recompute",
     "engine_restart": "recompute",
     "daemon_restart": "recompute",
+    "remote": "recompute",
     "overcommit_native": None,
     "overcommit_kvkern": "overcommit_native",
     "overcommit_lru": None,
@@ -39,9 +40,13 @@ CAPTION = (
     "second engine to daemon: through the node's daemon, of what another engine process has computed. 4x arena: turns that "
     "come back, among as much as four of kvkern's arenas hold; faster: than with LRU."
 )
+REMOTE_CAPTION = (
+    "reused: not computed. loaded: of these, from kvkern. faster: than computing. another node: an engine whose daemon had "
+    "nothing in memory and read it from the remote store, where the first node's daemon had written it."
+)
 NODE_CASES = ("second_engine", "engine_restart", "daemon_restart")
 # The native hits measured beside each, in the same engine.
-NATIVE = {"kvkern_hit": "native_hit"} | {case: f"{case}_native" for case in NODE_CASES}
+NATIVE = {"kvkern_hit": "native_hit", "remote": "native_hit"} | {case: f"{case}_native" for case in NODE_CASES}
 TITLES = {
     "recompute": "recompute",
     "native_hit": "native hit",
@@ -49,6 +54,7 @@ TITLES = {
     "second_engine": "second engine",
     "engine_restart": "engine restarted",
     "daemon_restart": "daemon killed, back",
+    "remote": "another node, remote",
     "overcommit_native": "overcommit, vLLM",
     "overcommit_kvkern": "overcommit, kvkern",
     "overcommit_lru": "4x arena, LRU",
@@ -109,7 +115,7 @@ def table(shown: Sequence[Row]) -> Table:
     """Return the table for the terminal."""
     result = Table(
         title="Time to first token (TTFT), medians",
-        caption=CAPTION,
+        caption=REMOTE_CAPTION if any(row.case == "remote" for row in shown) else CAPTION,
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -129,7 +135,7 @@ def table(shown: Sequence[Row]) -> Table:
             f"{base.ttft_s / row.ttft_s:.1f}x" if base else "",
             f"{row.ttft_s / row.native_ttft_s:.2f}x" if row.native_ttft_s else "",
             str(row.runs),
-            end_section=row.case in ("daemon_restart", "overcommit_kvkern"),
+            end_section=row.case in ("daemon_restart", "overcommit_kvkern", "remote"),
         )
     return result
 

@@ -6,6 +6,7 @@ Knows the order of things; each thing is a module of its own.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from . import chart, checks, model, need, node, process, report
+from . import chart, checks, model, need, node, process, report, store
 from .wire import Answer, Done, EngineSpec, Event, Job, Mix, Plan, Progress, Ready
 
 EXIT_OK = 0
 EXIT_WRONG = 1  # tokens differ, or nothing was loaded
-EXIT_NOT_READY = 2  # a package or the model is missing
+EXIT_NOT_READY = 2  # a package, the model or the remote store is missing
 EXIT_ENGINE = 3  # an engine did not come up or died
 EXIT_INTERRUPTED = 130
 
@@ -29,6 +30,7 @@ POOL_TOKENS = 127 * 128  # of vLLM's own KV pool in bf16: the long document fits
 CAPACITY_TOKENS = 1 << 16  # that kvkern can keep at least: all documents of the demo
 MIN_CAPACITY_NBYTES = 2 << 30
 FLOAT32_MODEL_TOKENS = 4096  # the same pool holds half the tokens in float32
+WRITE_LIMIT_S = 120.0  # that the remote store may take for all documents
 SLOT_EXTRA_NBYTES = 2 * 4096  # of a slot beside a block's keys and values: its header, and the rounding
 
 
@@ -39,9 +41,10 @@ class Options:
     model: Path | None = None  # None: build the demo's own
     workdir: Path = field(default_factory=lambda: default_workdir())
     json_path: Path | None = None
-    chart_path: Path | None = None  # None: demo.png in the workdir
+    chart_path: Path | None = None  # None: demo.png or demo-remote.png in the workdir
     capacity: str | None = None  # None: enough for every document, 2 GiB at least
     verbose: bool = False
+    remote: str | None = None  # URL of a store: only what two nodes share by it is measured
 
 
 def default_workdir() -> Path:
@@ -83,14 +86,19 @@ def demo(options: Options, plan: Plan | None = None) -> int:
 
 def _demo(options: Options, plan: Plan, clock: Clock) -> int:
     need.require_packages()
+    if options.remote is not None:
+        store.check(options.remote)
     options.workdir.mkdir(parents=True, exist_ok=True)
     folder = _model(options, clock)
     logs = process.Logs(options.workdir, options.verbose)
-    answers: list[Answer] = []
-    for title, job in jobs(folder, options.capacity, plan):
-        clock.say(f"[bold]{title}[/bold]: starting the engine (15 to 40 s)")
-        answers += _answers(job, logs, clock.say)
-    answers += _node_answers(folder, options.capacity, plan, logs, clock.say)
+    if options.remote is not None:
+        answers = _remote_answers(options.remote, folder, options.capacity, plan, logs, clock.say)
+    else:
+        answers = []
+        for title, job in jobs(folder, options.capacity, plan):
+            clock.say(f"[bold]{title}[/bold]: starting the engine (15 to 40 s)")
+            answers += _answers(job, logs, clock.say)
+        answers += _node_answers(folder, options.capacity, plan, logs, clock.say)
     return _conclude(options, answers, clock)
 
 
@@ -130,6 +138,56 @@ def _node_answers(
         say("[bold]an engine restarted[/bold]: starting it")
         answers += _answers(Job("again", spec, plan), logs, say)
     return answers
+
+
+def _remote_answers(
+    url: str, folder: Path, capacity: str | None, plan: Plan, logs: process.Logs, say: Callable[[str], None]
+) -> list[Answer]:
+    """Two nodes one after the other, which have nothing in common but the store; nothing of theirs stays in it."""
+    salt, keys = secrets.token_hex(8), list[bytes]()  # what is there from earlier runs is another tenant's
+    capacity = capacity or default_capacity(folder)
+    say("[bold]vLLM alone, bf16[/bold]: starting the engine (15 to 40 s)")
+    answers = _answers(Job("computed", engine_spec(folder), plan, salt=salt), logs, say)
+    try:
+        say(f"[bold]one node[/bold], which writes all it has to {store.name(url)}: starting its daemon and an engine")
+        writes = ("--remote", url, "--persist", "all", "--remote-queue", capacity)
+        with node.Daemon(capacity, logs.path("daemon-first"), "first", writes) as daemon:
+            spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
+            try:
+                answers += _answers(Job("first", spec, plan, salt=salt), logs, say)
+                _wait_until_written(daemon.socket, say)
+            finally:
+                keys += node.keys(daemon.socket)
+        say("[bold]another node[/bold]; the first one is gone, its memory too: starting a daemon and an engine")
+        with node.Daemon(capacity, logs.path("daemon-second"), "second", ("--remote", url)) as daemon:
+            spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
+            answers += _answers(Job("remote", spec, plan, salt=salt), logs, say)
+    finally:
+        _leave_nothing(url, keys, say)
+    return answers
+
+
+def _wait_until_written(socket: Path, say: Callable[[str], None]) -> None:
+    """Raises EngineFailed if the store does not take all of it."""
+
+    def over(row: dict[str, int]) -> bool:
+        return row.get("remote_written_chunks", 0) + row.get("remote_dropped_chunks", 0) >= row.get("chunks", 0)
+
+    row = node.wait_for(socket, over, WRITE_LIMIT_S)
+    if row["remote_dropped_chunks"]:
+        raise process.EngineFailed(
+            f"the remote store took {row['remote_written_chunks']} of {row['chunks']} chunks of {row['slot_nbytes']:,} bytes "
+            f"({row['remote_failures']} calls failed): see that it runs and has room"
+        )
+    nbytes = row["remote_written_chunks"] * row["slot_nbytes"]
+    say(f"  {row['remote_written_chunks']} chunks written to the store, {nbytes / 1e6:.0f} MB")
+
+
+def _leave_nothing(url: str, keys: list[bytes], say: Callable[[str], None]) -> None:
+    try:
+        store.delete(url, keys)
+    except need.NotReadyError as failure:
+        say(f"up to {len(keys)} values of the demo stay in the store: {failure}")
 
 
 def engine_spec(folder: Path) -> EngineSpec:
@@ -180,8 +238,12 @@ def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[An
 
 def _conclude(options: Options, answers: list[Answer], clock: Clock) -> int:
     shown = report.rows(answers)
-    equal = checks.judge(answers)
-    findings = [checks.loaded(answers), checks.policies(answers), *equal]
+    if options.remote is not None:
+        findings = checks.remote(answers)
+        equal = findings[-1:]
+    else:
+        equal = checks.judge(answers)
+        findings = [checks.loaded(answers), checks.policies(answers), *equal]
     clock.console.print()
     clock.console.print(report.table(shown))
     for finding in findings:
@@ -197,7 +259,7 @@ def _write(
     options: Options, shown: list[report.Row], findings: list[checks.Finding], tokens_equal: bool, clock: Clock
 ) -> None:
     meta = report.meta()
-    chart_path = options.chart_path or options.workdir / "demo.png"
+    chart_path = options.chart_path or options.workdir / ("demo.png" if options.remote is None else "demo-remote.png")
     chart.draw(shown, chart_path, subtitle(meta))
     clock.console.print(f"chart: {chart_path}", highlight=False, soft_wrap=True)
     if options.json_path is not None:

@@ -66,6 +66,7 @@ class Job(msgspec.Struct, frozen=True):
     engine: EngineSpec
     plan: Plan
     until: str | None = None  # a path: the engine stays up after its phase until it exists
+    salt: str | None = None  # of every request that has none of its own: a tenant that no earlier run was
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -82,6 +83,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int  # not computed: from vLLM's own cache and from kvkern
     loaded_tokens: int  # of these, from kvkern
+    remote_tokens: int = 0  # that the daemon read from its remote store meanwhile, where it was asked
     ttft_s: float  # client's wall clock, from handing the request over to the first token
     tokens: tuple[int, ...]  # greedy
     logprobs: tuple[tuple[tuple[int, float], ...], ...]  # per token: the best five as (token, log-probability)

@@ -1,0 +1,106 @@
+"""`make demo-remote`: a Redis server of its own for `kvkern demo --remote`, as long as that takes.
+
+Started as `python -m kvkern.demo.redis_server [OPTIONS OF kvkern demo]`. The server listens on 127.0.0.1 alone, keeps
+nothing on disk, and does not outlive this process, however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from .need import NotReadyError
+
+PROGRAMS = ("redis-server", "valkey-server")
+MAX_MEMORY = "1gb"
+START_LIMIT_S = 20.0
+STOP_LIMIT_S = 10.0
+READY = b"eady to accept connections"  # in its log: whoever else may answer on the port
+EXIT_NOT_READY = 2
+_PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """The URL of a server that runs until the block is left. Raises NotReadyError if there is none to start."""
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        raise NotReadyError("`make demo-remote` needs redis-server; on Debian and Ubuntu: apt-get install redis-server")
+    with tempfile.TemporaryDirectory(prefix="kvkern-demo-redis-") as folder:
+        port, log = _free_port(), Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [
+                    program, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no",
+                    "--maxmemory", MAX_MEMORY, "--maxmemory-policy", "allkeys-lru",
+                ],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=_end_with_parent,
+                start_new_session=True,  # Ctrl-C is for the demo, which still needs it to clean up
+            )  # fmt: skip
+        try:
+            _wait(process, log)
+            yield f"redis://127.0.0.1:{port}"
+        finally:
+            _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """Also of a parent that is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while READY not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > deadline:
+            said = log.read_text(errors="replace")[-2000:]
+            raise NotReadyError(f"redis-server did not start in {START_LIMIT_S:.0f} s; it says:\n{said}")
+        time.sleep(0.02)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the demo on such a server and exit with its status."""
+    from ..cli import app
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        with running() as url:
+            app(["demo", "--remote", url, *arguments], prog_name="kvkern")
+    except NotReadyError as failure:
+        print(f"kvkern demo: {failure}", file=sys.stderr)
+        sys.exit(EXIT_NOT_READY)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
