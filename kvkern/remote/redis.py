@@ -16,7 +16,8 @@
     verify=yes|no                    yes      no: any certificate will do
 
 The server should evict: `maxmemory 64gb`, `maxmemory-policy allkeys-lru`, no persistence. Full and told not to evict, it
-takes no value and `put` says so. Rights needed: +get +set +exists +unlink ~PREFIXkvkern*, in a cluster +cluster|slots.
+takes no value and `put` says so. A value may have 512 MiB (its proto-max-bulk-len). Rights needed: +get +set +exists
++unlink ~PREFIXkvkern*, in a cluster +cluster|slots.
 
 A server that fails in the middle of a `get` or an `exists` ends the prefix there: what came before it is good, and keys
 behind it count as absent. RemoteError is for calls that leave nothing: the first key failed, or a write did.

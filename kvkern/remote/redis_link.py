@@ -237,15 +237,19 @@ class Dialer:
             return RefusedError(_REMEDIES["NOPERM"].format(name=name, said=said))
         if self.database and isinstance(error, exceptions.ResponseError):
             return RefusedError(f"{name} has no database {self.database} ({said}); name one that it has, most often /0")
-        hint = (
-            "; perhaps it wants a certificate of ours, cert_file and key_file" if self._lacks_certificate(error) else ""
-        )
-        return RemoteError(f"{name} cannot be reached: {said}{hint}")
+        return RemoteError(f"{name} cannot be reached: {said}{self._hint(error)}")
 
-    def _lacks_certificate(self, error: BaseException) -> bool:
-        """Whether it may be that: a server that misses one hangs up, and its reason is most often lost."""
-        hung_up = any(isinstance(cause, ssl.SSLEOFError | ConnectionError) for cause in _causes(error))
-        return self.tls is not None and not self.tls["ssl_certfile"] and hung_up
+    def _hint(self, error: BaseException) -> str:
+        """What it may be: a server that is spoken to in the wrong way hangs up or waits, and seldom says why."""
+        causes = list(_causes(error))
+        late = any(isinstance(cause, TimeoutError) for cause in causes)
+        if self.socket_path or isinstance(causes[-1], ConnectionRefusedError | socket.gaierror):
+            return ""
+        if self.tls is None:
+            return "" if late else "; if it wants TLS, say rediss:// or valkeys://"
+        if late:
+            return "; if it speaks no TLS, say redis:// or valkey://"
+        return "" if self.tls["ssl_certfile"] else "; if it wants a certificate of ours, give cert_file and key_file"
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:
@@ -258,7 +262,7 @@ _REMEDIES = {  # the first word of an error that a user can mend
     "NOAUTH": "{name} does not let us in ({said}); give user and password: scheme://user:password@host, or password_file",
     "WRONGPASS": "{name} does not let us in ({said}); mend user and password of the URL",
     "NOPERM": "{name} gives too few rights ({said}); on the server: ACL SETUSER <user> +get +set +exists +unlink "
-    "+cluster ~<prefix>kvkern*",
+    "~<prefix>kvkern*, and in a cluster +cluster|slots",
     "READONLY": "{name} is a replica ({said}); name its master",
     "MOVED": "{name} belongs to a cluster ({said}); say redis+cluster:// (rediss+cluster:// with TLS)",
 }

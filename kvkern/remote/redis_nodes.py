@@ -68,16 +68,16 @@ class Server:
 
     def slots(self, deadline: float) -> Any:
         """What it says of its cluster's slots, in whatever form. Raises RemoteError."""
+        connection = self._dialer.dial(self.address, deadline)
         try:
-            connection = self._dialer.dial(self.address, deadline)
             connection.send_command("CLUSTER", "SLOTS")
-            answer = connection.read_response()
+            return connection.read_response()
         except exceptions.ResponseError as error:
             raise refusal(self.name, b"-%s" % str(error).encode()) from error
         except (exceptions.RedisError, OSError, ValueError) as error:
             raise self._broken(error) from error
-        self._give(Link(connection, self.address, self.name))
-        return answer
+        finally:
+            connection.disconnect()
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed when it comes back."""

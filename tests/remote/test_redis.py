@@ -118,7 +118,7 @@ def test_not_all_is_read_behind_a_miss(server: RedisServer) -> None:
         bench.put(keys[1:], bench.values()[1:])
         client.config_resetstat()
         assert bench.get(keys, bench.into())[0] == MISS
-        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 20  # two connections' windows
+        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 10  # two connections' windows
 
 
 def test_values_of_another_size_keep_the_connection(server: RedisServer, proxy: Proxy) -> None:
@@ -161,9 +161,10 @@ def test_a_full_server_takes_nothing(tmp_path: Path) -> None:
         assert bench.exists(keys) == stored
         there = [key for key, ok in zip(keys, stored, strict=True) if ok]
         assert bench.get(there, bench.into()[: len(there)]) == [HIT] * len(there)
-        assert bench.put([key_of(99)], bench.values()[:1]) == [False]
+        more = [key_of(100 + i) for i in range(24)]  # what requests took of its memory may be free by now
+        assert not all(bench.put([key], bench.values()[:1])[0] for key in more)
         bench.another()  # to open one is no error
-        bench.run(bench.store.delete(there, 10))
+        bench.run(bench.store.delete([*there, *more], 10))
         assert bench.put([key_of(99)], bench.values()[:1]) == [True]
 
 
@@ -371,10 +372,19 @@ def test_certificates_that_do_not_verify(tls: RedisServer, files: str, server: R
         (ConfigError, RemoteError), match="cert_file and key_file"
     ):  # its reason comes through or does not
         asyncio.run(store_of(f"rediss://{at}?ca_file={folder}/ca.crt").open())
-    assert "check that the port is its TLS port" in refused(f"rediss://127.0.0.1:{server.port}")
     assert "no TLS with" in refused(f"rediss://{at}?ca_file={folder}/names")
     with bench_of(f"rediss://{at}?{ours}&verify=no") as bench:
         assert bench.put([key_of(1)], bench.values()[:1]) == [True]
+
+
+def test_tls_on_one_side_only(monkeypatch: pytest.MonkeyPatch, server: RedisServer, tls: RedisServer) -> None:
+    monkeypatch.setattr("kvkern.remote.redis._OPEN_S", 0.3)
+    for url, says in {
+        f"rediss://127.0.0.1:{server.port}": "if it speaks no TLS, say redis://",
+        f"redis://127.0.0.1:{tls.port}": "if it wants TLS, say rediss://",
+    }.items():
+        with pytest.raises(RemoteError, match=says):
+            asyncio.run(store_of(url).open())
 
 
 def test_the_wrong_kind_of_server(server: RedisServer, tmp_path: Path) -> None:
