@@ -42,7 +42,7 @@ def demo(
         typer.Option(help="Holds the built model, the engines' logs and the chart. Default: in the temp dir."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write the chart there. Default: demo.png in the workdir.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write the chart there. Default: in the workdir.")] = None,
     capacity: Annotated[
         str | None, typer.Option(help="Memory that kvkern may use. Default: for all documents, 2GiB at least.")
     ] = None,
@@ -57,8 +57,11 @@ def demo(
     ] = None,
 ) -> None:
     """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 5 minutes."""
-    from .demo import run
+    import signal
 
+    from .demo import process, run
+
+    process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)
     options = run.Options(
         model=model,
         workdir=workdir or run.default_workdir(),

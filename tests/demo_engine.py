@@ -65,6 +65,7 @@ class FakeEngine:
     arena: FakeArena | None = None  # instead: it forgets too
     block_tokens: int = BLOCK_TOKENS
     pool_blocks: int = POOL_BLOCKS
+    loaded_tokens: int = 0  # in all
 
     def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int, salt: str | None = None) -> Answer:
         reusable = self._prefixes(prompt[:-1], salt)  # vLLM computes at least one token
@@ -73,6 +74,7 @@ class FakeEngine:
         cached = max(native, _held(reusable, kept) if self.kvkern else 0)
         wrong = self.wrong_when_loaded and cached > native
         tokens = tuple((sum(prompt) + index + wrong) % 500 for index in range(reply_tokens))
+        self.loaded_tokens += cached - native
         ttft_s = 1e-3 * (len(prompt) - native - 0.9 * (cached - native))
         self._remember(self._prefixes([*prompt, *tokens[:-1]], salt), ttft_s)
         return Answer(
@@ -115,10 +117,24 @@ class FakeNode:
 
     engine: FakeEngine
     caches: bool = True
+    remote_hits: int = 0
+    _seen_tokens: int = 0
+    _empty: bool = False  # what is loaded now comes from the remote
 
     def kill(self, socket: Path) -> int:
         self.caches, self.engine.kvkern = self.engine.kvkern, False
         return 2
+
+    def clear(self, socket: Path) -> None:
+        self._empty = True
+
+    def stat(self, socket: Path) -> dict[str, int]:
+        came = self.engine.loaded_tokens - self._seen_tokens
+        if self._empty and came:
+            self.remote_hits += came // BLOCK_TOKENS
+            self._empty = False
+        self._seen_tokens += came
+        return {"remote_hit_chunks": self.remote_hits, "remote_late_chunks": 0, "remote_gated_chunks": 3}
 
     def wait_for(self, socket: Path, condition: Callable[[dict[str, int]], bool]) -> None:
         assert condition({"chunks": 10**6, "sessions": 2})
@@ -131,6 +147,7 @@ def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Pro
     events: list[Answer | Progress] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "node", FakeNode(engine, caches=engine.kvkern))
+        patch.setattr(phases, "BLOCK_TOKENS", BLOCK_TOKENS)
         phases.PHASES[phase](phases.Desk(engine, Library(list(range(50_000))), plan, events.append))
     return events
 
@@ -150,5 +167,16 @@ def all_answers(**flags: bool) -> list[Answer]:
         | {policy: policy_engine(policy, PLAN.mix, **flags) for policy in ("lru", "grit")}
         | {phase: FakeEngine(**ours, kept=kept) for phase in ("first", "second", "again")}
     )
+    events = [event for phase, engine in engines.items() for event in play(phase, engine)]
+    return [event for event in events if isinstance(event, Answer)]
+
+
+def remote_answers(**flags: bool) -> list[Answer]:
+    """Those of the demo with a remote store, which is what the two nodes share."""
+    ours = {"kvkern": True} | flags
+    kept: set[Prefix] = set()
+    engines = {"computed": FakeEngine(kvkern=False)} | {
+        node: FakeEngine(**ours, kept=kept) for node in ("first", "remote")
+    }
     events = [event for phase, engine in engines.items() for event in play(phase, engine)]
     return [event for event in events if isinstance(event, Answer)]

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 from . import wire
 from .engine import Engine
 from .phases import PHASES, Desk
+from .process import leave_on_signals
 from .prompts import Library
 
 
@@ -50,16 +50,12 @@ def main() -> None:
 def _stop_when_stdin_ends() -> None:
     """Turn the end of stdin into SystemExit in the main thread, wherever it waits."""
 
-    def leave(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
-        sys.exit(128 + number)
-
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, leave)
+    leave_on_signals(signal.SIGTERM)
     threading.Thread(target=watch, name="stdin", daemon=True).start()
 
 

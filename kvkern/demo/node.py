@@ -83,7 +83,12 @@ class Daemon:
             if self._ending.is_set():
                 return None
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(verbose=False)
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(verbose=False),
+                start_new_session=True,  # Ctrl-C is for the demo, which ends it when nobody needs it any more
             )
             return self._process
 

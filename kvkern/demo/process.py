@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from . import wire
@@ -90,6 +91,21 @@ def environment(*, verbose: bool) -> dict[str, str]:
         "PYTHONHASHSEED": "0",  # vLLM's block hashes start from it: engines that share a cache need the same
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked engine core would hold our pipe open after a crash
     }
+
+
+def leave_on_signals(*numbers: int) -> None:
+    """From now on these raise SystemExit in the main thread, wherever it waits: what it has started is ended with it.
+
+    A signal that is ignored, as under nohup, stays so.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 def reserved_cpus(

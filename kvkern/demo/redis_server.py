@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from .need import NotReadyError
+from .process import leave_on_signals
 
 PROGRAMS = ("redis-server", "valkey-server")
 MAX_MEMORY = "1gb"
@@ -87,19 +87,13 @@ def main(arguments: Sequence[str]) -> None:
     """Run the demo on such a server and exit with its status."""
     from ..cli import app
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    leave_on_signals(signal.SIGTERM, signal.SIGHUP)
     try:
         with running() as url:
             app(["demo", "--remote", url, *arguments], prog_name="kvkern")
     except NotReadyError as failure:
         print(f"kvkern demo: {failure}", file=sys.stderr)
         sys.exit(EXIT_NOT_READY)
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
