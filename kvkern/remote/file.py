@@ -4,7 +4,7 @@
 
 capacity   of all values together, default half of the file system; what goes first: file_space.py
 direct     O_DIRECT: `auto` where the file system takes it, `yes` insists, `no` never. Past the page cache a value is moved
-           by the drive alone: no copy, a fifth of the CPU time, no dirty pages for the kernel to throttle writers by, and
+           by the drive alone: no copy, a fraction of the CPU time, no dirty pages for the kernel to throttle writers by, and
            nothing of the engines' own files is pushed out of memory. What is asked for twice is kept by the tier above.
            Values whose memory or size is no multiple of 4 KiB go through the page cache all the same.
 threads    for reads, as many again for writes: what is written behind does not hold up what a prompt waits for

@@ -138,7 +138,7 @@ class Folder:
             return Got.MISS
         try:
             found = os.fstat(fd)
-            # Through the page cache, the header by itself makes the kernel read ahead while it copies: twice as fast.
+            # Through the page cache, the header by itself makes the kernel read ahead while it copies.
             if found.st_size != nbytes or _move_all(os.preadv, fd, into, together=bool(direct)) != nbytes:
                 return Got.WRONG_SIZE
             if abs(time.time() - found.st_mtime) > REFRESH_S:

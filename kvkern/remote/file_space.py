@@ -92,12 +92,15 @@ class Space:
         self,
         name: str,
         nbytes: int,
-        replaced_nbytes: int,  # of the value that had this name
+        replaced_nbytes: int,  # of the value that had this name, as far as the caller has seen
     ) -> None:
         """A reserved value is there."""
         entry = time.time_ns(), nbytes
         with self._lock:
             self._reserved -= nbytes
+            counted = self._since.get(name) or self._pool.get(name)
+            if counted is not None or self._complete:
+                replaced_nbytes = 0 if counted is None else counted[1]
             self._count(name, nbytes - replaced_nbytes)
             self._young(self._since, name, entry)
             if self._complete:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +17,10 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.remote.base import RemoteError, RemoteUrl, make_store
-from tests.remote.conformance import HIT, MISS, TIMEOUT_S, WRONG_SIZE, Bench, Conformance, MakeStore, Memory, key_of
+from tests.remote.conformance import HIT, MISS, TIMEOUT_S, Bench, Conformance, MakeStore, Memory, key_of
+from tests.remote.files import VALUE, file_of, knows_direct, makes, nbytes_in, temporaries_in, values_in, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-VALUE = 4096 + 8192  # bytes of the small values here
-
-
-def makes(path: Path, options: str = "") -> MakeStore:
-    return lambda: make_store(RemoteUrl.parse(f"file://{path}?{options}" if options else f"file://{path}"))
-
-
-def knows_direct(path: Path) -> bool:
-    try:
-        os.close(os.open(path / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
-
-
-def values_in(path: Path) -> list[Path]:
-    return [p for p in path.glob("kvkern1/??/*") if len(p.name) == 64]
-
-
-def temporaries_in(path: Path) -> list[Path]:
-    return list(path.glob("kvkern1/*/.kvkern-*.tmp"))
-
-
-def nbytes_in(path: Path) -> int:
-    total = 0
-    for value in values_in(path):
-        with suppress(FileNotFoundError):  # evicted meanwhile
-            total += value.stat().st_size
-    return total
-
-
-def file_of(path: Path, number: int) -> Path:
-    name = key_of(number).hex()
-    return path / "kvkern1" / name[:2] / name
-
-
-def wait_for(what: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class TestBuffered(Conformance):
@@ -206,17 +164,6 @@ def test_a_directory_that_cannot_be_reached_now(store_path: Path, monkeypatch: p
     assert memory.holds(1, memory.parts(0))
 
 
-def test_rights_follow_the_directory(tmp_path: Path) -> None:
-    for name, mode, of_file, of_folder in (("own", 0o700, 0o600, 0o700), ("group", 0o770, 0o660, 0o770)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(mode)
-        bench = Bench(makes(tmp_path / name), count=1, payload_nbytes=8192)
-        assert bench.put([key_of(1)], bench.values()) == [True]
-        value = file_of(tmp_path / name, 1)
-        assert (value.stat().st_mode & 0o777, value.parent.stat().st_mode & 0o777) == (of_file, of_folder)
-        bench.close()
-
-
 def test_reopened(store_path: Path, bench: Bench) -> None:
     keys = [key_of(i) for i in range(4)]
     bench.put(keys, bench.values()[:4])
@@ -263,11 +210,34 @@ def test_a_cap_that_was_lowered(store_path: Path, bench: Bench) -> None:
     other.close()
 
 
+def test_accounts_after_a_rush(store_path: Path) -> None:
+    """Writes, deletes and scans at once: what is counted is what is there, and it is under the cap."""
+    bench = Bench(makes(store_path, f"capacity={20 * VALUE}&threads=4"), payload_nbytes=8192)
+    store = bench.store
+    store._scan_s = 0.005
+    store._wake.set()
+    values = bench.values()
+
+    async def rush() -> None:
+        for start in range(0, 400, 8):
+            keys = [key_of(i % 90) for i in range(start, start + 8)]
+            await asyncio.gather(
+                store.put(keys, values, TIMEOUT_S), store.put(keys[::-1], values, TIMEOUT_S),
+                store.delete(keys[::3], TIMEOUT_S), store.get(keys, bench.into(), TIMEOUT_S),
+            )  # fmt: skip
+
+    bench.run(rush())
+    assert store._space._reserved == store._space._leaving == 0
+    wait_for(lambda: store._space.used_nbytes == nbytes_in(store_path) <= 20 * VALUE)
+    assert nbytes_in(store_path) > 5 * VALUE
+    bench.close()
+
+
 WRITER = """
 import sys, time
 from pathlib import Path
 from tests.remote.conformance import Bench, key_of
-from tests.remote.test_file import makes
+from tests.remote.files import makes
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 bench = Bench(makes(path, sys.argv[3]), count=2, payload_nbytes=8192)
 bench.store._scan_s = 0.1
@@ -321,7 +291,7 @@ CRASH = """
 import os, signal, sys
 from pathlib import Path
 from tests.remote.conformance import Bench, key_of
-from tests.remote.test_file import makes
+from tests.remote.files import makes
 os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 bench = Bench(makes(Path(sys.argv[1])), count=1, payload_nbytes=8192)
 bench.put([key_of(1)], bench.values())
@@ -372,183 +342,4 @@ def test_other_files_are_not_touched(store_path: Path) -> None:
     assert not older.exists()
     assert link.is_symlink()
     assert [path.read_text() for path in foreign] == ["mine"] * len(foreign)
-    bench.close()
-
-
-def test_files_that_were_changed(store_path: Path, bench: Bench) -> None:
-    keys = [key_of(i) for i in range(5)]
-    values = bench.values()
-    bench.put(keys, values[:5])
-    os.truncate(file_of(store_path, 0), VALUE - 1)
-    os.truncate(file_of(store_path, 1), 0)  # as a power cut leaves it
-    os.truncate(file_of(store_path, 2), VALUE + 4096)
-    file_of(store_path, 3).unlink()
-    file_of(store_path, 3).mkdir()
-    assert bench.get(keys[:3], bench.into()[:3]) == [WRONG_SIZE] * 3
-    assert bench.put(keys[:3], values[5:8]) == [True] * 3  # of another size: replaced
-    assert bench.get(keys[:3], bench.into()[:3]) == [HIT] * 3
-    assert bench.memory.holds(bench.count, values[5])
-    with pytest.raises(RemoteError, match="directory"):
-        bench.put(keys[3:4], values[3:4])
-    assert temporaries_in(store_path) == []
-    assert bench.get(keys[4:], bench.into()[:1]) == [HIT]
-
-
-def test_replaced_while_it_is_read(store_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader has the old one, whole."""
-    values = bench.values()
-    bench.put([key_of(1)], values[:1])
-    real = os.preadv
-
-    def late(*args: Any) -> int:
-        new = store_path / "new"
-        new.write_bytes(b"".join(values[1]))
-        new.rename(file_of(store_path, 1))
-        return real(*args)
-
-    monkeypatch.setattr(os, "preadv", late)
-    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
-    assert bench.read(0)
-    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
-    assert bench.memory.holds(bench.count, values[1])
-
-
-def test_the_directory_is_removed(store_path: Path, bench: Bench) -> None:
-    keys = [key_of(i) for i in range(3)]
-    bench.put(keys, bench.values()[:3])
-    shutil.rmtree(store_path)
-    assert bench.get(keys, bench.into()[:3]) == [MISS] * 3
-    assert bench.exists(keys) == [False] * 3
-    bench.run(bench.store.delete(keys, TIMEOUT_S))
-    assert bench.put(keys, bench.values()[:3]) == [True] * 3
-    assert bench.get(keys, bench.into()[:3]) == [HIT] * 3
-
-
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
-class Faulty:
-    """os.pwritev or os.preadv that fails now and then."""
-
-    def __init__(self, name: str, code: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._real, self._code, self.times = getattr(os, name), code, times
-        monkeypatch.setattr(os, name, self)
-
-    def __call__(self, *args: Any) -> int:
-        if self.times > 0:
-            self.times -= 1
-            raise OSError(self._code, os.strerror(self._code))
-        return int(self._real(*args))
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk(store_path: Path, bench: Bench, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_for(lambda: bench.store._space._complete)
-    faulty = Faulty("pwritev", code, 100, monkeypatch)
-    assert bench.put([key_of(0)], bench.values()[:1]) == [False]  # and nothing to evict
-    assert temporaries_in(store_path) == []
-    faulty.times = 0
-    assert bench.put([key_of(i) for i in range(1, 4)], bench.values()[:3]) == [True] * 3
-    faulty.times = 1
-    assert bench.put([key_of(4)], bench.values()[:1]) == [True]
-    assert bench.exists([key_of(i) for i in range(1, 5)]).count(False) == 1  # one has made room
-    assert bench.exists([key_of(4)]) == [True]
-    assert bench.store._space.used_nbytes == nbytes_in(store_path) == 3 * VALUE
-    assert temporaries_in(store_path) == []
-
-
-def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, values = [key_of(i) for i in range(8)], bench.values()
-    with monkeypatch.context() as patch:
-        Faulty("pwritev", errno.EIO, 1000, patch)
-        with pytest.raises(RemoteError, match=f"file://{store_path}: .*Input/output error"):
-            bench.put(keys, values)
-    assert temporaries_in(store_path) == values_in(store_path) == []
-    assert bench.put(keys, values) == [True] * 8
-    assert bench.store._space.used_nbytes == 8 * VALUE
-    with monkeypatch.context() as patch:
-        Faulty("preadv", errno.EIO, 1, patch)
-        with pytest.raises(RemoteError, match="Input/output error"):
-            bench.get(keys, bench.into())
-    with monkeypatch.context() as patch:
-        Faulty("preadv", errno.ESTALE, 1, patch)  # replaced by another node: once is nothing
-        assert bench.get(keys[:1], bench.into()[:1]) == [HIT]
-        Faulty("preadv", errno.ESTALE, 2, patch)
-        with pytest.raises(RemoteError, match="Stale file handle"):
-            bench.get(keys[:1], bench.into()[:1])
-    assert bench.get(keys, bench.into()) == [HIT] * 8
-
-
-@pytest.mark.parametrize(("direct", "most"), [("no", 3000), ("auto", 4096)])
-def test_transfers_in_pieces(store_path: Path, direct: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(makes(store_path, f"direct={direct}"), count=2, payload_nbytes=8192)
-    for name in ("pwritev", "preadv"):
-        real = getattr(os, name)
-
-        def short(fd: int, parts: list[memoryview], at: int, real: Any = real) -> int:
-            return int(real(fd, [parts[0][:most]], at))
-
-        monkeypatch.setattr(os, name, short)
-    assert bench.put([key_of(1)], bench.values()[:1]) == [True]
-    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
-    assert bench.read(0)
-    bench.close()
-
-
-def test_a_slow_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has not begun when the time is over does not begin; the call ends with what is under way."""
-    real = os.pwritev
-    monkeypatch.setattr(os, "pwritev", lambda *args: (time.sleep(0.2), real(*args))[1])
-    start = time.monotonic()
-    with pytest.raises(RemoteError, match=r"[0-9] of 8 values in 0.1 s"):
-        bench.run(bench.store.put([key_of(i) for i in range(8)], bench.values(), 0.1))
-    assert time.monotonic() - start < 1.0
-    assert bench.exists([key_of(7)]) == [False]
-
-
-def test_rights_that_are_lost(store_path: Path, bench: Bench) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("rights are not tested: this user is root and has them all")
-    bench.put([key_of(1)], bench.values()[:1])
-    file_of(store_path, 1).chmod(0)
-    with pytest.raises(RemoteError, match="Permission denied"):
-        bench.get([key_of(1)], bench.into()[:1])
-    store_path.joinpath("kvkern1").chmod(0o500)
-    with pytest.raises(RemoteError, match="Permission denied"):
-        bench.put([key_of(2)], bench.values()[:1])
-    store_path.joinpath("kvkern1").chmod(0o700)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a real full disk is not tested: no tmpfs can be mounted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], capture_output=True)
-
-
-def test_a_small_disk(small_disk: Path) -> None:
-    bench = Bench(makes(small_disk, "capacity=256KiB"), count=8, payload_nbytes=28 << 10)
-    wait_for(lambda: bench.store._space._complete)
-    (small_disk / "ballast").write_bytes(bytes(96 << 10))  # somebody else's: the capacity is not to be had
-    for start in range(0, 40, 8):
-        assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 4
-    there = bench.exists([key_of(i) for i in range(40)])
-    assert 2 <= there.count(True) <= 5
-    assert bench.get([key_of(there.index(True))], bench.into()[:1]) == [HIT]
-    assert temporaries_in(small_disk) == []
-    bench.close()
-
-
-def test_a_disk_that_is_unmounted(small_disk: Path) -> None:
-    bench = Bench(makes(small_disk), count=2, payload_nbytes=8192)
-    assert bench.put([key_of(1)], bench.values()[:1]) == [True]
-    subprocess.run(["umount", "-l", str(small_disk)], check=True)
-    assert bench.get([key_of(1)], bench.into()[:1]) == [MISS]
-    with pytest.raises(RemoteError, match="its file system is not mounted any more"):
-        bench.put([key_of(2)], bench.values()[1:])
-    assert list(small_disk.iterdir()) == []
     bench.close()

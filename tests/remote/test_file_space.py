@@ -174,6 +174,17 @@ def test_what_happens_during_a_scan_counts_once(tmp_path: Path) -> None:
     assert space.used_nbytes == 0
 
 
+def test_a_name_counts_once(tmp_path: Path) -> None:
+    """Two calls that put the same key at the same time see nothing there, both."""
+    space = Space(str(tmp_path), 1000)
+    space.scan()
+    assert [own(space, tmp_path, 1, nbytes) for nbytes in (100, 100, 300)] == [True] * 3
+    assert space.used_nbytes == 300
+    space.scan()
+    assert own(space, tmp_path, 1, 200)
+    assert space.used_nbytes == 200
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     space = Space(str(tmp_path), 1 << 40, pool=16)
     space.scan()
