@@ -10,22 +10,22 @@
     metadata=URL      P2PHANDSHAKE  how nodes find each other: by themselves, or a metadata server, http://host:8080/metadata
     buffer=SIZE       0             memory the library needs to read what the master has moved to disk
     replicas=N        1             of each value this node writes
-    threads=N         4             for reads, as many again for writes. One that waits for a peer keeps a core busy: the
-                                    library's way
+    threads=N         4             for reads, as many again for writes; one that waits for a peer keeps a core busy, which
+                                    is the library's way
     logs=yes|no       no            what the library has to say, on stderr
 
 Whoever reaches the port of a node can read and write the segment it contributes: Mooncake knows no passwords, so this is
 for closed networks. Values are verified by the tier. Over TCP, kvkern's own memory is never open to others.
 
 The master is asked for a sign of life before each call, over a connection of ours: the library itself notices a dead one
-after 4 s and a frozen one after 30 s. A call ends soon after its time, with two exceptions, both because the memory is the
-library's until then: a `get` or `put` whose peer freezes ends after 30 to 60 s, as does one that was under way when the
-master froze (a limit of the library's, MC_RPC_TIMEOUT_MS and MC_TCP_STATUS_TIMEOUT_SEC in its environment). When every
-thread hangs like that, further calls fail at once.
+after 4 s and a frozen one after 30 s. A call ends soon after its time, with one exception, since the memory is the
+library's until it returns: a `get` or `put` whose peer freezes, or that is under way when the master does, ends after 30 to
+60 s. (MC_RPC_TIMEOUT_MS and MC_TCP_STATUS_TIMEOUT_SEC in the environment shorten most of that.) When every thread hangs
+like that, further calls fail at once. One that took all of the 60 s costs this node its segment, see mooncake_client.py.
 
-A master that restarts has forgotten everything: the values are gone, and the segment is contributed again within a second.
+A master that restarts has forgotten everything: the values are gone, and the segment is contributed again within seconds.
 A node that goes takes its values with it; until the master notices, after its client_ttl, they are there and cannot be
-read, and some writes fail.
+read, and some writes fail. A `get` or `put` that fails in part is no error: what failed is a MISS, or not there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -42,7 +43,7 @@ from typing import TypeVar
 
 from ..errors import ConfigError
 from .base import Got, Parts, RemoteError, RemoteUrl, value_name
-from .mooncake_client import Client, RefusedError, Settings, own_address
+from .mooncake_client import Client, RefusedError, Settings, address, own_address
 from .threads import Threads
 
 _PORT = 50051
@@ -80,6 +81,7 @@ def make(url: RemoteUrl) -> MooncakeStore:
         # Of another the library may end the process.
         raise ConfigError(f"metadata of {url} is {metadata!r}; expected {_PEER_TO_PEER} or http://host:8080/metadata")
     master = Master(url.host, url.port or _PORT)
+    threads = url.integer("threads", 4, 1, _MAX_THREADS)
     settings = Settings(
         master=str(master),
         host=url.text("host"),
@@ -90,8 +92,9 @@ def make(url: RemoteUrl) -> MooncakeStore:
         buffer_nbytes=0 if url.text("buffer", "0") == "0" else url.nbytes("buffer", 0),
         replicas=url.integer("replicas", 1, 1, _MAX_REPLICAS),
         logs=url.flag("logs", False),
+        calls=2 * threads,
     )
-    return MooncakeStore(master, settings, url.integer("threads", 4, 1, _MAX_THREADS))
+    return MooncakeStore(master, settings, threads)
 
 
 class MooncakeStore:
@@ -138,26 +141,40 @@ class MooncakeStore:
 
     async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
         names = [value_name(key) for key in keys]
-        return await self._call(self._asks, lambda client: client.exists(names), timeout_s) if keys else []
+        return await self._call(self._asks, lambda client, _: client.exists(names), timeout_s) if keys else []
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         names = [value_name(key) for key in keys]
-        return await self._call(self._gets, lambda client: client.get(names, into), timeout_s, True) if keys else []
+        return (
+            await self._call(self._gets, lambda client, end: client.get(names, into, end), timeout_s, True)
+            if keys
+            else []
+        )
 
     async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
         names = [value_name(key) for key in keys]
-        return await self._call(self._puts, lambda client: client.put(names, values), timeout_s, True) if keys else []
+        return (
+            await self._call(self._puts, lambda client, end: client.put(names, values, end), timeout_s, True)
+            if keys
+            else []
+        )
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         names = [value_name(key) for key in keys]
         if keys:
-            await self._call(self._asks, lambda client: client.delete(names), timeout_s)
+            await self._call(self._asks, lambda client, _: client.delete(names), timeout_s)
 
-    async def _call(self, lane: Lane, work: Callable[[Client], T], timeout_s: float, memory: bool = False) -> T:
-        deadline = asyncio.get_running_loop().time() + timeout_s
+    async def _call(
+        self,
+        lane: Lane,
+        work: Callable[[Client, float], T],  # of when to begin nothing more
+        timeout_s: float,
+        memory: bool = False,
+    ) -> T:
+        deadline, end = asyncio.get_running_loop().time() + timeout_s, time.monotonic() + timeout_s
         client = await self._connected(deadline)
         await self._master.ask(deadline)
-        return await lane.run(partial(work, client), deadline, memory)
+        return await lane.run(partial(work, client, end), deadline, memory)
 
     async def _connected(self, deadline: float) -> Client:
         """The client, or a new one if there is none; one attempt at a time, and not more often than every second."""
@@ -178,7 +195,7 @@ class MooncakeStore:
 
     def _has_connected(self, task: asyncio.Task[Client]) -> None:
         self._connecting = None
-        if isinstance(task.exception(), RefusedError):
+        if not task.cancelled() and isinstance(task.exception(), RefusedError):
             self._retry_at += _REFUSED_RETRY_S
 
     async def _connect(self) -> Client:
@@ -245,7 +262,8 @@ class Lane:
 
     def _forget(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
-        task.exception()  # looked at, so that asyncio does not report it
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report it
 
 
 class Master:
@@ -257,7 +275,7 @@ class Master:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     def __str__(self) -> str:
-        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        return address(self._host, self._port)
 
     def own_address(self) -> str:
         return own_address(self._host, self._port)

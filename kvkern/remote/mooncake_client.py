@@ -8,6 +8,7 @@ What the library (0.3.13) does, and what is done about it here:
 - A transfer that has not ended after 60 s is reported as failed, and still writes into the buffers when its peer wakes
   up. Such a client is taken down before the call returns: only that ends what it has begun.
 - The same key twice in a `get` fills one of the buffers and reports both. So equal keys are read one after the other.
+- More than 1024 pieces on their way to one peer fail, or hang. So batches are cut.
 - `setup` and `close` hold Python's lock. Setup contributes no memory, which is done in a call of its own, without the
   lock. The port is given: otherwise it tries twenty of them, each for seconds if the master is gone.
 - A call after `close` crashes the process. So calls are counted, and `close` waits for them.
@@ -21,7 +22,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ Bytes = npt.NDArray[np.uint8]
 
 REGISTERED_PROTOCOLS = {"rdma"}  # those that move only registered memory
 GIVES_UP_S = 55.0  # a transfer that fails after this long has perhaps not ended: the library's own limit is 60
+MAX_PIECES = 1024  # under way to one peer
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 _BLOCK_NBYTES = 1 << 20
 _UNMOUNT_RETRY_S = 1.0
@@ -46,10 +48,11 @@ _FATAL = 3
 
 _NO_ROOM, _BAD_SIZE, _NOT_READY, _NOT_FOUND, _EXISTS = -200, -600, -703, -704, -705
 _NO_REPLICA, _TRANSFER_FAILED, _NO_MASTER, _LATE_MASTER = -702, -800, -900, -901
+_LATE = -1_000_000  # ours
 _THROWN = (RuntimeError, MemoryError, ValueError)  # what becomes of C++ exceptions
 _ABSENT = {_NO_REPLICA, _NOT_READY, _NOT_FOUND}
 _MEANING = {
-    _NO_ROOM: "no room", _BAD_SIZE: "bad parameters", -707: "the lease ran out", -714: "in use",
+    _NO_ROOM: "no room", _BAD_SIZE: "bad parameters", -707: "the lease ran out", -714: "in use", _LATE: "out of time",
     _TRANSFER_FAILED: "the node that has it is gone, or has not answered", _NO_MASTER: "the master is gone",
     _LATE_MASTER: "the master has not answered",
 }  # fmt: skip
@@ -72,6 +75,7 @@ class Settings:
     buffer_nbytes: int  # the library's, for values on disk
     replicas: int
     logs: bool
+    calls: int  # transfers at once
 
 
 class Client:
@@ -92,6 +96,7 @@ class Client:
         self._registers = settings.protocol in REGISTERED_PROTOCOLS
         self._regions: list[tuple[int, int]] = []  # [start, stop) that is registered, and the caller's
         self._blocks: list[Bytes] = []  # ours, registered, not in use
+        self._window = max(1, MAX_PIECES // 2 // settings.calls)  # values of two pieces
         self._config = library.ReplicateConfig()
         self._config.replica_num = settings.replicas
         self._state = threading.Condition()
@@ -108,17 +113,11 @@ class Client:
 
     def _set_up(self, settings: Settings) -> str:
         """What it does not take, if anything."""
-        address = _address(settings.host, self._port.getsockname()[1])
+        name = address(settings.host, self._port.getsockname()[1])
         try:
             code = self._library.setup(
-                address,
-                settings.metadata,
-                0,
-                settings.buffer_nbytes,
-                settings.protocol,
-                settings.devices,
-                settings.master,
-            )
+                name, settings.metadata, 0, settings.buffer_nbytes, settings.protocol, settings.devices, settings.master,
+            )  # fmt: skip
         except _THROWN as error:
             code = str(error)
         if code:
@@ -180,49 +179,66 @@ class Client:
     def exists(self, names: list[str]) -> list[bool]:
         with self._inside() as inner:
             codes = _checked(inner.batch_is_exist(names), names)
-        if worst := min(codes):
-            _raise_if_fault(worst)
+        _raise_if_fault(codes)
         return [code == 1 for code in codes]
 
     def delete(self, names: list[str]) -> None:
         with self._inside() as inner:
             codes = _checked(inner.batch_remove(names, True), names)  # True: whoever may still be reading it
-        for code in codes:
-            if code not in (0, _NOT_FOUND):
-                _raise_if_fault(code)
+        _raise_if_fault({*codes} - {_NOT_FOUND})
 
-    def get(self, names: list[str], into: Sequence[Parts]) -> list[Got]:
-        """Of the same name several times, one after the other. Raises RemoteError if something failed and nothing was read."""
+    def get(self, names: list[str], into: Sequence[Parts], deadline: float) -> list[Got]:
+        """Raises RemoteError if something failed and nothing was read. Nothing is begun after `deadline` (monotonic)."""
         result, faults = [Got.MISS] * len(names), set()
-        for rows in _rounds(names):
+        for rows in self._windows(names, repeated=True):
+            if time.monotonic() > deadline:
+                faults.add(_LATE)
+                break
             asked = [names[row] for row in rows]
             with self._placed([into[row] for row in rows]) as placed:
                 codes = self._move("batch_get_into_multi_buffers", asked, placed)
-                for row, code, size in zip(rows, codes, self._sizes(asked, codes), strict=True):
-                    expected = sum(map(len, into[row]))
-                    if code == expected:
-                        result[row] = Got.HIT
-                    elif code >= 0 or size not in (None, expected):
-                        result[row] = Got.WRONG_SIZE
-                    elif code not in _ABSENT:
-                        faults.add(code)
                 placed.bring_back()
-        if faults and set(result) == {Got.MISS}:
-            _raise_if_fault(min(faults))
+            for row, code, size in zip(rows, codes, self._sizes(asked, codes), strict=True):
+                expected = sum(piece.nbytes for piece in into[row])
+                if code == expected:
+                    result[row] = Got.HIT
+                elif code >= 0 or size not in (None, expected):
+                    result[row] = Got.WRONG_SIZE
+                elif code not in _ABSENT:
+                    faults.add(code)
+        if set(result) == {Got.MISS}:
+            _raise_if_fault(faults)
         return result
 
-    def put(self, names: list[str], values: Sequence[Parts]) -> list[bool]:
-        """Raises RemoteError if something failed and nothing was written."""
-        rows = _rounds(names)[0]
-        asked = [names[row] for row in rows]
-        with self._placed([values[row] for row in rows]) as placed:
-            placed.take_along()
-            codes = self._move("batch_put_from_multi_buffers", asked, placed, self._config)
-        faults = [code for code in codes if code not in (0, _EXISTS, _NO_ROOM)]
-        if faults and not any(code in (0, _EXISTS) for code in codes):
-            _raise_if_fault(min(faults))
-        there = {name for name, code in zip(asked, codes, strict=True) if code in (0, _EXISTS)}
+    def put(self, names: list[str], values: Sequence[Parts], deadline: float) -> list[bool]:
+        """Raises RemoteError if something failed and nothing was written. Nothing is begun after `deadline` (monotonic)."""
+        there, faults = set(), set()
+        for rows in self._windows(names, repeated=False):
+            if time.monotonic() > deadline:
+                faults.add(_LATE)
+                break
+            asked = [names[row] for row in rows]
+            with self._placed([values[row] for row in rows]) as placed:
+                placed.take_along()
+                codes = self._move("batch_put_from_multi_buffers", asked, placed, self._config)
+            there |= {name for name, code in zip(asked, codes, strict=True) if code in (0, _EXISTS)}
+            faults |= {*codes} - {0, _EXISTS, _NO_ROOM}
+        if not there:
+            _raise_if_fault(faults)
         return [name in there for name in names]
+
+    def _windows(self, names: Sequence[str], repeated: bool) -> Iterator[list[int]]:
+        """Rows, not too many at once, and no name twice in them; a name's second and further rows only if `repeated`."""
+        rounds: list[list[int]] = []
+        seen: Counter[str] = Counter()
+        for row, name in enumerate(names):
+            if seen[name] == len(rounds):
+                rounds.append([])
+            rounds[seen[name]].append(row)
+            seen[name] += 1
+        for rows in rounds if repeated else rounds[:1]:
+            for at in range(0, len(rows), self._window):
+                yield rows[at : at + self._window]
 
     # -- the library ---------------------------------------------------------------------------------------------------
 
@@ -247,7 +263,7 @@ class Client:
         began = time.monotonic()
         with self._inside() as inner:
             codes = getattr(inner, call)(names, placed.pointers, placed.sizes, *more)
-        if _TRANSFER_FAILED in codes and time.monotonic() - began >= GIVES_UP_S:
+        if min(codes, default=0) < 0 and time.monotonic() - began >= GIVES_UP_S:
             self.close()
         return _checked(codes, names)
 
@@ -277,9 +293,11 @@ class Client:
             return
         block = self._take_block(sum(view.nbytes for _, _, view in placed.aside))
         placed.settle(block)
-        yield placed
-        with self._state:
-            self._blocks.append(block)
+        try:
+            yield placed
+        finally:
+            with self._state:
+                self._blocks.append(block)
 
     def _reaches(self, start: int, stop: int) -> bool:
         return not self._registers or any(first <= start and stop <= last for first, last in self._regions)
@@ -364,7 +382,8 @@ def own_address(master: str, port: int) -> str:
     raise RemoteError(f"{master} has no address")
 
 
-def _address(host: str, port: int) -> str:
+def address(host: str, port: int) -> str:
+    """As the library and its peers write one."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -385,24 +404,13 @@ def _mute() -> None:
             level.value = _FATAL
 
 
-def _rounds(names: Sequence[str]) -> list[list[int]]:
-    """Rows, so that no name is twice in one round."""
-    rounds: list[list[int]] = []
-    seen: Counter[str] = Counter()
-    for row, name in enumerate(names):
-        if seen[name] == len(rounds):
-            rounds.append([])
-        rounds[seen[name]].append(row)
-        seen[name] += 1
-    return rounds
-
-
 def _checked(codes: list[int], names: list[str]) -> list[int]:
     if len(codes) != len(names):
         raise RemoteError(f"Mooncake has answered {len(codes)} times to {len(names)} names")
     return codes
 
 
-def _raise_if_fault(code: int) -> None:
-    if code < 0:
-        raise RemoteError(f"Mooncake's answer is {code}: {_MEANING.get(code, 'see its ErrorCode')}")
+def _raise_if_fault(codes: Collection[int]) -> None:
+    worst = min(codes, default=0)
+    if worst < 0:
+        raise RemoteError(f"Mooncake's answer is {worst}: {_MEANING.get(worst, 'see its ErrorCode')}")

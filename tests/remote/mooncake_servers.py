@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ class MooncakeMaster:
     def stop(self) -> None:
         """It answers nothing any more, and its connections stay."""
         os.kill(self.process.pid, signal.SIGSTOP)
+        threads = Path(f"/proc/{self.process.pid}/task")
+        while any((one / "stat").read_text().rsplit(")", 1)[1].split()[0] != "T" for one in threads.iterdir()):
+            time.sleep(0.001)  # they stop one by one
 
     def go_on(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)

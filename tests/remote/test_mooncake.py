@@ -66,6 +66,17 @@ class TestFromNodeToNode(Conformance):
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+def test_more_pieces_than_the_library_can_bear(master: servers.MooncakeMaster, node: servers.Node) -> None:
+    bench = Bench(lambda: store_of(master.url()), count=1500, payload_nbytes=100)
+    keys, values, into = [key_of(row) for row in range(1500)], bench.values(), bench.into()
+    beside = np.zeros((1500, HEADER_NBYTES), dtype=np.uint8)
+    assert bench.put(keys, values) == [True] * 1500
+    apart = [(memoryview(header), payload) for header, (_, payload) in zip(beside, into, strict=True)]
+    assert bench.get(keys, apart) == [HIT] * 1500
+    assert all(bytes(apart[row][part]) == bytes(values[row][part]) for row in range(1500) for part in (0, 1))
+    bench.close()
+
+
 @pytest.fixture(scope="module")
 def contributing(folder: Path) -> Iterator[Any]:
     """A store that is the only node of its master, and that."""
