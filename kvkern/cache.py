@@ -24,6 +24,7 @@ from .tiers.dram import DramTier
 
 logger = logging.getLogger("kvkern")
 
+DRAIN_S = 2.0
 _UNKNOWN = Use()
 NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
@@ -109,8 +110,8 @@ class Backing(Protocol):
     def note_prefill(self, tokens_s: float) -> None:
         """An engine computes that fast."""
 
-    def close(self) -> None:
-        """Nothing more will be asked."""
+    def close(self, drain_s: float) -> None:
+        """Nothing more will be asked. What waits to be written may take so long."""
 
 
 class Faults:
@@ -274,9 +275,9 @@ class Cache:
         return False
 
     def close(self) -> None:
-        """End the remote tier; the arena is its owner's to close."""
+        """End the remote tier, when it has written what waits or DRAIN_S have passed. The arena is its owner's to close."""
         if self._remote is not None:
-            self._remote.close()
+            self._remote.close(DRAIN_S)
 
     def drop(self, keys: Sequence[bytes]) -> int:
         """Forget these chunks. Returns how many there were."""

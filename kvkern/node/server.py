@@ -415,6 +415,8 @@ class Server:
         }  # fmt: skip
         if self.sessions is not None:
             row |= self.sessions.usage()
+        if self._remote is not None:
+            row |= self._remote.usage()
         return row
 
     def _publish_changes(self) -> None:

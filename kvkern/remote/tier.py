@@ -115,7 +115,7 @@ class RemoteTier:
         queue_nbytes: int,  # of what may wait to be written
         timeout_s: float,  # of a call
     ) -> None:
-        self._store, self._arena, self._local = store, arena, local
+        self._store, self._name, self._arena, self._local = store, name, arena, local
         self._counters, self._faults, self._timeout_s = counters, faults, timeout_s
         geometry = arena.spec.geometry
         self._window = max(1, WINDOW_NBYTES // geometry.slot_nbytes)
@@ -171,6 +171,18 @@ class RemoteTier:
         self._wake_writers()
         asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         self._stop()
+
+    def usage(self) -> dict[str, int | float | str]:
+        """For operators: whether it works, what waits, and what moving a chunk has cost."""
+        known = {
+            "remote_read_ms_per_chunk": self.speeds.read_s and 1e3 * self.speeds.read_s,
+            "remote_write_ms_per_chunk": self.speeds.write_s and 1e3 * self.speeds.write_s,
+            "prefill_tokens_s": self.speeds.prefill_tokens_s,
+        }
+        return {
+            "remote": self._name, "remote_works": int(not self.breaker.is_open), "remote_waiting_requests": self._waiting,
+            "remote_queue_chunks": len(self.outbox), **{name: value for name, value in known.items() if value is not None},
+        }  # fmt: skip
 
     @property
     def idle(self) -> bool:

@@ -39,7 +39,7 @@ class SlowCache(Cache):
     def answer(self) -> None:
         for future, arguments in self.asked:
             if not future.done():
-                future.set_result(self.acquire(*arguments))
+                future.set_result(super().acquire_soon(*arguments).result())
 
     def has_room(self, wanted: Any) -> bool:
         return self.room

@@ -399,6 +399,12 @@ def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
         "dropped_chunks": "KV chunks not stored for want of room.",
         "declined_chunks": "KV chunks not stored since what is cached is worth more.",
         "bad_chunks": "KV chunks that failed verification and were dropped.",
+        "remote_lookup_chunks": "KV chunks looked for in the remote store.",
+        "remote_hit_chunks": "Of those, chunks read and verified.",
+        "remote_bad_chunks": "KV chunks of the remote store that failed verification.",
+        "remote_written_chunks": "KV chunks written to the remote store.",
+        "remote_dropped_chunks": "KV chunks not written to the remote store: no room, or it failed.",
+        "remote_failures": "Calls to the remote store that failed.",
         "faults": "Faults in the cache that were answered as a miss.",
     }
     return {f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text) for name, text in texts.items()}

@@ -1,0 +1,264 @@
+"""What bench/remote.py measures with: servers of its own, and the best plain loop of each one's client. Prints nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkern.arena import Arena
+from kvkern.kernels.paged_copy_numba import checksum_planes
+from kvkern.remote.value import slot_parts
+
+GIVE_UP_S = 60.0
+VALUES_NBYTES = 4 << 30  # that a server may hold: all of a run
+
+
+class MissingError(RuntimeError):
+    """A server or a client is not installed; says which package has it."""
+
+
+class Raw(Protocol):
+    """A client used plainly, the way its users would. Names are any strings."""
+
+    def variants(self) -> Sequence[str]:
+        """Ways to do it; the best one counts."""
+
+    def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        """Values of these slots, as whole objects."""
+
+    def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        """Back: into the slots where the client can, verified where the line says so."""
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Delete them."""
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def server(program: str, package: str, arguments: Sequence[str], port: int) -> Iterator[None]:
+    """A process from when it listens to the end of the block."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(program, path=beside)
+    if found is None:
+        raise MissingError(f"{program} is not installed; install {package}")
+    process = subprocess.Popen([found, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + GIVE_UP_S
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{program} does not come up")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
+    """(URL of a store of that kind, its plain client). Raises MissingError."""
+    with tempfile.TemporaryDirectory(prefix="kvkern-bench-") as folder:
+        if kind == "file":
+            yield f"file://{folder}/values?capacity={VALUES_NBYTES}", RawFiles(arena, Path(folder))
+        elif kind == "redis":
+            port = free_port()
+            arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+            arguments += ["--maxmemory", str(VALUES_NBYTES), "--maxmemory-policy", "allkeys-lru", "--dir", folder]
+            with server("redis-server", "the Debian package redis-server", arguments, port):
+                yield f"redis://127.0.0.1:{port}", RawRedis(arena, port)
+        elif kind == "mooncake":
+            port, metrics = free_port(), free_port()
+            arguments = [f"--rpc_port={port}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}"]
+            arguments += ["--metrics_host=127.0.0.1", "--enable_metric_reporting=false"]
+            with server("mooncake_master", "mooncake-transfer-engine-non-cuda", arguments, port), segment(port):
+                raw = RawMooncake(arena, port)
+                try:
+                    yield f"mooncake://127.0.0.1:{port}?segment=0", raw
+                finally:
+                    raw.close()
+        else:
+            raise ValueError(kind)
+
+
+_SEGMENT = """
+import sys
+from mooncake.store import MooncakeDistributedStore
+host, nbytes, master = sys.argv[1:]
+store = MooncakeDistributedStore()
+assert store.setup(host, "P2PHANDSHAKE", int(nbytes), 16 << 20, "tcp", "", master) == 0
+print("up", flush=True)
+sys.stdin.read()
+store.close()
+"""
+
+
+@contextmanager
+def segment(port: int) -> Iterator[None]:
+    """Another node that contributes the memory: in the same process nothing would go over the wire."""
+    command = [sys.executable, "-c", _SEGMENT, f"127.0.0.1:{free_port()}", str(VALUES_NBYTES), f"127.0.0.1:{port}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != b"up":
+            raise MissingError(
+                "mooncake.store cannot be used; pip install 'kvkern[mooncake]', apt-get install libibverbs1"
+            )
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+# -- plain loops -------------------------------------------------------------------------------------------------------
+
+
+class RawFiles:
+    """One file a value: write, and readinto followed by the verification that a reader of a disk needs."""
+
+    def __init__(self, arena: Arena, folder: Path) -> None:
+        self._arena, self._folder = arena, folder
+
+    def variants(self) -> Sequence[str]:
+        return ("plain",)
+
+    def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        for name, slot in zip(names, slots, strict=True):
+            with (self._folder / name).open("wb", buffering=0) as file:
+                for part in slot_parts(self._arena, slot):
+                    file.write(part)
+
+    def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        for name, slot in zip(names, slots, strict=True):
+            with (self._folder / name).open("rb", buffering=0) as file:
+                for part in slot_parts(self._arena, slot):
+                    file.readinto(part)
+        at = np.array(slots, dtype=np.int64)
+        sizes = np.full((len(at), 1), self._arena.spec.geometry.part_nbytes, dtype=np.uint32)
+        if len(np.unique(checksum_planes(self._arena.parts(0), at, sizes))) != 1:  # all have the same payload
+            raise RuntimeError("what was read does not verify")
+
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            (self._folder / name).unlink()
+
+
+class RawRedis:
+    """redis-py with hiredis: pipelines of some depth, on one connection or two."""
+
+    def __init__(self, arena: Arena, port: int) -> None:
+        try:
+            import hiredis  # noqa: F401
+            import redis
+        except ImportError as error:
+            raise MissingError(f"{error}; pip install redis hiredis") from error
+        self._arena = arena
+        self._clients = [redis.Redis(port=port) for _ in range(2)]
+        self._pool = ThreadPoolExecutor(2)
+
+    def variants(self) -> Sequence[str]:
+        return ("1x4", "1x16", "2x4", "2x16")
+
+    def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        def one(pipe: Any, row: int) -> None:
+            header, payload = slot_parts(self._arena, slots[row])
+            whole = np.frombuffer(header, dtype=np.uint8)  # header and payload lie behind each other
+            view = np.lib.stride_tricks.as_strided(whole, (len(header) + len(payload),), (1,))
+            pipe.set(names[row], memoryview(view))
+
+        self._run(len(names), variant, one)
+
+    def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        for value in self._run(len(names), variant, lambda pipe, row: pipe.get(names[row])):
+            if value is None:
+                raise RuntimeError("a value is gone")
+
+    def forget(self, names: Sequence[str]) -> None:
+        self._clients[0].unlink(*names)
+
+    def _run(self, count: int, variant: str, add: Callable[[Any, int], object]) -> list[Any]:
+        connections, depth = map(int, variant.split("x"))
+
+        def share(client: int) -> list[Any]:
+            rows, results = range(client, count, connections), []
+            for begin in range(0, len(rows), depth):
+                pipe = self._clients[client].pipeline(transaction=False)
+                for row in rows[begin : begin + depth]:
+                    add(pipe, row)
+                results += pipe.execute()
+            return results
+
+        if connections == 1:
+            return share(0)
+        return [value for part in self._pool.map(share, range(connections)) for value in part]
+
+
+class RawMooncake:
+    """The library's own batch calls on registered memory. Contributes the segment that everybody's values lie in."""
+
+    def __init__(self, arena: Arena, port: int) -> None:
+        try:
+            from mooncake.store import MooncakeDistributedStore
+        except ImportError as error:
+            raise MissingError(
+                f"{error}; pip install mooncake-transfer-engine-non-cuda, apt-get install libibverbs1"
+            ) from error
+        self._store = MooncakeDistributedStore()
+        host = f"127.0.0.1:{free_port()}"
+        if self._store.setup(host, "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", f"127.0.0.1:{port}"):
+            raise RuntimeError("mooncake's client cannot be set up")
+        self._arena, self._start = arena, arena.bytes.ctypes.data
+        if self._store.register_buffer(self._start, arena.bytes.nbytes):
+            raise RuntimeError("mooncake does not register the arena")
+
+    def variants(self) -> Sequence[str]:
+        return ("16", "64")
+
+    def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        self._run(self._store.batch_put_from, names, slots, int(variant), 0)
+
+    def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        self._run(self._store.batch_get_into, names, slots, int(variant), self._arena.spec.geometry.slot_nbytes)
+
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._store.remove(name, True)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _run(self, call: Any, names: Sequence[str], slots: Sequence[int], batch: int, expected: int) -> None:
+        size = self._arena.spec.geometry.slot_nbytes
+        for begin in range(0, len(names), batch):
+            part = slice(begin, begin + batch)
+            starts = [self._start + 4096 + slot * size for slot in slots[part]]
+            done = call(list(names[part]), starts, [size] * len(starts))
+            if any(code != expected for code in done):
+                raise RuntimeError(f"mooncake has answered {done}")
+
+
+def fill(arena: Arena, slots: Sequence[int], noise: npt.NDArray[np.uint8]) -> None:
+    """Payload of these slots."""
+    for slot in slots:
+        payload = np.frombuffer(slot_parts(arena, slot)[1], dtype=np.uint8)
+        payload[:] = noise[: len(payload)]
