@@ -12,7 +12,7 @@
     replicas=N        1             of each value this node writes
     threads=N         4             for reads, as many again for writes; one that waits for a peer keeps a core busy, which
                                     is the library's way
-    logs=yes|no       no            what the library has to say, on stderr
+    logs=yes|no       no            no: the library's log, which is the process's stderr, is muted, errors and all
 
 Whoever reaches the port of a node can read and write the segment it contributes: Mooncake knows no passwords, so this is
 for closed networks. Values are verified by the tier. Over TCP, kvkern's own memory is never open to others.
@@ -141,28 +141,19 @@ class MooncakeStore:
 
     async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
         names = [value_name(key) for key in keys]
-        return await self._call(self._asks, lambda client, _: client.exists(names), timeout_s) if keys else []
+        return await self._call(self._asks, lambda client, _: client.exists(names), timeout_s)
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         names = [value_name(key) for key in keys]
-        return (
-            await self._call(self._gets, lambda client, end: client.get(names, into, end), timeout_s, True)
-            if keys
-            else []
-        )
+        return await self._call(self._gets, lambda client, end: client.get(names, into, end), timeout_s, True)
 
     async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
         names = [value_name(key) for key in keys]
-        return (
-            await self._call(self._puts, lambda client, end: client.put(names, values, end), timeout_s, True)
-            if keys
-            else []
-        )
+        return await self._call(self._puts, lambda client, end: client.put(names, values, end), timeout_s, True)
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         names = [value_name(key) for key in keys]
-        if keys:
-            await self._call(self._asks, lambda client, _: client.delete(names), timeout_s)
+        await self._call(self._asks, lambda client, _: client.delete(names), timeout_s)
 
     async def _call(
         self,

@@ -392,7 +392,8 @@ def _look_for_devices(devices: str) -> None:
     wanted = {name.strip() for name in devices.split(",") if name.strip()}
     if not here or wanted - here:
         raise RefusedError(
-            f"there is no RDMA device {', '.join(sorted(wanted - here))} here; found: {', '.join(sorted(here)) or 'none'}"
+            f"this node has no RDMA device {', '.join(sorted(wanted - here)) or 'at all'}; "
+            f"{_RDMA_DEVICES} has {', '.join(sorted(here)) or 'none'}"
         )
 
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_set_up(master: servers.MooncakeMaster, node: servers.Nod
             return await refused(f"mooncake://127.0.0.1:{server.sockets[0].getsockname()[1]}")
 
     assert "is no Mooncake master" in asyncio.run(something_else())
-    assert "there is no RDMA device mlx9_9 here" in asyncio.run(refused(master.url("protocol=rdma&devices=mlx9_9")))
+    assert "this node has no RDMA device mlx9_9" in asyncio.run(refused(master.url("protocol=rdma&devices=mlx9_9")))
     said = asyncio.run(refused(master.url(f"segment=0&metadata=http://127.0.0.1:{free_port()}/metadata")))
     assert "takes no setup" in said
     assert "metadata=http://127.0.0.1" in said
