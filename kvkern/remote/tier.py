@@ -31,7 +31,7 @@ from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..policy.persist import Persist
 from ..tiers.base import ChunkShape, Lease, Reservation
-from ..tiers.headers import begin_slots
+from ..tiers.headers import begin_slots, verify_slots
 from .base import Got, Parts, RemoteError, RemoteStore
 from .breaker import Breaker
 from .outbox import NO_SLOT, Entry, WriteBehind
@@ -143,6 +143,7 @@ class RemoteTier:
 
     def start(self) -> None:
         """Open the store. Raises ConfigError for what the user has to mend; nobody there is a miss until somebody is."""
+        verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # numba is loaded now, not while a request waits
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()

@@ -20,6 +20,7 @@ from kvkern.node.client import NodeClient
 from kvkern.node.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from kvkern.remote import base
+from kvkern.remote import speeds as speeds_module
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
 from tests.remote.memory import MemoryStore
 from tests.support import NAMESPACE, chain_keys
@@ -34,6 +35,12 @@ def hits(client: NodeClient, chain: list[bytes]) -> int:
     assert read_verified(client.arena, lease)
     client.release(lease)
     return len(lease.keys)
+
+
+@pytest.fixture(autouse=True)
+def remote_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little time the machine gives these threads."""
+    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
 
 
 @pytest.fixture

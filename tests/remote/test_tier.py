@@ -18,6 +18,7 @@ from kvkern.policy.base import Use
 from kvkern.policy.grit import Grit
 from kvkern.policy.lru import LRU
 from kvkern.policy.persist import Persist
+from kvkern.remote import speeds as speeds_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.breaker import FAILURES
 from kvkern.remote.tier import RemoteTier
@@ -84,6 +85,12 @@ class Node:
         self.tier.close()
         assert self.whole()
         self.arena.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little time the machine gives these threads."""
+    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -271,10 +278,8 @@ def test_a_slow_store_is_waited_for_as_long_as_computing_takes(tmp_path: Path, s
         began = time.monotonic()
         assert two.hits(A) == 0
         assert time.monotonic() - began < 0.29
-        eventually(lambda: two.cache.lookup(A) == 6, "the late chunks in DRAM")
-        assert two.counters["remote_late_chunks"] == 6
-        two.store.delay_s = 0.0
-        assert two.hits(A) == 6
+        eventually(lambda: two.hits(A) == 6, "the late chunks in DRAM")
+        assert two.counters["remote_late_chunks"] == two.counters["remote_hit_chunks"] == 6
 
 
 def test_a_store_too_slow_to_pay_is_not_asked_but_measured_now_and_then(tmp_path: Path, store: MemoryStore) -> None:
