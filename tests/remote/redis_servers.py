@@ -195,14 +195,13 @@ class Proxy:
     def _replies(self, server: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(1 << 16):
-                if self._left is None:
+                left = self._left
+                if left is None or left > len(data):
+                    self._left = None if left is None else left - len(data)
                     client.sendall(data)
-                    continue
-                passing, self._left = data[: self._left], self._left - len(data)
-                client.sendall(passing)
-                if self._left <= 0:
+                else:
                     self._left = None if self._once else 0
-                    client.sendall(self._then)
+                    client.sendall(data[:left] + self._then)
                     if self._cut:
                         break
                     return  # the rest of its replies goes nowhere
