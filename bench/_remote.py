@@ -40,6 +40,9 @@ class Raw(Protocol):
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         """Values of these slots, as whole objects."""
 
+    def settle(self, names: Sequence[str]) -> None:
+        """What is not timed, between writing and reading."""
+
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         """Back: into the slots where the client can, verified where the line says so."""
 
@@ -80,8 +83,10 @@ def server(program: str, package: str, arguments: Sequence[str], port: int) -> I
 def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
     """(URL of a store of that kind, its plain client). Raises MissingError."""
     with tempfile.TemporaryDirectory(prefix="kvkern-bench-") as folder:
-        if kind == "file":
-            yield f"file://{folder}/values?capacity={VALUES_NBYTES}", RawFiles(arena, Path(folder))
+        if kind in ("file", "file_cached"):
+            direct = "auto" if kind == "file" else "no"
+            url = f"file://{folder}/values?capacity={VALUES_NBYTES}&direct={direct}"
+            yield url, RawFiles(arena, Path(folder), cold=kind == "file")
         elif kind == "redis":
             port = free_port()
             arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
@@ -136,8 +141,8 @@ def segment(port: int) -> Iterator[None]:
 class RawFiles:
     """One file a value: write, and readinto followed by the verification that a reader of a disk needs."""
 
-    def __init__(self, arena: Arena, folder: Path) -> None:
-        self._arena, self._folder = arena, folder
+    def __init__(self, arena: Arena, folder: Path, cold: bool) -> None:
+        self._arena, self._folder, self._cold = arena, folder, cold
 
     def variants(self) -> Sequence[str]:
         return ("plain",)
@@ -147,6 +152,13 @@ class RawFiles:
             with (self._folder / name).open("wb", buffering=0) as file:
                 for part in slot_parts(self._arena, slot):
                     file.write(part)
+
+    def settle(self, names: Sequence[str]) -> None:
+        """Cold: on the disk, and out of the page cache."""
+        for name in names if self._cold else ():
+            with (self._folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         for name, slot in zip(names, slots, strict=True):
@@ -187,6 +199,9 @@ class RawRedis:
             pipe.set(names[row], memoryview(view))
 
         self._run(len(names), variant, one)
+
+    def settle(self, names: Sequence[str]) -> None:
+        pass
 
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         for value in self._run(len(names), variant, lambda pipe, row: pipe.get(names[row])):
@@ -236,6 +251,9 @@ class RawMooncake:
 
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         self._run(self._store.batch_put_from, names, slots, int(variant), 0)
+
+    def settle(self, names: Sequence[str]) -> None:
+        pass
 
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         self._run(self._store.batch_get_into, names, slots, int(variant), self._arena.spec.geometry.slot_nbytes)
