@@ -42,7 +42,8 @@ logger = logging.getLogger("kvkern")
 
 T = TypeVar("T")
 
-WINDOW_NBYTES = 32 << 20  # of values a call moves; a lease grows by so much at a time
+WINDOW_S = 0.02  # what a call should take: a lease grows by so much at a time
+FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
 READS_AT_ONCE, WRITES_AT_ONCE = 2, 2  # calls
 MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
 ABSENT_S, MAX_ABSENT = (
@@ -118,7 +119,6 @@ class RemoteTier:
         self._store, self._name, self._arena, self._local = store, name, arena, local
         self._counters, self._faults, self._timeout_s = counters, faults, timeout_s
         geometry = arena.spec.geometry
-        self._window = max(1, WINDOW_NBYTES // geometry.slot_nbytes)
         self.breaker = Breaker(name)
         self.speeds = Speeds(geometry.slot_nbytes)
         limit = max(1, queue_nbytes // geometry.slot_nbytes)
@@ -297,7 +297,7 @@ class RemoteTier:
         try:
             while True:
                 while whole and at < len(keys) and len(under_way) < READS_AT_ONCE and not asked.answer.done():
-                    window = keys[at : at + self._window]
+                    window = keys[at : at + self._window(self.speeds.read_s)]
                     at += len(window)
                     over = self._loop.create_future()
                     self._coming.update(dict.fromkeys(window, over))
@@ -404,7 +404,7 @@ class RemoteTier:
             self._wake.clear()
             self._woken = False
             self._writing += 1
-            while not self._closing.is_set() and (entries := self.outbox.take(self._window)):
+            while not self._closing.is_set() and (entries := self.outbox.take(self._window(self.speeds.write_s))):
                 if len(self.outbox):
                     self._wake.set()  # another writer's
                 with self._faults.are_misses():
@@ -474,6 +474,16 @@ class RemoteTier:
             raise
         self.breaker.succeeded()
         return result
+
+    def _window(
+        self,
+        chunk_s: float | None,  # what moving one has taken
+    ) -> int:
+        """Chunks of a call: as many as take WINDOW_S."""
+        slot_nbytes = self._arena.spec.geometry.slot_nbytes
+        least, most = (max(1, nbytes // slot_nbytes) for nbytes in WINDOW_NBYTES)
+        wanted = FIRST_WINDOW_NBYTES // slot_nbytes if chunk_s is None else int(WINDOW_S / max(chunk_s, 1e-9))
+        return min(max(wanted, least), most)
 
     def _is_absent(self, key: bytes) -> bool:
         until = self._absent.get(key)

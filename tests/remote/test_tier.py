@@ -5,86 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from kvkern.arena import Arena, ArenaSpec, create_or_attach
-from kvkern.cache import Cache
 from kvkern.errors import ConfigError
 from kvkern.policy.base import Use
-from kvkern.policy.grit import Grit
-from kvkern.policy.lru import LRU
 from kvkern.policy.persist import Persist
 from kvkern.remote import speeds as speeds_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.breaker import FAILURES
-from kvkern.remote.tier import RemoteTier
 from kvkern.slots import SlotGeometry, SlotState
-from kvkern.tiers.base import Lease
-from kvkern.tiers.dram import DramTier
-from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
+from tests.node.conftest import GEOMETRY, eventually, read_verified
 from tests.remote.memory import MemoryStore
-from tests.support import NAMESPACE, SHAPE, chain_keys
+from tests.remote.nodes import USE, Node, node, nodes
+from tests.support import chain_keys
 
 A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)
-USE = Use(namespace=NAMESPACE)
-
-
-class Node:
-    """A cache of few slots with a store behind it."""
-
-    def __init__(
-        self, folder: Path, store: MemoryStore, mode: Persist = Persist.ALL, slots: int = 16,
-        geometry: SlotGeometry = GEOMETRY, predict: bool = False, queue_slots: int = 100,
-    ) -> None:  # fmt: skip
-        self.arena: Arena = create_or_attach(ArenaSpec(geometry, slots), folder / f"arena-{id(self)}")
-        self.cache = Cache(DramTier(self.arena, Grit(slots) if predict else LRU()))
-        self.store = store
-        self.tier = RemoteTier(
-            store, "memory://", self.arena, self.cache, self.cache.counters, self.cache.faults, mode,
-            queue_slots * geometry.slot_nbytes, 5.0,
-        )  # fmt: skip
-        self.tier.start()
-        self.cache.back(self.tier, self.tier.outbox, self.tier.spare)
-
-    @property
-    def counters(self) -> dict[str, float]:
-        return self.cache.counters.snapshot()
-
-    def compute(self, chain: Sequence[bytes], seed: int = 0) -> int:
-        """What an engine stores; returns how many chunks."""
-        reservation = self.cache.reserve(chain, chain, SHAPE, USE)
-        write_payload(self.arena, reservation, seed)
-        return self.cache.commit(reservation)
-
-    def acquire(self, chain: Sequence[bytes], prefix: bool = True) -> Lease:
-        return self.cache.acquire(chain, prefix, USE)
-
-    def hits(self, chain: Sequence[bytes], seed: int = 0) -> int:
-        """How many chunks an engine would load, verified as its worker does."""
-        lease = self.acquire(chain)
-        assert lease.keys == tuple(chain[: len(lease.keys)])
-        assert read_verified(self.arena, lease, seed)
-        self.cache.release(lease)
-        return len(lease.keys)
-
-    def settle(self) -> None:
-        """Until nothing is on its way any more."""
-        eventually(lambda: self.tier.idle and not self.cache._dram._departing, "an empty outbox")
-        eventually(lambda: not any(self.cache._dram._pins) and not self.tier._waiting, "no reader")
-
-    def whole(self) -> bool:
-        """Every slot is free or READY: nothing leaks."""
-        dram = self.cache._dram
-        return dram.num_free + len(dram) == dram.num_slots and not dram._granted and not any(dram._pins)
-
-    def close(self) -> None:
-        self.tier.close()
-        assert self.whole()
-        self.arena.close()
 
 
 @pytest.fixture(autouse=True)
@@ -96,22 +34,6 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def store() -> MemoryStore:
     return MemoryStore()
-
-
-@contextmanager
-def node(folder: Path, store: MemoryStore, **options: object) -> Iterator[Node]:
-    made = Node(folder, store, **options)  # type: ignore[arg-type]
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@contextmanager
-def nodes(folder: Path, store: MemoryStore, **options: object) -> Iterator[tuple[Node, Node]]:
-    """Two that share the values of a store."""
-    with node(folder, store, **options) as one, node(folder, MemoryStore(store.values), **options) as two:
-        yield one, two
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -145,7 +67,7 @@ def test_what_dram_has_is_extended(tmp_path: Path, store: MemoryStore) -> None:
 
 def test_several_ranks_and_many_windows(tmp_path: Path, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = SlotGeometry(part_nbytes=4608, max_planes=3, world_size=2)
-    monkeypatch.setattr(tier_module, "WINDOW_NBYTES", 3 * geometry.slot_nbytes)
+    monkeypatch.setattr(tier_module, "WINDOW_NBYTES", (3 * geometry.slot_nbytes, 3 * geometry.slot_nbytes))
     long = chain_keys("long", 40)
     with nodes(tmp_path, store, slots=64, geometry=geometry) as (one, two):
         assert one.compute(long, seed=7) == 40
