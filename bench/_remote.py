@@ -40,6 +40,9 @@ class Raw(Protocol):
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         """Values of these slots, as whole objects."""
 
+    def rest(self) -> None:
+        """Before a write that is timed, ours too: nothing of earlier ones is left to do."""
+
     def settle(self, names: Sequence[str]) -> None:
         """What is not timed, between writing and reading."""
 
@@ -153,6 +156,9 @@ class RawFiles:
                 for part in slot_parts(self._arena, slot):
                     file.write(part)
 
+    def rest(self) -> None:
+        os.sync()  # else one waits for the other's dirty pages
+
     def settle(self, names: Sequence[str]) -> None:
         """Cold: on the disk, and out of the page cache."""
         for name in names if self._cold else ():
@@ -199,6 +205,9 @@ class RawRedis:
             pipe.set(names[row], memoryview(view))
 
         self._run(len(names), variant, one)
+
+    def rest(self) -> None:
+        pass
 
     def settle(self, names: Sequence[str]) -> None:
         pass
@@ -251,6 +260,9 @@ class RawMooncake:
 
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         self._run(self._store.batch_put_from, names, slots, int(variant), 0)
+
+    def rest(self) -> None:
+        pass
 
     def settle(self, names: Sequence[str]) -> None:
         pass

@@ -12,10 +12,12 @@ one is named. Targets: 0.9 of the raw loop, both ways.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -30,6 +32,7 @@ from kvkern.cache import Cache
 from kvkern.config import RemoteConfig
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
 from kvkern.policy.base import Use
+from kvkern.remote.base import RemoteUrl, make_store
 from kvkern.slots import SlotGeometry, seal
 from kvkern.tiers.base import ChunkShape, Reservation
 
@@ -40,6 +43,7 @@ ROOT = bytes(range(32))
 SHAPE = ChunkShape(ROOT, group=0, chunk_tokens=16)
 USE = Use(namespace=ROOT)
 GIVE_UP_S = 120.0
+PLACES, WARM_UPS = 3, 2
 
 Row = dict[str, object]
 
@@ -78,6 +82,8 @@ class Bench:
         assert tier is not None
         self.tier, self.writer = tier, Writer(arena)
         self.slots = range(chunks, 2 * chunks)  # of the raw loops, as payload only
+        self._loop, self._other = asyncio.Runner(), make_store(RemoteUrl.parse(url))
+        self._loop.run(self._other.open())
         self.rounds = 0
         self.names: list[str] = []
 
@@ -106,6 +112,7 @@ class Bench:
         if len(lease.slots) != self.chunks:
             raise RuntimeError(f"{len(lease.slots)} of {self.chunks} chunks came from {self.kind}")
         self.cache.release(lease)
+        self._loop.run(self._other.delete(keys, GIVE_UP_S))  # as the raw loop does: neither fills the store
         return elapsed
 
     def raw_put(self, variant: str) -> float:
@@ -122,6 +129,11 @@ class Bench:
         self.raw.forget(self.names)
         return elapsed
 
+    def close(self) -> None:
+        self.cache.close()
+        self._loop.run(self._other.close())
+        self._loop.close()
+
     def _until(self, condition: object) -> None:
         end = time.monotonic() + GIVE_UP_S
         while not condition():  # type: ignore[operator]
@@ -130,46 +142,51 @@ class Bench:
             time.sleep(0.0002)
 
 
+Times = dict[str, dict[str, list[float]]]  # op -> variant, or "ours" and "cpu" -> seconds of each run
+
+
 def measure(kind: str, runs: int, chunks: int, chunk_nbytes: int) -> list[Row]:
-    """Rows of one kind of store."""
+    """Rows of one kind of store. A third of the runs each in a new place, which a file system may like more or less."""
     geometry = SlotGeometry(chunk_nbytes // ROW_NBYTES * ROW_NBYTES, max_planes=1)
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="kvkern-bench-remote-") as folder:
-        arena = create_or_attach(ArenaSpec(geometry, 2 * chunks), Path(folder) / "arena")
-        with place(kind, arena) as (url, raw):
-            bench = Bench(kind, url, raw, arena, chunks)
-            try:
-                return _rows(bench, runs, chunks * geometry.slot_nbytes)
-            finally:
-                bench.cache.close()
-                arena.close()
+    times: Times = {"put": defaultdict(list), "get": defaultdict(list)}
+    for _ in range(PLACES):
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="kvkern-bench-remote-") as folder:
+            arena = create_or_attach(ArenaSpec(geometry, 2 * chunks), Path(folder) / "arena")
+            with place(kind, arena) as (url, raw):
+                bench = Bench(kind, url, raw, arena, chunks)
+                try:
+                    _take_turns(bench, -(-runs // PLACES), times)
+                finally:
+                    bench.close()
+                    arena.close()
+    return [_row(kind, op, times[op], chunks, geometry.slot_nbytes) for op in ("get", "put")]
 
 
-def _rows(bench: Bench, runs: int, nbytes: int) -> list[Row]:
-    ours: dict[str, list[float]] = {"put": [], "get": []}
-    cpu: dict[str, list[float]] = {"put": [], "get": []}
-    raw: dict[str, dict[str, list[float]]] = {"put": {}, "get": {}}
-    for run in range(runs + 1):  # the first warms up
+def _take_turns(bench: Bench, runs: int, times: Times) -> None:
+    for run in range(runs + WARM_UPS):
         for op, call in (("put", bench.put), ("get", bench.get)):
+            bench.raw.rest()
             before = time.process_time()
             seconds = call()
-            if run:
-                ours[op].append(seconds)
-                cpu[op].append(time.process_time() - before)
+            if run >= WARM_UPS:
+                times[op]["cpu"].append(time.process_time() - before)
+                times[op]["ours"].append(seconds)
         for variant in bench.raw.variants():
+            bench.raw.rest()
             for op, plain in (("put", bench.raw_put), ("get", bench.raw_get)):
                 seconds = plain(variant)
-                if run:
-                    raw[op].setdefault(variant, []).append(seconds)
-    rows = []
-    for op in ("get", "put"):
-        best = min(raw[op], key=lambda variant: median(raw[op][variant]))
-        seconds, plain_s = median(ours[op]), median(raw[op][best])
-        rows.append({
-            "remote": bench.kind, "op": op, "chunk_nbytes": nbytes // bench.chunks, "gb_s": nbytes / seconds / 1e9,
-            "raw_gb_s": nbytes / plain_s / 1e9, "ratio_raw": plain_s / seconds, "raw_variant": best,
-            "cpu_s_per_gb": median(cpu[op]) / (nbytes / 1e9), "runs": runs,
-        })  # fmt: skip
-    return rows
+                if run >= WARM_UPS:
+                    times[op][variant].append(seconds)
+
+
+def _row(kind: str, op: str, times: dict[str, list[float]], chunks: int, slot_nbytes: int) -> Row:
+    best = min((name for name in times if name not in ("ours", "cpu")), key=lambda name: median(times[name]))
+    seconds, plain_s, nbytes = median(times["ours"]), median(times[best]), chunks * slot_nbytes
+    return {
+        "remote": kind, "op": op, "chunk_nbytes": slot_nbytes, "gb_s": nbytes / seconds / 1e9,
+        "raw_gb_s": nbytes / plain_s / 1e9, "ratio_raw": plain_s / seconds, "raw_variant": best,
+        "cpu_s_per_gb": median(times["cpu"]) / (nbytes / 1e9), "runs": len(times["ours"]),
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

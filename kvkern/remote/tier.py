@@ -44,7 +44,9 @@ T = TypeVar("T")
 
 WINDOW_S = 0.02  # what a call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
-READS_AT_ONCE, WRITES_AT_ONCE = 2, 2  # calls
+READS_AHEAD = (
+    2  # windows of a request under way: while one is verified the next one is read. Stores have threads of their own
+)
 MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
 ABSENT_S, MAX_ABSENT = (
     1.0,
@@ -93,6 +95,7 @@ class _Asked:
     prefix: bool
     answer: Future[Lease]
     held: list[Lease] = field(default_factory=list)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
 
     def reply(self) -> None:
         """With what there is."""
@@ -136,7 +139,7 @@ class RemoteTier:
         self._absent: OrderedDict[bytes, float] = OrderedDict()  # key -> until when it is not asked for
         self._written_at: OrderedDict[bytes, float] = OrderedDict()
         self._waiting = 0  # requests
-        self._writing = 0  # calls, counted before their chunks leave the outbox
+        self._writing = False  # set before chunks leave the outbox
         self._closing = threading.Event()
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -150,8 +153,7 @@ class RemoteTier:
         except BaseException:
             self._stop()
             raise
-        for _ in range(WRITES_AT_ONCE):
-            self._loop.call_soon_threadsafe(self._spawn, self._write())
+        self._loop.call_soon_threadsafe(self._spawn, self._write())
 
     async def _open(self) -> None:
         try:
@@ -296,7 +298,7 @@ class RemoteTier:
         under_way: deque[tuple[list[bytes], asyncio.Task[Reservation], asyncio.Future[None]]] = deque()
         try:
             while True:
-                while whole and at < len(keys) and len(under_way) < READS_AT_ONCE and not asked.answer.done():
+                while whole and at < len(keys) and len(under_way) < READS_AHEAD and not asked.answer.done():
                     window = keys[at : at + self._window(self.speeds.read_s)]
                     at += len(window)
                     over = self._loop.create_future()
@@ -348,7 +350,8 @@ class RemoteTier:
             begin_slots(self._arena, slots, under, keys, shape, asked.keys, self._owner)
             headers = new_headers(self._arena.spec.geometry, len(keys))
             into = incoming_parts(self._arena, headers, granted.slots)
-            got = await self._call(lambda: self._store.get(keys, into, self._timeout_s))
+            async with asked.turn:
+                got = await self._call(lambda: self._store.get(keys, into, self._timeout_s))
             good = await self._verified(keys, asked, slots, headers, got)
         finally:
             self._local.give_back([slot for row, slot in enumerate(granted.slots) if row not in good])
@@ -403,13 +406,11 @@ class RemoteTier:
             await self._wake.wait()
             self._wake.clear()
             self._woken = False
-            self._writing += 1
+            self._writing = True
             while not self._closing.is_set() and (entries := self.outbox.take(self._window(self.speeds.write_s))):
-                if len(self.outbox):
-                    self._wake.set()  # another writer's
                 with self._faults.are_misses():
                     await self._write_window(entries)
-            self._writing -= 1
+            self._writing = False
 
     async def _write_window(self, entries: list[Entry]) -> None:
         """Write those that the store lacks, and give everything back."""
