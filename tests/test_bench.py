@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.remote.need import need
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -162,3 +164,30 @@ print(*_ablation.table([*rows, *({**row, "variant": "less", "hit_ratio": 0.0} fo
 
 def _same_size(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one["capacity_chunks"] == other["capacity_chunks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "program", "module"),
+    [("file", "", ""), ("file_cached", "", ""), ("redis", "redis-server", "hiredis"), ("mooncake", "", "mooncake")],
+)
+def test_remote(tmp_path: Path, kind: str, program: str, module: str) -> None:
+    need(kind, program, module)
+    result, printed = run_quick("remote", tmp_path, "--remote", kind)
+    assert [(row["remote"], row["op"]) for row in result["rows"]] == [(kind, "get"), (kind, "put")]
+    for row in result["rows"]:
+        assert row["ratio_raw"] == pytest.approx(row["gb_s"] / row["raw_gb_s"])
+        assert row["gb_s"] > 0
+        assert row["cpu_s_per_gb"] > 0
+        assert row["chunk_nbytes"] >= 64 << 10
+    assert printed.count(f"{kind:<18}") == 2
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("kvkern-bench-remote-")]
+
+
+def test_remote_names_what_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "remote.py"), "--quick", "--remote", "redis"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "redis-server is not installed; install the Debian package redis-server" in done.stderr
