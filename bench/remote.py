@@ -150,7 +150,7 @@ def measure(kind: str, runs: int, chunks: int, chunk_nbytes: int) -> list[Row]:
     geometry = SlotGeometry(chunk_nbytes // ROW_NBYTES * ROW_NBYTES, max_planes=1)
     times: Times = {"put": defaultdict(list), "get": defaultdict(list)}
     for _ in range(PLACES):
-        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="kvkern-bench-remote-") as folder:
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=f"kvkern-bench-remote-{kind}.") as folder:
             arena = create_or_attach(ArenaSpec(geometry, 2 * chunks), Path(folder) / "arena")
             with place(kind, arena) as (url, raw):
                 bench = Bench(kind, url, raw, arena, chunks)

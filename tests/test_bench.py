@@ -181,7 +181,7 @@ def test_remote(tmp_path: Path, kind: str, program: str, module: str) -> None:
         assert row["cpu_s_per_gb"] > 0
         assert row["chunk_nbytes"] >= 64 << 10
     assert printed.count(f"{kind:<18}") == 2
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("kvkern-bench-remote-")]
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"kvkern-bench-remote-{kind}.")]
 
 
 def test_remote_names_what_is_missing(tmp_path: Path) -> None:
