@@ -289,17 +289,20 @@ class Cache:
 
     # -- for the remote tier ---------------------------------------------------------------------------------------------
 
-    def lease(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
-        """Pin the longest READY prefix, or all READY chunks. Counts as no lookup, and as no use."""
+    def lease(self, keys: Sequence[bytes], prefix: bool = True, hit: bool = False) -> Lease:
+        """Pin the longest READY prefix, or all READY chunks. Counts as no lookup, as no use, and as hits if told so."""
         with self._lock, self.faults.are_misses():
-            return self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
+            lease = self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
+            self.counters.hit_chunks += len(lease.keys) * hit
+            return lease
         return NO_LEASE
 
-    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool) -> Lease:
+    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool, prefix: bool) -> Lease:
         """Publish what a remote store has given; the lease is its reader's, empty without `pin`."""
         with self._lock, self.faults.are_misses():
             self._dram.publish(reservation, namespace, self._now(use), computed=False)
-            lease = self._dram.lease(reservation.keys) if pin else NO_LEASE
+            keys = reservation.keys if pin else ()
+            lease = self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
             self.counters.hit_chunks += len(lease.keys)
             return lease
         return NO_LEASE

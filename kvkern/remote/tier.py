@@ -19,14 +19,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arena import Arena, process_start
+from ..errors import KvkernError
 from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..policy.persist import Persist
@@ -34,6 +33,7 @@ from ..tiers.base import ChunkShape, Lease, Reservation
 from ..tiers.headers import begin_slots, verify_slots
 from .base import Got, Parts, RemoteError, RemoteStore
 from .breaker import Breaker
+from .local import Asked, Local, Misses
 from .outbox import NO_SLOT, Entry, WriteBehind
 from .speeds import Speeds
 from .value import accept, incoming_parts, new_headers, slot_parts
@@ -44,64 +44,13 @@ T = TypeVar("T")
 
 WINDOW_S = 0.02  # what a call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
-READS_AHEAD = (
-    2  # windows of a request under way: while one is verified the next one is read. Stores have threads of their own
-)
+READS_AHEAD = 2  # windows of a request under way: one is verified, one is read. Stores have threads of their own
 MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
-ABSENT_S, MAX_ABSENT = (
-    1.0,
-    65_536,
-)  # what was just not there is not asked for again so soon: others' writes take as long
+ABSENT_S = 1.0  # what was just not there is not asked for again so soon: others' writes take as long
+MAX_ABSENT = 65_536
 MAX_REMEMBERED = 65_536  # chunks whose time of writing is known
 OPEN_S = 20.0
 RETRY_S = 0.2
-
-
-class Local(Protocol):
-    """The cache's side. Thread-safe."""
-
-    def lease(self, keys: Sequence[bytes], prefix: bool = True) -> Lease:
-        """Pin those of these that are READY, or the longest prefix; counts as no use."""
-
-    def release(self, lease: Lease) -> int:
-        """End a lease."""
-
-    def grant(self, count: int) -> Reservation:
-        """Slots to read into."""
-
-    def give_back(self, slots: Sequence[int]) -> None:
-        """Granted slots that nothing is read into any more."""
-
-    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool) -> Lease:
-        """Publish what was read and verified; pinned for its reader, or not."""
-
-    def departed(self, slots: Sequence[int]) -> None:
-        """The outbox is done with these slots."""
-
-
-class Misses(Protocol):
-    """Where a fault becomes a miss: cache.Faults."""
-
-    def are_misses(self) -> AbstractContextManager[None]:
-        """Count and log what goes wrong inside."""
-
-
-@dataclass
-class _Asked:
-    """A request that waits."""
-
-    keys: list[bytes]  # of its sequence
-    use: Use
-    prefix: bool
-    answer: Future[Lease]
-    held: list[Lease] = field(default_factory=list)
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
-
-    def reply(self) -> None:
-        """With what there is."""
-        if not self.answer.done():
-            keys = tuple(key for lease in self.held for key in lease.keys)
-            self.answer.set_result(Lease(keys, tuple(slot for lease in self.held for slot in lease.slots)))
 
 
 class RemoteTier:
@@ -138,9 +87,10 @@ class RemoteTier:
         self._coming: dict[bytes, asyncio.Future[None]] = {}  # chunks that are being read
         self._absent: OrderedDict[bytes, float] = OrderedDict()  # key -> until when it is not asked for
         self._written_at: OrderedDict[bytes, float] = OrderedDict()
+        self._lock = threading.Lock()  # of `_closing`: what is given to the loop is there before the end of it
+        self._closing = False
         self._waiting = 0  # requests
         self._writing = False  # set before chunks leave the outbox
-        self._closing = threading.Event()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +101,7 @@ class RemoteTier:
         try:
             asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
         except BaseException:
+            asyncio.run_coroutine_threadsafe(self._store.close(), self._loop).result()
             self._stop()
             raise
         self._loop.call_soon_threadsafe(self._spawn, self._write())
@@ -161,7 +112,10 @@ class RemoteTier:
                 await self._store.open()
         except (RemoteError, TimeoutError) as error:
             self.breaker.trip(str(error) or f"no answer for {OPEN_S:.0f} s")
-        await self._store.register(self._arena.bytes.data)
+        try:
+            await self._store.register(self._arena.bytes.data)
+        except RemoteError as error:
+            self.breaker.trip(error)
 
     def close(self, drain_s: float = 0.0) -> None:
         """Write what waits, for so long; then end calls under way and the thread."""
@@ -170,8 +124,8 @@ class RemoteTier:
         end = time.monotonic() + drain_s
         while not self.idle and not self.breaker.is_open and time.monotonic() < end:
             time.sleep(0.01)
-        self._closing.set()
-        self._wake_writers()
+        with self._lock:
+            self._closing = True
         asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         self._stop()
 
@@ -194,7 +148,8 @@ class RemoteTier:
 
     async def _finish(self) -> None:
         """Every call ends soon after its timeout: the memory is nobody's then."""
-        if self._tasks:
+        self._wake.set()
+        while self._tasks:
             await asyncio.wait(self._tasks)
         left = self.outbox.take(len(self.outbox))
         self._counters.remote_dropped_chunks += len(left)
@@ -223,26 +178,23 @@ class RemoteTier:
 
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
         """A lease of what this one has and the store adds to it. Done at once if that is sure to be nothing."""
-        answer: Future[Lease] = Future()
+        asked = Asked(list(keys), use, prefix, [lease])
         missing = len(keys) - len(lease.keys)
-        if not missing or not use.namespace or self._closing.is_set() or self._waiting >= MAX_WAITING:
-            answer.set_result(lease)
-        elif not self.breaker.allows() or (prefix and self._is_absent(keys[len(lease.keys)])):
-            self._counters.remote_lookup_chunks += missing
-            answer.set_result(lease)
-        else:
-            self._counters.remote_lookup_chunks += missing
-            self._waiting += 1
-            asked = _Asked(list(keys), use, prefix, answer, [lease])
-            self._loop.call_soon_threadsafe(self._begin, asked)
-        return answer
+        with self._lock:
+            if missing and use.namespace and not self._closing and self._waiting < MAX_WAITING:
+                self._counters.remote_lookup_chunks += missing
+                if self.breaker.allows() and not (prefix and self._is_absent(keys[len(lease.keys)])):
+                    self._waiting += 1
+                    self._loop.call_soon_threadsafe(self._begin, asked)
+                    return asked.answer
+        asked.reply()
+        return asked.answer
 
-    def _begin(self, asked: _Asked) -> None:
+    def _begin(self, asked: Asked) -> None:
         self._spawn(self._serve(asked))
 
-    async def _serve(self, asked: _Asked) -> None:
-        held = set(asked.held[0].keys)
-        missing = [key for key in asked.keys if key not in held]
+    async def _serve(self, asked: Asked) -> None:
+        missing = asked.missing()
         patience_s = self.speeds.patience_s(len(missing), self.outbox.chunk_tokens)
         timer = self._loop.call_later(patience_s, asked.reply)
         try:
@@ -252,20 +204,21 @@ class RemoteTier:
                 except RemoteError as error:
                     logger.debug("kvkern: a remote read failed: %s", error)  # counted and told by `_call`
         finally:
-            self._waiting -= 1
+            with self._lock:
+                self._waiting -= 1
             timer.cancel()
             asked.reply()
 
-    async def _fetch(self, asked: _Asked, keys: list[bytes]) -> None:
+    async def _fetch(self, asked: Asked, keys: list[bytes]) -> None:
         """Take in as many of `keys` as can be had, in their order; with `prefix` without a gap."""
-        while keys:
+        while keys and not asked.answer.done():
             if (coming := self._coming.get(keys[0])) is not None:
                 await asyncio.wait([coming])
-                found = self._local.lease(keys, asked.prefix)
-                if not found.keys:
+                if asked.answer.done() or not (found := self._local.lease(keys, asked.prefix, hit=True)).keys:
                     return
-                self._hand_over(asked, found)
-                keys = [key for key in keys if key not in set(found.keys)]
+                asked.held.append(found)
+                got = set(found.keys)
+                keys = keys[len(found.keys) :] if asked.prefix else [key for key in keys if key not in got]
                 continue
             there = await self._which_are_there(keys, asked.prefix)
             if keys[0] in self._coming:
@@ -292,7 +245,7 @@ class RemoteTier:
             return keys[:count]
         return [key for key, is_there in zip(keys, there, strict=True) if is_there]
 
-    async def _read_all(self, asked: _Asked, keys: list[bytes]) -> bool:
+    async def _read_all(self, asked: Asked, keys: list[bytes]) -> bool:
         """Read these, window by window, the next one while one is being taken in. Whether all came."""
         began, at, came, whole = time.monotonic(), 0, 0, True
         under_way: deque[tuple[list[bytes], asyncio.Task[Reservation], asyncio.Future[None]]] = deque()
@@ -309,8 +262,8 @@ class RemoteTier:
                 window, task, _ = under_way[0]
                 read = await task
                 came += len(read.keys)
-                self._take_in(asked, read)
-                whole = whole and (len(read.keys) == len(window) or not asked.prefix)
+                taken = self._take_in(asked, read, whole)
+                whole = whole and (taken == len(window) or not asked.prefix)
                 self._settle(*under_way.popleft())
         finally:
             for window, task, over in under_way:  # one has failed: what the others have read is given back
@@ -322,13 +275,17 @@ class RemoteTier:
             self.speeds.note_read(came, time.monotonic() - began)
         return whole and at == len(keys)
 
-    def _take_in(self, asked: _Asked, read: Reservation) -> None:
+    def _take_in(self, asked: Asked, read: Reservation, whole: bool) -> int:
+        """Publish what was read. How much of it is the request's now: of a prefix nothing that is behind a gap."""
         if not read.keys:
-            return
-        pin = not asked.answer.done()
+            return 0
+        late = asked.answer.done()
         self._counters.remote_hit_chunks += len(read.keys)
-        self._counters.remote_late_chunks += 0 if pin else len(read.keys)
-        self._hand_over(asked, self._local.promote(read, asked.use.namespace, asked.use, pin))
+        self._counters.remote_late_chunks += len(read.keys) * late
+        lease = self._local.promote(read, asked.use.namespace, asked.use, whole and not late, asked.prefix)
+        if lease.keys:
+            asked.held.append(lease)
+        return len(lease.keys)
 
     def _settle(self, window: list[bytes], task: asyncio.Task[Reservation], over: asyncio.Future[None]) -> None:
         """A window is over: who waits for its chunks looks for them."""
@@ -337,7 +294,7 @@ class RemoteTier:
                 del self._coming[key]
         over.set_result(None)
 
-    async def _read(self, keys: list[bytes], asked: _Asked) -> Reservation:
+    async def _read(self, keys: list[bytes], asked: Asked) -> Reservation:
         """Read a window into granted slots, and verify it: what is good, to be promoted or given back."""
         granted = self._local.grant(len(keys))
         keys = keys[: len(granted.slots)]
@@ -354,7 +311,8 @@ class RemoteTier:
                 got = await self._call(lambda: self._store.get(keys, into, self._timeout_s))
             good = await self._verified(keys, asked, slots, headers, got)
         finally:
-            self._local.give_back([slot for row, slot in enumerate(granted.slots) if row not in good])
+            kept = set(good)
+            self._local.give_back([slot for row, slot in enumerate(granted.slots) if row not in kept])
         return Reservation(
             tuple(keys[row] for row in good), tuple(granted.slots[row] for row in good),
             tuple(granted.generations[row] for row in good), chain=tuple(asked.keys),
@@ -363,7 +321,7 @@ class RemoteTier:
     async def _verified(
         self,
         keys: list[bytes],
-        asked: _Asked,
+        asked: Asked,
         slots: npt.NDArray[np.int64],
         headers: npt.NDArray[np.uint8],
         got: list[Got],
@@ -376,41 +334,45 @@ class RemoteTier:
             accept, self._arena, headers[at], slots[at], named[at], asked.use.namespace
         )  # fmt: skip
         good = [row for row, ok in zip(hits, fine.tolist(), strict=True) if ok]
-        spoiled = [row for row in range(len(keys)) if got[row] is Got.WRONG_SIZE or (row in hits and row not in good)]
+        spoiled = [row for row, outcome in enumerate(got) if outcome is Got.WRONG_SIZE]
+        spoiled += [row for row, ok in zip(hits, fine.tolist(), strict=True) if not ok]
         if Got.MISS in got:
             self._note_absent(keys[got.index(Got.MISS)])  # what is behind it the store has perhaps not looked for
         if spoiled:
             self._counters.remote_bad_chunks += len(spoiled)
             logger.warning("kvkern: %d chunk(s) of the remote store did not verify and are deleted there", len(spoiled))
-            await self._call(lambda: self._store.delete([keys[row] for row in spoiled], self._timeout_s))
+            await self._delete([keys[row] for row in spoiled])
         unbroken = next((count for count, row in enumerate(good) if count != row), len(good))
         return good[:unbroken] if asked.prefix else good
 
-    def _hand_over(self, asked: _Asked, lease: Lease) -> None:
-        """To who waits, or back."""
-        if asked.answer.done():
-            self._local.release(lease)
-        else:
-            asked.held.append(lease)
+    async def _delete(self, keys: list[bytes]) -> None:
+        try:
+            await self._call(lambda: self._store.delete(keys, self._timeout_s))
+        except RemoteError as error:
+            logger.debug("kvkern: spoiled chunks stay in the remote store: %s", error)  # what came with them is good
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _wake_writers(self) -> None:
         """From any thread, often."""
-        if not self._woken and not self._loop.is_closed():
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._wake.set)
+        with self._lock:
+            if not self._woken and not self._closing:
+                self._woken = True
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     async def _write(self) -> None:
-        while not self._closing.is_set():
+        while not self._closing:
             await self._wake.wait()
             self._wake.clear()
             self._woken = False
-            self._writing = True
-            while not self._closing.is_set() and (entries := self.outbox.take(self._window(self.speeds.write_s))):
-                with self._faults.are_misses():
-                    await self._write_window(entries)
-            self._writing = False
+            await self._write_all()
+
+    async def _write_all(self) -> None:
+        self._writing = True
+        while not self._closing and (entries := self.outbox.take(self._window(self.speeds.write_s))):
+            with self._faults.are_misses():
+                await self._write_window(entries)
+        self._writing = False
 
     async def _write_window(self, entries: list[Entry]) -> None:
         """Write those that the store lacks, and give everything back."""
@@ -442,7 +404,7 @@ class RemoteTier:
                 self._counters.remote_dropped_chunks += len(missing) - sum(taken)
                 return sum(taken)
             except RemoteError:
-                if last or self.breaker.is_open or self._closing.is_set():
+                if last or self.breaker.is_open or self._closing:
                     break
                 await asyncio.sleep(RETRY_S * (0.5 + random.random()))
         self._counters.remote_dropped_chunks += len(keys)
@@ -465,13 +427,15 @@ class RemoteTier:
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the store answers; the breaker hears of it."""
-        if not self.breaker.begin():
-            raise RemoteError("the store has failed before")
+        if self._closing or not self.breaker.begin():
+            raise RemoteError("the store is not asked any more, or not now")
         try:
             result = await call()
         except BaseException as error:
             self._counters.remote_failures += 1
             self.breaker.failed(error)
+            if isinstance(error, KvkernError):  # it was good enough at the start
+                raise RemoteError(str(error)) from error
             raise
         self.breaker.succeeded()
         return result

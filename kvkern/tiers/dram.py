@@ -183,8 +183,8 @@ class DramTier:
     ) -> list[bool]:
         """Make granted slots READY whose header names the given key and that every rank has written; free the others.
 
-        Which of them were published; a chunk that somebody else has published meanwhile was not. The sequence they are
-        part of counts as used.
+        Which of them were published; a chunk that somebody else has published meanwhile was not, and who still writes one
+        of them does so in vain. The sequence they are part of counts as used.
         """
         headers, geometry = self._arena.headers, self._arena.spec.geometry
         slots = np.array(reservation.slots, dtype=np.int64)
@@ -199,6 +199,7 @@ class DramTier:
             result.append(fresh)
             if fresh:
                 self._granted.discard(slot)
+                self._overtake([self._writing[key]] if key in self._writing else [])
                 self._make_ready([slot], [key])
             else:
                 self.give_back([slot])
@@ -235,13 +236,18 @@ class DramTier:
         begun = list(granted.difference(self._of_namespace(list(granted), bytes(32))))  # the others name no chunk yet
         if namespace is not None:
             ready, writing, begun = (self._of_namespace(slots, namespace) for slots in (ready, writing, begun))
-        for slot in writing:  # a new writer of the same key gets a slot of its own
+        self._overtake(writing)  # a new writer of the same key gets a slot of its own
+        self._stale.update(begun)
+        return len(writing) + self._drop(ready)
+
+    def _overtake(self, slots: Iterable[int]) -> None:
+        """What is being written there is not the chunk's any more, and is never published."""
+        for slot in slots:
             if (key := self._key_of[slot]) is not None:
                 del self._writing[key]
                 self._key_of[slot] = None
                 self._policy.remove([key])
-        self._stale.update(writing, begun)
-        return len(writing) + self._drop(ready)
+            self._stale.add(slot)
 
     def adopt(self, alive: Callable[[int, int], bool], use: Use = _UNKNOWN) -> Adopted:
         """Take over what lies in an arena whose daemon is gone. Call once, before anything else.

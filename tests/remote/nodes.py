@@ -86,7 +86,8 @@ class Node:
     def close(self) -> None:
         self.tier.close()
         assert self.whole()
-        assert not (self.tier._coming or self.tier._tasks or self.tier._waiting or len(self.tier.outbox))
+        left = [self.tier._coming, self.tier._tasks, self.tier._waiting, len(self.tier.outbox)]
+        assert not any(left), left
         self.arena.close()
 
 

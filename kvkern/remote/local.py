@@ -1,0 +1,71 @@
+"""What the remote tier has to do with on this side: the cache, where faults end, and requests that wait. Knows no store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..policy.base import Use
+from ..tiers.base import Lease, Reservation
+
+
+class Local(Protocol):
+    """The cache's side. Thread-safe."""
+
+    def lease(self, keys: Sequence[bytes], prefix: bool = True, hit: bool = False) -> Lease:
+        """Pin those of these that are READY, or the longest prefix; counts as no use, and as hits only if told so."""
+
+    def release(self, lease: Lease) -> int:
+        """End a lease."""
+
+    def grant(self, count: int) -> Reservation:
+        """Slots to read into."""
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Granted slots that nothing is read into any more."""
+
+    def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool, prefix: bool) -> Lease:
+        """Publish what was read and verified; what is READY then, or its longest prefix, pinned for its reader, or not."""
+
+    def departed(self, slots: Sequence[int]) -> None:
+        """The outbox is done with these slots."""
+
+
+class Misses(Protocol):
+    """Where a fault becomes a miss: cache.Faults."""
+
+    def are_misses(self) -> AbstractContextManager[None]:
+        """Count and log what goes wrong inside."""
+
+
+@dataclass
+class Asked:
+    """A request that waits."""
+
+    keys: list[bytes]  # of its sequence
+    use: Use
+    prefix: bool
+    held: list[Lease]
+    answer: Future[Lease] = field(default_factory=Future)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
+
+    def __post_init__(self) -> None:
+        self.answer.set_running_or_notify_cancel()  # so that nobody can cancel it: its leases would be nobody's
+
+    def reply(self) -> None:
+        """With what there is."""
+        if not self.answer.done():
+            keys = tuple(key for lease in self.held for key in lease.keys)
+            self.answer.set_result(Lease(keys, tuple(slot for lease in self.held for slot in lease.slots)))
+
+    def missing(self) -> list[bytes]:
+        """What the first lease lacks."""
+        (first,) = self.held
+        if self.prefix:
+            return self.keys[len(first.keys) :]
+        there = set(first.keys)
+        return [key for key in self.keys if key not in there]
