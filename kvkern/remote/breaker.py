@@ -54,7 +54,9 @@ class Breaker:
         self._failures, self._pause_s, self._until, self._trying = 0, FIRST_PAUSE_S, None, False
 
     def failed(self, why: object) -> None:
-        """A call has not. Said once until it works again."""
+        """A call has not. Said once until it works again. While it is open only the one that tries counts."""
+        if self._until is not None and not self._trying:
+            return  # begun before: as many as there were would double the pause as often
         self._failures += 1
         if self._until is None and self._failures < FAILURES:
             return

@@ -22,7 +22,7 @@ from ..arena import Arena
 from ..metrics import CacheCounters
 from ..policy.base import EvictionPolicy, Keys
 from ..policy.persist import Persist
-from .speeds import Speeds
+from .speeds import PROBE_CHUNKS, Speeds
 
 NO_SLOT = -1
 
@@ -98,6 +98,10 @@ class WriteBehind:
         threshold = self._speeds.threshold(self.chunk_tokens)
         chances = policy.chances(keys, self._speeds.residency_s)
         self._chances = {key: chance for key, chance in zip(keys, chances, strict=True) if chance > threshold}
+        if not self._chances and self._speeds.probes_write():
+            hoped = self._speeds.threshold(self.chunk_tokens, hoped=True)
+            likely = heapq.nlargest(PROBE_CHUNKS, zip(chances, keys, strict=True))
+            self._chances = {key: chance for chance, key in likely if chance > hoped}
         return list(self._chances)
 
     def depart(self, keys: Keys, slots: Sequence[int]) -> list[int]:
@@ -110,7 +114,7 @@ class WriteBehind:
     def lost(self, keys: Keys) -> None:
         """See Outbox."""
         if self._mode in (Persist.EVICTED, Persist.PREDICTED):
-            self._counters.remote_dropped_chunks += len(keys)
+            self.dropped(len(keys))
 
     def recall(self, count: int) -> list[int]:
         """See Outbox."""
@@ -129,6 +133,11 @@ class WriteBehind:
             for entry in taken:
                 del self._entries[entry.key]
         return taken
+
+    def dropped(self, count: int) -> None:
+        """So many are not written after all. From any thread."""
+        with self._lock:
+            self._counters.remote_dropped_chunks += count
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@
     predicted:           policy.persist.Costs with the same figures
 
 Seconds a chunk are smoothed over what was moved; large batches count more. Prefill speed is the engines' own word. What
-has not been measured refuses nothing: the first load is the measurement.
+has not been measured refuses nothing: the first load is the measurement. What was measured PROBE_S ago gives way at once
+to what is faster, and what is too slow to pay is tried so often: a store that has hung is soon used again.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ class Speeds:
         self.write_s: float | None = None
         self.prefill_tokens_s: float | None = None
         self.residency_s = FOREVER_S
-        self._read_at = -PROBE_S
+        self._read_at = self._written_at = -PROBE_S
 
     def note_read(self, chunks: int, seconds: float) -> None:
         """So many chunks came in that time."""
+        self.read_s = _smooth(self.read_s, chunks, seconds, self._is_old(self._read_at))
         self._read_at = self._clock()
-        self.read_s = _smooth(self.read_s, chunks, seconds)
 
     def note_write(self, chunks: int, seconds: float) -> None:
         """Likewise."""
-        self.write_s = _smooth(self.write_s, chunks, seconds)
+        self.write_s = _smooth(self.write_s, chunks, seconds, self._is_old(self._written_at))
+        self._written_at = self._clock()
 
     def note_prefill(self, tokens_s: float) -> None:
         """An engine computes that fast."""
@@ -59,7 +61,7 @@ class Speeds:
             return chunks
         if self.read_s < LOAD_MARGIN * chunk_tokens / self.prefill_tokens_s:
             return chunks
-        return min(chunks, PROBE_CHUNKS) if self._clock() - self._read_at >= PROBE_S else 0
+        return min(chunks, PROBE_CHUNKS) if self._is_old(self._read_at) else 0
 
     def patience_s(self, chunks: int, chunk_tokens: int) -> float:
         """How long a request may wait for so many: as long as computing them would take."""
@@ -67,19 +69,27 @@ class Speeds:
             return FIRST_WAIT_S
         return min(chunks * chunk_tokens / self.prefill_tokens_s, LONGEST_WAIT_S)
 
-    def threshold(self, chunk_tokens: int) -> float:
-        """Of `Persist.PREDICTED`: the probability of use from which on a write pays."""
+    def probes_write(self) -> bool:
+        """Whether it is time to find out if writing is still too slow to pay."""
+        return self._is_old(self._written_at)
+
+    def threshold(self, chunk_tokens: int, hoped: bool = False) -> float:
+        """Of `Persist.PREDICTED`: the probability of use from which on a write pays, or would if the store were fast."""
         defaults = Costs()
         token_nbytes = self._slot_nbytes // chunk_tokens if chunk_tokens else defaults.token_nbytes
         return Costs(
             token_nbytes=token_nbytes,
             prefill_tokens_s=self.prefill_tokens_s or defaults.prefill_tokens_s,
-            write_nbytes_s=self._slot_nbytes / self.write_s if self.write_s else defaults.write_nbytes_s,
-            read_nbytes_s=self._slot_nbytes / self.read_s if self.read_s else defaults.read_nbytes_s,
+            write_nbytes_s=self._slot_nbytes / self.write_s if self.write_s and not hoped else defaults.write_nbytes_s,
+            read_nbytes_s=self._slot_nbytes / self.read_s if self.read_s and not hoped else defaults.read_nbytes_s,
         ).threshold
 
+    def _is_old(self, at: float) -> bool:
+        return self._clock() - at >= PROBE_S
 
-def _smooth(mean_s: float | None, chunks: int, seconds: float) -> float:
+
+def _smooth(mean_s: float | None, chunks: int, seconds: float, old: bool) -> float:
     each_s = seconds / max(chunks, 1)
-    weight = chunks / (chunks + _MEMORY_CHUNKS)
-    return each_s if mean_s is None else mean_s + weight * (each_s - mean_s)
+    if mean_s is None or (old and each_s < mean_s):
+        return each_s
+    return mean_s + chunks / (chunks + _MEMORY_CHUNKS) * (each_s - mean_s)

@@ -36,7 +36,7 @@ from .breaker import Breaker
 from .local import Asked, Local, Misses
 from .outbox import NO_SLOT, Entry, WriteBehind
 from .speeds import Speeds
-from .value import accept, incoming_parts, new_headers, slot_parts
+from .value import accept, incoming_parts, new_headers, outgoing_parts
 
 logger = logging.getLogger("kvkern")
 
@@ -152,7 +152,7 @@ class RemoteTier:
         while self._tasks:
             await asyncio.wait(self._tasks)
         left = self.outbox.take(len(self.outbox))
-        self._counters.remote_dropped_chunks += len(left)
+        self.outbox.dropped(len(left))
         self._local.departed([entry.slot for entry in left if entry.slot != NO_SLOT])
         await self._store.close()
 
@@ -380,6 +380,7 @@ class RemoteTier:
         owned = {entry.key: entry.slot for entry in entries if entry.slot != NO_SLOT}
         slots = owned | dict(zip(lease.keys, lease.slots, strict=True))
         try:
+            self.outbox.dropped(len(entries) - len(slots))  # evicted or cleared before their turn came
             keys = sorted(slots, key=lambda key: int(self._arena.headers["position"][slots[key]]))
             written = await self._put(keys, slots)
             self._counters.remote_written_chunks += written
@@ -390,7 +391,7 @@ class RemoteTier:
     async def _put(self, keys: list[bytes], slots: dict[bytes, int]) -> int:
         """How many were written. What fails is tried once more, a little later."""
         if not self.breaker.allows():
-            self._counters.remote_dropped_chunks += len(keys)
+            self.outbox.dropped(len(keys))
             return 0
         for last in (False, True):
             try:
@@ -399,15 +400,15 @@ class RemoteTier:
                 if not missing:
                     return 0
                 began = time.monotonic()
-                taken = await self._put_parts(missing, [slot_parts(self._arena, slots[key]) for key in missing])
+                taken = await self._put_parts(missing, outgoing_parts(self._arena, [slots[key] for key in missing]))
                 self._note_written([key for key, ok in zip(missing, taken, strict=True) if ok], began)
-                self._counters.remote_dropped_chunks += len(missing) - sum(taken)
+                self.outbox.dropped(len(missing) - sum(taken))
                 return sum(taken)
             except RemoteError:
                 if last or self.breaker.is_open or self._closing:
                     break
                 await asyncio.sleep(RETRY_S * (0.5 + random.random()))
-        self._counters.remote_dropped_chunks += len(keys)
+        self.outbox.dropped(len(keys))
         return 0
 
     async def _put_parts(self, keys: list[bytes], values: list[Parts]) -> list[bool]:

@@ -2,13 +2,15 @@
 
     offset            field
     0                 the slot's header (slots.py): what the chunk is, its sizes, plane checksums sealed with key and generation
+    240               in what is reserved there: 16 bytes of BLAKE3 over the header but for these, owner and state
     header_nbytes     part of rank 0, part of rank 1, ...; each at a multiple of 4 KiB
 
 A value travels from slot to store and back without a copy. On its way back the header goes to memory of its own, never
 into the slot: state, owner and generation there are the manager's, and a stale writer must not find its generation
 again. From the header that came the slot's own takes the checksums, sealed anew with the slot's generation, and then
-the whole payload is summed. State, owner and process of the value's header mean nothing to who reads it. Bytes of a part
-behind its planes are whatever was in the slot: a remote store belongs to the arena's trust domain. `codec` is 0, none.
+the whole payload is summed: all of it, for the header's own hash vouches for the sizes of its planes. State, owner and
+process of the value's header mean nothing to who reads it. Bytes of a part behind its planes are whatever was in the
+slot: a remote store belongs to the arena's trust domain. `codec` is 0, none.
 """
 
 from __future__ import annotations
@@ -17,19 +19,35 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from ..arena import Arena
 from ..slots import PAGE, SlotGeometry, seal
 from ..tiers.headers import verify_slots
 from .base import Parts
 
+_HASH = slice(240, 256)
+
 
 def slot_parts(arena: Arena, slot: int) -> Parts:
-    """A slot's memory as a value to write."""
+    """A slot's memory in the pieces of a value."""
     geometry = arena.spec.geometry
     start = PAGE + slot * geometry.slot_nbytes
     whole = arena.bytes.data[start : start + geometry.slot_nbytes]
     return whole[: geometry.header_nbytes], whole[geometry.header_nbytes :]
+
+
+def outgoing_parts(arena: Arena, slots: Sequence[int]) -> list[Parts]:
+    """Values to write. The slots are complete, and leased or the caller's until they are written."""
+    parts = [slot_parts(arena, slot) for slot in slots]
+    for header, _ in parts:
+        header[_HASH] = _hash_of(header)
+    return parts
+
+
+def _hash_of(header: memoryview | npt.NDArray[np.uint8]) -> bytes:
+    """Without owner and state: they may change while a value is sent."""
+    return blake3(bytes(header[:112]) + bytes(header[132:240]) + bytes(header[256:])).digest(16)
 
 
 def new_headers(
@@ -60,6 +78,7 @@ def accept(
     theirs = headers.reshape(-1).view(geometry.dtype)
     identities = np.ascontiguousarray(headers[:, :104]).view("V104").reshape(-1)
     good: npt.NDArray[np.bool_] = identities == geometry.identities(keys, np.void(namespace))
+    good &= np.array([_hash_of(header) == header[_HASH].tobytes() for header in headers], dtype=np.bool_)
     good &= theirs["codec"] == 0
     good &= (theirs["written"] == theirs["generation"][:, None]).all(axis=1)
     generations: npt.NDArray[np.uint64] = mine["generation"][slots]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from kvkern.arena import Arena, ArenaSpec, create_or_attach
 from kvkern.cache import Cache
@@ -33,7 +34,7 @@ class Node:
         self, folder: Path, store: RemoteStore, mode: Persist = Persist.ALL, slots: int = 16,
         geometry: SlotGeometry = GEOMETRY, predict: bool = False, queue_slots: int = 100, timeout_s: float = 5.0,
     ) -> None:  # fmt: skip
-        self.arena: Arena = create_or_attach(ArenaSpec(geometry, slots), folder / f"arena-{id(self)}")
+        self.arena: Arena = create_or_attach(ArenaSpec(geometry, slots), folder / f"arena-{token_hex(8)}")
         self.cache = Cache(DramTier(self.arena, Grit(slots) if predict else LRU()))
         self.store = store
         self.tier = RemoteTier(

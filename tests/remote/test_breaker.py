@@ -1,0 +1,83 @@
+"""The breaker by itself, on a clock of the test's."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvkern.remote.breaker import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> Breaker:
+    return Breaker("r", clock, lambda: 1.0)  # the longest of the pauses that may be drawn
+
+
+def pause_s(breaker: Breaker, clock: Clock) -> float:
+    """Until it lets somebody try."""
+    began = clock.now
+    while not breaker.allows():
+        clock.now += 0.01
+        assert clock.now - began < 2 * LONGEST_PAUSE_S
+    return clock.now - began
+
+
+def test_failures_in_a_row_open_it(breaker: Breaker) -> None:
+    for _ in range(FAILURES - 1):
+        assert breaker.begin()
+        breaker.failed("x")
+    breaker.succeeded()
+    for _ in range(FAILURES):
+        assert not breaker.is_open
+        assert breaker.begin()
+        breaker.failed("x")
+    assert breaker.is_open
+    assert not breaker.begin()
+
+
+def test_one_call_tries_and_the_pause_doubles_up_to_a_limit(breaker: Breaker, clock: Clock) -> None:
+    breaker.trip("x")
+    expected = FIRST_PAUSE_S
+    for _ in range(10):
+        assert pause_s(breaker, clock) == pytest.approx(expected, abs=0.02)
+        assert breaker.begin()
+        assert not breaker.begin()
+        breaker.failed("x")
+        expected = min(2 * expected, LONGEST_PAUSE_S)
+    pause_s(breaker, clock)
+    assert breaker.begin()
+    breaker.succeeded()
+    assert not breaker.is_open
+    breaker.trip("x")
+    assert pause_s(breaker, clock) == pytest.approx(FIRST_PAUSE_S, abs=0.02)
+
+
+def test_calls_that_were_under_way_do_not_lengthen_the_pause(breaker: Breaker, clock: Clock) -> None:
+    """A store that hangs fails all at once: as many calls as wait for it."""
+    assert all(breaker.begin() for _ in range(200))
+    for _ in range(200):
+        breaker.failed("no answer")
+    assert pause_s(breaker, clock) == pytest.approx(FIRST_PAUSE_S, abs=0.02)
+
+
+def test_a_late_failure_lets_nobody_else_try_at_once(breaker: Breaker, clock: Clock) -> None:
+    assert all(breaker.begin() for _ in range(FAILURES + 1))
+    for _ in range(FAILURES):
+        breaker.failed("x")
+    pause_s(breaker, clock)
+    assert breaker.begin()
+    breaker.failed("begun long ago")
+    assert not breaker.allows()
+    breaker.succeeded()  # and the one that tries works
+    assert not breaker.is_open

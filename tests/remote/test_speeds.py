@@ -1,0 +1,123 @@
+"""What loads and writes are held to be worth, on a clock of the test's, and how a store that has hung is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kvkern.metrics import CacheCounters
+from kvkern.policy.grit import Grit
+from kvkern.policy.persist import Costs, Persist
+from kvkern.remote.outbox import WriteBehind
+from kvkern.remote.speeds import FIRST_WAIT_S, LONGEST_WAIT_S, PROBE_CHUNKS, PROBE_S, Speeds
+from tests.support import chain_keys, make_arena
+
+CHUNK_NBYTES, CHUNK_TOKENS = 32 << 20, 256  # of an 8 B model
+FAST_S = CHUNK_NBYTES / 10e9
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def speeds(clock: Clock) -> Speeds:
+    made = Speeds(CHUNK_NBYTES, clock)
+    made.note_prefill(15_000)
+    return made
+
+
+def test_what_is_not_known_refuses_nothing(clock: Clock) -> None:
+    speeds = Speeds(CHUNK_NBYTES, clock)
+    assert speeds.worth(7, 0) == speeds.worth(7, CHUNK_TOKENS) == 7
+    assert speeds.patience_s(7, CHUNK_TOKENS) == FIRST_WAIT_S
+    assert speeds.threshold(CHUNK_TOKENS) == pytest.approx(Costs().threshold)
+
+
+def test_patience_is_the_time_to_compute(speeds: Speeds) -> None:
+    assert speeds.patience_s(4, CHUNK_TOKENS) == pytest.approx(4 * CHUNK_TOKENS / 15_000)
+    assert speeds.patience_s(1 << 20, CHUNK_TOKENS) == LONGEST_WAIT_S
+
+
+def test_a_slow_store_is_left_and_tried_now_and_then(speeds: Speeds, clock: Clock) -> None:
+    speeds.note_read(8, 8 * 0.1)
+    assert speeds.worth(8, CHUNK_TOKENS) == 0
+    clock.now += PROBE_S
+    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    speeds.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # still is
+    assert speeds.worth(8, CHUNK_TOKENS) == 0
+
+
+@pytest.mark.parametrize("before", [0, 1, 1000])
+def test_reads_that_hung_once_are_forgotten_by_the_first_try(speeds: Speeds, clock: Clock, before: int) -> None:
+    if before:
+        speeds.note_read(before, before * FAST_S)
+    speeds.note_read(50, 20.0)
+    assert speeds.worth(8, CHUNK_TOKENS) == 0
+    clock.now += PROBE_S
+    speeds.note_read(speeds.worth(8, CHUNK_TOKENS), PROBE_CHUNKS * FAST_S)
+    assert speeds.worth(8, CHUNK_TOKENS) == 8
+
+
+def test_one_slow_read_after_a_pause_does_not_count_more_than_others(speeds: Speeds, clock: Clock) -> None:
+    speeds.note_read(1000, 1000 * FAST_S)
+    clock.now += 100 * PROBE_S
+    speeds.note_read(1, 0.1)
+    assert speeds.worth(8, CHUNK_TOKENS) == 8
+
+
+class Likely(Grit):
+    """Every chunk is as likely as its place in `of` says."""
+
+    of: dict[bytes, float]
+
+    def chances(self, keys: Sequence[bytes], horizon_s: float) -> list[float]:
+        return [self.of[key] for key in keys]
+
+
+def test_writes_that_hung_once_are_tried_again(tmp_path: Path, speeds: Speeds, clock: Clock) -> None:
+    """Nothing else measures them: a threshold that nothing reaches would stay for ever."""
+    keys = chain_keys("a", 5)
+    policy = Likely(8)
+    policy.of = dict(zip(keys, (0.6, 0.01, 0.8, 0.7, 0.9), strict=True))
+    arena = make_arena(tmp_path)
+    outbox = WriteBehind(
+        arena, Persist.PREDICTED, 8, speeds, CacheCounters(), lambda: True, lambda: None,
+    )  # fmt: skip
+    outbox.chunk_tokens = CHUNK_TOKENS
+    assert outbox.choose(keys, policy) == [keys[i] for i in (0, 2, 3, 4)]
+    speeds.note_write(8, 8 * FAST_S)
+    assert len(outbox.choose(keys, policy)) == 4
+    speeds.note_write(8, 8.0)
+    assert outbox.choose(keys, policy) == []
+    clock.now += PROBE_S
+    probed = outbox.choose(keys, policy)
+    assert sorted(probed) == sorted([keys[2], keys[4]])
+    speeds.note_write(len(probed), len(probed) * FAST_S)
+    assert len(outbox.choose(keys, policy)) == 4
+    arena.close()
+
+
+def test_what_would_not_pay_anyway_is_no_try(tmp_path: Path, speeds: Speeds, clock: Clock) -> None:
+    keys = chain_keys("a", 3)
+    policy = Likely(8)
+    policy.of = dict.fromkeys(keys, 0.01)
+    arena = make_arena(tmp_path)
+    outbox = WriteBehind(
+        arena, Persist.PREDICTED, 8, speeds, CacheCounters(), lambda: True, lambda: None,
+    )  # fmt: skip
+    outbox.chunk_tokens = CHUNK_TOKENS
+    speeds.note_write(8, 8.0)
+    clock.now += PROBE_S
+    assert outbox.choose(keys, policy) == []
+    arena.close()
