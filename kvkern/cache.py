@@ -151,6 +151,7 @@ class Cache:
         self._lock = threading.Lock()
         self._late: deque[Lease] = deque()  # abandoned leases, see release_later
         self._remote: Backing | None = None
+        self._grown: set[bytes] | None = None  # namespaces that may be above their quotas; None: there are none
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
 
@@ -304,6 +305,8 @@ class Cache:
             keys = reservation.keys if pin else ()
             lease = self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
             self.counters.hit_chunks += len(lease.keys)
+            if self._grown is not None:
+                self._grown.add(namespace)
             return lease
         return NO_LEASE
 
@@ -345,7 +348,17 @@ class Cache:
     def trim(self, namespace: bytes, limit: int) -> None:
         """Keep a namespace within `limit` slots. See DramTier.trim."""
         with self._lock, self.faults.are_misses():
-            self.counters.evicted_chunks += self._dram.trim(namespace, limit)
+            evicted, above = self._dram.trim(namespace, limit)
+            self.counters.evicted_chunks += evicted
+            if above and self._grown is not None:
+                self._grown.add(namespace)
+
+    def take_grown(self) -> set[bytes]:
+        """Namespaces to trim: those that a remote store has added to since the last call, and those that leases kept above
+        their limits."""
+        with self._lock:
+            grown, self._grown = self._grown or set(), set()
+            return grown
 
     def pin_all(self) -> Lease:
         """A lease of every chunk, for readers nobody knows by name. Counts as no lookup, and as no use."""

@@ -294,7 +294,15 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
-        cache = await asyncio.to_thread(self._build_cache, arena)
+        try:
+            await self._serve_arena(arena)
+        except BaseException:
+            await asyncio.to_thread(self._end_remote)
+            arena.close()
+            raise
+
+    async def _serve_arena(self, arena: Arena) -> None:
+        cache, path = await asyncio.to_thread(self._build_cache, arena), self.config.arena_path
         self._remote = await asyncio.to_thread(back_with_remote, cache, arena, self.config.remote, self.config.policy)
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
@@ -328,9 +336,9 @@ class Server:
             keys = p.cut_keys(request.keys)
             found = state.acquire_soon(session, keys, request.prefix, p.use_of(request, session.number))
             if found.done():
-                self._lend(connection, session, request, found.result())
+                self._lend(state, connection, session, request, found.result())
             else:
-                self._wait(connection, session, request, found)
+                self._wait(state, connection, session, request, found)
         elif isinstance(request, p.Release):
             state.release(session, request.leases)
         elif isinstance(request, p.Grant):
@@ -356,7 +364,9 @@ class Server:
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
         self._publish_changes()
 
-    def _wait(self, connection: Connection, session: Session, request: p.Acquire, found: Future[Lease]) -> None:
+    def _wait(
+        self, state: Sessions, connection: Connection, session: Session, request: p.Acquire, found: Future[Lease]
+    ) -> None:
         """Lend when the remote store has answered, and say meanwhile that this daemon is alive."""
         self._waiting[found] = connection, request.id
         loop = self.loop
@@ -366,15 +376,15 @@ class Server:
 
         def lend() -> None:
             self._waiting.pop(found, None)
-            self._lend(connection, session, request, found.result())
+            self._lend(state, connection, session, request, found.result())
             self._publish_changes()
 
         found.add_done_callback(answered)
 
-    def _lend(self, connection: Connection, session: Session, request: p.Acquire, lease: Lease) -> None:
-        if self.sessions is None:
-            return
-        number, lease = self.sessions.lend(session, lease)
+    def _lend(
+        self, state: Sessions, connection: Connection, session: Session, request: p.Acquire, lease: Lease
+    ) -> None:
+        number, lease = state.lend(session, lease)
         rows = list(range(len(lease.slots)))
         if not request.prefix:
             at = {key: row for row, key in enumerate(p.cut_keys(request.keys))}

@@ -114,6 +114,9 @@ class Sessions:
         self._next_session = self._next_lease = 0
         self._members: dict[str, set[Process]] = {}  # of engines with a name that have a session: all that ever had one
         self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
+        self._limited = self._quotas.least() is not None
+        if self._limited:
+            cache.take_grown()  # from now on it says so
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -201,6 +204,9 @@ class Sessions:
                 self.cache.release(lease)
             self.cache.give_back(held.slots)
         self.quarantines = kept
+        for namespace in self.cache.take_grown() if self._limited else ():
+            if (limit := self._slots_of(namespace)) is not None:
+                self.cache.trim(namespace, limit)
 
     # -- requests --------------------------------------------------------------------------------------------------------
 

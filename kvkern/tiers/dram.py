@@ -307,12 +307,13 @@ class DramTier:
         """All READY chunks."""
         return list(self._index)
 
-    def trim(self, namespace: bytes, limit: int) -> int:
-        """Evict chunks of a namespace until it has `limit` slots. Returns how many; without shares none."""
+    def trim(self, namespace: bytes, limit: int) -> tuple[int, bool]:
+        """Evict chunks of a namespace until it has `limit` slots. Returns how many, without shares none, and whether leases
+        keep it above."""
         if not isinstance(self._policy, Shares):
-            return 0
+            return 0, False
         named = self._policy.victims_of(namespace, self._policy.size(namespace) - limit)
-        return len(self._evict(named))
+        return len(self._evict(named)), self._policy.size(namespace) > limit
 
     def drop(self, keys: Keys) -> int:
         """Forget these chunks. Returns how many were READY."""

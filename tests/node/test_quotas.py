@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kvkern.arena import Arena, process_start
 from kvkern.assemble import build_cache
 from kvkern.node.sessions import Quotas, Session, Sessions
-from kvkern.tiers.base import ChunkShape
+from kvkern.tiers.base import ChunkShape, Lease
 from kvkern.tiers.headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena
@@ -57,6 +58,16 @@ class Node:
             )
             assert published == [True]
 
+    def fetch(self, name: str, count: int, pin: bool) -> Lease:
+        """What the remote tier does with chunks that it has read."""
+        chain = chain_keys(name, count)
+        granted = self.sessions.cache.grant(count)
+        slots, generations = self.array(granted.slots, "i8"), self.array(granted.generations, "u8")
+        begin_slots(self.arena, slots, generations, chain, ChunkShape(ROOTS[name], 0, 16), chain, (1, 1))
+        read = replace(granted, keys=tuple(chain), chain=tuple(chain))
+        write_payload(self.arena, read)
+        return self.sessions.cache.promote(read, ROOTS[name], None, pin, True)
+
     @staticmethod
     def array(values: tuple[int, ...], dtype: str):  # type: ignore[no-untyped-def]
         import numpy as np
@@ -82,6 +93,25 @@ def test_a_tenant_stays_within_its_quota_and_evicts_its_own_tail(arena: Arena) -
     node.store("small", 12)
     assert (node.held("tenant-a"), node.held("tenant-b"), node.held("small")) == (3, 4, 12)
     assert node.sessions.cache.counters.evicted_chunks == 6
+
+
+def test_what_a_remote_store_gives_counts_too(arena: Arena) -> None:
+    """While somebody reads it, it stays; then the tail goes."""
+    node = Node(arena, Quotas(tenant=4 * arena.spec.geometry.slot_nbytes))
+    node.store("small", 12)
+    node.fetch("tenant-b", 7, pin=False)
+    lease = node.fetch("tenant-a", 10, pin=True)
+    node.fetch("big", 2, pin=False)
+    for _ in range(3):
+        node.sessions.sweep()
+    assert [node.held(name) for name in ("tenant-a", "tenant-b", "small", "big")] == [10, 4, 12, 2]
+    node.sessions.cache.release(lease)
+    node.sessions.sweep()
+    assert [node.held(name) for name in ("tenant-a", "tenant-b", "small", "big")] == [4, 4, 12, 2]
+    assert not node.sessions.cache.take_grown()
+    node.fetch("tenant-b", 7, pin=False)
+    node.store("tenant-b", 1, start=9)
+    assert node.held("tenant-b") <= 4
 
 
 def test_a_full_arena_takes_from_the_largest(arena: Arena) -> None:

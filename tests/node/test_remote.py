@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +22,7 @@ from kvkern.node.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from kvkern.remote import base
 from kvkern.remote import speeds as speeds_module
+from kvkern.slots import SlotGeometry
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
 from tests.remote.memory import MemoryStore
 from tests.support import NAMESPACE, chain_keys
@@ -131,6 +133,62 @@ def test_a_failing_store_costs_hits_only(start: Any, stores: list[MemoryStore], 
     assert hits(one, A) == 6
     assert hits(one, B) == 0
     stores[-1].broken = False
+
+
+def test_an_arena_of_another_size_takes_the_place_of_one_whose_chunks_still_come(
+    start: Any, stores: list[MemoryStore], values: Any
+) -> None:
+    _, one = start("one")
+    store(one, A)
+    eventually(lambda: len(values) == 6, "the write")
+    server, two = start("two")
+    stores[-1].delay_s = 0.3
+    answer = two.acquire_soon(A, use=USE)
+    eventually(lambda: server._waiting, "the request")
+    two.close()
+    eventually(lambda: server.sessions is not None and not server.sessions.sessions, "the end of the client")
+    other = SlotGeometry(part_nbytes=512, max_planes=2, world_size=1)
+    with closing(NodeClient.open(server.config.socket, "f", other, patience_s=30.0, prefault=False)) as three:
+        assert answer.result(30).keys == ()
+        assert server.sessions is not None
+        sessions = server.sessions
+        assert three.arena.spec.geometry == other
+        assert hits(three, A) == 0  # values of another size
+        assert store(three, B) == 6
+        assert hits(three, B) == 6
+        eventually(lambda: sessions.usage()["leases"] == 0, "the release")
+        assert not any(sessions.cache._dram._pins)
+        assert sessions.usage()["faults"] == 0
+
+
+def test_a_store_that_is_refused_when_the_first_engine_comes(
+    start: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is told, nothing of the attempt is left, and the next one finds it mended."""
+    wrong = False
+
+    class Guarded(MemoryStore):
+        async def open(self) -> None:
+            if wrong:
+                raise ConfigError("wrong password; mend it")
+
+    monkeypatch.setattr(base, "make_store", lambda url: Guarded())
+    config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, remote=RemoteConfig("memory://m"))
+    with served(config):
+
+        def opened() -> NodeClient:
+            return NodeClient.open(config.socket, "e", GEOMETRY, patience_s=30.0, prefault=False)
+
+        wrong, count = True, 0
+        for attempt in range(4):
+            with pytest.raises(ConfigError, match="wrong password"):
+                opened()
+            if attempt == 1:
+                count = len(os.listdir("/proc/self/fd"))
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= count, "no descriptors of failed attempts")
+        wrong = False
+        with closing(opened()) as client:
+            assert store(client, A) == 6
 
 
 def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path: Path) -> None:
