@@ -88,6 +88,12 @@ class WriteBehind:
         self._was_hit[list(slots)] = True
         self._add(self._entry(keys[row], NO_SLOT, slots[row]) for row in fresh)
 
+    def admit(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
+        """See Outbox."""
+        if self._mode is Persist.ALL:
+            return list(keys) if self._works() else []
+        return self.choose(keys, policy)
+
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """See Outbox."""
         if self._mode not in (Persist.EVICTED, Persist.PREDICTED) or not keys or not self._works():

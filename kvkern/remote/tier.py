@@ -74,7 +74,7 @@ class RemoteTier:
         self.breaker = Breaker(name)
         self.speeds = Speeds(geometry.slot_nbytes)
         limit = max(1, queue_nbytes // geometry.slot_nbytes)
-        self.spare = 0 if mode in (Persist.ALL, Persist.HOT) else min(limit, max(1, arena.spec.num_slots // 8))
+        self.spare = 0 if mode is Persist.HOT else min(limit, max(1, arena.spec.num_slots // 8))
         self.outbox = WriteBehind(
             arena, mode, limit, self.speeds, counters, self.breaker.allows, self._wake_writers
         )  # fmt: skip

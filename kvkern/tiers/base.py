@@ -87,6 +87,9 @@ class Outbox(Protocol):
     def hit(self, keys: Keys, slots: Sequence[int]) -> None:
         """These are leased to a reader."""
 
+    def admit(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
+        """Those of what the policy declines that are to be stored all the same, since they are to be written."""
+
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """Those of what is evicted that are to be written first; `depart` follows at once."""
 

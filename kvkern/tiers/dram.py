@@ -126,6 +126,12 @@ class DramTier:
         if offered:
             self._policy.insert(offered, use)
         evicted, declined = self._make_room(len(offered), offered)
+        if declined and self.outbox is not None:  # written first, out of a spare slot; the policy names them again
+            room = len(self._free) - len(offered) + len(declined)
+            admitted = self.outbox.admit([key for key in offered if key in declined], self._policy)[: max(0, room)]
+            if admitted:
+                self._policy.insert(admitted, use)
+                declined.difference_update(admitted)
         kept = [key for key in offered if key not in declined] if declined else offered
         granted, left = kept[: len(self._free)], kept[len(self._free) :]
         if left:  # the policy has named less than it was asked for
