@@ -155,6 +155,8 @@ class RawFiles:
             with (self._folder / name).open("wb", buffering=0) as file:
                 for part in slot_parts(self._arena, slot):
                     file.write(part)
+                if self._cold:
+                    os.fdatasync(file.fileno())  # O_DIRECT leaves nothing in memory either
 
     def rest(self) -> None:
         os.sync()  # else one waits for the other's dirty pages

@@ -5,7 +5,7 @@
 
 Ours includes everything: asking what is there, the outbox, verification of every byte, publishing. Of each kind the
 loops run in turn, medians; the raw loop's best variant counts. For files the raw loop verifies too: `file` reads what is not in
-the page cache, ours with O_DIRECT; `file_cached` what is, both through it. Servers are started here, on 127.0.0.1; a missing
+the page cache and writes to the disk, ours with O_DIRECT; `file_cached` what is, both through it. Servers are started here, on 127.0.0.1; a missing
 one is named. Targets: 0.9 of the raw loop, both ways.
 """
 

@@ -42,7 +42,7 @@ logger = logging.getLogger("kvkern")
 
 T = TypeVar("T")
 
-WINDOW_S = 0.02  # what a call should take: a lease grows by so much at a time
+WINDOW_S = 0.05  # what a call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
 READS_AHEAD = 2  # windows of a request under way: one is verified, one is read. Stores have threads of their own
 MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
@@ -330,9 +330,7 @@ class RemoteTier:
         hits = [row for row, outcome in enumerate(got) if outcome is Got.HIT]
         at = np.array(hits, dtype=np.int64)
         named = np.frombuffer(b"".join(keys), dtype="V32")
-        fine = await asyncio.to_thread(
-            accept, self._arena, headers[at], slots[at], named[at], asked.use.namespace
-        )  # fmt: skip
+        fine = await asyncio.to_thread(accept, self._arena, headers[at], slots[at], named[at], asked.use.namespace)
         good = [row for row, ok in zip(hits, fine.tolist(), strict=True) if ok]
         spoiled = [row for row, outcome in enumerate(got) if outcome is Got.WRONG_SIZE]
         spoiled += [row for row, ok in zip(hits, fine.tolist(), strict=True) if not ok]
