@@ -1,0 +1,197 @@
+"""Engines of real daemons on a Redis server that fails: they hit or miss in time, and nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from kvkern.cache import Ended
+from kvkern.node.client import NodeClient
+from kvkern.policy.base import Use
+from tests.node.conftest import Daemon, MakeDaemon, eventually, read_verified, store
+from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
+from tests.remote.need import need
+from tests.support import NAMESPACE, chain_keys
+
+A, B = chain_keys("a", 6), chain_keys("b", 6)
+PATIENCE_S, TIMEOUT_S = 0.5, 2.0  # of a request for six chunks; of a call
+LATE_S = 5.0  # what a busy machine adds
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[tuple[Redis, FaultProxy]]:
+    need("redis", program="redis-server", module="redis")
+    with redis_behind_proxy(tmp_path) as both:
+        yield both
+
+
+@pytest.fixture
+def start(make_daemon: MakeDaemon, ends: tuple[Redis, FaultProxy]) -> Callable[[str, int], Daemon]:
+    """Starts a daemon with the store, by a port."""
+
+    def begin(name: str, port: int) -> Daemon:
+        url = f"redis://127.0.0.1:{port}"
+        options = [
+            "--name",
+            name,
+            "--remote",
+            url,
+            "--persist",
+            "all",
+            "--remote-timeout",
+            str(TIMEOUT_S),
+            "--drain",
+            "1",
+        ]
+        return make_daemon(options=options).start()
+
+    return begin
+
+
+def hits(client: NodeClient, chain: list[bytes]) -> int:
+    """How many chunks an engine would load, in time and verified."""
+    began = time.monotonic()
+    lease = client.acquire(chain, use=Use(namespace=NAMESPACE))
+    assert time.monotonic() - began < PATIENCE_S + LATE_S
+    assert lease.keys == tuple(chain[: len(lease.keys)])
+    assert read_verified(client.arena, lease)
+    client.release(lease)
+    return len(lease.keys)
+
+
+def stores(client: NodeClient, chain: list[bytes]) -> int:
+    began = time.monotonic()
+    stored = store(client, chain)
+    assert time.monotonic() - began < LATE_S
+    return stored
+
+
+def impatient(daemon: Daemon, client: NodeClient) -> None:
+    """From now on a request for six chunks waits for PATIENCE_S."""
+    assert stores(client, chain_keys(("own", daemon.socket), 1)) == 1
+    client.finish(Use(request=1), Ended(prefill_tokens_s=6 * 16 / PATIENCE_S))
+    eventually(lambda: daemon.stat().get("prefill_tokens_s"), "the speed")
+
+
+def at_rest(daemon: Daemon) -> dict[str, Any]:
+    """What it says when nobody holds anything any more: every slot is free, a chunk's, or granted to a client."""
+
+    def settled() -> dict[str, Any] | None:
+        row = daemon.stat()
+        held = row["leases"] + row["quarantined_leases"] + row["quarantined_slots"] + row["remote_waiting_requests"]
+        return row if not held and row["free_slots"] + row["chunks"] + row["granted_slots"] == row["slots"] else None
+
+    row: dict[str, Any] = eventually(settled, "that every slot is accounted for")
+    assert row["faults"] == row["bad_chunks"] == 0
+    return row
+
+
+FAULTS: dict[str, tuple[Callable[[Redis, FaultProxy], object], Callable[[Redis, FaultProxy], object]]] = {
+    "paused": (lambda redis, proxy: redis.pause(), lambda redis, proxy: redis.go_on()),
+    "killed": (lambda redis, proxy: redis.kill(save=True), lambda redis, proxy: redis.start()),
+    "partitioned": (lambda redis, proxy: setattr(proxy, "silent", True), lambda redis, proxy: proxy.heal()),
+    "garbled": (
+        lambda redis, proxy: setattr(proxy, "garble_replies", flips(Random(1), 0.9)),
+        lambda redis, proxy: proxy.heal(),
+    ),
+}
+
+
+def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+    redis, proxy = ends
+    first, second = start("one", redis.port), start("two", proxy.port)
+    with closing(first.client()) as one, closing(second.client()) as two:
+        assert stores(one, A) == 6
+        eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
+        impatient(second, two)
+        eventually(lambda: hits(two, A) == 6, "a hit")
+        for name, (begin, end) in FAULTS.items():
+            written = first.stat()["remote_written_chunks"]
+            chain = chain_keys(name, 6)
+            assert stores(one, chain) == 6
+            eventually(lambda written=written: first.stat()["remote_written_chunks"] >= written + 6, "the write")  # type: ignore[misc]
+            begin(redis, proxy)
+            for turn in range(3):
+                assert hits(two, chain) in range(7)
+                assert stores(two, chain_keys((name, turn), 2)) == 2
+                assert hits(two, A) == 6
+            end(redis, proxy)
+            if name == "garbled":  # what came wrong is deleted, and has to be computed once more
+                eventually(lambda chain=chain: stores(two, chain) >= 0 and hits(two, chain) == 6)  # type: ignore[misc]
+            else:
+                eventually(lambda chain=chain: hits(two, chain) == 6, "a hit")  # type: ignore[misc]
+            assert two.connected
+        at_rest(second)
+        at_rest(first)
+    assert second.stop() == first.stop() == 0
+
+
+def test_a_kill_while_the_store_hangs(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+    """Slots that the dead daemon was reading into are free again, and its engine goes on."""
+    redis, proxy = ends
+    first, second = start("one", redis.port), start("two", proxy.port)
+    with closing(first.client()) as one, closing(second.client()) as two:
+        assert stores(one, A) == 6
+        eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
+        assert stores(two, B) == 6
+        proxy.nbytes_s = 20_000.0  # it has begun to answer, and does not come to an end
+        answer = two.acquire_soon(A, use=Use(namespace=NAMESPACE))
+        eventually(lambda: second.stat()["remote_waiting_requests"] == 1, "the request")
+        time.sleep(0.3)
+        second.kill()
+        assert answer.result(LATE_S).keys == ()
+        proxy.heal()
+        second.start()
+        eventually(lambda: two.connected and hits(two, B) == 6, "the engine's own chunks")
+        eventually(lambda: hits(two, A) == 6, "the other node's")
+        at_rest(second)
+
+
+def test_sigterm_while_nobody_answers(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+    _, proxy = ends
+    daemon = start("one", proxy.port)
+    with closing(daemon.client()) as client:
+        assert stores(client, A) == 6
+        eventually(lambda: daemon.stat()["remote_written_chunks"] == 6, "the write")
+        proxy.silent = True
+        answer = client.acquire_soon(B, use=Use(namespace=NAMESPACE))
+        assert stores(client, chain_keys("c", 6)) == 6
+        eventually(lambda: daemon.stat()["remote_waiting_requests"] == 1, "the request")
+        began = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert time.monotonic() - began < 3 * 1.0 + TIMEOUT_S + LATE_S
+        assert answer.result(LATE_S).keys == ()
+
+
+def test_clients_that_are_gone_before_the_answer(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+    redis, proxy = ends
+    first, second = start("one", redis.port), start("two", proxy.port)
+    with closing(first.client()) as one:
+        assert stores(one, A) == 6
+        eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
+    proxy.delay_s = 0.2
+
+    def come_and_go(number: int) -> None:
+        client = second.client(f"e{number}")
+        client.acquire_soon(A[: 1 + number % 6], use=Use(namespace=NAMESPACE))
+        time.sleep(0.1 * (number % 5))
+        client.close()
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    proxy.heal()
+    with closing(second.client()) as two:
+        eventually(lambda: hits(two, A) == 6, "a hit")
+        assert at_rest(second)["sessions"] == 2  # and who asks
