@@ -56,7 +56,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 5 minutes."""
+    """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 6 minutes."""
     import signal
 
     from .demo import process, run
