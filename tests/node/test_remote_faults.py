@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,7 +18,7 @@ import pytest
 from kvkern.cache import Ended
 from kvkern.node.client import NodeClient
 from kvkern.policy.base import Use
-from tests.node.conftest import Daemon, MakeDaemon, eventually, read_verified, store
+from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, read_verified, store
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
 from tests.remote.need import need
 from tests.support import NAMESPACE, chain_keys
@@ -172,26 +174,37 @@ def test_sigterm_while_nobody_answers(start: Any, ends: tuple[Redis, FaultProxy]
         assert answer.result(LATE_S).keys == ()
 
 
-def test_clients_that_are_gone_before_the_answer(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+CLIENT = """
+import os, sys, time
+from pathlib import Path
+from kvkern.node.client import NodeClient
+from kvkern.policy.base import Use
+from tests.node.conftest import GEOMETRY
+from tests.support import NAMESPACE, chain_keys
+
+client = NodeClient.open(Path(sys.argv[1]), sys.argv[2], GEOMETRY, prefault=False, timeout_s=30.0)
+client.acquire_soon(chain_keys("a", 6), use=Use(namespace=NAMESPACE))
+time.sleep(float(sys.argv[3]))
+os._exit(0)
+"""
+
+
+def test_engines_that_are_gone_before_the_answer(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
     redis, proxy = ends
     first, second = start("one", redis.port), start("two", proxy.port)
     with closing(first.client()) as one:
         assert stores(one, A) == 6
         eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
-    proxy.delay_s = 0.2
-
-    def come_and_go(number: int) -> None:
-        client = second.client(f"e{number}")
-        client.acquire_soon(A[: 1 + number % 6], use=Use(namespace=NAMESPACE))
-        time.sleep(0.1 * (number % 5))
-        client.close()
-
-    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    proxy.delay_s = 0.3
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    engines = [
+        subprocess.Popen([sys.executable, "-c", CLIENT, str(second.socket), f"e{n}", str(0.2 * n)], env=environment)
+        for n in range(4)
+    ]
+    assert [engine.wait(60) for engine in engines] == [0] * 4
     proxy.heal()
     with closing(second.client()) as two:
         eventually(lambda: hits(two, A) == 6, "a hit")
-        assert at_rest(second)["sessions"] == 2  # and who asks
+        row = at_rest(second)
+        assert row["sessions"] == 2  # and who asks
+        assert row["remote_hit_chunks"] >= 6
