@@ -4,9 +4,10 @@
     get   a prompt that only the store has -> until it is pinned in the arena     raw: the client reads the same bytes
 
 Ours includes everything: asking what is there, the outbox, verification of every byte, publishing. Of each kind the
-loops run in turn, medians; the raw loop's best variant counts. For files the raw loop verifies too: `file` reads what is not in
-the page cache and writes to the disk, ours with O_DIRECT; `file_cached` what is, both through it. Servers are started here, on 127.0.0.1; a missing
-one is named. Targets: 0.9 of the raw loop, both ways.
+loops run in turn, medians; the raw loop's best variant counts. For files the raw loop verifies too: `file` reads what is
+not in the page cache and writes to the disk, ours with O_DIRECT; `file_cached` reads what is and leaves writing to the
+kernel, both through it. Servers are started here, on 127.0.0.1; a missing one is named. Targets: 0.9 of the raw loop,
+both ways.
 """
 
 from __future__ import annotations
