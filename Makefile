@@ -18,7 +18,8 @@ help:
 	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
 	@echo "make demo-remote   the same engine on two nodes that share a Redis server, started and stopped here; needs redis-server"
 	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
-	@echo "make soak    kills daemons and their clients 5000 times, and calls every policy 10 million times, some fifteen minutes"
+	@echo "make soak    kills daemons and their clients 5000 times, calls every policy 10 million times, and breaks remote stores"
+	@echo "             for ten minutes: some 25 minutes in all; the last needs redis-server"
 	@echo "make check   ruff format, ruff, mypy"
 	@echo "make bench   every bench/*.py but peers.py, results into bench/results/   (ARGS goes to each)"
 	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/   (ARGS='--level library')"
@@ -81,8 +82,8 @@ test: $(VENV)/.stamp
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
 soak: $(VENV)/.stamp
-	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 $(PY) -m pytest -n 0 -rP --timeout 7200 \
-	  tests/node/test_crash.py tests/policy/test_growth.py $(ARGS)
+	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 $(PY) -m pytest -n 0 -rP --timeout 7200 \
+	  tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py $(ARGS)
 
 check: $(VENV)/.stamp
 	@status=0; \
