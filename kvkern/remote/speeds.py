@@ -20,6 +20,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 20.0  # for a load of unknown worth, and of 
 PROBE_S, PROBE_CHUNKS = 10.0, 2  # a store that is too slow is measured anew so often, with so few
 _MEMORY_CHUNKS = 64.0  # how many chunks the mean of seconds looks back on
 _PREFILL_WEIGHT = 0.2
+_AGE_WEIGHT = 0.05
 FOREVER_S = 1e6  # residency until something that was written has been found gone
 
 
@@ -53,7 +54,11 @@ class Speeds:
     def note_gone(self, age_s: float) -> None:
         """What was written so long ago is not there any more."""
         known = self.residency_s < FOREVER_S
-        self.residency_s = self.residency_s + 0.05 * (age_s - self.residency_s) if known else age_s
+        self.residency_s = self.residency_s + _AGE_WEIGHT * (age_s - self.residency_s) if known else age_s
+
+    def note_there(self, age_s: float) -> None:
+        """What was written so long ago is there still: a store that was emptied once keeps things again."""
+        self.residency_s += _AGE_WEIGHT * max(0.0, age_s - self.residency_s)
 
     def worth(self, chunks: int, chunk_tokens: int) -> int:
         """How many of these chunks to load rather than compute: all, few to measure, or none."""

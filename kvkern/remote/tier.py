@@ -101,7 +101,7 @@ class RemoteTier:
         try:
             asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
         except BaseException:
-            asyncio.run_coroutine_threadsafe(self._store.close(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._close_store(), self._loop).result()
             self._stop()
             raise
         self._loop.call_soon_threadsafe(self._spawn, self._write())
@@ -126,8 +126,10 @@ class RemoteTier:
             time.sleep(0.01)
         with self._lock:
             self._closing = True
-        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
-        self._stop()
+        try:
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        finally:
+            self._stop()
 
     def usage(self) -> dict[str, int | float | str]:
         """For operators: whether it works, what waits, and what moving a chunk has cost."""
@@ -154,7 +156,11 @@ class RemoteTier:
         left = self.outbox.take(len(self.outbox))
         self.outbox.dropped(len(left))
         self._local.departed([entry.slot for entry in left if entry.slot != NO_SLOT])
-        await self._store.close()
+        await self._close_store()
+
+    async def _close_store(self) -> None:
+        with self._faults.are_misses():
+            await self._store.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -279,7 +285,8 @@ class RemoteTier:
         """Publish what was read. How much of it is the request's now: of a prefix nothing that is behind a gap."""
         if not read.keys:
             return 0
-        late = asked.answer.done()
+        late, now = asked.answer.done(), time.monotonic()
+        self.speeds.note_there(now - min(self._written_at.get(key, now) for key in read.keys))
         self._counters.remote_hit_chunks += len(read.keys)
         self._counters.remote_late_chunks += len(read.keys) * late
         lease = self._local.promote(read, asked.use.namespace, asked.use, whole and not late, asked.prefix)

@@ -354,16 +354,16 @@ def store_of(kind: str, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch
         yield url, url, FileChaos(seed, folder / "values", patch)
 
 
-def make_node(folder: Path, url: str, mode: Persist, slots: int = SLOTS) -> Node:
-    store = make_store(RemoteUrl.parse(url))
-    return Node(folder, store, mode, slots, predict=mode is Persist.PREDICTED, queue_slots=20, timeout_s=TIMEOUT_S)
+def make_node(folder: Path, url: str, mode: Persist, slots: int = SLOTS, grit: bool = False) -> Node:
+    store, grit = make_store(RemoteUrl.parse(url)), grit or mode is Persist.PREDICTED
+    return Node(folder, store, mode, slots, predict=grit, queue_slots=20, timeout_s=TIMEOUT_S)
 
 
 def one_round(folder: Path, seed: int, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     rng = random.Random(seed)
     kind, modes = rng.choice(("redis", "redis", "file")), rng.choices(list(Persist), k=2)
     with store_of(kind, folder, seed, monkeypatch) as (url, direct, chaos), ExitStack() as stack:
-        nodes = [make_node(folder, url, mode) for mode in modes]
+        nodes = [make_node(folder, url, mode, grit=rng.random() < 0.5) for mode in modes]
         for node in nodes:
             stack.callback(node.close)
         stop = threading.Event()

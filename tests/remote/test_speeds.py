@@ -76,6 +76,17 @@ def test_one_slow_read_after_a_pause_does_not_count_more_than_others(speeds: Spe
     assert speeds.worth(8, CHUNK_TOKENS) == 8
 
 
+def test_a_store_that_was_emptied_is_held_to_keep_things_again(speeds: Speeds) -> None:
+    speeds.note_gone(10.0)
+    assert speeds.residency_s == 10.0
+    for _ in range(100):
+        speeds.note_there(5.0)  # says nothing
+    assert speeds.residency_s == 10.0
+    for _ in range(100):
+        speeds.note_there(600.0)
+    assert 590 < speeds.residency_s < 600
+
+
 class Likely(Grit):
     """Every chunk is as likely as its place in `of` says."""
 

@@ -463,6 +463,29 @@ def test_a_store_that_does_not_register_now(tmp_path: Path) -> None:
         assert one.tier.breaker.is_open
 
 
+def test_a_store_that_does_not_close(tmp_path: Path) -> None:
+    class Stuck(MemoryStore):
+        async def close(self) -> None:
+            raise RemoteError("it is gone")
+
+    threads = threading.active_count()
+    with node(tmp_path, Stuck()) as one:
+        pass
+    assert threading.active_count() == threads
+    assert one.counters["faults"] == 1
+
+
+def test_what_is_read_long_after_it_was_written(tmp_path: Path) -> None:
+    with node(tmp_path, MemoryStore()) as one:
+        one.compute(A)
+        one.settle()
+        one.tier.speeds.note_gone(0.0)
+        one.tier._written_at[A[3]] -= 1000
+        one.cache.drop(A)
+        assert one.hits(A) == 6
+        assert one.tier.speeds.residency_s == pytest.approx(50, rel=0.1)
+
+
 def test_many_who_wait(tmp_path: Path, store: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tier_module, "MAX_WAITING", 3)
     with node(tmp_path, store) as one, Gate() as gate:

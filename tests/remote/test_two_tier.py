@@ -92,7 +92,8 @@ def test_hits_and_writes_are_those_of_the_replay(
     monkeypatch.setattr(tier_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 60.0)
     monkeypatch.setattr(Speeds, "note_gone", lambda self, age_s: None)
-    monkeypatch.setattr(Speeds, "threshold", lambda self, tokens: THRESHOLD)
+    monkeypatch.setattr(Speeds, "note_there", lambda self, age_s: None)
+    monkeypatch.setattr(Speeds, "threshold", lambda self, tokens, hoped=False: THRESHOLD)
     trace = conversations(1)
     replayed = two_tier.replay(trace, "grit", DRAM, REMOTE, mode, THRESHOLD, hints=False)
     hits = 0
