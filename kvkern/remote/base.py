@@ -49,7 +49,9 @@ class RemoteStore(Protocol):
     """One store. Calls may overlap."""
 
     async def open(self) -> None:
-        """Connect. Raises ConfigError for what cannot work: no such bucket, wrong credentials, missing rights.
+        """Connect; `close` follows, also if it raises.
+
+        Raises ConfigError for what cannot work: no such bucket, wrong credentials, missing rights.
 
         RemoteError if nobody answers now; later calls connect by themselves.
         """
@@ -103,10 +105,16 @@ class RemoteUrl:
             parts = urlsplit(text)
             port = parts.port
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        except ValueError as error:
-            raise ConfigError(f"remote URL is malformed ({error}); expected {_EXAMPLES}") from error
+        except ValueError:  # whose words may be the password's
+            raise ConfigError(
+                f"remote URL is malformed; expected {_EXAMPLES}, in user and password %2F for / and %40 for @"
+            ) from None
         if not parts.scheme or "://" not in text:
-            raise ConfigError(f"remote URL {text[:40]!r} has no scheme; expected {_EXAMPLES}")
+            raise ConfigError(f"remote URL has no scheme; expected {_EXAMPLES}")
+        if "@" in parts.path or "@" in parts.fragment:
+            raise ConfigError(
+                f"remote URL of {parts.scheme}:// has an @ behind its host; write / in a password as %2F, @ in a path as %40"
+            )
         options = dict(pairs)
         if len(options) < len(pairs):
             raise ConfigError(f"remote URL of {parts.scheme}:// gives an option twice; give each once")

@@ -117,7 +117,6 @@ class MooncakeStore:
         try:
             await self._connected(asyncio.get_running_loop().time() + _OPEN_S)
         except RefusedError as error:
-            await self.close()
             raise ConfigError(str(error)) from error
 
     async def close(self) -> None:

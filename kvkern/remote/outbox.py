@@ -82,6 +82,8 @@ class WriteBehind:
 
     def hit(self, keys: Keys, slots: Sequence[int]) -> None:
         """See Outbox."""
+        if slots:
+            self.chunk_tokens = int(self._tokens[slots[0]])
         if self._mode is not Persist.HOT or not slots:
             return
         fresh = np.flatnonzero(~self._was_hit[list(slots)]).tolist()
@@ -96,7 +98,10 @@ class WriteBehind:
 
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """See Outbox."""
-        if self._mode not in (Persist.EVICTED, Persist.PREDICTED) or not keys or not self._works():
+        if self._mode not in (Persist.EVICTED, Persist.PREDICTED) or not keys:
+            return []
+        if not self._works():
+            self.dropped(len(keys))
             return []
         if self._mode is Persist.EVICTED or not isinstance(policy, Predicts):
             self._chances = {}

@@ -50,12 +50,16 @@ def test_a_password_from_a_file(tmp_path: Path) -> None:
     [
         ("", "has no scheme; expected redis://"), ("host:6379", "has no scheme|malformed"), ("file:/x", "has no scheme"),
         ("redis://h:port", "malformed"), ("redis://h:99999", "malformed"), ("redis://h?a", "malformed"),
+        ("redis://user:123/4secret@h", "has an @ behind its host; write / in a password as %2F"),
+        ("s3://AKIA:wsecret/x@bucket", "malformed"), ("default:secret@cache:6379", "has no scheme|malformed"),
         ("redis://h?a=1&a=2", "gives an option twice"), ("redis://[::1", "malformed"),
     ],
 )  # fmt: skip
 def test_urls_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         RemoteUrl.parse(text)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
 
 
 def test_options_that_are_none() -> None:

@@ -189,7 +189,8 @@ def test_options_that_are_none(url: str, message: str) -> None:
 def test_what_cannot_be_set_up(master: servers.MooncakeMaster, node: servers.Node) -> None:
     async def refused(url: str) -> str:
         with pytest.raises(ConfigError) as error:
-            await store_of(url).open()
+            await (store := store_of(url)).open()
+        await asyncio.wait_for(store.close(), TIMEOUT_S)  # as whoever opened it does
         return str(error.value)
 
     async def something_else() -> str:

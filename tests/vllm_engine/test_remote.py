@@ -32,7 +32,6 @@ def test_an_engine_loads_what_another_one_has_written(llama: str, tmp_path: Path
         assert [reply.logprobs for reply in native] == [reply.logprobs for reply in computed]
         second.settle()
         assert second.accounted()
-        assert second.scheduler.connector._manager.prefill_tokens_s >= 0
         other = prompt(700, 403)
         reply = second.one(other)  # a store that goes away costs nothing but hits
         second.settle()
