@@ -88,7 +88,9 @@ class Config:
     salt: str = ""  # folded into every key: caches with different salts never share
     socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
     policy: str = DEFAULT_POLICY  # of eviction, see policy/; with `socket` it is the daemon's
-    remote: str = field(default="", repr=False)  # URL of a store that engines and nodes share; with `socket` it is the daemon's
+    remote: str = field(
+        default="", repr=False
+    )  # URL of a store that engines and nodes share; with `socket` it is the daemon's
     persist: str = ""  # what goes there, see RemoteConfig
     connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
 
