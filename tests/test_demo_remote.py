@@ -328,6 +328,7 @@ def test_a_server_does_not_outlive_who_started_it(number: int) -> None:
     source = (
         "import signal, time\n"
         "from kvkern.demo import process, redis_server\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may ignore it, as nohup does
         "process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)\n"
         "with redis_server.running() as url:\n"
         "    print(url, flush=True)\n"
@@ -338,7 +339,11 @@ def test_a_server_does_not_outlive_who_started_it(number: int) -> None:
         port = _port(parent.stdout.readline().decode().strip())
         assert listens(port)
         parent.send_signal(number)
-        assert parent.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+        try:
+            status = parent.wait(30)
+        finally:
+            parent.kill()
+        assert status == (-number if number == signal.SIGKILL else 128 + number)
     deadline = time.monotonic() + 10
     while listens(port):
         assert time.monotonic() < deadline, "the server is still there"
