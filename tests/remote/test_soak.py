@@ -389,10 +389,14 @@ def one_round(folder: Path, seed: int, seconds: float, monkeypatch: pytest.Monke
 
 def at_rest(node: Node) -> None:
     """Nothing is lost but what was evicted, cleared or dropped; nobody has anything; what is remembered is bounded."""
-    node.cache.release_later(Lease((), ()))
-    node.cache.lookup(())  # ends what was to be released later
-    node.settle()
     tier, dram, counters = node.tier, node.cache._dram, node.cache.counters
+
+    def let_go() -> bool:
+        node.cache.lookup(())  # ends what was to be released later; some is only answered now
+        return not (tier._waiting or any(dram._pins))
+
+    eventually(let_go, "the end of every lease")
+    node.settle()
     assert isinstance(dram, Counted)
     assert node.whole()
     gone = counters.evicted_chunks + counters.cleared_chunks - dram.cleared_writing
