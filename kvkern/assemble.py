@@ -84,23 +84,18 @@ def back_with_remote(cache: Cache, arena: Arena, config: RemoteConfig | None, po
 
 def check_remote(config: RemoteConfig) -> None:
     """Open the store and close it again, before anybody needs it. Raises ConfigError; a store that does not answer is none."""
-    from .remote.base import RemoteError, RemoteUrl, make_store
+    from .remote.base import RemoteError, RemoteUrl, opened
+
+    url = RemoteUrl.parse(config.url)
 
     async def probe() -> None:
-        store = make_store(RemoteUrl.parse(config.url))
-        try:
-            async with asyncio.timeout(config.timeout_s):
-                await store.open()
-        except (RemoteError, TimeoutError) as error:
-            logger.warning(
-                "kvkern: remote %s does not answer (%s); until it does everything there is a miss",
-                RemoteUrl.parse(config.url),
-                error,
-            )
-        finally:
-            await store.close()
+        async with opened(url, config.timeout_s):
+            pass
 
-    asyncio.run(probe())
+    try:
+        asyncio.run(probe())
+    except (RemoteError, TimeoutError) as error:
+        logger.warning("kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, error)
 
 
 def build_transfer(

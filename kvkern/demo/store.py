@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 
 from ..errors import ConfigError
-from ..remote.base import RemoteError, RemoteUrl, make_store
+from ..remote.base import RemoteError, RemoteUrl, opened
 from .need import NotReadyError
 
 LIMIT_S = 20.0
@@ -45,11 +45,6 @@ def _run(url: str, delete: Sequence[bytes]) -> None:
 
 
 async def _use(url: str, delete: Sequence[bytes]) -> None:
-    store = make_store(RemoteUrl.parse(url))
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            await store.open()
-            if delete:
-                await store.delete(delete, LIMIT_S)
-    finally:
-        await store.close()
+    async with opened(RemoteUrl.parse(url), LIMIT_S) as store:
+        if delete:
+            await store.delete(delete, LIMIT_S)

@@ -106,7 +106,7 @@ def record(
     requests: int | None = None,  # how many; None: until it is ended
     seconds: float | None = None,
 ) -> tuple[TraceWriter, str]:
-    """Record until there are as many, the time is over, the daemon ends, or SIGINT or SIGTERM comes: (writer, which of these).
+    """Record until there are as many, the time is over, the daemon hangs up, or a signal comes: (writer, which of these).
 
     Raises ConfigError if no daemon answers or the file cannot be written.
     """
@@ -131,7 +131,7 @@ def record(
                     return writer, "there are as many as wanted"
                 if writer.full:
                     return writer, f"{MAX_CHUNKS:,} chunks are the most; record into another file"
-            return writer, "the daemon has ended"
+            return writer, "the daemon has hung up: it has ended, or it was read too slowly"
     except FileExistsError as error:
         raise ConfigError(f"{out} exists; give another file") from error
     except OSError as error:

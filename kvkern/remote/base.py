@@ -15,8 +15,10 @@ call ends by itself soon after `timeout_s`. Runtime failures are `RemoteError`; 
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -194,6 +196,18 @@ def make_store(url: RemoteUrl) -> RemoteStore:
     return _maker_of(url.scheme)(url)
 
 
+@asynccontextmanager
+async def opened(url: RemoteUrl, timeout_s: float) -> AsyncIterator[RemoteStore]:
+    """The store of a URL, open in the block. Raises what `open` does, and TimeoutError; it is closed in any case."""
+    store = make_store(url)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await store.open()
+        yield store
+    finally:
+        await store.close()
+
+
 def _maker_of(scheme: str) -> Maker:
     module = _BUILT_IN.get(scheme)
     if module is not None:
@@ -209,5 +223,10 @@ def _maker_of(scheme: str) -> Maker:
     if scheme not in others:
         known = ", ".join(sorted({*_BUILT_IN, *others}))
         raise ConfigError(f"no remote store has the scheme {scheme!r}; known: {known}")
-    other: Maker = others[scheme].load()
+    try:
+        other: Maker = others[scheme].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{scheme}:// is registered, but cannot be loaded ({error}); mend or remove its package"
+        ) from error
     return other

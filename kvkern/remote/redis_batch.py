@@ -10,6 +10,7 @@ wait for each other. Knows what is asked and answered; knows nothing of servers 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Redirect:
     asking: bool
 
 
-class Batch(Generic[T]):
+class Batch(ABC, Generic[T]):
     """Keys, and what is known of each."""
 
     absent: T  # what a key is of which nothing came back
@@ -52,13 +53,13 @@ class Batch(Generic[T]):
         """Bytes that a key puts on the wire, one way or the other."""
         return _LEAST_NBYTES
 
+    @abstractmethod
     def request(self, index: int) -> list[Piece]:
         """What to send for a key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accept(self, index: int, line: bytes, link: Link, deadline: float) -> bool:
         """Take a reply that begins with this line. False: this server need not be asked for more."""
-        raise NotImplementedError
 
     def refuse(self, index: int, line: bytes, link: Link) -> bool:
         """Take an error reply, as `accept` does. Raises RemoteError."""

@@ -16,7 +16,7 @@ import os
 import random
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from ..errors import KvkernError
 from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..policy.persist import Persist
+from ..policy.recent import Recent
 from ..tiers.base import ChunkShape, Lease, Reservation
 from ..tiers.headers import begin_slots, verify_slots
 from .base import Got, Parts, RemoteError, RemoteStore
@@ -85,8 +86,8 @@ class RemoteTier:
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._coming: dict[bytes, asyncio.Future[None]] = {}  # chunks that are being read
-        self._absent: OrderedDict[bytes, float] = OrderedDict()  # key -> until when it is not asked for
-        self._written_at: OrderedDict[bytes, float] = OrderedDict()
+        self._absent: Recent[bytes, float] = Recent(MAX_ABSENT)  # key -> until when it is not asked for
+        self._written_at: Recent[bytes, float] = Recent(MAX_REMEMBERED)
         self._lock = threading.Lock()  # of `_closing`: what is given to the loop is there before the end of it
         self._closing = False
         self._waiting = 0  # requests
@@ -424,10 +425,8 @@ class RemoteTier:
         if keys:
             self.speeds.note_write(len(keys), now - began)
         for key in keys:
-            self._written_at[key] = now
+            self._written_at.put(key, now)
             self._absent.pop(key, None)
-        while len(self._written_at) > MAX_REMEMBERED:
-            self._written_at.popitem(last=False)
 
     # -- what both do --------------------------------------------------------------------------------------------------
 
@@ -464,7 +463,4 @@ class RemoteTier:
         now = time.monotonic()
         if (written := self._written_at.pop(key, None)) is not None:
             self.speeds.note_gone(now - written)
-        self._absent[key] = now + ABSENT_S
-        self._absent.move_to_end(key)
-        while len(self._absent) > MAX_ABSENT:
-            self._absent.popitem(last=False)
+        self._absent.put(key, now + ABSENT_S)

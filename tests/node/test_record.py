@@ -131,7 +131,7 @@ def test_ends_when_there_are_enough_or_the_time_is_over_or_the_daemon_ends(daemo
     daemon.stop()
     printed, _ = processes[1].communicate(timeout=30)
     assert printed.startswith("1 requests, 5 distinct chunks")
-    assert printed.endswith(": the daemon has ended\n")
+    assert printed.endswith(": the daemon has hung up: it has ended, or it was read too slowly\n")
 
 
 def test_bad_input(daemon: Daemon, tmp_path: Path) -> None:

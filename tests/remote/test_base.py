@@ -95,6 +95,18 @@ def test_a_third_party_s_store(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(store, MemoryStore)
 
 
+def test_a_third_party_s_store_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        metadata.EntryPoint(name, f"{at}:make", base.ENTRY_POINTS) for name, at in (("a", "no_such"), ("b", "json"))
+    ]
+    monkeypatch.setattr(base, "entry_points", lambda group: points)
+    for scheme in ("a", "b"):
+        with pytest.raises(
+            ConfigError, match=rf"{scheme}:// is registered, but cannot be loaded \(.*\); mend or remove"
+        ):
+            make_store(RemoteUrl.parse(f"{scheme}://h"))
+
+
 def _make_mine(url: RemoteUrl) -> MemoryStore:
     assert url.host == "h"
     return MemoryStore()

@@ -5,18 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvkern.remote.breaker import FAILURES, FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.remote.conftest import Clock
 
 
 @pytest.fixture

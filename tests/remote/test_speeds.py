@@ -12,22 +12,11 @@ from kvkern.policy.grit import Grit
 from kvkern.policy.persist import Costs, Persist
 from kvkern.remote.outbox import WriteBehind
 from kvkern.remote.speeds import FIRST_WAIT_S, LONGEST_WAIT_S, PROBE_CHUNKS, PROBE_S, Speeds
+from tests.remote.conftest import Clock
 from tests.support import chain_keys, make_arena
 
 CHUNK_NBYTES, CHUNK_TOKENS = 32 << 20, 256  # of an 8 B model
 FAST_S = CHUNK_NBYTES / 10e9
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
