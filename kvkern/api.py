@@ -154,7 +154,10 @@ class PagedCache:
         return stored
 
     def clear(self) -> int:
-        """Forget what this model and salt have cached, after a change of weights for example. Returns how many chunks."""
+        """Forget what this model and salt have cached, after a change of weights for example. Returns how many chunks.
+
+        What a remote store has stays there and comes back: with one, open a new cache with other `weights` instead.
+        """
         return self._cache.clear(self.namespace.root)
 
     def stats(self) -> dict[str, int | float]:

@@ -183,7 +183,10 @@ def clear(
     namespace: Annotated[str | None, typer.Option(help="64 hex digits of a namespace; default: everything.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Forget everything, or a namespace."""
+    """Forget everything, or a namespace, and what of it waits to be written to the remote store.
+
+    What is in the store stays: other nodes use it, and what is asked for comes back from there.
+    """
     from .keys import KEY_NBYTES
     from .node import protocol
 

@@ -3,7 +3,8 @@
     offset  field
     0       magic u64, version u32, header bytes u32, key 32 B, namespace root 32 B
     80      payload bytes u64, part bytes u64, world size u32, planes u32, generation u64, owner pid u64, owner start u64
-    128     state u32, codec u32, group u32, chunk tokens u32, position of the chunk in its sequence u32; reserved up to 256
+    128     state u32, codec u32, group u32, chunk tokens u32, position of the chunk in its sequence u32, private u32 (1: of an
+            engine alone, not for a store); reserved up to 256
     256     written u64[world_size]: the generation a rank has completed
     ...     checksum u64[world_size][planes], plane bytes u32[world_size][planes]; the header ends at a multiple of 4 KiB
 
@@ -36,6 +37,7 @@ _IDENTITY_FIELDS: _Fields = [
 _STATE_FIELDS: _Fields = [
     ("generation", "<u8", 104), ("owner_pid", "<u8", 112), ("owner_start", "<u8", 120),
     ("state", "<u4", 128), ("codec", "<u4", 132), ("group", "<u4", 136), ("chunk_tokens", "<u4", 140), ("position", "<u4", 144),
+    ("private", "<u4", 148),
 ]  # fmt: skip
 
 

@@ -152,7 +152,8 @@ class NodeClient:
         with self._lock:
             self._end_late()
             self.counters.lookup_chunks += len(keys)
-            if self._synced and not (self._link.remote or self._publishing or self._link.behind()):
+            remote = self._link.remote and use is not None and bool(use.namespace)  # which may have what no index tells
+            if self._synced and not (remote or self._publishing or self._link.behind()):
                 asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)

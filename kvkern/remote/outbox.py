@@ -57,8 +57,8 @@ class WriteBehind:
         works: Callable[[], bool],  # whether the store takes anything now
         wake: Callable[[], None],
     ) -> None:
-        self._positions = arena.headers["position"]
-        self._tokens = arena.headers["chunk_tokens"]
+        self._positions, self._private = arena.headers["position"], arena.headers["private"]
+        self._tokens, self._namespaces = arena.headers["chunk_tokens"], arena.headers["namespace"]
         self._mode, self._limit, self._speeds, self._counters = mode, limit, speeds, counters
         self._works, self._wake = works, wake
         self._lock = threading.Lock()
@@ -78,7 +78,9 @@ class WriteBehind:
             self.chunk_tokens = int(self._tokens[slots[0]])
         self._was_hit[list(slots)] = False
         if self._mode is Persist.ALL:
-            self._add(self._entry(key, NO_SLOT, slot) for key, slot in zip(keys, slots, strict=True))
+            private = self._private[list(slots)].tolist()
+            stored = zip(keys, slots, private, strict=True)
+            self._add(self._entry(key, NO_SLOT, slot) for key, slot, is_private in stored if not is_private)
 
     def hit(self, keys: Keys, slots: Sequence[int]) -> None:
         """See Outbox."""
@@ -86,7 +88,7 @@ class WriteBehind:
             self.chunk_tokens = int(self._tokens[slots[0]])
         if self._mode is not Persist.HOT or not slots:
             return
-        fresh = np.flatnonzero(~self._was_hit[list(slots)]).tolist()
+        fresh = np.flatnonzero(~self._was_hit[list(slots)] & (self._private[list(slots)] == 0)).tolist()
         self._was_hit[list(slots)] = True
         self._add(self._entry(keys[row], NO_SLOT, slots[row]) for row in fresh)
 
@@ -134,6 +136,20 @@ class WriteBehind:
             given_up = heapq.nsmallest(count, idle, key=_worth)
             self._drop(given_up)
         return [entry.slot for entry in given_up]
+
+    def forget(self, keys: Keys, namespace: bytes | None) -> list[int]:
+        """See Outbox."""
+        cleared = set(keys)
+
+        def is_gone(entry: Entry) -> bool:
+            owned = entry.slot != NO_SLOT
+            alike = owned and (namespace is None or bytes(self._namespaces[entry.slot]) == namespace)
+            return alike or entry.key in cleared
+
+        with self._lock:
+            gone = [entry for entry in self._entries.values() if is_gone(entry)]
+            self._drop(gone)
+        return [entry.slot for entry in gone if entry.slot != NO_SLOT]
 
     # -- the loop's ----------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ class ChunkShape:
     namespace: bytes  # 32-byte root
     group: int
     chunk_tokens: int
+    private: bool = False  # no other engine will ever name these chunks: nothing of them goes to a remote store
 
 
 @dataclass(slots=True)
@@ -102,3 +103,7 @@ class Outbox(Protocol):
 
     def recall(self, count: int) -> list[int]:
         """Up to `count` slots that have departed and are not being read yet: what is worth least, given up."""
+
+    def forget(self, keys: Keys, namespace: bytes | None) -> list[int]:
+        """These chunks are cleared, and with them what has departed of their namespace, or of all: what waits is not
+        written. Returns the slots that had departed."""

@@ -126,7 +126,8 @@ class DramTier:
         if offered:
             self._policy.insert(offered, use)
         evicted, declined = self._make_room(len(offered), offered)
-        if declined and self.outbox is not None:  # written first, out of a spare slot; the policy names them again
+        if declined and self.outbox is not None and not shape.private:
+            # written first, out of a spare slot; the policy names them again
             room = len(self._free) - len(offered) + len(declined)
             admitted = self.outbox.admit([key for key in offered if key in declined], self._policy)[: max(0, room)]
             if admitted:
@@ -244,6 +245,8 @@ class DramTier:
             ready, writing, begun = (self._of_namespace(slots, namespace) for slots in (ready, writing, begun))
         self._overtake(writing)  # a new writer of the same key gets a slot of its own
         self._stale.update(begun)
+        if self.outbox is not None:
+            self.departed(self.outbox.forget(self._keys_of(ready), namespace))
         return len(writing) + self._drop(ready)
 
     def _overtake(self, slots: Iterable[int]) -> None:
@@ -425,10 +428,13 @@ class DramTier:
         index, pins = self._index, self._pins
         keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
         chosen: list[bytes] = []
-        if self.outbox is not None and write:
-            chosen = self.outbox.choose(keys, self._policy)
-        elif self.outbox is not None:
-            self.outbox.lost(keys)
+        if self.outbox is not None and keys:
+            private = self._arena.headers["private"][[index[key] for key in keys]].tolist()
+            others = [key for key, is_private in zip(keys, private, strict=True) if not is_private]
+            if write:
+                chosen = self.outbox.choose(others, self._policy)
+            else:
+                self.outbox.lost(others)
         if chosen and self.outbox is not None:
             slots = [index[key] for key in chosen]
             for key, slot in zip(chosen, slots, strict=True):

@@ -36,7 +36,7 @@ def begin_slots(
         "identity": arena.spec.geometry.identities(np.frombuffer(b"".join(keys), "V32"), np.void(shape.namespace)),
         "generation": generations, "owner_pid": owner[0], "owner_start": owner[1],
         "state": SlotState.WRITING, "codec": 0, "group": shape.group, "chunk_tokens": shape.chunk_tokens,
-        "position": [positions.get(key, _NO_POSITION) for key in keys],
+        "position": [positions.get(key, _NO_POSITION) for key in keys], "private": shape.private,
     }  # fmt: skip
     heads = np.empty(len(slots), dtype=HEAD)
     for name, value in values.items():

@@ -17,10 +17,11 @@ from kvkern.remote import speeds as speeds_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.breaker import FAILURES
 from kvkern.slots import SlotGeometry, SlotState
-from tests.node.conftest import GEOMETRY, eventually, read_verified
+from kvkern.tiers.base import ChunkShape
+from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
 from tests.remote.memory import MemoryStore
 from tests.remote.nodes import USE, Node, node, nodes
-from tests.support import chain_keys
+from tests.support import NAMESPACE, SHAPE, chain_keys
 
 A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)
 
@@ -395,6 +396,52 @@ def test_a_full_queue_drops_tails_first(tmp_path: Path, store: MemoryStore) -> N
         assert dropped + len(store.values) == 12
         assert B[0] in store.values
         assert B[5] not in store.values
+
+
+def evict(one: Node, keys: Sequence[bytes]) -> None:
+    """As a policy that names them would."""
+    with one.cache._lock:
+        one.cache._dram._policy.remove(keys)
+        one.cache._dram._evict(keys)
+
+
+def test_what_is_cleared_is_not_written_any_more(tmp_path: Path, store: MemoryStore) -> None:
+    """Of the namespace that is cleared; what is in the store already stays."""
+    gate, other = asyncio.Event(), ChunkShape(bytes(31) + b"x", group=0, chunk_tokens=16)
+    first, mine, theirs = (chain_keys(name, 6) for name in ("first", "mine", "theirs"))
+    with node(tmp_path, store, mode=Persist.EVICTED, slots=48) as one:
+        one.tier._window = lambda chunk_s: 4  # type: ignore[method-assign]
+        store.gate = gate
+        for chain, shape in ((first, SHAPE), (mine, SHAPE), (theirs, other)):
+            reservation = one.cache.reserve(chain, chain, shape, USE)
+            write_payload(one.arena, reservation)
+            assert one.cache.commit(reservation) == 6
+        evict(one, first[:4])
+        eventually(lambda: ("exists", 4) in store.calls, "the first window")
+        evict(one, [*mine, *theirs])
+        assert len(one.tier.outbox) == 12
+        assert one.cache.clear(NAMESPACE) == 2
+        assert len(one.tier.outbox) == 6
+        assert one.counters["remote_dropped_chunks"] == 6
+        one.tier._loop.call_soon_threadsafe(gate.set)
+        one.settle()
+        assert set(store.values) == {*first[:4], *theirs}
+
+
+@pytest.mark.parametrize("mode", [Persist.ALL, Persist.HOT, Persist.EVICTED])
+def test_what_nobody_else_can_name_is_not_written(tmp_path: Path, store: MemoryStore, mode: Persist) -> None:
+    mine = ChunkShape(bytes(31) + b"x", group=0, chunk_tokens=16, private=True)
+    with node(tmp_path, store, mode=mode) as one:
+        for chain, shape in ((A, mine), (B[:2], SHAPE)):
+            reservation = one.cache.reserve(chain, chain, shape, USE)
+            write_payload(one.arena, reservation)
+            assert one.cache.commit(reservation) == len(chain)
+            assert one.hits(chain) == len(chain)
+        one.settle()
+        evict(one, [*A, *B[:2]])
+        one.settle()
+        assert set(store.values) == set(B[:2])
+        assert one.counters["remote_dropped_chunks"] == 0
 
 
 def test_a_store_without_room(tmp_path: Path, store: MemoryStore) -> None:

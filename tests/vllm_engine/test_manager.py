@@ -149,6 +149,22 @@ def test_tenants_and_resets_have_roots_of_their_own(bench: Bench) -> None:
     assert bench.manager._requests["after"].root not in roots
 
 
+def test_after_a_reset_no_store_is_given_anything_or_asked(bench: Bench) -> None:
+    for private in (False, True):
+        context, keys = bench.request(f"r{private}")
+        bench.manager.lookup(keys[0], context)
+        _, (_, _, use) = bench.cache.asked[-1]
+        assert (use.namespace == b"") is private
+        bench.cache.answer()
+        bench.manager.lookup(keys[0], context)
+        output = bench.manager.prepare_store(keys, context)
+        assert output is not None
+        assert len(output.keys_to_store) == 3
+        slots = output.store_spec.groups[0].slots  # type: ignore[attr-defined]
+        assert (bench.arena.headers["private"][slots] == private).all()
+        bench.manager.reset_cache()
+
+
 def test_the_policy_learns_which_calls_are_of_one_request_and_how_it_ended(bench: Bench) -> None:
     told: list[Use] = []
     policy = bench.cache._dram._policy

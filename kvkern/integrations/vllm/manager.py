@@ -107,7 +107,7 @@ class KvkernManager(shim.OffloadingManager):
         """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
         state = self._requests[request.request_id]
         state.request, state.root = request, self._root_of(request.cache_salt)
-        state.use = replace(state.use, namespace=state.root)
+        state.use = replace(state.use, namespace=b"" if self._epoch else state.root)  # empty: no store is asked
         state.use = hinted(state.use, request.kv_transfer_params, state.root, request.session_id)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class KvkernManager(shim.OffloadingManager):
 
         Live requests store nothing any more: part of their KV may be of the weights before the reset. From now on the
         engine's namespaces are its own: nobody can tell whether another engine has the new weights too. What it shared
-        until then stays the others'.
+        until then stays the others'. Nothing of its own goes to a remote store, where nobody could find it.
         """
         for req_id, state in self._requests.items():
             self._unpin(req_id, state)
@@ -363,7 +363,7 @@ class KvkernManager(shim.OffloadingManager):
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
         if not wanted or self._is_closed(state, group_id):
             return Reservation((), (), ())
-        shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens)
+        shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens, private=bool(self._epoch))
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape, state.use)
         if (reservation.dropped or reservation.declined) and group_id not in self._windowed:
             state.broken.add(group_id)
