@@ -30,6 +30,7 @@ LEVELS = {
     "kvkern.mapping": 0,
     "kvkern.policy": 1,
     "kvkern.transfer": 2,
+    "kvkern.gpu": 2,
     "kvkern.tiers": 2,
     "kvkern.remote": 2,
     "kvkern.cache": 3,

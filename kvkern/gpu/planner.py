@@ -1,0 +1,149 @@
+"""Chooses how to move a job between paged blocks and slots. A pure function of the calibration table; calls no device.
+
+    job = `count` contiguous runs of `run_nbytes` on the GPU's side (neighbours already merged), `nbytes` in all; on the
+          host's side it is whole parts of slots. Cut into `calls` pieces of at most 32 MiB, and piped:
+
+    pipe(calls, a, b) = a + b + (calls - 1) * max(a, b)         two stages, a and b seconds a piece
+
+                  wall                                             CPU                               thread blocks * time
+    BATCH_DMA     pipe(calls, call + runs * descriptor, wire)      calls * call + count * descriptor  0
+      no batch    pipe(count, copy, wire of a run)                 count * copy                       0
+    STAGED        pipe(calls, launch + relayout, copy + wire)      calls * (launch + copy)            ctas * relayout
+    ZERO_COPY     calls * launch + nbytes / rate(ctas)             calls * launch                     ctas * wall
+
+    least wall; those within 25 % of it are ties, and of these the least of CPU + thread blocks * time / 8
+
+Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is the
+cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4; vLLM measured 28 KiB on an
+H100, issue 57555). A thread block that copies is taken from the engine's own kernels, hence its price: with an eighth, runs of
+32-64 KiB are staged and those of 128 KiB and more left to the copy engine, as vLLM's and SGLang's measurements advise.
+Scaling all times of a table changes no choice of method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .table import GB, Calibration, Costs, Direction, Rate
+
+__all__ = ["Choice", "Direction", "Estimate", "Method", "break_even_nbytes", "choose", "estimates"]
+
+DEFAULT_ZERO_COPY_CTAS, MAX_ZERO_COPY_CTAS = 8, 12
+MIN_RELAYOUT_CTAS, MAX_RELAYOUT_CTAS = 16, 32  # full grids cost decode 47 % at p99: pegaflow issue 408
+MIN_PIECE_NBYTES, MAX_PIECE_NBYTES = 16 << 20, 32 << 20
+# A copy engine is first in, first out, and blind to priorities: the engine's own small copies wait for a piece.
+HOLD_S = 0.7e-3
+TIE = 1.25
+CTA_PRICE = 1 / 8  # seconds of CPU that a second of a thread block is worth
+
+
+class Method(StrEnum):
+    """How bytes cross. Without a batch API (`Abilities.batch_api`) BATCH_DMA is a loop of plain copies."""
+
+    STAGED = "staged"  # a kernel between paged blocks and a ring in HBM, one copy a contiguous part of a slot
+    ZERO_COPY = "zero_copy"  # one kernel between paged blocks and registered host memory
+    BATCH_DMA = "batch_dma"  # the copy engine moves every run; no kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How to move a job."""
+
+    method: Method
+    max_ctas: int  # of its kernel; 0: it has none
+    piece_nbytes: int  # the most a launch or a submission moves
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a way of moving a job would cost."""
+
+    method: Method
+    ctas: int
+    wall_s: float
+    cpu_s: float
+    cta_s: float  # thread blocks * time
+    link_gb_s: float  # while it is on the link
+
+    @property
+    def price_s(self) -> float:
+        """What it takes from others, in seconds of CPU."""
+        return self.cpu_s + CTA_PRICE * self.cta_s
+
+
+def choose(
+    table: Calibration,
+    direction: Direction,
+    run_nbytes: int,
+    count: int,
+    nbytes: int,
+    zero_copy_ctas: int = DEFAULT_ZERO_COPY_CTAS,  # 12 at most, for layer-wise loads
+) -> Choice:
+    """The best way to move `count` runs of `run_nbytes`, `nbytes` in all (the last run may be shorter).
+
+    Never a method that the table's abilities exclude. Deterministic; sizes of 0 are allowed.
+    """
+    ways = list(estimates(table, direction, run_nbytes, count, nbytes, zero_copy_ctas))
+    limit = TIE * min(way.wall_s for way in ways)
+    ties = [way for way in ways if way.wall_s <= limit]
+    best = min(ties, key=lambda way: (way.price_s, way.ctas))
+    fits = _seconds(MAX_PIECE_NBYTES, best.link_gb_s) <= HOLD_S
+    return Choice(best.method, best.ctas, MAX_PIECE_NBYTES if fits else MIN_PIECE_NBYTES)
+
+
+def estimates(
+    table: Calibration,
+    direction: Direction,
+    run_nbytes: int,
+    count: int,
+    nbytes: int,
+    zero_copy_ctas: int = DEFAULT_ZERO_COPY_CTAS,
+) -> Iterator[Estimate]:
+    """Every way that the table allows, with what it would cost; see the formulas above. Copies are always among them."""
+    costs, able = table.costs(direction), table.abilities
+    calls = max(1, math.ceil(nbytes / MAX_PIECE_NBYTES))
+    yield _copies(costs, able.batch_api and able.pinned, run_nbytes, count, nbytes)
+    if not able.pinned:
+        return  # a copy from or to pageable memory holds its caller: nothing to overlap, nothing to stage for
+    for rate in costs.relayout:
+        if MIN_RELAYOUT_CTAS <= rate.ctas <= MAX_RELAYOUT_CTAS:
+            yield _staged(costs, rate, calls, nbytes)
+    if able.host_pointers:
+        for rate in costs.zero_copy:
+            if rate.ctas <= min(zero_copy_ctas, MAX_ZERO_COPY_CTAS):
+                wall_s = calls * costs.launch_s + _seconds(nbytes, rate.gb_s)
+                cpu_s = calls * costs.launch_s
+                yield Estimate(Method.ZERO_COPY, rate.ctas, wall_s, cpu_s, rate.ctas * wall_s, rate.gb_s)
+
+
+def break_even_nbytes(table: Calibration, direction: Direction) -> float:
+    """The run whose submission takes as long as its transfer. Shorter ones leave the link idle, however many there are."""
+    costs = table.costs(direction)
+    batch = table.abilities.batch_api and table.abilities.pinned
+    return (costs.descriptor_s if batch else costs.copy_s) * costs.copy_gb_s * GB
+
+
+def _copies(costs: Costs, batch: bool, run_nbytes: int, count: int, nbytes: int) -> Estimate:
+    runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes)) if batch else 1  # of a call; a run is never cut
+    calls = max(1, math.ceil(count / runs))
+    cpu_s = calls * costs.call_s + count * costs.descriptor_s if batch else count * costs.copy_s
+    wall_s = _pipe(calls, cpu_s / calls, _seconds(nbytes, costs.copy_gb_s) / calls)
+    return Estimate(Method.BATCH_DMA, 0, wall_s, cpu_s, 0.0, costs.copy_gb_s)
+
+
+def _staged(costs: Costs, rate: Rate, calls: int, nbytes: int) -> Estimate:
+    relayout_s, wire_s = _seconds(nbytes, rate.gb_s), _seconds(nbytes, costs.copy_gb_s)
+    cpu_s = calls * (costs.launch_s + costs.copy_s)
+    wall_s = _pipe(calls, costs.launch_s + relayout_s / calls, costs.copy_s + wire_s / calls)
+    return Estimate(Method.STAGED, rate.ctas, wall_s, cpu_s, rate.ctas * relayout_s, costs.copy_gb_s)
+
+
+def _pipe(calls: int, first_s: float, second_s: float) -> float:
+    return first_s + second_s + (calls - 1) * max(first_s, second_s)
+
+
+def _seconds(nbytes: int, gb_s: float) -> float:
+    return nbytes / (gb_s * GB)
