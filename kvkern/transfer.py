@@ -11,6 +11,7 @@ leased or reserved until then.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,6 +27,8 @@ from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from .kernels.selftest import round_trip
 from .kernels.warm import warm
 from .slots import seal
+
+Rows = slice | npt.NDArray[np.int64]  # which chunks of a batch
 
 _MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
 
@@ -56,6 +59,13 @@ class Job:
     def done(self) -> bool:
         """Whether every piece has ended."""
         return all(future.done() for future in self.futures)
+
+    def released(self) -> bool:
+        """Whether a store has read all its blocks: the engine may overwrite them from now on. Never later than `done`.
+
+        Of a load it is `done`: its blocks are being written until then.
+        """
+        return self.done()
 
     def run_piece(self) -> bool:
         """Run a piece nobody has begun, in this thread; False if there is none. Raises what the piece raises."""
@@ -104,8 +114,116 @@ def piece_chunks(
     return max(1, nbytes // max(1, chunk_nbytes))
 
 
-class Transfer:
-    """Copies for one rank. Thread-safe: jobs on distinct slots and blocks may overlap."""
+class Parts:
+    """One rank's parts of the slots: which may be written, what seals them, and what a load must find. No copies here."""
+
+    def __init__(self, groups: Sequence[PagedTensors], arena: Arena, rank: int, blocks_per_chunk: int) -> None:
+        self.groups = tuple(groups)
+        self.arena = arena
+        self.rank = rank
+        self.rows = arena.parts(rank)  # [num_slots, part_stride] uint8
+        self.sizes = [group.layout.part_nbytes(blocks_per_chunk) for group in self.groups]
+        geometry = arena.spec.geometry
+        for group, size in zip(self.groups, self.sizes, strict=True):
+            planes = len(group.layout.planes)
+            if size > geometry.part_nbytes or planes > geometry.max_planes:
+                raise LayoutError(
+                    f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
+                    f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
+                )
+        offsets = [group.layout.plane_offsets(blocks_per_chunk) for group in self.groups]
+        # a group: [max_planes] uint32, zeros where it has fewer planes
+        self._plane_nbytes = [
+            np.pad(np.diff(o), (0, geometry.max_planes - len(o) + 1)).astype(np.uint32) for o in offsets
+        ]
+
+    def writable(self, batch: ChunkBatch, rows: Rows) -> npt.NDArray[np.bool_]:
+        """[rows] bool: whose reservation is still the slot's. The others have a new owner: hands off."""
+        current: npt.NDArray[np.bool_] = self.arena.headers["generation"][batch.slots[rows]] == batch.generations[rows]
+        return current
+
+    def publish(
+        self,
+        batch: ChunkBatch,
+        rows: npt.NDArray[np.int64],
+        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of payload that every process sees by now
+    ) -> None:
+        """Write sealed checksums, then WRITTEN for this rank. In this order: who sees WRITTEN sees the rest."""
+        headers, slots, generations = self.arena.headers, batch.slots[rows], batch.generations[rows]
+        planes = sums.shape[1]
+        headers["checksum"][slots, self.rank, :planes] = sums ^ seal(batch.keys[rows], generations)[:, None]
+        headers["plane_nbytes"][slots, self.rank] = self._plane_nbytes[batch.group]
+        headers["written"][slots, self.rank] = generations
+
+    def readable(self, batch: ChunkBatch, rows: Rows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """([rows] bool: whose header says it holds this chunk, written by this rank; [rows] uint64 generations)."""
+        headers, slots = self.arena.headers, batch.slots[rows]
+        good: npt.NDArray[np.bool_] = self.arena.identities[slots] == self.arena.spec.geometry.identities(
+            batch.keys[rows], np.void(batch.namespace)
+        )
+        generations: npt.NDArray[np.uint64] = headers["generation"][slots]
+        good &= headers["written"][slots, self.rank] == generations
+        good &= headers["codec"][slots] == 0
+        return good, generations
+
+    def verified(
+        self,
+        batch: ChunkBatch,
+        rows: Rows,
+        generations: npt.NDArray[np.uint64],  # [rows] uint64, from `readable`
+        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of what was read
+    ) -> npt.NDArray[np.bool_]:
+        """[rows] bool: whose payload is what was stored under this key and generation."""
+        sealed = sums ^ seal(batch.keys[rows], generations)[:, None]
+        found = self.arena.headers["checksum"][batch.slots[rows], self.rank, : sums.shape[1]]
+        equal: npt.NDArray[np.bool_] = (found == sealed).all(axis=1)
+        return equal
+
+    def nbytes(self, batches: Sequence[ChunkBatch]) -> int:
+        """Payload of these chunks."""
+        return sum(len(batch.slots) * self.sizes[batch.group] for batch in batches)
+
+
+class Copier(ABC):
+    """What moves chunks for one rank, whatever the device. Thread-safe: jobs on distinct slots and blocks may overlap."""
+
+    def __init__(self, groups: Sequence[PagedTensors], arena: Arena, rank: int, blocks_per_chunk: int) -> None:
+        self._arena = arena
+        self.blocks_per_chunk = blocks_per_chunk
+        self._parts = Parts(groups, arena, rank, blocks_per_chunk)
+        self._groups = self._parts.groups
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the engine has in every group."""
+        return min(group.layout.num_blocks for group in self._groups)
+
+    @abstractmethod
+    def self_test(self) -> None:
+        """Round trip of every group through its registered tensors. Raises LayoutError. Before the first request."""
+
+    @abstractmethod
+    def store(self, batches: Sequence[ChunkBatch]) -> Job:
+        """Start writing chunks into reserved slots. Chunk i is WRITTEN for this rank when ok[i]."""
+
+    @abstractmethod
+    def load(self, batches: Sequence[ChunkBatch]) -> Job:
+        """Start reading leased slots into blocks. Where not ok[i] the slot is BAD and the blocks hold nothing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is under way and let threads and memory go."""
+
+    def reject(self, slots: npt.NDArray[np.int64]) -> Job:
+        """A load that cannot be done: its slots are marked BAD, so that nobody asks for them again."""
+        self._arena.mark_bad(slots)
+        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))  # never an empty one: `all()` of nothing is True
+        job.finished = job.started
+        return job
+
+
+class Transfer(Copier):
+    """Copies in host memory, on threads of its own."""
 
     def __init__(
         self,
@@ -115,54 +233,23 @@ class Transfer:
         blocks_per_chunk: int,
         threads: int,
     ) -> None:
-        self._groups = tuple(groups)
-        self._arena = arena
-        self._rank = rank
-        self.blocks_per_chunk = blocks_per_chunk
-        self._parts = arena.parts(rank)
-        self._sizes = [group.layout.part_nbytes(blocks_per_chunk) for group in self._groups]
-        geometry = arena.spec.geometry
-        for group, size in zip(self._groups, self._sizes, strict=True):
-            planes = len(group.layout.planes)
-            if size > geometry.part_nbytes or planes > geometry.max_planes:
-                raise LayoutError(
-                    f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
-                    f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
-                )
-        self._plane_nbytes = [self._plane_sizes(group, geometry.max_planes) for group in self._groups]
+        super().__init__(groups, arena, rank, blocks_per_chunk)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy")
         warm()
 
-    def _plane_sizes(self, group: PagedTensors, max_planes: int) -> npt.NDArray[np.uint32]:
-        """[max_planes] uint32 of a chunk; zeros where the group has fewer planes."""
-        sizes = np.diff(group.layout.plane_offsets(self.blocks_per_chunk))
-        return np.pad(sizes, (0, max_planes - len(sizes))).astype(np.uint32)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks the engine has in every group."""
-        return min(group.layout.num_blocks for group in self._groups)
-
     def self_test(self) -> None:
-        """Round trip of every group through its registered tensors. Raises LayoutError. Before the first request."""
+        """See `Copier.self_test`."""
         for group in self._groups:
             round_trip(group, self.blocks_per_chunk)
 
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
-        """Start writing chunks into reserved slots. Chunk i is WRITTEN for this rank when ok[i]."""
+        """See `Copier.store`."""
         return self._submit(batches, self._store_piece)
 
     def load(self, batches: Sequence[ChunkBatch]) -> Job:
-        """Start reading leased slots into blocks. Where not ok[i] the slot is BAD and the blocks hold nothing."""
+        """See `Copier.load`."""
         return self._submit(batches, self._load_piece)
-
-    def reject(self, slots: npt.NDArray[np.int64]) -> Job:
-        """A load that cannot be done: its slots are marked BAD, so that nobody asks for them again."""
-        self._arena.mark_bad(slots)
-        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))  # never an empty one: `all()` of nothing is True
-        job.finished = job.started
-        return job
 
     def close(self) -> None:
         """Wait for running pieces and end the threads."""
@@ -170,11 +257,11 @@ class Transfer:
 
     def _submit(self, batches: Sequence[ChunkBatch], piece) -> Job:  # type: ignore[no-untyped-def]
         chunks = [len(batch.slots) for batch in batches]
-        nbytes = sum(n * self._sizes[batch.group] for n, batch in zip(chunks, batches, strict=True))
+        nbytes = self._parts.nbytes(batches)
         job = Job(nbytes, np.zeros(sum(chunks), dtype=np.bool_))
         begin = 0
         for batch, count in zip(batches, chunks, strict=True):
-            step = piece_chunks(nbytes, self._sizes[batch.group], self._threads)
+            step = piece_chunks(nbytes, self._parts.sizes[batch.group], self._threads)
             for at in range(0, count, step):
                 rows = slice(at, min(at + step, count))
                 ok = job.ok[begin + rows.start : begin + rows.stop]
@@ -188,16 +275,12 @@ class Transfer:
         return job
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
-        group, headers = self._groups[batch.group], self._arena.headers
-        current = headers["generation"][batch.slots[rows]] == batch.generations[rows]
-        mine = np.flatnonzero(current) + rows.start  # the other slots have a new owner: hands off
-        slots = batch.slots[mine]
-        sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
-        gather_chunks(group, batch.block_ids[mine], self._parts, slots, sums)
-        generations, planes = batch.generations[mine], sums.shape[1]
-        headers["checksum"][slots, self._rank, :planes] = sums ^ seal(batch.keys[mine], generations)[:, None]
-        headers["plane_nbytes"][slots, self._rank] = self._plane_nbytes[batch.group]
-        headers["written"][slots, self._rank] = generations
+        group = self._groups[batch.group]
+        current = self._parts.writable(batch, rows)
+        mine = np.flatnonzero(current) + rows.start
+        sums = np.empty((len(mine), len(group.layout.planes)), dtype=np.uint64)
+        gather_chunks(group, batch.block_ids[mine], self._parts.rows, batch.slots[mine], sums)
+        self._parts.publish(batch, mine, sums)
         ok[:] = current
 
     def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
@@ -208,16 +291,9 @@ class Transfer:
 
     def _scatter_verified(self, batch: ChunkBatch, rows: slice) -> npt.NDArray[np.bool_]:
         """[rows] bool: whose header and payload are what they should be."""
-        group, slots, headers = self._groups[batch.group], batch.slots[rows], self._arena.headers
+        group, slots = self._groups[batch.group], batch.slots[rows]
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
-        geometry = self._arena.spec.geometry
-        expected = geometry.identities(batch.keys[rows], np.void(batch.namespace))
-        good: npt.NDArray[np.bool_] = self._arena.identities[slots] == expected
-        generations = headers["generation"][slots]
-        good &= headers["written"][slots, self._rank] == generations
-        good &= headers["codec"][slots] == 0
+        good, generations = self._parts.readable(batch, rows)
         read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
-        scatter_chunks(group, np.ascontiguousarray(read), self._parts, slots, sums)
-        sums ^= seal(batch.keys[rows], generations)[:, None]
-        good &= (headers["checksum"][slots, self._rank, : sums.shape[1]] == sums).all(axis=1)
-        return good
+        scatter_chunks(group, np.ascontiguousarray(read), self._parts.rows, slots, sums)
+        return good & self._parts.verified(batch, rows, generations, sums)
