@@ -15,8 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
 
 GB = 1e9  # decimal, as links are sold
+# Held where a table is read from a file; a number outside them is no measurement.
+GBs = Annotated[float, Meta(gt=0, lt=1e6)]
+Seconds = Annotated[float, Meta(gt=0, lt=1)]
 
 
 class Direction(StrEnum):
@@ -48,19 +54,19 @@ class Abilities:
 class Rate:
     """What a kernel on so many thread blocks moves."""
 
-    ctas: int
-    gb_s: float  # 1e9 bytes of payload a second, each byte counted once
+    ctas: Annotated[int, Meta(gt=0, lt=1 << 16)]
+    gb_s: GBs  # 1e9 bytes of payload a second, each byte counted once
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What moving costs in one direction."""
 
-    copy_gb_s: float  # one large plain copy
-    copy_s: float  # CPU of one plain copy
-    call_s: float  # CPU of one batch copy, beside its descriptors
-    descriptor_s: float  # CPU of one descriptor in it
-    launch_s: float  # CPU of one kernel launch
+    copy_gb_s: GBs  # one large plain copy
+    copy_s: Seconds  # CPU of one plain copy
+    call_s: Seconds  # CPU of one batch copy, beside its descriptors
+    descriptor_s: Seconds  # CPU of one descriptor in it
+    launch_s: Seconds  # CPU of one kernel launch
     zero_copy: tuple[Rate, ...]  # a kernel between paged blocks and host memory, by thread blocks, ascending
     relayout: tuple[Rate, ...]  # the gather (D2H) or scatter (H2D) between paged blocks and HBM, likewise
     measured: tuple[str, ...] = ()  # which of these fields are this machine's own

@@ -1,0 +1,244 @@
+"""Measures what a device's link can do, in about 20 ms at start. Knows timed operations, not CUDA; see `Timed`.
+
+    for round in 3:                    so that a slow device has every probe once before any has it three times
+      for probe in probes, most telling first:
+        for size in (small, large):    skipped if it would end behind the deadline
+          time it
+    least time of each size;  a line through the two:  slope = seconds a byte (or descriptor), what is left = seconds a call
+
+The least is right as noise only adds time; the slope is free of what every operation costs whatever its size. A probe
+without both sizes, or whose slope is not above 0, has measured nothing: its seed stays, and the table says so. Once measured
+the table is saved, and read at the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from . import saved
+from .planner import MAX_ZERO_COPY_CTAS, break_even_nbytes
+from .saved import DeviceId
+from .table import GB, Abilities, Calibration, Costs, Direction, Rate, seeds
+
+logger = logging.getLogger("kvkern")
+
+BUDGET_S = 0.02
+ROUNDS = 3
+ZERO_COPY_CTAS, RELAYOUT_CTAS = (4, 8, MAX_ZERO_COPY_CTAS), (16, 32)
+_COPY_NBYTES = (1 << 20, 8 << 20)
+_ZERO_COPY_NBYTES = (1 << 19, 2 << 20)
+_RELAYOUT_NBYTES = (4 << 20, 16 << 20)
+_DESCRIPTORS = (1, 128)
+_LEAST_S, _LEAST_SLOPE_S = 1e-9, 1e-15  # below these a clock has seen nothing
+BUFFER_NBYTES = 16 << 20  # what a device needs on either side for these
+
+
+class Timed(Protocol):
+    """Operations on one GPU and registered host memory. Each runs once and returns the seconds it took.
+
+    "Done" is when its bytes are there; "submitted" when the call has returned. Compiles and warms up before it is measured.
+    """
+
+    def copy(self, direction: Direction, nbytes: int) -> float:
+        """One plain copy, from its submission until done."""
+
+    def submit_copy(self, direction: Direction) -> float:
+        """One plain copy of a page, until submitted."""
+
+    def submit_batch(self, direction: Direction, count: int) -> float:
+        """One batch copy of `count` pages that do not touch, until submitted. Only asked where there is a batch API."""
+
+    def launch(self) -> float:
+        """One kernel, the way copies launch theirs, until submitted."""
+
+    def zero_copy(self, direction: Direction, ctas: int, nbytes: int) -> float:
+        """The kernel between paged blocks and host memory, until done. Only asked where it can be."""
+
+    def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
+        """The gather (D2H) or scatter (H2D) between paged blocks and HBM, until done."""
+
+
+@dataclass
+class _Probe:
+    """One operation at one or two sizes, and the least time of each."""
+
+    name: str
+    direction: Direction
+    sizes: tuple[int, ...]
+    run: Callable[[int], float]
+    ctas: int = 0
+    least: dict[int, float] = field(default_factory=dict)
+
+    def expected_s(self, size: int) -> float:
+        """About how long it will take; 0 before anything is known."""
+        smaller = [(known, s) for known, s in self.least.items() if known <= size]
+        return max((s * size / known for known, s in smaller), default=0.0)
+
+    def measure(self, size: int) -> None:
+        """Once more."""
+        seconds = self.run(size)
+        self.least[size] = min(seconds, self.least.get(size, seconds))
+
+    def line(self) -> tuple[float, float] | None:
+        """(seconds of each unit of size, seconds beside them), None if that was not measured."""
+        if len(self.least) < len(self.sizes):
+            return None
+        small, large = self.sizes[0], self.sizes[-1]
+        if small == large:
+            return (0.0, self.least[small]) if self.least[small] > _LEAST_S else None
+        slope = (self.least[large] - self.least[small]) / (large - small)
+        return (slope, max(self.least[small] - slope * small, _LEAST_S)) if slope > _LEAST_SLOPE_S else None
+
+
+def calibrate(
+    device: Timed,
+    start: Calibration,  # seeds and abilities
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """`start` with what could be measured in `budget_s` in place of its seeds.
+
+    Takes longer only by one operation of a probe's least size, whose time nobody knows before. Raises what the device does.
+    """
+    deadline = clock() + budget_s
+    probes = list(_probes(device, start.abilities))
+    for _ in range(ROUNDS):
+        for probe in probes:
+            for size in probe.sizes:
+                now = clock()
+                if now >= deadline or now + probe.expected_s(size) > deadline:
+                    break
+                probe.measure(size)
+    table = start
+    for direction in Direction:
+        mine = [probe for probe in probes if probe.direction is direction]
+        table = table.with_costs(direction, _fitted(table.costs(direction), mine))
+    return table
+
+
+def calibrated(
+    device: Timed,
+    identity: DeviceId,
+    abilities: Abilities,
+    folder: Path,  # the user's cache directory
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """The device's table: saved by an earlier start, or measured now and saved. Logged at INFO."""
+    start = seeds(identity.link, abilities)
+    table = saved.load(identity, start, folder)
+    if table is None or unmeasured(table):  # more can be measured than in the start that saved it
+        begin = clock()
+        table = calibrate(device, start, budget_s, clock)
+        logger.info("kvkern: calibrated in %.0f ms", (clock() - begin) * 1e3)
+        if left := unmeasured(table):
+            logger.warning("kvkern: not measured within %.0f ms, estimates stand: %s", budget_s * 1e3, ", ".join(left))
+        else:
+            saved.save(identity, table, folder)
+    logger.info("kvkern: %s\n%s", identity, text(table))
+    return table
+
+
+def unmeasured(table: Calibration) -> list[str]:
+    """What could be measured on this device and is a seed still, such as "d2h copy_gb_s"."""
+    able = table.abilities
+    names = ["copy_gb_s", "copy_s"]
+    if able.pinned:
+        names += ["launch_s", "relayout"]
+    if able.pinned and able.batch_api:
+        names += ["descriptor_s", "call_s"]
+    if able.pinned and able.host_pointers:
+        names.append("zero_copy")
+    return [f"{d.value} {name}" for d in Direction for name in names if name not in table.costs(d).measured]
+
+
+def _probes(device: Timed, able: Abilities) -> Iterator[_Probe]:
+    def each(
+        name: str, sizes: tuple[int, ...], run: Callable[[Direction, int], float], ctas: int = 0
+    ) -> Iterator[_Probe]:
+        for direction in Direction:
+            yield _Probe(name, direction, sizes, lambda size, d=direction: run(d, size), ctas)  # type: ignore[misc]
+
+    yield from each("copy_gb_s", _COPY_NBYTES, device.copy)
+    yield from each("copy_s", (1,), lambda direction, _: device.submit_copy(direction))
+    if not able.pinned:
+        return
+    yield from each("launch_s", (1,), lambda direction, _: device.launch())
+    if able.batch_api:
+        yield from each("batch", _DESCRIPTORS, device.submit_batch)
+    if able.host_pointers:
+        for ctas in ZERO_COPY_CTAS:
+            yield from each("zero_copy", _ZERO_COPY_NBYTES, lambda d, size, n=ctas: device.zero_copy(d, n, size), ctas)  # type: ignore[misc]
+    for ctas in RELAYOUT_CTAS:
+        yield from each("relayout", _RELAYOUT_NBYTES, lambda d, size, n=ctas: device.relayout(d, n, size), ctas)  # type: ignore[misc]
+
+
+def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
+    """These costs with what the probes of this direction have found."""
+    rates: dict[str, list[Rate]] = {}
+    values: dict[str, float] = {}
+    for probe in probes:
+        if (line := probe.line()) is None:
+            continue
+        slope, rest = line
+        if probe.ctas:
+            rates.setdefault(probe.name, []).append(Rate(probe.ctas, 1 / slope / GB))
+        elif probe.name == "copy_gb_s":
+            values["copy_gb_s"] = 1 / slope / GB
+        elif probe.name == "batch":
+            values |= {"descriptor_s": slope, "call_s": rest}
+        else:
+            values[probe.name] = rest
+    found = {**values, **{name: tuple(of) for name, of in rates.items()}}
+    return replace(costs, **found, measured=tuple(sorted(found)))  # type: ignore[arg-type]
+
+
+def text(table: Calibration, width: int = 100) -> str:
+    """The table as plain aligned text; seeds are marked."""
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(rich_table(table))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def rich_table(table: Calibration) -> Table:
+    """Aligned, for a terminal. `~` marks what is an estimate or published by others, not measured on this device."""
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    shown.add_column("")
+    for title in ("D2H (store)", "H2D (load)"):
+        shown.add_column(title, justify="right")
+
+    def row(name: str, field: str, cell: Callable[[Costs], str]) -> None:
+        marks = ["" if field in table.costs(d).measured else "~" for d in Direction]
+        shown.add_row(name, *(mark + cell(table.costs(d)) for mark, d in zip(marks, Direction, strict=True)))
+
+    able = table.abilities
+    row("copy engine, one large copy", "copy_gb_s", lambda costs: f"{costs.copy_gb_s:.1f} GB/s")
+    row("  a plain copy", "copy_s", lambda costs: f"{costs.copy_s * 1e6:.2f} us CPU")
+    if able.batch_api and able.pinned:
+        row("  a batch call", "call_s", lambda costs: f"{costs.call_s * 1e6:.2f} us CPU")
+        row("  a descriptor in it", "descriptor_s", lambda costs: f"{costs.descriptor_s * 1e6:.2f} us CPU")
+    if able.pinned:
+        row("kernel launch", "launch_s", lambda costs: f"{costs.launch_s * 1e6:.2f} us CPU")
+        kinds = [("gather or scatter in HBM", "relayout")]
+        if able.host_pointers:
+            kinds.insert(0, ("zero-copy kernel", "zero_copy"))
+        for name, field in kinds:
+            for ctas in sorted({rate.ctas for d in Direction for rate in getattr(table.costs(d), field)}):
+                row(f"{name}, {ctas} thread blocks", field, lambda costs, f=field, n=ctas: _rate(costs, f, n))  # type: ignore[misc]
+    cells = [f"{break_even_nbytes(table, d) / 1e3:.1f} KB" for d in Direction]
+    shown.add_row("run whose submission takes as long as its transfer", *cells)
+    return shown
+
+
+def _rate(costs: Costs, field: str, ctas: int) -> str:
+    rates: dict[int, float] = {rate.ctas: rate.gb_s for rate in getattr(costs, field)}
+    return f"{rates[ctas]:.1f} GB/s" if ctas in rates else "-"

@@ -1,0 +1,113 @@
+"""The calibration file: what is written is read, and what is not good is as if it were not there, with one warning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvkern.gpu import saved
+from kvkern.gpu.saved import DeviceId
+from kvkern.gpu.table import Abilities, Costs, Link, Rate, seeds
+
+DEVICE = DeviceId("NVIDIA H100 80GB HBM3", "570.124.06", Link(5, 16))
+TABLE = seeds(DEVICE.link)
+
+numbers = st.floats(1e-8, 0.9)
+rates = st.lists(st.builds(Rate, st.integers(1, 500), st.floats(1e-3, 9e5)), max_size=4).map(tuple)
+costs = st.builds(
+    Costs, st.floats(1e-3, 9e5), numbers, numbers, numbers, numbers, rates, rates,
+    st.lists(st.sampled_from(["copy_gb_s", "zero_copy"]), max_size=2).map(tuple),
+)  # fmt: skip
+
+
+@given(costs, costs, st.text(min_size=1, max_size=40), st.text(max_size=20), st.integers(0, 6), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_round_trip(tmp_path: Path, d2h: Costs, h2d: Costs, name: str, driver: str, generation: int, c2c: bool) -> None:
+    device = DeviceId(name, driver, Link(generation, 16, c2c))
+    table = replace(TABLE, d2h=d2h, h2d=h2d)
+    saved.save(device, table, tmp_path)
+    assert saved.load(device, TABLE, tmp_path) == table
+    assert saved.path_of(device, tmp_path).parent == tmp_path / "calibration"  # whatever the name
+
+
+def test_the_name_tells_the_device() -> None:
+    assert DEVICE.file_name == "NVIDIA-H100-80GB-HBM3-570.124.06-pcie5x16.json"
+    assert str(DEVICE) == "NVIDIA H100 80GB HBM3, PCIe 5 x16, driver 570.124.06"
+
+
+def test_abilities_are_this_start_s(tmp_path: Path) -> None:
+    saved.save(DEVICE, TABLE, tmp_path)
+    able = Abilities(batch_api=False, host_pointers=False)
+    found = saved.load(DEVICE, seeds(DEVICE.link, able), tmp_path)
+    assert found is not None
+    assert found.abilities == able
+
+
+def test_no_file_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert saved.load(DEVICE, TABLE, tmp_path) is None
+    assert not caplog.records
+
+
+def changed(data: bytes, **values: Any) -> bytes:
+    return json.dumps({**json.loads(data), **values}).encode()
+
+
+def spoiled(data: bytes) -> dict[str, bytes]:
+    costs = json.loads(data)["d2h"]
+    return {
+        "empty": b"",
+        "cut": data[: len(data) // 2],
+        "noise": os.urandom(200),
+        "not UTF-8": data.replace(b"H100", b"H\xff00"),
+        "a list": b"[]",
+        "nested": b"[" * 5000,
+        "version": changed(data, version=saved.VERSION + 1),
+        "extra field": changed(data, extra=1),
+        "another device": changed(data, device={**json.loads(data)["device"], "name": "Other"}),
+        "negative": changed(data, d2h={**costs, "copy_gb_s": -1.0}),
+        "zero": changed(data, d2h={**costs, "copy_s": 0}),
+        "infinite": data.replace(b"53.0", b"1e999", 1),
+        "not a number": changed(data, d2h={**costs, "copy_gb_s": float("nan")}),
+        "a string": changed(data, d2h={**costs, "copy_gb_s": "53"}),
+        "no thread blocks": changed(data, d2h={**costs, "relayout": [{"ctas": 0, "gb_s": 1.0}]}),
+    }
+
+
+@pytest.mark.parametrize("how", list(spoiled(b'{"d2h": {}, "device": {}}')))
+def test_a_bad_file_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    saved.save(DEVICE, TABLE, tmp_path)
+    path = saved.path_of(DEVICE, tmp_path)
+    path.write_bytes(spoiled(path.read_bytes())[how])
+    assert saved.load(DEVICE, TABLE, tmp_path) is None
+    (record,) = caplog.records
+    assert (record.levelno, str(path) in record.getMessage()) == (logging.WARNING, True)
+    saved.save(DEVICE, TABLE, tmp_path)
+    assert saved.load(DEVICE, TABLE, tmp_path) == TABLE
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved.save(DEVICE, TABLE, tmp_path)
+    before = saved.path_of(DEVICE, tmp_path).read_bytes()
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        saved.save(DEVICE, replace(TABLE, d2h=TABLE.h2d), tmp_path)
+    assert [p.read_bytes() for p in (tmp_path / "calibration").iterdir()] == [before]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    saved.save(DEVICE, TABLE, tmp_path / "file")
+    assert "not saved" in caplog.text
+    assert saved.load(DEVICE, TABLE, tmp_path / "file") is None
