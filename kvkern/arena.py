@@ -299,7 +299,7 @@ def _check_room(nbytes: int, path: Path) -> None:
     room = fs.f_bavail * fs.f_frsize
     if nbytes > room:
         raise ArenaError(_no_room(nbytes, path, f"{format_nbytes(room)} are free there"))
-    memory = _available_memory()
+    memory = available_memory()
     if nbytes > memory:
         raise ArenaError(
             _no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left")
@@ -313,7 +313,7 @@ def _no_room(nbytes: int, path: Path, why: str) -> str:
     )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes this process could still allocate: MemAvailable, or what the cgroup leaves where that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

@@ -234,6 +234,26 @@ def _quota(text: str) -> tuple[str, int]:
 
 
 @app.command()
+def doctor(
+    capacity: Annotated[str, typer.Option(help="Memory an arena is to have, such as 8GiB.")] = "",
+    arena_dir: Annotated[Path, typer.Option(help="Where it is to lie.")] = Path("/dev/shm"),
+    json: AsJson = False,
+) -> None:
+    """Look at this host: what kvkern will be slow on and why, and the remedy. Exit status 1 if it cannot work here."""
+    from .config import parse_nbytes
+    from .doctor import facts, findings, report
+
+    with _errors():
+        found = facts.gather(parse_nbytes(capacity) if capacity else 0, arena_dir)
+    judged = findings.findings(found)
+    if json:
+        typer.echo(report.as_json(found, judged))
+    else:
+        report.show(found, judged)
+    raise typer.Exit(any(finding.severity is findings.Severity.BROKEN for finding in judged))
+
+
+@app.command()
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="Request traces in the Mooncake format, .jsonl or .jsonl.gz.")],
     policy: Annotated[str, typer.Option(help="A list: lru, s3fifo, arc, lirs, grit; min is the offline optimum.")] = (

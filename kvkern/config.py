@@ -55,6 +55,11 @@ def reject_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
             raise ConfigError(f"unknown key {key!r} in {where}; {hint}known keys: {', '.join(sorted(known))}")
 
 
+def user_cache_dir() -> Path:
+    """Where this user's kvkern keeps what it can find out again: $XDG_CACHE_HOME/kvkern, or ~/.cache/kvkern."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "kvkern"
+
+
 def _default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
 

@@ -390,13 +390,13 @@ def test_a_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_no_memory_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_available_memory", lambda: 1 << 10)
+    monkeypatch.setattr(arena_module, "available_memory", lambda: 1 << 10)
     with pytest.raises(ArenaError, match="1 KiB of memory left"):
         create_or_attach(SPEC, tmp_path / "a")
 
 
 def test_a_refused_arena_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_available_memory", lambda: 1 << 10)
+    monkeypatch.setattr(arena_module, "available_memory", lambda: 1 << 10)
     with pytest.raises(ArenaError):
         create_or_attach(SPEC, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

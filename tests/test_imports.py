@@ -39,6 +39,7 @@ LEVELS = {
     "kvkern.api": 4,
     "kvkern.integrations": 5,
     "kvkern.cli": 5,
+    "kvkern.doctor": 5,
     "kvkern.replay": 5,
     "kvkern.demo": 5,
 }

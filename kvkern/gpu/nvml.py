@@ -44,6 +44,7 @@ class Gpus:
 
     gpus: tuple[GpuInfo, ...]
     line: str  # what was found, for people
+    cuda: int = 0  # the newest CUDA that the driver speaks: 12080 is 12.8
 
     def by_bus_id(self, bus_id: str) -> GpuInfo | None:
         """The GPU with this PCI address in sysfs form, None if NVML did not show it."""
@@ -68,11 +69,12 @@ def _read(nvml: Any, sysfs: Path) -> Gpus:
         driver = _text(nvml.nvmlSystemGetDriverVersion())
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         gpus = tuple(_gpu(nvml, handle, driver, sysfs) for handle in handles)
+        cuda = int(_ask(nvml, lambda: nvml.nvmlSystemGetCudaDriverVersion(), 0))
     except nvml.NVMLError as error:
         return Gpus((), f"NVML: {error}; see what `nvidia-smi` says")
     finally:
         nvml.nvmlShutdown()
-    return Gpus(gpus, f"NVML: {len(gpus)} GPU(s), driver {driver}")
+    return Gpus(gpus, f"NVML: {len(gpus)} GPU(s), driver {driver}", cuda)
 
 
 def _gpu(nvml: Any, handle: Any, driver: str, sysfs: Path) -> GpuInfo:

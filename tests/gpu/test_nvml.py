@@ -14,6 +14,7 @@ from kvkern.gpu.table import Link
 
 ANSWERS: dict[str, Any] = {
     "nvmlSystemGetDriverVersion": "570.124.06",
+    "nvmlSystemGetCudaDriverVersion": 12080,
     "nvmlDeviceGetCount": 1,
     "nvmlDeviceGetHandleByIndex": 0,
     "nvmlDeviceGetName": b"NVIDIA H100 80GB HBM3",
@@ -71,6 +72,7 @@ def test_a_gpu(tmp_path: Path) -> None:
     )
     assert gpu.link == Link(4, 8)  # asleep at generation 1: it counts what it can do
     assert found.line == "NVML: 1 GPU(s), driver 570.124.06"
+    assert found.cuda == 12080
     assert found.by_bus_id("0000:3B:00.0") is gpu
     assert found.by_bus_id("0000:3c:00.0") is None
     assert driver.started == 0

@@ -1,0 +1,86 @@
+"""Prints what the doctor has found: aligned for people, or one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..config import format_nbytes
+from ..gpu.calibrate import rich_table
+from .facts import OPTIONAL, VECTORS, Facts, Gpu
+from .findings import Finding, Severity
+
+_STYLES = {Severity.BROKEN: "bold red", Severity.SLOW: "yellow", Severity.NOTE: "cyan"}
+
+
+def as_json(facts: Facts, found: Sequence[Finding]) -> str:
+    """{"facts", "findings"}: facts as gathered, calibration tables among them."""
+    return msgspec.json.encode({"facts": facts, "findings": found}, order="sorted").decode()
+
+
+def show(facts: Facts, found: Sequence[Finding], console: Console | None = None) -> None:
+    """Facts, calibration and findings; to standard output by default."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+    for number, gpu in enumerate(facts.gpus):
+        console.print(f"\ncalibration of GPU {number}" + ("" if gpu.is_saved else ", not measured yet"))
+        console.print(rich_table(gpu.table))
+        console.print("~ published by others or estimated, not measured here")
+    console.print()
+    for finding in found:
+        console.print(Text(f"{finding.severity:<7}", _STYLES[finding.severity]) + Text(finding.what), soft_wrap=True)
+        console.print(Text(f"       -> {finding.remedy}"), soft_wrap=True)
+    if not any(finding.severity is not Severity.NOTE for finding in found):
+        console.print("nothing will be slow that kvkern knows of")
+
+
+def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
+    if not facts.gpus:
+        yield "GPU", f"none seen; {facts.nvml}"
+    for number, gpu in enumerate(facts.gpus):
+        yield f"GPU {number}", f"{gpu.info.name}, {format_nbytes(gpu.info.memory_nbytes)}, {gpu.info.bus_id}"
+        yield "  link", _link(gpu)
+        yield "  NUMA node", "not told" if gpu.info.numa_node is None else str(gpu.info.numa_node)
+    if facts.gpus:
+        yield "driver", f"{facts.gpus[0].info.driver}, CUDA {facts.cuda // 1000}.{facts.cuda % 1000 // 10}"
+        yield "batch copies", "yes" if facts.gpus[0].table.abilities.batch_api else "no"
+    yield "CPU", f"{facts.cpu or facts.machine}, {len(facts.cpus)} for this process, {_vectors(facts)}"
+    nodes = ", ".join(map(str, facts.process_nodes)) or "-"
+    yield "NUMA nodes", f"{max(1, len(facts.nodes))}, this process on {nodes}"
+    yield "memory", f"{format_nbytes(facts.memory_nbytes)} to be had"
+    lock = "unlimited" if facts.memlock_nbytes is None else format_nbytes(facts.memlock_nbytes)
+    yield "lockable", f"{lock}; an arena would take {format_nbytes(facts.needed_nbytes)}"
+    total, free = format_nbytes(facts.arena_total_nbytes), format_nbytes(facts.arena_free_nbytes)
+    yield facts.arena_dir, f"{facts.arena_fs or 'not there'}, {total}, {free} free"
+    yield "huge pages", f"shmem_enabled {facts.shmem_huge or 'unknown'}, Linux {facts.kernel}"
+    yield "numba cache", "cold" if facts.numba_cold else "warm"
+    yield (
+        "versions",
+        ", ".join(f"{n} {facts.versions[n]}" for n in ("numba", "numpy", *OPTIONAL) if n in facts.versions),
+    )
+    if absent := [name for name in OPTIONAL if name not in facts.versions]:
+        yield "  absent", ", ".join(absent)
+
+
+def _link(gpu: Gpu) -> str:
+    info = gpu.info
+    if info.c2c:
+        return "NVLink-C2C"
+    now, built = f"{info.generation} x{info.width}", f"{info.generation_gpu} x{info.width_gpu}"
+    return f"PCIe {now} now (P{info.power_state}), generation {info.generation_here} at most here, built for {built}"
+
+
+def _vectors(facts: Facts) -> str:
+    if not facts.cpu_flags:
+        return facts.machine
+    return next(name for name in VECTORS if name in facts.cpu_flags).upper()
