@@ -43,6 +43,7 @@ COPIES = {
     "MLA fp8 656 B, page 1": (1, 1, 656),
 }
 CHUNK_BLOCKS = 128  # of the compiled variants: more than any group holds
+DEEP_RINGS = ("split K/V 32 KiB", "MLA fp8 656 B, page 1")  # also compiled with the deepest ring, and summed by one
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,13 @@ class Variant:
 
 def variants(target: Target) -> Iterator[Variant]:
     """Every kernel with the constants and options that launchers use on this target."""
-    for layout, runs in COPIES.items():
-        geometry = paged_copy_triton.Geometry.of(runs, 16, CHUNK_BLOCKS, target.warp_size)
-        for op in ("gather", "scatter"):
-            constants = {"TO_SLOTS": op == "gather", **geometry.constants()}
-            moved = geometry.UNROLL * paged_copy_triton.VECTOR_NBYTES
-            registers = paged_copy_triton.MAX_REGISTERS
-            yield Variant(
-                f"{op}, {layout}", paged_copy_triton.copy_chunks, constants, geometry.num_warps, registers, moved
-            )
+    for layout in COPIES:
+        for op in ("gather", "scatter", "checksum"):
+            yield _copy(target, op, layout, 1)
+        if target.backend == "cuda":
+            deep = [("gather", 4), ("scatter", 4), ("checksum", 3)] if layout in DEEP_RINGS else []
+            for op, stages in [("gather", 3), ("scatter", 3), *deep]:
+                yield _copy(target, op, layout, stages)
     keys = chunk_keys_triton
     for tokens, extras in ((16, False), (16, True), (128, False), (512, False)):
         name = f"chain_segments, {tokens} tokens" + (", extras" if extras else "")
@@ -79,6 +78,17 @@ def variants(target: Target) -> Iterator[Variant]:
     yield Variant("chunk_keys_of_chains", keys.chunk_keys_of_chains, constants, 4, keys.MAX_REGISTERS)
 
 
+def _copy(target: Target, op: str, layout: str, stages: int) -> Variant:
+    geometry = paged_copy_triton.Geometry.of(COPIES[layout], 16, CHUNK_BLOCKS, target.warp_size, stages)
+    constants = {"TO_SLOTS": op != "scatter", "STORE": op != "checksum", **geometry.constants()}
+    if op == "checksum":
+        constants |= {"slots_ptr": None, "slot_ids_ptr": None}
+    name = f"{op}, {layout}" + (f", ring of {stages}" if stages > 1 else "")
+    moved = geometry.UNROLL * paged_copy_triton.VECTOR_NBYTES
+    kernel, registers = paged_copy_triton.copy_chunks, paged_copy_triton.MAX_REGISTERS
+    return Variant(name, kernel, constants, geometry.num_warps, registers, moved)
+
+
 @dataclass(frozen=True)
 class Loop:
     """A loop of the machine code: instructions of one turn, and its global accesses by width in bits."""
@@ -86,6 +96,7 @@ class Loop:
     instructions: int
     loads: dict[int, int]
     stores: dict[int, int]
+    asyncs: dict[int, int]  # cp.async: global to shared memory, past the registers
 
 
 @dataclass(frozen=True)
@@ -94,14 +105,16 @@ class Built:
 
     registers: int  # of a thread: 32-bit, vector registers on AMD
     local_nbytes: int  # of a thread: stack and spilled registers
+    shared_nbytes: int  # of a program
     instructions: int
     loops: tuple[Loop, ...]  # that touch global memory, innermost first
     asm: str
 
     @property
     def copy_loop(self) -> Loop | None:
-        """The innermost loop that stores."""
-        return next((loop for loop in self.loops if loop.stores), None)
+        """The innermost loop that stores, or else that reads vectors."""
+        reading = (loop for loop in self.loops if 128 in loop.loads | loop.asyncs)
+        return next((loop for loop in self.loops if loop.stores), None) or next(reading, None)
 
 
 def compile_variant(variant: Variant, target: Target) -> Built:
@@ -125,9 +138,10 @@ def compile_variant(variant: Variant, target: Target) -> Built:
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": variant.num_warps, **register_limit(variant.max_registers, target.backend)},
     )
+    shared = compiled.metadata.shared
     if target.backend == "hip":
-        return _read_amd(compiled.asm["amdgcn"])
-    return _read_sass(compiled.asm["sass"], _resource_usage(compiled.asm["cubin"]))
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    return _read_sass(compiled.asm["sass"], _resource_usage(compiled.asm["cubin"]), shared)
 
 
 def _resource_usage(cubin: bytes) -> str:
@@ -139,7 +153,7 @@ def _resource_usage(cubin: bytes) -> str:
     return done.stdout
 
 
-def _read_sass(asm: str, usage: str) -> Built:
+def _read_sass(asm: str, usage: str, shared: int) -> Built:
     code: list[str] = []
     labels = {}
     for line in asm.splitlines():
@@ -149,10 +163,10 @@ def _read_sass(asm: str, usage: str) -> Built:
             code.append(found[1])
     registers, stack, local = (_number(usage, rf"{name}:(\d+)") for name in ("REG", "STACK", "LOCAL"))
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in code)
-    return Built(registers, max(stack, local, 4 * spills), len(code), _loops(code, labels), asm)
+    return Built(registers, max(stack, local, 4 * spills), shared, len(code), _loops(code, labels), asm)
 
 
-def _read_amd(asm: str) -> Built:
+def _read_amd(asm: str, shared: int) -> Built:
     registers, local = (_number(asm, rf"\.{name}:\s*(\d+)") for name in ("vgpr_count", "private_segment_fixed_size"))
     bodies: dict[str, list[str]] = {}  # by the header of the innermost loop, which LLVM names beside each block
     block, instructions = "", 0
@@ -166,7 +180,7 @@ def _read_amd(asm: str) -> Built:
             instructions += 1
     own = [name for name in bodies if re.search(rf"^\.L{re.escape(name)}:.*(?:\n\s*;.*)*Loop Header", asm, re.M)]
     loops = (_loop(bodies[name], _amd_access) for name in own)
-    return Built(registers, local, instructions, tuple(loop for loop in reversed(list(loops)) if loop), asm)
+    return Built(registers, local, shared, instructions, tuple(loop for loop in reversed(list(loops)) if loop), asm)
 
 
 def _number(text: str, pattern: str) -> int:
@@ -191,8 +205,8 @@ def _loops(code: list[str], labels: dict[str, int]) -> tuple[Loop, ...]:
 def _loop(body: list[str], access: Any) -> Loop | None:
     """None where nothing global is touched."""
     accesses = [found for line in body if (found := access(line))]
-    loads, stores = ([bits for kind, bits in accesses if kind == which] for which in ("load", "store"))
-    return Loop(len(body), _histogram(loads), _histogram(stores)) if accesses else None
+    widths = ([bits for kind, bits in accesses if kind == which] for which in ("load", "store", "async"))
+    return Loop(len(body), *map(_histogram, widths)) if accesses else None
 
 
 def _histogram(widths: list[int]) -> dict[int, int]:
@@ -200,12 +214,12 @@ def _histogram(widths: list[int]) -> dict[int, int]:
 
 
 def _sass_access(line: str) -> tuple[str, int] | None:
-    found = re.search(r"\b(LDG|STG|LD|ST)\.([\w.]+)", line)
+    found = re.search(r"\b(LDGSTS|LDG|STG|LD|ST)\.([\w.]+)", line)
     if found is None:
         return None
     sizes = {"128": 128, "64": 64, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
     bits = next((sizes[part] for part in found[2].split(".") if part in sizes), 32)
-    return ("load" if found[1].startswith("L") else "store", bits)
+    return ({"LDGSTS": "async", "LDG": "load", "LD": "load"}.get(found[1], "store"), bits)
 
 
 def _amd_access(line: str) -> tuple[str, int] | None:
@@ -223,6 +237,8 @@ def counts(variant: Variant, built: Built) -> dict[str, Any]:
         loop = built.copy_loop
         per_byte = round(loop.instructions / variant.moved_nbytes, 2)
         record |= {"loop_instructions": loop.instructions, "instructions_per_byte": per_byte}
+        if loop.asyncs:
+            record["shared_nbytes"] = built.shared_nbytes
     return record
 
 

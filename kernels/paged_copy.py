@@ -61,11 +61,9 @@ class PagedTensors:
         return cls(layout, tuple(tensors), layout.bases(tensors))
 
 
-def _check(
+def _check_blocks(
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],
-    slots: npt.NDArray[np.uint8],
-    slot_ids: npt.NDArray[np.int64],
     checksums: npt.NDArray[np.uint64],
 ) -> None:
     if block_ids.ndim != 2 or block_ids.dtype != np.int32 or not block_ids.flags.c_contiguous:
@@ -75,20 +73,30 @@ def _check(
     n, blocks_per_chunk = block_ids.shape
     if blocks_per_chunk < 1:
         raise LayoutError(f"block_ids is {block_ids.shape}: a chunk has at least one block")
-    if slot_ids.shape != (n,) or slot_ids.dtype != np.int64 or not slot_ids.flags.c_contiguous:
-        raise LayoutError(f"slot_ids is {slot_ids.dtype} {slot_ids.shape}, expected int64 ({n},)")
     planes = len(paged.layout.planes)
     if checksums.shape != (n, planes) or checksums.dtype != np.uint64 or not checksums.flags.c_contiguous:
         raise LayoutError(f"checksums is {checksums.dtype} {checksums.shape}, expected uint64 ({n}, {planes})")
+    if n and (int(block_ids.max()) >= paged.layout.num_blocks or int(block_ids.min()) < -1):
+        bad = int(block_ids.max()) if int(block_ids.max()) >= paged.layout.num_blocks else int(block_ids.min())
+        raise LayoutError(f"block id {bad} is outside [-1, {paged.layout.num_blocks})")
+
+
+def _check(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],
+    slots: npt.NDArray[np.uint8],
+    slot_ids: npt.NDArray[np.int64],
+    checksums: npt.NDArray[np.uint64],
+) -> None:
+    _check_blocks(paged, block_ids, checksums)
+    n, blocks_per_chunk = block_ids.shape
+    if slot_ids.shape != (n,) or slot_ids.dtype != np.int64 or not slot_ids.flags.c_contiguous:
+        raise LayoutError(f"slot_ids is {slot_ids.dtype} {slot_ids.shape}, expected int64 ({n},)")
     part_nbytes = paged.plan(("part_nbytes", blocks_per_chunk), lambda: paged.layout.part_nbytes(blocks_per_chunk))
     if slots.ndim != 2 or slots.dtype != np.uint8 or slots.shape[1] < part_nbytes or slots.strides[1] != 1:
         raise LayoutError(f"slots is {slots.dtype} {slots.shape}, expected uint8 [num_slots, >= {part_nbytes}]")
-    if n:
-        if int(block_ids.max()) >= paged.layout.num_blocks or int(block_ids.min()) < -1:
-            bad = int(block_ids.max()) if int(block_ids.max()) >= paged.layout.num_blocks else int(block_ids.min())
-            raise LayoutError(f"block id {bad} is outside [-1, {paged.layout.num_blocks})")
-        if int(slot_ids.max()) >= slots.shape[0] or int(slot_ids.min()) < 0:
-            raise LayoutError(f"slot ids {slot_ids.min()}..{slot_ids.max()} are outside [0, {slots.shape[0]})")
+    if n and (int(slot_ids.max()) >= slots.shape[0] or int(slot_ids.min()) < 0):
+        raise LayoutError(f"slot ids {slot_ids.min()}..{slot_ids.max()} are outside [0, {slots.shape[0]})")
 
 
 def gather_chunks(
@@ -122,6 +130,20 @@ def scatter_chunks(
     """
     _check(paged, block_ids, slots, slot_ids, checksums)
     _backend(backend, paged).scatter_chunks(paged, block_ids, slots, slot_ids, checksums)
+
+
+def checksum_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+    backend: Backend = "numba",
+) -> None:
+    """The checksums that `gather_chunks` would give, without moving anything: each block is read once.
+
+    For blocks that DMA moves. Of a scatter with absent blocks it is not the checksum: that one covers the whole slot.
+    """
+    _check_blocks(paged, block_ids, checksums)
+    _backend(backend, paged).checksum_chunks(paged, block_ids, checksums)
 
 
 def _backend(name: Backend, paged: PagedTensors):  # type: ignore[no-untyped-def]  # modules are the registry's values

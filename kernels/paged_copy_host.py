@@ -81,3 +81,19 @@ def scatter_chunks(
 ) -> None:
     """See `paged_copy.scatter_chunks`."""
     _run(False, paged, block_ids, slots, slot_ids, checksums)
+
+
+def checksum_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+) -> None:
+    """See `paged_copy.checksum_chunks`."""
+    from . import paged_copy_triton
+
+    if not len(block_ids):
+        return
+    device = paged.tensors[0].device
+    sums = torch.empty(checksums.shape, dtype=torch.uint64, device=device)
+    paged_copy_triton.checksum_chunks(paged, _to(block_ids, device), sums)
+    checksums[:] = sums.cpu().numpy()

@@ -229,6 +229,53 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
     _fence()
 
 
+_SUMS_SIGNATURE = types.void(
+    types.int64[::1], types.int64[:, ::1], types.int64[::1], _BLOCK_IDS, types.uint8[::1], types.uint64[:, ::1]
+)  # fmt: skip
+
+
+@njit(_SUMS_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # type: ignore[no-untyped-def]
+    """`scratch` holds a plane whose runs are no whole rows: its lanes straddle runs, so they are put side by side first."""
+    sums = np.empty(32, dtype=np.uint64)
+    acc = np.int64(sums.ctypes.data)
+    for c in range(block_ids.shape[0]):
+        for p in range(bases.shape[0]):
+            stride_block, outer, stride_outer, inner, stride_inner, run = geometry[p]
+            plane_nbytes = offsets[p + 1] - offsets[p]
+            whole_rows = run & 63 == 0
+            sums[:] = _U64(0)
+            cursor = np.int64(scratch.ctypes.data)
+            if not whole_rows:
+                _zero(cursor, plane_nbytes)
+            for i in range(block_ids.shape[1]):
+                block = np.int64(block_ids[c, i])
+                at = bases[p] + block * stride_block
+                after = _following(bases, geometry, block_ids, c, p, i)
+                for o in range(outer):
+                    for h in range(inner):
+                        source = at + o * stride_outer + h * stride_inner
+                        if whole_rows:
+                            if block < 0:
+                                for word in range(16):  # B += A, once a row of zeros
+                                    sums[16 + word] += _U64(run >> 6) * sums[word]
+                            else:
+                                if h + 1 < inner:
+                                    following = source + stride_inner
+                                else:
+                                    following = at + (o + 1) * stride_outer if o + 1 < outer else after
+                                head = max(0, run - _AHEAD)
+                                _sum_rows(np.int64(0), source, head >> 6, acc, source + _AHEAD)
+                                _sum_rows(np.int64(0), source + head, (run - head) >> 6, acc, following)
+                        elif block >= 0:
+                            _memcpy(cursor, source, run)
+                        cursor += run
+            if not whole_rows:
+                start = np.int64(scratch.ctypes.data)
+                _sum_rows(np.int64(0), start, plane_nbytes >> 6, acc, start)
+            checksums[c, p] = _finish(sums, plane_nbytes >> 6, plane_nbytes)
+
+
 @njit(
     types.void(types.int64, types.int64, _SLOT_IDS, types.uint32[:, ::1], types.uint64[:, ::1]),
     nogil=True, cache=True, boundscheck=False,
@@ -295,6 +342,20 @@ def scatter_chunks(
 ) -> None:
     """See `paged_copy.scatter_chunks`."""
     _run(False, paged, block_ids, slots, slot_ids, checksums)
+
+
+def checksum_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+) -> None:
+    """See `paged_copy.checksum_chunks`. Takes a plane of scratch memory where runs are no multiple of 64 bytes."""
+    if block_ids.size == 0:
+        return
+    geometry, offsets = _tables(paged, block_ids.shape[1])
+    odd = geometry[:, -1] % _ROW != 0
+    scratch = np.empty(int(np.diff(offsets)[odd].max(initial=0)), dtype=np.uint8)
+    _sum_chunks(paged.bases, geometry, offsets, block_ids, scratch, checksums)
 
 
 def checksum_planes(

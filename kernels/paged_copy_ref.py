@@ -70,3 +70,13 @@ def scatter_chunks(
                 if block_id >= 0:
                     view[int(block_id)].copy_(blocks[i])
             checksums[c, p] = checksum(source)
+
+
+def checksum_chunks(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
+) -> None:
+    """The checksums of a gather, by a gather. See `paged_copy.checksum_chunks`."""
+    slots = np.empty((len(block_ids), paged.layout.part_nbytes(block_ids.shape[1])), dtype=np.uint8)
+    gather_chunks(paged, block_ids, slots, np.arange(len(block_ids)), checksums)

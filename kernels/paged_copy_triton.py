@@ -1,10 +1,14 @@
 """GPU backend of `paged_copy`: a persistent, capped grid copies blocks to and from slots and sums the checksum in registers.
 
     for item in (chunk, plane, split), strided over the grid:                A = D = 0, one cell a thread and lane
-      for group of blocks in split:                                          read the block ids
-        for tile of W words x UNROLL:  v = load 16 B a thread, all of the tile before its first store;  store v
-                                       A += v;  D += v * (row of the tile's first word)
+      for tile of W words x UNROLL, over all groups of blocks in split:      read the block ids
+        v = load 16 B a thread, all of the tile before its first store;  store v, or (checksum only) do not
+        A += v;  D += v * (row of the tile's first word)
       atomic: checksum[chunk, plane] += sum (P + row in tile * Q) * A + Q * D          see checksum.py; order is no matter
+
+Bytes in flight bound it, and there are two ways to have them. Wide tiles (`stages` 1): up to 32 KiB in registers, none while
+the tile is stored. A ring (`stages` 3 or 4): tiles of up to 16 KiB by `cp.async` into shared memory, stages - 2 to stages - 1
+of them always under way. Neither was timed yet; wide tiles are the default.
 
 What a layout fixes (run length, runs a block) is `constexpr`: divisions become shifts and multiplications, and one layout
 compiles once a chunk size. Strides, ids and counts are arguments; addresses are int64, offsets inside a group of blocks int32.
@@ -34,8 +38,10 @@ if TYPE_CHECKING:
 MAX_CTAS = 32  # a copy that takes the whole GPU stalls decode: +47 % inter-token latency at p99, pegaflow issue 408
 VECTOR_NBYTES = 16
 MAX_REGISTERS = 128  # a thread: two CTAs of 256 threads fit an SM
+STAGES = (1, 3, 4)  # 1: wide tiles; else the depth of the ring
 _WIDTH = 4096  # bytes of a tile's width: 16 for each of 256 threads
-_MAX_UNROLL = 8  # widths in flight: 32 KiB a program
+_MAX_UNROLL = 8  # widths of a wide tile: 32 KiB
+_RING_UNROLL = 4  # widths of a tile in the ring: 16 KiB
 
 
 @triton.jit(do_not_specialize=["num_chunks", "blocks_per_chunk", "num_planes", "checksum_stride", "num_splits"])
@@ -43,8 +49,8 @@ def copy_chunks(
     planes_ptr,  # [planes, 6] int64: base, stride_block, stride_outer, stride_inner, offset in the part, plane index
     weights_ptr,  # [32] uint64: P, then Q
     block_ids_ptr,  # [chunks, blocks_per_chunk] int32; -1: absent
-    slot_ids_ptr,  # [chunks] int64
-    slots_ptr,  # uint8, slot 0
+    slot_ids_ptr,  # [chunks] int64; None where not STORE
+    slots_ptr,  # uint8, slot 0; None where not STORE
     checksums_ptr,  # out: [chunks, all planes] int64, holding nbytes * R
     slot_stride,  # bytes
     num_chunks,
@@ -53,6 +59,7 @@ def copy_chunks(
     checksum_stride,  # planes of the layout
     num_splits,
     TO_SLOTS: tl.constexpr,  # gather; else scatter
+    STORE: tl.constexpr,  # else only sum, what a gather would
     BYTES: tl.constexpr,  # of an element: 4, or 1 where runs or addresses are odd
     ALIGN: tl.constexpr,  # bytes every address is a multiple of: 16, 8, 4 or 1
     PIECE: tl.constexpr,  # elements of the largest power of two that divides a run and fits the tile's width
@@ -64,6 +71,8 @@ def copy_chunks(
     PAD: tl.constexpr,  # whether planes end in padding
     ROWS: tl.constexpr,  # pieces side by side in the tile's width
     UNROLL: tl.constexpr,
+    TILES: tl.constexpr,  # of a whole group
+    STAGES: tl.constexpr,  # 1: no ring
 ):
     PIECE_BYTES: tl.constexpr = PIECE * BYTES
     dtype: tl.constexpr = tl.uint32 if BYTES == 4 else tl.uint8
@@ -79,60 +88,70 @@ def copy_chunks(
         stride_block = tl.load(meta + 1)
         stride_outer = tl.load(meta + 2)
         stride_inner = tl.load(meta + 3)
-        part = slots_ptr.to(tl.int64) + tl.load(slot_ids_ptr + chunk) * slot_stride + tl.load(meta + 4)
+        part = tl.cast(0, tl.int64)
+        if STORE:
+            part = slots_ptr.to(tl.int64) + tl.load(slot_ids_ptr + chunk) * slot_stride + tl.load(meta + 4)
         ids_ptr = block_ids_ptr + chunk * blocks_per_chunk
         lanes = tl.zeros([ROWS, PIECE], tl.uint64)  # A
         moments = tl.zeros([ROWS, PIECE], tl.uint64)  # D; where not ROWED, the weighted sum itself
-        for group in range(num_groups * split // num_splits, num_groups * (split + 1) // num_splits):
+        last_group = num_groups - 1  # may hold fewer blocks, so fewer tiles
+        last_tiles = tl.cdiv((blocks_per_chunk - last_group * GROUP) * BLOCK_PIECES, ROWS * UNROLL)
+        begin = num_groups * split // num_splits * TILES
+        end = tl.minimum(num_groups * (split + 1) // num_splits * TILES, last_group * TILES + last_tiles)
+        for tile in tl.range(begin, end, num_stages=STAGES):
+            group = tile // TILES
+            first = tile % TILES * (ROWS * UNROLL)
             num_pieces = tl.minimum(GROUP, blocks_per_chunk - group * GROUP) * BLOCK_PIECES
             group_offset = tl.cast(group, tl.int64) * (GROUP * BLOCK_PIECES * PIECE_BYTES)
             if GROUP == 1:
                 block = tl.load(ids_ptr + group).to(tl.int64)
                 block_base = base + block * stride_block
-            for first in range(0, num_pieces, ROWS * UNROLL):
-                values = ()
-                outs = ()
-                masks = ()
-                for v in tl.static_range(UNROLL):
-                    piece = first + v * ROWS + row
-                    inside = piece < num_pieces
-                    if GROUP > 1:
-                        block = tl.load(ids_ptr + group * GROUP + piece // BLOCK_PIECES, inside, other=-1).to(tl.int64)
-                        block_base = base + block * stride_block
-                    present = inside & (block >= 0)
-                    run = piece % BLOCK_PIECES // RUN_PIECES
-                    page = (
-                        block_base
-                        + (run // INNER_RUNS).to(tl.int64) * stride_outer
-                        + (run % INNER_RUNS).to(tl.int64) * stride_inner
-                        + piece % RUN_PIECES * PIECE_BYTES
-                    )
-                    slot = part + group_offset + piece.to(tl.int64) * PIECE_BYTES
-                    page_ptrs = (page[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
-                    slot_ptrs = (slot[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
-                    page_ptrs = tl.max_contiguous(tl.multiple_of(page_ptrs, [ALIGN, ALIGN]), [1, PIECE])
-                    slot_ptrs = tl.max_contiguous(tl.multiple_of(slot_ptrs, [ALIGN, ALIGN]), [1, PIECE])
-                    if TO_SLOTS:
-                        values += (tl.load(page_ptrs, present[:, None], other=0, cache_modifier=".cg"),)
-                        outs += (slot_ptrs,)
-                        masks += (inside[:, None],)
-                    else:
-                        values += (tl.load(slot_ptrs, inside[:, None], other=0, cache_modifier=".cg"),)
-                        outs += (page_ptrs,)
-                        masks += (present[:, None],)
-                for v in tl.static_range(UNROLL):
+            values = ()
+            outs = ()
+            masks = ()
+            for v in tl.static_range(UNROLL):
+                piece = first + v * ROWS + row
+                inside = piece < num_pieces
+                if GROUP > 1:
+                    block = tl.load(ids_ptr + group * GROUP + piece // BLOCK_PIECES, inside, other=-1).to(tl.int64)
+                    block_base = base + block * stride_block
+                present = inside & (block >= 0)
+                run = piece % BLOCK_PIECES // RUN_PIECES
+                page = (
+                    block_base
+                    + (run // INNER_RUNS).to(tl.int64) * stride_outer
+                    + (run % INNER_RUNS).to(tl.int64) * stride_inner
+                    + piece % RUN_PIECES * PIECE_BYTES
+                )
+                slot = part + group_offset + piece.to(tl.int64) * PIECE_BYTES
+                page_ptrs = (page[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
+                slot_ptrs = (slot[:, None] + col[None, :] * BYTES).to(tl.pointer_type(dtype))
+                page_ptrs = tl.max_contiguous(tl.multiple_of(page_ptrs, [ALIGN, ALIGN]), [1, PIECE])
+                slot_ptrs = tl.max_contiguous(tl.multiple_of(slot_ptrs, [ALIGN, ALIGN]), [1, PIECE])
+                if TO_SLOTS:
+                    values += (tl.load(page_ptrs, present[:, None], other=0, cache_modifier=".cg"),)
+                    outs += (slot_ptrs,)
+                    masks += (inside[:, None],)
+                else:
+                    values += (tl.load(slot_ptrs, inside[:, None], other=0, cache_modifier=".cg"),)
+                    outs += (page_ptrs,)
+                    masks += (present[:, None],)
+            for v in tl.static_range(UNROLL):
+                if STORE:
                     tl.store(outs[v], values[v], masks[v], cache_modifier=".cs")
-                    value = values[v].to(tl.uint64)
-                    at = group_offset + (first + v * ROWS) * PIECE_BYTES  # byte of the plane
-                    if ROWED:
-                        lanes += value
-                        moments += value * (at // 64).to(tl.uint64)
-                    else:
-                        moments += _weighted(value, at + place, weights_ptr)
+                value = values[v].to(tl.uint64)
+                at = group_offset + (first + v * ROWS) * PIECE_BYTES  # byte of the plane
+                if ROWED:
+                    lanes += value
+                    moments += value * (at // 64).to(tl.uint32).to(
+                        tl.uint64
+                    )  # a 32-bit factor: one instruction, not three
+                else:
+                    moments += _weighted(value, at + place, weights_ptr)
         p = tl.load(weights_ptr + place // 4 % 16)
         q = tl.load(weights_ptr + 16 + place // 4 % 16)
         total = (p + (place // 64).to(tl.uint64) * q) * lanes + q * moments if ROWED else moments
-        if PAD:
+        if PAD and STORE:  # zeros, which add nothing, unless a slot is read
             payload = tl.cast(blocks_per_chunk, tl.int64) * (BLOCK_PIECES * PIECE_BYTES)
             tail = payload + tl.arange(0, 64 // BYTES) * BYTES
             is_pad = (tail < tl.cdiv(payload, 64) * 64) & (split == num_splits - 1)
@@ -170,6 +189,8 @@ class Geometry:
     PAD: bool
     ROWS: int
     UNROLL: int
+    TILES: int
+    STAGES: int
     num_warps: int
 
     @classmethod
@@ -179,32 +200,39 @@ class Geometry:
         align: int,  # every address and stride is a multiple of it
         blocks_per_chunk: int,
         threads_per_warp: int,
+        stages: int = 1,  # of STAGES
     ) -> Geometry:
         """The widest accesses and the fewest address computations that this plane allows."""
+        if stages not in STAGES:
+            raise LayoutError(f"stages is {stages}, expected one of {STAGES}: 1 for wide tiles, more for a ring")
         outer, inner, run_nbytes = runs
         align = math.gcd(align, run_nbytes, VECTOR_NBYTES)
         bytes_ = 4 if align >= 4 else 1
         align = align if align >= 4 else 1
+        stages = stages if bytes_ == 4 else 1  # cp.async moves 4 bytes or more
         piece_nbytes = math.gcd(run_nbytes, _WIDTH)
         block_nbytes = outer * inner * run_nbytes
         whole_group = ROW_NBYTES // math.gcd(ROW_NBYTES, block_nbytes)  # so many blocks are whole 64-byte rows
         group = max(1, _WIDTH * _MAX_UNROLL // block_nbytes // whole_group) * whole_group
         group = min(group, blocks_per_chunk)
+        if block_nbytes * blocks_per_chunk >= 1 << 38:  # rows of a plane are counted in 32 bits
+            raise LayoutError(f"a chunk has {block_nbytes * blocks_per_chunk} bytes in one plane; the limit is 256 GiB")
         if group * block_nbytes >= 1 << 31:  # offsets inside a group are 32 bits wide
             raise LayoutError(
                 f"{group} blocks of {block_nbytes} bytes in one plane are 2 GiB or more; use smaller blocks"
             )
         steps = -(-group * block_nbytes // _WIDTH)
-        unroll = -(-steps // -(-steps // _MAX_UNROLL))  # equal tiles, so that the last one is not mostly masked
+        tiles = -(-steps // (_MAX_UNROLL if stages == 1 else _RING_UNROLL))
+        unroll = -(-steps // tiles)  # equal tiles, so that the last one is not mostly masked
         return cls(
             BYTES=bytes_, ALIGN=align, PIECE=piece_nbytes // bytes_, RUN_PIECES=run_nbytes // piece_nbytes,
             INNER_RUNS=inner, BLOCK_PIECES=block_nbytes // piece_nbytes, GROUP=group, ROWED=bytes_ == 4,
             PAD=block_nbytes * blocks_per_chunk % ROW_NBYTES != 0, ROWS=_WIDTH // piece_nbytes, UNROLL=unroll,
-            num_warps=_WIDTH // VECTOR_NBYTES // threads_per_warp,
+            TILES=-(-steps // unroll), STAGES=stages, num_warps=_WIDTH // VECTOR_NBYTES // threads_per_warp,
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
-        """The kernel's `constexpr` arguments but for TO_SLOTS."""
+        """The kernel's `constexpr` arguments but for TO_SLOTS and STORE."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.isupper()}
 
 
@@ -226,7 +254,7 @@ class Plan:
     weights: torch.Tensor  # [32] uint64
 
     @classmethod
-    def of(cls, paged: PagedTensors, blocks_per_chunk: int, slot_align: int) -> Plan:
+    def of(cls, paged: PagedTensors, blocks_per_chunk: int, slot_align: int, stages: int) -> Plan:
         """Group the planes by geometry and upload their tables."""
         layout, device = paged.layout, paged.tensors[0].device
         offsets = layout.plane_offsets(blocks_per_chunk)
@@ -234,7 +262,7 @@ class Plan:
         for i, (plane, base) in enumerate(zip(layout.planes, paged.bases, strict=True)):
             outer, stride_outer, inner, stride_inner, run = plane.runs
             align = math.gcd(slot_align, int(base), plane.stride_block, stride_outer, stride_inner)
-            geometry = Geometry.of((outer, inner, run), align, blocks_per_chunk, warp_size())
+            geometry = Geometry.of((outer, inner, run), align, blocks_per_chunk, warp_size(), stages)
             meta = [int(base), plane.stride_block, stride_outer, stride_inner, int(offsets[i]), i]
             kinds.setdefault(geometry, []).append(meta)
         launches = tuple(
@@ -253,18 +281,22 @@ def _run(
     to_slots: bool,
     paged: PagedTensors,
     block_ids: torch.Tensor,
-    slots: torch.Tensor,
-    slot_ids: torch.Tensor,
+    slots: torch.Tensor | None,  # None: only sum
+    slot_ids: torch.Tensor | None,
     checksums: torch.Tensor,
     max_ctas: int,
+    stages: int,
 ) -> None:
     num_chunks, blocks_per_chunk = block_ids.shape
     require_current(paged.tensors[0].device)
     for name, tensor in (("block_ids", block_ids), ("slot_ids", slot_ids), ("checksums", checksums)):
-        if not tensor.is_contiguous():
+        if tensor is not None and not tensor.is_contiguous():
             raise LayoutError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-    slot_align = math.gcd(slots.data_ptr(), slots.stride(0), VECTOR_NBYTES)
-    plan = paged.plan(("triton", blocks_per_chunk, slot_align), lambda: Plan.of(paged, blocks_per_chunk, slot_align))
+    slot_stride = 0 if slots is None else slots.stride(0)
+    align = math.gcd(0 if slots is None else slots.data_ptr(), slot_stride, VECTOR_NBYTES)
+    plan = paged.plan(
+        ("triton", blocks_per_chunk, align, stages), lambda: Plan.of(paged, blocks_per_chunk, align, stages)
+    )
     sums = checksums.view(torch.int64)
     sums.copy_(plan.lengths.expand_as(sums))
     for launch in plan.launches:
@@ -274,8 +306,8 @@ def _run(
         copy_chunks[(min(max_ctas, items * splits),)](
             launch.planes, plan.weights, block_ids, slot_ids,  # inputs
             slots, sums,  # outputs
-            slots.stride(0), num_chunks, blocks_per_chunk, num_planes, sums.shape[1], splits,  # sizes
-            TO_SLOTS=to_slots, **launch.geometry.constants(),  # constants
+            slot_stride, num_chunks, blocks_per_chunk, num_planes, sums.shape[1], splits,  # sizes
+            TO_SLOTS=to_slots, STORE=slots is not None, **launch.geometry.constants(),  # constants
             num_warps=launch.geometry.num_warps, **register_limit(MAX_REGISTERS),  # options
         )  # fmt: skip
 
@@ -287,13 +319,14 @@ def gather_chunks(
     slot_ids: torch.Tensor,  # [n] int64 on the device, distinct rows of `slots`
     checksums: torch.Tensor,  # out: [n, planes] uint64 on the device
     max_ctas: int = MAX_CTAS,
+    stages: int = 1,  # of STAGES; planes with odd runs or addresses have no ring
 ) -> None:
     """Enqueue the gather of n > 0 chunks on the current stream. Arguments stay alive and unchanged until it has run.
 
     Bytes as `paged_copy.gather_chunks`, which also checks ids; no host synchronisation. Raises LayoutError for tensors that
-    are not contiguous or not on the current device.
+    are not contiguous or not on the current device, and for other `stages`.
     """
-    _run(True, paged, block_ids, slots, slot_ids, checksums, max_ctas)
+    _run(True, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
 
 
 def scatter_chunks(
@@ -303,6 +336,21 @@ def scatter_chunks(
     slot_ids: torch.Tensor,  # [n] int64 on the device
     checksums: torch.Tensor,  # out: [n, planes] uint64 on the device, of what was read
     max_ctas: int = MAX_CTAS,
+    stages: int = 1,  # of STAGES
 ) -> None:
     """Enqueue the scatter of n > 0 chunks on the current stream. See `gather_chunks`."""
-    _run(False, paged, block_ids, slots, slot_ids, checksums, max_ctas)
+    _run(False, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
+
+
+def checksum_chunks(
+    paged: PagedTensors,
+    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, counts as zeros
+    checksums: torch.Tensor,  # out: [n, planes] uint64 on the device
+    max_ctas: int = MAX_CTAS,
+    stages: int = 1,  # of STAGES
+) -> None:
+    """Enqueue the checksums that a gather of n > 0 chunks would give, without one: each block is read once, none is moved.
+
+    For blocks that DMA moves without a kernel. See `gather_chunks`.
+    """
+    _run(True, paged, block_ids, None, None, checksums, max_ctas, stages)

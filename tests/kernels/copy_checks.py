@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvkern.kernels import layout as L
 from kvkern.kernels.checksum import checksum
 from kvkern.kernels.layout import PagedLayout, Plane, plane_views
-from kvkern.kernels.paged_copy import Backend, PagedTensors, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
 from tests.kernels.paged_cases import NUM_BLOCKS
 from tests.support import GUARD, guarded, storage_bytes, twin
 
@@ -114,6 +114,25 @@ def check_scatter(
         np.testing.assert_array_equal(got, want)
 
 
+def check_checksums(
+    paged: PagedTensors,  # host tensors
+    ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk]
+    backend: Backend,
+    device: str = "cpu",
+) -> None:
+    """The sums of a gather, and nothing of the engine's memory is written."""
+    n, blocks_per_chunk = ids.shape
+    source = PagedTensors.bind(paged.layout, twin(paged.tensors, device))
+    sums = np.full((n + 2, len(paged.layout.planes)), SENTINEL)
+    checksum_chunks(source, ids, sums[1 : n + 1], backend)
+    rows = np.array([expected_slot(paged, chunk) for chunk in ids]).reshape(
+        n, paged.layout.part_nbytes(blocks_per_chunk)
+    )
+    check_sums(paged, rows, np.arange(n), sums, blocks_per_chunk)
+    for was, now in zip(storage_bytes(paged.tensors), storage_bytes(source.tensors), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
 def check_sums(
     paged: PagedTensors,
     rows: npt.NDArray[np.uint8],  # the slots
@@ -145,6 +164,9 @@ def check_any_strides(case: tuple[PagedTensors, npt.NDArray[np.int32], int], bac
         slots = Slots(n, part, 64, shift)
         total = np.zeros((n, 1), dtype=np.uint64)
         gather_chunks(paged, ids, slots.rows, slot_ids, total, backend)
+        alone = np.zeros((n, 1), dtype=np.uint64)
+        checksum_chunks(paged, ids, alone, backend)
+        np.testing.assert_array_equal(alone, total)
         target = PagedTensors.bind(paged.layout, twin(paged.tensors))
         target.tensors[0].fill_(0x5A)
         read = np.zeros((n, 1), dtype=np.uint64)

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 
 from kvkern.kernels import layout as L
 from kvkern.kernels.errors import LayoutError
-from kvkern.kernels.paged_copy import Backend, PagedTensors, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
 from tests.kernels.copy_checks import (
     SENTINEL,
     Slots,
     check_any_strides,
     check_beyond_4_gib,
+    check_checksums,
     check_gather,
     check_scatter,
     draw_ids,
@@ -44,11 +45,26 @@ def test_scatter(backend: Backend, name: str, n: int, blocks_per_chunk: int, shi
     check_scatter(CASES[name](), draw_ids(n, blocks_per_chunk), shift, backend)
 
 
+@pytest.mark.parametrize(("n", "blocks_per_chunk"), [(1, 1), (3, 2), (0, 2), (1, 7)])
+@pytest.mark.parametrize("name", CASES)
+@each_backend
+def test_checksums_without_a_copy(backend: Backend, name: str, n: int, blocks_per_chunk: int) -> None:
+    check_checksums(CASES[name](), draw_ids(n, blocks_per_chunk), backend)
+
+
+def test_checksums_of_long_and_short_runs() -> None:
+    """Runs of several prefetch distances, of whole rows or not, several blocks a chunk."""
+    for nbytes in (64, 4096, 4160, 20_016, 66 << 10):
+        pages = [torch.randint(0, 256, (NUM_BLOCKS, nbytes), dtype=torch.uint8) for _ in range(2)]
+        check_checksums(PagedTensors.bind(L.from_pages(pages, 16), pages), draw_ids(2, 3), "numba")
+
+
 @pytest.mark.parametrize("name", ["FA bf16", "MLA 656", "pages, odd rows"])
 @each_backend
 def test_all_blocks_absent(backend: Backend, name: str) -> None:
     """Nothing of the engine is read or written, and the checksums are those of zeros, or of the whole slot."""
     ids = np.full((2, 2), -1, dtype=np.int32)
+    check_checksums(CASES[name](), ids, backend)
     check_gather(CASES[name](), ids, 0, backend)
     check_scatter(CASES[name](), ids, 0, backend)
 
@@ -79,6 +95,8 @@ def test_a_block_out_of_range_is_refused_before_a_byte_is_written(bad: int, back
     for copy in (gather_chunks, scatter_chunks):
         with pytest.raises(LayoutError, match=rf"block id {bad} is outside \[-1, {NUM_BLOCKS}\)"):
             copy(paged, ids, slots.rows, np.arange(2), sums, backend)
+    with pytest.raises(LayoutError, match=rf"block id {bad} is outside \[-1, {NUM_BLOCKS}\)"):
+        checksum_chunks(paged, ids, sums, backend)
     assert (slots.whole == GUARD).all()
     assert (sums == SENTINEL).all()
     for was, now in zip(before, storage_bytes(paged.tensors), strict=True):

@@ -13,19 +13,20 @@ from hypothesis import given, settings
 
 from kvkern.kernels import layout as L
 from kvkern.kernels.errors import LayoutError
-from kvkern.kernels.paged_copy import PagedTensors, gather_chunks
+from kvkern.kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from kvkern.kernels.selftest import round_trip
 from kvkern.kernels.target import interpreted
 from tests.kernels.copy_checks import (
     check_any_strides,
     check_beyond_4_gib,
+    check_checksums,
     check_gather,
     check_scatter,
     draw_ids,
     planes,
 )
 from tests.kernels.paged_cases import CASES, NUM_BLOCKS
-from tests.support import twin
+from tests.support import storage_bytes, twin
 
 interpret = pytest.mark.interpret
 gpu = pytest.mark.gpu
@@ -45,6 +46,13 @@ def test_gather(name: str, n: int, blocks_per_chunk: int, shift: int, device: st
 @pytest.mark.parametrize("name", CASES)
 def test_scatter(name: str, n: int, blocks_per_chunk: int, shift: int, device: str) -> None:
     check_scatter(CASES[name](), draw_ids(n, blocks_per_chunk), shift, "triton", device)
+
+
+@devices
+@pytest.mark.parametrize(("n", "blocks_per_chunk"), [(1, 1), (3, 2), (0, 2), (1, 7)])
+@pytest.mark.parametrize("name", CASES)
+def test_checksums_without_a_copy(name: str, n: int, blocks_per_chunk: int, device: str) -> None:
+    check_checksums(CASES[name](), draw_ids(n, blocks_per_chunk), "triton", device)
 
 
 def big(name: str) -> PagedTensors:
@@ -71,6 +79,62 @@ def test_tiles_groups_and_splits(name: str, blocks_per_chunk: int, device: str) 
     ids = draw_ids(1, blocks_per_chunk if name != "656 bytes" else 13 * blocks_per_chunk, paged.layout.num_blocks)
     check_gather(paged, ids, 0, "triton", device)
     check_scatter(paged, ids, 0, "triton", device)
+    check_checksums(paged, ids, "triton", device)
+
+
+@devices
+@pytest.mark.parametrize("max_ctas", [2, 32])
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("name", ["FA bf16", "MLA 656", "two tiles", "656 bytes", "pages, odd rows"])
+def test_a_ring_gives_what_wide_tiles_give(name: str, stages: int, max_ctas: int, device: str) -> None:
+    """The same bytes and sums; tiles and groups are cut otherwise, and a last group has fewer of them."""
+    from kvkern.kernels import paged_copy_triton
+
+    host = CASES[name]() if name in CASES else big(name)
+    paged = PagedTensors.bind(host.layout, twin(host.tensors, device))
+    blocks_per_chunk = 70 if name == "656 bytes" else 3
+    ids = draw_ids(2, blocks_per_chunk, host.layout.num_blocks)
+    part, planes_ = host.layout.part_nbytes(blocks_per_chunk), len(host.layout.planes)
+    want, want_sums = np.zeros((2, part), np.uint8), np.zeros((2, planes_), np.uint64)
+    gather_chunks(host, ids, want, np.arange(2), want_sums, "ref")
+    slots = torch.full((2, part), 0xA5, dtype=torch.uint8, device=device)
+    slot_ids = torch.arange(2, device=device)
+    sums = torch.zeros((3, 2, planes_), dtype=torch.uint64, device=device)
+    on_device = torch.from_numpy(ids).to(device)
+    paged_copy_triton.gather_chunks(paged, on_device, slots, slot_ids, sums[0], max_ctas, stages)
+    paged_copy_triton.checksum_chunks(paged, on_device, sums[1], max_ctas, stages)
+    for tensor in paged.tensors:
+        tensor.zero_()
+    paged_copy_triton.scatter_chunks(paged, on_device, slots, slot_ids, sums[2], max_ctas, stages)
+    np.testing.assert_array_equal(slots.cpu().numpy(), want)
+    np.testing.assert_array_equal(sums.cpu().numpy(), np.stack([want_sums] * 3))
+    expected = PagedTensors.bind(host.layout, twin(host.tensors))
+    for tensor in expected.tensors:
+        tensor.zero_()
+    scatter_chunks(expected, ids, want, np.arange(2), want_sums, "ref")
+    for one, other in zip(storage_bytes(expected.tensors), storage_bytes(paged.tensors), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_another_depth_is_refused() -> None:
+    from kvkern.kernels.paged_copy_triton import Geometry
+
+    with pytest.raises(LayoutError, match=r"stages is 2, expected one of \(1, 3, 4\)"):
+        Geometry.of((1, 1, 4096), 16, 1, 32, stages=2)
+
+
+def test_odd_runs_have_no_ring() -> None:
+    """cp.async moves 4 bytes or more; Triton would widen bytes to a ring that no SM has memory for."""
+    from kvkern.kernels.paged_copy_triton import Geometry
+
+    assert [Geometry.of((1, 1, run), 16, 8, 32, stages=3).STAGES for run in (997, 4096, 60)] == [1, 3, 3]
+
+
+def test_a_plane_too_large_for_its_counters_is_refused() -> None:
+    from kvkern.kernels.paged_copy_triton import Geometry
+
+    with pytest.raises(LayoutError, match="the limit is 256 GiB"):
+        Geometry.of((1, 1, 1 << 30), 16, 256, 32)
 
 
 @devices
