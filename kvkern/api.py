@@ -10,6 +10,7 @@ cache.store(tokens, block_table, match=hit)            # whole chunks that are n
 from __future__ import annotations
 
 import itertools
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -236,6 +237,7 @@ def open_cache(
     weights: str,  # a resolved revision, or kvkern.weights_fingerprint(path)
     blocks_per_chunk: int = 1,
     salt: str | None = None,  # tenant: caches with different salts never share
+    prefill_tokens_s: float | None = None,  # how fast the engine computes prompts, see docs/remote.md; None: unknown
     **options: Any,  # fields of kvkern.config.Config; `capacity`, or `socket` of the node's daemon, is required
 ) -> PagedCache:
     """Open a cache embedded in this process, or the node's through its daemon.
@@ -246,6 +248,8 @@ def open_cache(
     """
     if blocks_per_chunk < 1:
         raise ConfigError(f"blocks_per_chunk is {blocks_per_chunk}; it must be at least 1")
+    if prefill_tokens_s is not None and not 0 < prefill_tokens_s < math.inf:
+        raise ConfigError(f"prefill_tokens_s is {prefill_tokens_s}; it must be above 0, or left out")
     config = Config.parse(options, "open_cache")
     paged = PagedTensors.bind(layout, tensors)
     namespace = Namespace(
@@ -273,5 +277,7 @@ def open_cache(
     except BaseException:
         close()
         raise
+    if prefill_tokens_s is not None:
+        cache.note_prefill(prefill_tokens_s)
     shape = ChunkShape(namespace.root, group=0, chunk_tokens=namespace.chunk_tokens)
     return PagedCache(cache, transfer, close, namespace, shape)

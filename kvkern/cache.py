@@ -81,6 +81,9 @@ class ChunkCache(Protocol):
     def finish(self, use: Use, ended: Ended | None = None) -> None:
         """How the request `use.request` ended. Never blocks, and may be lost."""
 
+    def note_prefill(self, tokens_s: float) -> None:
+        """How fast the engine computes prompts, for who decides whether to load or to compute."""
+
     def clear(self, namespace: bytes | None = None) -> int:
         """`clear_soon`, waited for."""
 
@@ -213,9 +216,14 @@ class Cache:
 
     def finish(self, use: Use, ended: Ended | None = None) -> None:
         """See ChunkCache."""
-        if self._remote is not None and ended is not None and ended.prefill_tokens_s:
-            self._remote.note_prefill(ended.prefill_tokens_s)
+        if ended is not None and ended.prefill_tokens_s:
+            self.note_prefill(ended.prefill_tokens_s)
         self.touch((), use)
+
+    def note_prefill(self, tokens_s: float) -> None:
+        """See ChunkCache."""
+        if self._remote is not None:
+            self._remote.note_prefill(tokens_s)
 
     def reserve(
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None

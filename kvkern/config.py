@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ MAX_THREADS = 64
 DEFAULT_POLICY = "grit"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
+_SIZES = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes"}  # as users call them, and the fields
+_KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # of fields: what a user may give, and its maker
+    "int": ((int,), int), "bool": ((bool,), bool), "str": ((str,), str), "float": ((int, float), float),
+    "Path": ((str, Path), Path),
+}  # fmt: skip
+_OF_REMOTE = ("persist", "remote_queue", "remote_timeout")  # options that say nothing without `remote`
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
@@ -97,6 +103,8 @@ class Config:
         default="", repr=False
     )  # URL of a store that engines and nodes share; with `socket` it is the daemon's
     persist: str = ""  # what goes there, see RemoteConfig
+    remote_queue_nbytes: int = 256 << 20  # of chunks that wait to be written there
+    remote_timeout: float = 10.0  # seconds that a call to it may take
     connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
 
     def __post_init__(self) -> None:
@@ -105,7 +113,7 @@ class Config:
         if not 0 <= self.threads <= MAX_THREADS:
             raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
         checked_policy(self.policy)
-        if self.persist and not self.remote:
+        if self.remote_config is None and self.persist:
             raise ConfigError(
                 f"persist is {self.persist!r}, but there is no remote to write to; give one, or leave it out"
             )
@@ -115,7 +123,9 @@ class Config:
     @property
     def remote_config(self) -> RemoteConfig | None:
         """Of the remote tier; None: there is none."""
-        return RemoteConfig(self.remote, self.persist) if self.remote else None
+        if not self.remote:
+            return None
+        return RemoteConfig(self.remote, self.persist, self.remote_queue_nbytes, self.remote_timeout)
 
     @property
     def copy_threads(self) -> int:
@@ -125,24 +135,30 @@ class Config:
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
         """Config of user options: `capacity` ('8GiB') or `socket`, and any other field by name."""
-        known = {found.name for found in fields(cls)} - {"capacity_nbytes"} | {"capacity"}
+        known = {found.name for found in fields(cls)} - set(_SIZES.values()) | set(_SIZES)
         reject_unknown(options, known, where)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {
+            field: parse_nbytes(options[name], name) for name, field in _SIZES.items() if name in options
+        }
         if options.get("socket"):
             if "capacity" in options:
                 raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
-            for name in ("policy", "remote", "persist"):
+            for name in ("policy", "remote", *_OF_REMOTE):
                 if name in options:
                     raise ConfigError(
-                        f"{name} and socket in {where}: it is the daemon's, `kvkern serve --{name}`; leave it out"
+                        f"{name} and socket in {where}: it is the daemon's, `kvkern serve --{name.replace('_', '-')}`; "
+                        f"leave it out"
                     )
-        elif "capacity" in options:
-            values["capacity_nbytes"] = parse_nbytes(options["capacity"])
-        else:
+        elif "capacity" not in options:
             raise ConfigError(
                 f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB', "
                 f"or name the node's daemon, 'socket': '/run/kvkern.sock'"
             )
+        for name in _OF_REMOTE:
+            if name in options and not options.get("remote"):
+                raise ConfigError(
+                    f"{name} is {options[name]!r}, but there is no remote to write to; give one, or leave it out"
+                )
         for known_field in fields(cls):
             if known_field.name in options:
                 values[known_field.name] = _convert(
@@ -152,7 +168,7 @@ class Config:
 
 
 def _convert(name: str, kind: str, value: Any, where: str) -> Any:
-    types: dict[str, type | tuple[type, ...]] = {"int": int, "bool": bool, "str": str, "Path": (str, Path)}
-    if not isinstance(value, types[kind]) or (kind == "int" and isinstance(value, bool)):
+    accepted, make = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
         raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}), expected {kind}")
-    return Path(str(value)) if kind == "Path" else value
+    return make(value)

@@ -400,3 +400,19 @@ def test_package_exports() -> None:
         assert getattr(kvkern, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'opencache'"):
         kvkern.opencache  # noqa: B018
+
+
+def test_a_store_behind_it(tensors: list[torch.Tensor], tmp_path: Path) -> None:
+    """Its options, and how fast the engine computes, which nothing here could measure."""
+    remote = {"remote": f"file://{tmp_path}/values?capacity=64MiB", "persist": "all"}
+    with closing(open_cache(tensors, tmp_path, remote_queue="1MiB", remote_timeout=2, **remote)) as first:
+        assert first.store(TOKENS, TABLE) == 3
+    with closing(open_cache(tensors, tmp_path, prefill_tokens_s=1e-3, **remote)) as second:
+        with second.match(TOKENS) as hit:
+            assert second.load(hit, TABLE) == 3 * CHUNK
+        backing: Any = second._cache
+        assert backing._remote.speeds.prefill_tokens_s == 1e-3
+    for bad in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"prefill_tokens_s is {bad}; it must be above 0, or left out"):
+            open_cache(tensors, tmp_path, prefill_tokens_s=bad)
+    assert not list(tmp_path.glob("kvkern-*"))

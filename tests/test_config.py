@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkern.config import MAX_CAPACITY_NBYTES, Config, format_nbytes, parse_nbytes, reject_unknown
+from kvkern.config import MAX_CAPACITY_NBYTES, Config, RemoteConfig, format_nbytes, parse_nbytes, reject_unknown
 from kvkern.errors import ConfigError, KvkernError
 
 
@@ -55,10 +55,16 @@ def test_defaults() -> None:
 def test_every_option(tmp_path: Path) -> None:
     options = {
         "capacity": "1GiB", "arena_dir": str(tmp_path), "threads": 3, "prefault": False, "store_replies": False,
-        "weights": "abc", "salt": "tenant", "policy": "arc",
+        "weights": "abc", "salt": "tenant", "policy": "arc", "remote": "file:///x", "persist": "all", "remote_queue": "1MiB",
+        "remote_timeout": 2,
     }  # fmt: skip
-    expected = Config(1 << 30, tmp_path, 3, False, False, "abc", "tenant", policy="arc")
+    expected = Config(
+        1 << 30, tmp_path, 3, False, False, "abc", "tenant", policy="arc", remote="file:///x", persist="all",
+        remote_queue_nbytes=1 << 20, remote_timeout=2.0,
+    )  # fmt: skip
     assert Config.parse(options) == expected
+    assert expected.remote_config == RemoteConfig("file:///x", "all", 1 << 20, 2.0)
+    assert Config.parse({"capacity": 1, "remote": "file:///x"}).remote_config == RemoteConfig("file:///x")
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -80,6 +86,17 @@ def test_every_option(tmp_path: Path) -> None:
     ({"capacity": 1, "policy": "fifo"}, "policy is 'fifo'; expected one of lru, arc, s3fifo, lirs, grit"),
     ({"capacity": 1, "policy": 1}, "policy in the options is 1 (int), expected str"),
     ({"socket": "/s", "policy": "lru"}, "policy and socket in the options: it is the daemon's, `kvkern serve --policy`"),
+    ({"socket": "/s", "remote_queue": 1}, "remote_queue and socket in the options: it is the daemon's, `kvkern serve --rem"),
+    ({"socket": "/s", "remote_timeout": 1}, "`kvkern serve --remote-timeout`; leave it out"),
+    ({"capacity": 1, "remote_queue": "1MiB"}, "remote_queue is '1MiB', but there is no remote to write to"),
+    ({"capacity": 1, "remote_timeout": 1.5}, "remote_timeout is 1.5, but there is no remote to write to"),
+    ({"capacity": 1, "persist": "all"}, "persist is 'all', but there is no remote to write to"),
+    ({"capacity": 1, "remote": "file:///x", "remote_queue": "many"}, "remote_queue is 'many'; expected a size"),
+    ({"capacity": 1, "remote": "file:///x", "remote_timeout": "5"}, "is '5' (str), expected float"),
+    ({"capacity": 1, "remote": "file:///x", "remote_timeout": True}, "True (bool), expected float"),
+    ({"capacity": 1, "remote": "file:///x", "remote_timeout": 0}, "remote_timeout is 0.0; it must lie in 0.1..300 seconds"),
+    ({"capacity": 1, "remote": "file:///x", "remote_timeout": float("nan")}, "remote_timeout is nan"),
+    ({"capacity": 1, "remote": "file:///x", "persist": "some"}, "persist is 'some'; expected one of all"),
     ({"capacity": 0}, "capacity is 0"),
     ({1: 2}, "unknown key 1"),
 ], ids=repr)  # fmt: skip

@@ -91,6 +91,7 @@ class NodeClient:
         self._clears: dict[bytes, int] = {}  # namespaces to forget before anything else; the last request to do it
         self._num_clears = 0
         self._described: dict[bytes, dict[str, str]] = {}
+        self._prefill_tokens_s = 0.0  # 0: nobody has said it
         self._late: deque[Lease] = deque()
 
     @classmethod
@@ -269,6 +270,12 @@ class NodeClient:
                 speed = min(max(0.0, end.prefill_tokens_s), p.MAX_SPEED)
                 self._link.send(p.Finish(keys, end.prompt_tokens, age_s, speed, *p.said_of(use)))
 
+    def note_prefill(self, tokens_s: float) -> None:
+        """See ChunkCache. Every daemon that comes is told."""
+        with self._lock:
+            self._prefill_tokens_s = min(tokens_s, p.MAX_SPEED)
+            self._tell_prefill()
+
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""
         with self._lock:
@@ -364,6 +371,10 @@ class NodeClient:
 
             self._link.ask(lambda number: p.Grant(number, count), answered)
 
+    def _tell_prefill(self) -> None:
+        if self._prefill_tokens_s:
+            self._link.send(p.Finish(b"", 0, 0.0, self._prefill_tokens_s, 0))
+
     def _send_clear(self, namespace: bytes, result: Future[int]) -> None:
         number = self._clears[namespace]
 
@@ -388,6 +399,7 @@ class NodeClient:
         self._settle()
         for root, fields in self._described.items():
             self._link.send(p.Describe(0, root, fields))
+        self._tell_prefill()
         self._refill(0)
 
     def _lost(self) -> None:

@@ -182,7 +182,7 @@ class Evict(_Message, tag=12):
 
 
 class Finish(_Message, tag=13):
-    """How a request ended. Not answered."""
+    """How a request ended. Not answered. With the number 0 it was none, and says how fast the engine computes."""
 
     keys: Keys  # of its prompt, from the first chunk on
     prompt_tokens: Tokens

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
 from ..assemble import back_with_remote, build_cache, check_remote
-from ..cache import Cache, Ended
+from ..cache import Cache
 from ..config import DEFAULT_POLICY, RemoteConfig, format_nbytes
 from ..errors import ArenaError, ConfigError
 from ..policy import checked_policy
@@ -355,9 +355,11 @@ class Server:
         elif isinstance(request, p.GiveBack):
             state.give_back(session, request.slots)
         elif isinstance(request, p.Finish):
-            ended = Ended(prefill_tokens_s=request.prefill_tokens_s)
-            state.cache.finish(p.use_of(request, session.number), ended)
-            self._record(request)
+            if request.prefill_tokens_s:
+                state.cache.note_prefill(request.prefill_tokens_s)
+            if request.request:
+                state.cache.finish(p.use_of(request, session.number))
+                self._record(request)
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:

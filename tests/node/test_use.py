@@ -16,7 +16,7 @@ from kvkern.node.client import NodeClient
 from kvkern.node.server import NodeConfig, Server
 from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
-from tests.node.conftest import GEOMETRY, Peer, eventually, served, store, write_payload
+from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, Peer, eventually, served, store, write_payload
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 CHAIN = chain_keys("a", 3)
@@ -134,3 +134,14 @@ def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch:
     with served(replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
         assert store(one, CHAIN) == 3
     assert asked == ["arc"]
+
+
+def test_every_daemon_is_told_how_fast_the_engine_computes(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """By an engine that measures nothing, once: also the daemon that comes after one that was killed."""
+    daemon: Daemon = make_daemon(options=["--remote", f"file://{tmp_path}/values?capacity=64MiB"]).start()
+    with closing(daemon.client()) as client:
+        client.note_prefill(1234.0)
+        eventually(lambda: daemon.stat().get("prefill_tokens_s") == 1234.0, "the speed")
+        daemon.kill()
+        daemon.start()
+        eventually(lambda: daemon.stat().get("prefill_tokens_s") == 1234.0, "the speed")

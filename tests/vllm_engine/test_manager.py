@@ -12,6 +12,7 @@ from kvkern.cache import Cache
 from kvkern.integrations.vllm import manager as manager_module
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
+from kvkern.integrations.vllm.spec import KvkernSpec
 from kvkern.keys import Namespace
 from kvkern.policy.base import Use
 from kvkern.policy.lru import LRU
@@ -205,3 +206,16 @@ def test_how_fast_prompts_are_computed(tmp_path: Any, monkeypatch: pytest.Monkey
         now[0] += seconds
     assert bench.manager.prefill_tokens_s == pytest.approx(1024.0)
     bench.arena.close()
+
+
+def test_no_counter_of_somebody_else_is_exported() -> None:
+    """Nor one that stays at zero."""
+
+    def names(**options: str) -> set[str]:
+        return set(KvkernSpec.build_metric_definitions({"spec_name": "KvkernSpec", "kvkern": options}))
+
+    own, shared, stored = names(capacity="1GiB"), names(socket="/s"), names(capacity="1GiB", remote="file:///x")
+    assert {"kvkern:hit_chunks", "kvkern:bad_chunks", "kvkern:faults"} < shared < own < stored
+    assert own - shared == {"kvkern:evicted_chunks", "kvkern:declined_chunks"}
+    assert {"kvkern:remote_gated_chunks", "kvkern:remote_late_chunks", "kvkern:remote_failures"} < stored - own
+    assert all(name.startswith("kvkern:remote_") for name in stored - own)

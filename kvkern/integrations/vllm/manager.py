@@ -388,8 +388,11 @@ def _release_answer(cache: ChunkCache, asked: Future[Lease]) -> None:
     cache.release(asked.result())
 
 
-def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
-    """Prometheus counters of this adapter, beside vLLM's own for bytes and seconds."""
+def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, shim.OffloadingMetricMetadata]:
+    """Prometheus counters of this adapter, beside vLLM's own for bytes and seconds.
+
+    What a daemon counts for all its engines is its own to tell, and what no remote store can count is not shown as zero.
+    """
     texts = {
         "lookup_chunks": "KV chunks asked for.",
         "hit_chunks": "Of those, chunks found.",
@@ -401,10 +404,18 @@ def metric_definitions() -> dict[str, shim.OffloadingMetricMetadata]:
         "bad_chunks": "KV chunks that failed verification and were dropped.",
         "remote_lookup_chunks": "KV chunks looked for in the remote store.",
         "remote_hit_chunks": "Of those, chunks read and verified.",
+        "remote_gated_chunks": "KV chunks left in the remote store since computing them is faster.",
+        "remote_late_chunks": "KV chunks read from the remote store when nobody waited for them any more.",
         "remote_bad_chunks": "KV chunks of the remote store that failed verification.",
         "remote_written_chunks": "KV chunks written to the remote store.",
         "remote_dropped_chunks": "KV chunks not written to the remote store: no room, or it failed.",
         "remote_failures": "Calls to the remote store that failed.",
         "faults": "Faults in the cache that were answered as a miss.",
     }
-    return {f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text) for name, text in texts.items()}
+    elsewhere = {name for name in texts if name.startswith("remote_")} if daemon or not remote else set()
+    elsewhere |= {"evicted_chunks", "declined_chunks"} if daemon else set()
+    return {
+        f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text)
+        for name, text in texts.items()
+        if name not in elsewhere
+    }

@@ -19,7 +19,7 @@ from ...node.client import NodeClient
 from ...slots import SlotGeometry
 from . import shim
 from .manager import Group, KvkernManager, metric_definitions
-from .options import parse_options
+from .options import OPTIONS_KEY, parse_options
 from .worker import KvkernWorker
 
 
@@ -38,7 +38,8 @@ class KvkernSpec(shim.OffloadingSpec):
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
         """Counters vLLM exports for us."""
-        return metric_definitions()
+        options = extra_config.get(OPTIONS_KEY, {})
+        return metric_definitions(daemon="socket" in options, remote="remote" in options)
 
     @property
     def geometry(self) -> SlotGeometry:
