@@ -1,0 +1,258 @@
+"""Small programs for a fake device: a store or a load by one method, among an engine that leaves no gap unused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvkern.arena import Arena
+from kvkern.cache import Cache
+from kvkern.errors import KvkernError
+from kvkern.gpu.planner import Choice, Method
+from kvkern.gpu.rings import Depths
+from kvkern.gpu.transfer import GpuTransfer
+from kvkern.kernels import layout as L
+from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.policy.lru import LRU
+from kvkern.slots import SlotState
+from kvkern.tiers.dram import DramTier
+from kvkern.transfer import ChunkBatch, Job, Transfer
+from tests.gpu.fake import FakeDevice, blocks
+from tests.gpu.orders import Program, Step
+from tests.gpu.race import Span
+from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena
+
+BLOCK = (2, 1, 16)  # tokens, heads, elements of two bytes: 64 bytes a block and plane
+PART = 2 * 64
+NUM_BLOCKS = 4
+JUNK, LATE = 0x55, 0x33
+
+
+class Manual(Executor):
+    """Runs what it is given when `run` is called, in the caller's thread."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._tasks: list[Callable[[], Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._tasks.append(fn)
+        return Future()
+
+    def run(self) -> None:
+        """What a task raises is lost, as in a thread pool, unless it is the test's own."""
+        while self._tasks:
+            try:
+                self._tasks.pop(0)()
+            except KvkernError:
+                continue
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.run()
+
+
+def choosing(method: Method, piece_nbytes: int = 32 << 20) -> Callable[..., Choice]:
+    """A planner that knows one answer."""
+    return lambda direction, run_nbytes, count, nbytes: Choice(method, 4, piece_nbytes)
+
+
+@dataclass
+class World:
+    """An arena and paged tensors, as they are before a run and as they must be after it."""
+
+    arena: Arena
+    cache: Cache
+    paged: PagedTensors
+    batch: ChunkBatch
+    arena_before: npt.NDArray[np.uint8]
+    tensor_before: npt.NDArray[np.uint8]
+    arena_after: npt.NDArray[np.uint8]
+    loaded: npt.NDArray[np.uint8]  # of a load: the tensor, by the CPU's copier
+    ok: list[bool]
+    observed: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+
+    @property
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """The whole tensor."""
+        return self.paged.tensors[0].view(torch.uint8).numpy().reshape(-1)
+
+    def reset(self) -> None:
+        self.arena.bytes[:] = self.arena_before
+        self.bytes[:] = self.tensor_before
+        self.observed = np.zeros(len(self.bytes), dtype=np.uint8)
+
+    def spans(self, write: bool) -> list[Span]:
+        """The blocks of the batch."""
+        return list(blocks(self.paged, self.batch.block_ids, write))
+
+    def put(self, values: npt.NDArray[np.uint8] | int) -> None:
+        """Set the blocks of the batch, from bytes of a whole tensor or to one byte."""
+        start, flat = self.bytes.ctypes.data, self.bytes
+        for span in self.spans(True):
+            at = slice(span.address - start, span.address - start + span.nbytes)
+            flat[at] = values if isinstance(values, int) else values[at]
+
+
+def world(folder: Path, direction: str, chunks: int, corrupt: bool = False) -> World:
+    """`chunks` chunks of one block each; what the CPU's copier makes of them is right."""
+    arena = make_arena(folder, slots=chunks, part_nbytes=PART, planes=2)
+    cache = Cache(DramTier(arena, LRU()))
+    noise = torch.randint(0, 256, (2 * NUM_BLOCKS * 64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    tensor = noise.view(torch.bfloat16).view(2, NUM_BLOCKS, *BLOCK)
+    paged = PagedTensors.bind(L.flash_attention([tensor]), [tensor])
+    cpu = Transfer([paged], arena, 0, 1, threads=1)
+    keys = chain_keys("a", chunks)
+    reserved = cache.reserve(keys, keys, SHAPE)
+    batch = ChunkBatch(
+        group=0,
+        block_ids=np.arange(chunks, dtype=np.int32)[::-1].reshape(-1, 1).copy(),
+        slots=np.array(reserved.slots, dtype=np.int64),
+        generations=np.array(reserved.generations, dtype=np.uint64),
+        keys=np.frombuffer(b"".join(keys), dtype="V32"),
+        namespace=NAMESPACE,
+    )
+    made = World(arena, cache, paged, batch, arena.bytes.copy(), noise.numpy().copy(), arena.bytes, noise.numpy(), [])
+    assert cpu.store([batch]).wait().ok.all()
+    if direction == "load":
+        assert cache.commit(reserved) == chunks
+        if corrupt:
+            arena.parts(0)[batch.slots[0], 5] ^= 1
+        made.arena_before = arena.bytes.copy()
+        made.put(JUNK)
+        made.tensor_before = made.bytes.copy()
+        made.ok = cpu.load([batch]).wait().ok.tolist()
+        made.loaded = made.bytes.copy()
+    else:
+        made.ok = [True] * chunks
+    made.arena_after = arena.bytes.copy()
+    cpu.close()
+    return made
+
+
+def gpu(made: World, device: FakeDevice, method: Method, depths: Depths) -> tuple[GpuTransfer, dict[str, Manual]]:
+    """A transfer whose lanes the caller drives."""
+    lanes: dict[str, Manual] = {}
+    transfer = GpuTransfer(
+        [made.paged],
+        made.arena,
+        0,
+        1,
+        device,
+        choosing(method, PART),
+        depths,
+        executor=lambda name, attach: lanes.setdefault(name, Manual(name)),
+    )
+    return transfer, lanes
+
+
+TIGHT = Depths(staging_nbytes=PART, staging=1, tables=1, window=2)
+
+
+def store_program(made: World, method: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+    """The engine writes the blocks late, and writes others over them as soon as it is told they are free."""
+
+    def build(device: FakeDevice) -> Program:
+        made.reset()
+        made.put(LATE)
+        transfer, lanes = gpu(made, device, method, depths)
+        jobs: list[Job] = []
+
+        def main() -> None:
+            late = made.tensor_before
+            device.compute.push("writes blocks", lambda: made.put(late), lambda: made.spans(True))
+            jobs.append(transfer.store([made.batch]))
+            device.agent = "store"
+            lanes["store"].run()
+
+        def overwrite() -> None:
+            device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
+
+        def look() -> None:
+            device.watch.join("engine", device.watch.now("store"))
+            rows = made.arena.parts(0)
+            spans = [Span(rows[slot].ctypes.data, PART, False) for slot in made.batch.slots]
+            device.watch.host("engine", "reads slots", spans)
+
+        return Program(
+            main,
+            [
+                Step("reuses blocks", lambda: bool(jobs) and jobs[0].released(), overwrite),
+                Step("publishes slots", lambda: bool(jobs) and jobs[0].done(), look),
+            ],
+            lambda end: _store_complaints(made, jobs, end),
+            [made.arena.bytes, made.bytes],
+        )
+
+    return build
+
+
+def _store_complaints(made: World, jobs: list[Job], end: bool) -> list[str]:
+    slots, headers = made.batch.slots, made.arena.headers
+    out = []
+    written = slots[headers["written"][slots, 0] == made.batch.generations]
+    right = made.arena_after
+    for slot in written:
+        begin = made.arena.parts(0)[slot].ctypes.data - made.arena.bytes.ctypes.data
+        if not np.array_equal(made.arena.bytes[begin : begin + PART], right[begin : begin + PART]):
+            out.append("a WRITTEN slot has wrong bytes")
+    if end:
+        if not np.array_equal(made.arena.bytes, right):
+            out.append("slots or headers differ from the CPU's")
+        if jobs[0].error is not None or jobs[0].ok.tolist() != made.ok:
+            out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+    return out
+
+
+def load_program(made: World, method: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+    """The engine uses the blocks late for something else, and reads them as soon as they are loaded."""
+
+    def build(device: FakeDevice) -> Program:
+        made.reset()
+        transfer, lanes = gpu(made, device, method, depths)
+        jobs: list[Job] = []
+
+        def main() -> None:
+            device.compute.push("writes blocks", lambda: made.put(LATE), lambda: made.spans(True))
+            jobs.append(transfer.load([made.batch]))
+            device.agent = "load"
+            lanes["load"].run()
+
+        def see() -> None:
+            device.watch.join("engine", device.watch.now("load"))
+
+            def run() -> None:
+                made.observed[:] = made.bytes
+
+            device.compute.push("reads blocks", run, lambda: made.spans(False))
+
+        return Program(
+            main,
+            [Step("reads blocks", lambda: bool(jobs) and jobs[0].done(), see)],
+            lambda end: _load_complaints(made, jobs) if end else [],
+            [made.arena.bytes, made.bytes, made.observed],
+        )
+
+    return build
+
+
+def _load_complaints(made: World, jobs: list[Job]) -> list[str]:
+    out = []
+    if not np.array_equal(made.observed, made.loaded):
+        out.append("the engine read wrong blocks")
+    if not np.array_equal(made.bytes, made.loaded):
+        out.append("blocks are wrong")
+    if jobs[0].error is not None or jobs[0].ok.tolist() != made.ok:
+        out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+    states = made.arena.headers["state"][made.batch.slots]
+    if ((states == SlotState.BAD) == made.ok).any():
+        out.append("the wrong slots are BAD")
+    if not np.array_equal(made.arena.bytes, made.arena_after):
+        out.append("slots or headers differ from the CPU's")
+    return out
