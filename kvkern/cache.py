@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -399,6 +399,11 @@ class Cache:
         """Slots in all and free ones; the rest are READY or being written."""
         with self._lock:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
+
+    @property
+    def still(self) -> AbstractContextManager[object]:
+        """A block of it in which nothing changes, for who reads what the policy has learned."""
+        return self._lock
 
     def _now(self, use: Use | None) -> Use:
         return replace(use or _UNKNOWN, now_s=self._clock())

@@ -101,7 +101,7 @@ def serve(
     persist: Annotated[str, typer.Option(help="What goes there: all, hot, evicted, predicted.")] = "",
     remote_queue: Annotated[str, typer.Option(help="The most that may wait to be written there.")] = "256MiB",
     remote_timeout: Annotated[float, typer.Option(help="Seconds that a call to it may take.")] = 10.0,
-    drain: Annotated[float, typer.Option(help="Seconds that transfers may take after SIGTERM.")] = 5.0,
+    drain: Annotated[float, typer.Option(help="Seconds for transfers and writes after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
 ) -> None:
     """Run the node's cache: one daemon that colocated engines share. Ends on SIGTERM; keeps its arena for the next start."""

@@ -34,6 +34,7 @@ from .link import Link
 logger = logging.getLogger("kvkern")
 
 FIRST_GOAL = 64  # granted slots kept in stock until more are seen to be needed
+CLOSE_S = 1.0  # how long `close` waits for slots that it gives back
 NO_LIMIT = 1 << 30  # until the daemon has said one
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of a reservation: with a chain of MAX_KEYS they still fit a frame
 
@@ -317,8 +318,13 @@ class NodeClient:
             }  # fmt: skip
 
     def close(self) -> None:
-        """End the connection and the thread. What is still held the daemon frees when this process is gone."""
+        """End the connection and the thread. What is still held the daemon frees when this process is gone.
+
+        Slots that were asked for are waited for, at most CLOSE_S, and given back: else the daemon would keep them as long.
+        """
         with self._lock:
+            self._limit = 0  # no more are asked for
+            self._lock.wait_for(lambda: not (self._asked and self.connected), CLOSE_S)
             self._keep_within(0)
         self._link.close()
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Learned:
 
     def __init__(self, policy: str, path: Path | None) -> None:
         self.model: GritModel | None = None  # None: not loaded, or a policy that learns nothing
+        self.still: AbstractContextManager[object] = nullcontext()  # in a block of it the cache does not use the model
         self._policy, self._path = policy, path
         self._saved_s = time.monotonic()
         self._saving: asyncio.Task[None] | None = None
@@ -74,7 +76,9 @@ class Learned:
         if self._path is None or self.model is None:
             return
         try:
-            await asyncio.to_thread(_write, self._path, self.model.dump())
+            with self.still:
+                data = self.model.dump()
+            await asyncio.to_thread(_write, self._path, data)
             self._failing = False
         except OSError as error:
             if not self._failing:

@@ -182,7 +182,10 @@ class Evict(_Message, tag=12):
 
 
 class Finish(_Message, tag=13):
-    """How a request ended. Not answered. With the number 0 it was none, and says how fast the engine computes."""
+    """How a request ended. Not answered. With the number 0 it was none, and says how fast the engine computes.
+
+    The keys are for who records. Of 8,192 chunks they are 262 KB and take 0.1 ms, a tenth of what the Acquire takes.
+    """
 
     keys: Keys  # of its prompt, from the first chunk on
     prompt_tokens: Tokens

@@ -55,7 +55,7 @@ class NodeConfig:
     policy: str = DEFAULT_POLICY  # of eviction
     policy_state: Path | None = None  # file of what the policy has learned; None: it starts anew
     remote: RemoteConfig | None = None  # a store that the node shares with others
-    drain_s: float = 5.0  # how long transfers under way may take after SIGTERM
+    drain_s: float = 5.0  # how long transfers under way, and what waits for the store, may take after SIGTERM
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
@@ -153,7 +153,7 @@ class Server:
         for connection in list(self.connections):
             connection.close("is let go: the daemon ends")
         await asyncio.sleep(0)
-        await asyncio.to_thread(self._end_remote, self.config.drain_s)
+        await asyncio.to_thread(self._end_remote, max(0.0, deadline - time.monotonic()))
         await self._learned.close()
         if self._arena is not None:
             self._arena.close()
@@ -315,7 +315,9 @@ class Server:
         """What has been learned in an arena before this one counts here too."""
         if self._learned.model is None:
             self._learned.load()
-        return build_cache(arena, self.config.quotas.shares, self.config.policy, self._learned.model)
+        cache = build_cache(arena, self.config.quotas.shares, self.config.policy, self._learned.model)
+        self._learned.still = cache.still
+        return cache
 
     # -- requests --------------------------------------------------------------------------------------------------------
 

@@ -348,6 +348,17 @@ def test_a_clear_while_the_daemon_is_away_comes_first(
     assert hits(client, chain) == 3
 
 
+def test_slots_that_come_while_it_ends_are_given_back(daemon: Daemon) -> None:
+    """Its process goes on, and another client of it has another name: nothing else would free them."""
+    for name in range(8):
+        client = daemon.client(f"e{name}")
+        client.has_room(chain_keys(name, 100))
+        client.close()
+    row = eventually(lambda: (row := daemon.stat())["sessions"] == 1 and row, "the end of the clients")
+    assert row["quarantined_slots"] == 0
+    assert row["free_slots"] == row["slots"]
+
+
 def test_two_clears_of_which_one_is_answered(make_client: MakeClient) -> None:
     """The second stays noted: the daemon may go before it is carried out."""
     client = make_client()

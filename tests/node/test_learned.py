@@ -65,6 +65,21 @@ def test_written_now_and_then(folder: Path, tmp_path: Path, monkeypatch: pytest.
         eventually(lambda: (tmp_path / "state").stat().st_ino != first, "another file")
 
 
+def test_nothing_is_learned_while_it_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remote store's thread uses the policy too."""
+    monkeypatch.setattr(learned_module, "SAVE_S", 0.0)
+    config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, policy_state=tmp_path / "state")
+    with served(config) as server, closing(NodeClient.open(config.socket, "e", GEOMETRY, prefault=False)):
+        held: list[bool] = []
+        state, model = server.sessions, server._learned.model
+        assert state is not None
+        assert model is not None
+        dump = model.dump
+        monkeypatch.setattr(model, "dump", lambda: (held.append(state.cache._lock.locked()), dump())[1])
+        eventually(lambda: held, "a dump")
+    assert all(held)
+
+
 def test_one_model_for_every_arena_of_a_daemon(folder: Path, tmp_path: Path) -> None:
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False)
     with served(config) as server:

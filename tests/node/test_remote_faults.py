@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from kvkern.cache import Ended
 from kvkern.node.client import NodeClient
+from kvkern.node.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, read_verified, store
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
@@ -122,7 +124,7 @@ def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy
             eventually(lambda written=written: first.stat()["remote_written_chunks"] >= written + 6, "the write")  # type: ignore[misc]
             begin(redis, proxy)
             for turn in range(3):
-                assert hits(two, chain) in range(7)
+                assert hits(two, chain) == 0 or name == "garbled"  # some of that may come whole
                 assert stores(two, chain_keys((name, turn), 2)) == 2
                 assert hits(two, A) == 6
             end(redis, proxy)
@@ -170,8 +172,19 @@ def test_sigterm_while_nobody_answers(start: Any, ends: tuple[Redis, FaultProxy]
         began = time.monotonic()
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 3 * 1.0 + TIMEOUT_S + LATE_S
+        assert time.monotonic() - began < 1.0 + TIMEOUT_S + LATE_S
         assert answer.result(LATE_S).keys == ()
+
+
+def test_transfers_and_writes_share_the_time_after_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    server = Server(NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, drain_s=0.2))
+    monkeypatch.setattr(server, "_end_remote", left.append)
+    for busy in (True, False):
+        monkeypatch.setattr(server, "_busy", lambda busy=busy: busy)
+        asyncio.run(server._drain())
+    assert left[0] == 0.0
+    assert 0.1 < left[1] <= 0.2
 
 
 CLIENT = """
