@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,24 @@ class ArenaSpec:
     def nbytes(self) -> int:
         """Exact size of the file."""
         return round_up(PAGE + self.num_slots * self.geometry.slot_nbytes, PAGE)
+
+
+class Slots(Protocol):
+    """What tiers and copiers need of an arena: headers, and somewhere a part for each. `Arena`, or tiers.hbm.HbmSlots."""
+
+    spec: ArenaSpec
+    headers: npt.NDArray[np.void]  # [num_slots] of SlotGeometry.dtype
+    identities: npt.NDArray[np.void]  # [num_slots] V104: what the headers start with
+    heads: npt.NDArray[np.void]  # [num_slots] V of slots.HEAD
+
+    def parts(
+        self,
+        rank: int,
+    ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view
+        """See `Arena.parts`."""
+
+    def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """See `Arena.mark_bad`."""
 
 
 class Arena:

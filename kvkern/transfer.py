@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from .arena import Arena
+from .arena import Slots
 from .errors import LayoutError
 from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from .kernels.selftest import round_trip
@@ -117,7 +117,7 @@ def piece_chunks(
 class Parts:
     """One rank's parts of the slots: which may be written, what seals them, and what a load must find. No copies here."""
 
-    def __init__(self, groups: Sequence[PagedTensors], arena: Arena, rank: int, blocks_per_chunk: int) -> None:
+    def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
         self.groups = tuple(groups)
         self.arena = arena
         self.rank = rank
@@ -187,7 +187,7 @@ class Parts:
 class Copier(ABC):
     """What moves chunks for one rank, whatever the device. Thread-safe: jobs on distinct slots and blocks may overlap."""
 
-    def __init__(self, groups: Sequence[PagedTensors], arena: Arena, rank: int, blocks_per_chunk: int) -> None:
+    def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
         self._arena = arena
         self.blocks_per_chunk = blocks_per_chunk
         self._parts = Parts(groups, arena, rank, blocks_per_chunk)
@@ -228,7 +228,7 @@ class Transfer(Copier):
     def __init__(
         self,
         groups: Sequence[PagedTensors],
-        arena: Arena,
+        arena: Slots,
         rank: int,
         blocks_per_chunk: int,
         threads: int,

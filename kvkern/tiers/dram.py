@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..arena import Arena, process_start
+from ..arena import Slots, process_start
 from ..errors import ConfigError
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
@@ -36,7 +36,7 @@ _UNKNOWN = Use()
 class DramTier:
     """Index, free list and leases over one arena."""
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy) -> None:
+    def __init__(self, arena: Slots, policy: EvictionPolicy) -> None:
         num_slots = arena.spec.num_slots
         self._arena = arena
         self._policy = policy

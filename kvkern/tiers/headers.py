@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..arena import Arena
+from ..arena import Slots
 from ..kernels.checksum import ROW_NBYTES
 from ..policy.base import Keys
 from ..slots import HEAD, SlotState, seal
@@ -20,7 +20,7 @@ _VERIFY_SLOTS = 256  # at a time: bounds memory, not work
 
 
 def begin_slots(
-    arena: Arena,
+    arena: Slots,
     slots: npt.NDArray[np.int64],  # [n] int64, reserved or granted to the caller
     generations: npt.NDArray[np.uint64],  # [n] uint64
     keys: Keys,  # n
@@ -45,7 +45,7 @@ def begin_slots(
 
 
 def verify_slots(
-    arena: Arena,
+    arena: Slots,
     slots: npt.NDArray[np.int64],  # [n] int64
 ) -> npt.NDArray[np.bool_]:
     """[n] bool: whose header is whole and whose payload has the checksums that the header says, on every rank."""
