@@ -33,7 +33,7 @@ from .node.client import NodeClient
 from .policy.base import Use
 from .slots import SlotGeometry
 from .tiers.base import ChunkShape, Lease
-from .transfer import ChunkBatch, Job, Transfer
+from .transfer import ChunkBatch, Copier, Job
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class PagedCache:
     """A cache for one engine's paged tensors. Thread-safe as long as calls work on distinct blocks."""
 
     def __init__(
-        self, cache: ChunkCache, transfer: Transfer, close: Callable[[], None], namespace: Namespace, shape: ChunkShape
+        self, cache: ChunkCache, transfer: Copier, close: Callable[[], None], namespace: Namespace, shape: ChunkShape
     ) -> None:
         self._cache = cache
         self._transfer = transfer

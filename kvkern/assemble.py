@@ -6,11 +6,13 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
-from .config import DEFAULT_POLICY, Config, RemoteConfig
+from .config import DEFAULT_POLICY, Config, RemoteConfig, user_cache_dir
+from .errors import LayoutError
 from .policy import policy_maker
 from .policy.persist import persist_mode
 from .policy.shares import Shares
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # a daemon assembles a cache without torch
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
     from .remote.tier import RemoteTier
-    from .transfer import Transfer
+    from .transfer import Copier
 
 logger = logging.getLogger("kvkern")
 
@@ -100,14 +102,44 @@ def check_remote(config: RemoteConfig) -> None:
 
 def build_transfer(
     config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
-) -> Transfer:
-    """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip."""
-    from .transfer import Transfer
+) -> Copier:
+    """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip.
 
-    transfer = Transfer(groups, arena, rank, blocks_per_chunk, config.copy_threads)
+    Of tensors on a GPU: call it in the engine's thread. Takes staging memory there and registers the arena; raises
+    ArenaError or DeviceError where the host does not give that.
+    """
+    devices = {group.device for group in groups}
+    if len(devices) != 1:
+        raise LayoutError(f"the groups' tensors are on {', '.join(sorted(devices))}; one rank has one device")
+    device = devices.pop()
+    if device.startswith("cuda"):
+        transfer = _gpu_transfer(device, arena, groups, rank, blocks_per_chunk)
+    else:
+        from .transfer import Transfer
+
+        transfer = Transfer(groups, arena, rank, blocks_per_chunk, config.copy_threads)
     try:
         transfer.self_test()
     except BaseException:
         transfer.close()
         raise
     return transfer
+
+
+def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
+    import torch
+
+    from .gpu.calibrate import calibrated
+    from .gpu.cuda import CudaDevice
+    from .gpu.planner import choose
+    from .gpu.saved import DeviceId
+    from .gpu.stopwatch import Stopwatch
+    from .gpu.table import Abilities, Link
+    from .gpu.transfer import GpuTransfer
+
+    device = CudaDevice(torch.device(name))
+    info = device.info
+    identity = DeviceId(name, "unknown", Link()) if info is None else DeviceId(info.name, info.driver, info.link)
+    able = Abilities(device.batch_api, device.host_pointers)
+    table = calibrated(Stopwatch(device, able.batch_api, able.host_pointers), identity, able, user_cache_dir())
+    return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...transfer import Job, Transfer
+from ...transfer import Copier, Job
 from . import shim
 from .jobs import SlotSpec, batches
 
@@ -15,7 +15,7 @@ from .jobs import SlotSpec, batches
 class KvkernWorker(shim.OffloadingWorker):
     """Runs jobs on the transfer's threads. A load that does not verify is reported failed, never raised."""
 
-    def __init__(self, transfer: Transfer, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, transfer: Copier, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
         self._transfer = transfer
         self._blocks_per_chunk = blocks_per_chunk
         self._on_close = on_close

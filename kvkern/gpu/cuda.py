@@ -1,0 +1,168 @@
+"""The device that is a GPU: torch's streams and events, Triton's kernels, the driver's copies. A few lines each; no choices.
+
+Everything that could be wrong about the order of these calls is in lanes.py, and proven there without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..config import format_nbytes
+from ..errors import UnsupportedError
+from ..kernels import paged_copy_triton
+from ..kernels.paged_copy import Backend, PagedTensors
+from .device import DeviceError, Event
+from .dma import Runs
+from .driver import Driver, load_libcuda
+from .nvml import GpuInfo, read_gpus
+from .table import Direction
+
+_HOST_POINTERS = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Torch reports what CUDA reports as RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(str(error)) from error
+
+
+class CudaStream:
+    """A non-blocking stream of the lowest priority. See device.Stream."""
+
+    def __init__(self, driver: Driver, index: int) -> None:
+        self._driver = driver
+        self._handle = driver.stream()
+        self._stream = torch.cuda.ExternalStream(self._handle, device=index)
+
+    def record(self, name: str) -> Event:
+        """Blocking: whoever waits for it sleeps."""
+        event = torch.cuda.Event(blocking=True)
+        with _named():
+            event.record(self._stream)
+        return event
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, torch.cuda.Event)
+        with _named():
+            self._stream.wait_event(event)
+
+    def synchronize(self) -> None:
+        with _named():
+            self._stream.synchronize()
+
+    def copy(self, runs: Runs, direction: Direction) -> None:
+        self._driver.copy(runs, direction, self._handle)
+
+    def gather(
+        self,
+        paged: PagedTensors,
+        block_ids: torch.Tensor,
+        rows: torch.Tensor,
+        row_ids: torch.Tensor,
+        sums: torch.Tensor,
+        max_ctas: int,
+    ) -> None:
+        with _named(), torch.cuda.stream(self._stream):
+            paged_copy_triton.gather_chunks(paged, block_ids, rows, row_ids, sums, max_ctas)
+
+    def scatter(
+        self,
+        paged: PagedTensors,
+        block_ids: torch.Tensor,
+        rows: torch.Tensor,
+        row_ids: torch.Tensor,
+        sums: torch.Tensor,
+        max_ctas: int,
+    ) -> None:
+        with _named(), torch.cuda.stream(self._stream):
+            paged_copy_triton.scatter_chunks(paged, block_ids, rows, row_ids, sums, max_ctas)
+
+    def checksum(self, paged: PagedTensors, block_ids: torch.Tensor, sums: torch.Tensor, max_ctas: int) -> None:
+        with _named(), torch.cuda.stream(self._stream):
+            paged_copy_triton.checksum_chunks(paged, block_ids, sums, max_ctas)
+
+
+class CudaDevice:
+    """See device.Device. Made in the engine's thread, with its device current."""
+
+    backend: Backend = "triton"
+
+    def __init__(
+        self,
+        device: torch.device,  # with its index, as a tensor's has
+    ) -> None:
+        if torch.version.hip is not None:
+            raise UnsupportedError("this torch is built for ROCm; kvkern copies between CUDA GPUs and the arena only")
+        self._index = device.index
+        self.attach()
+        self._driver = Driver(load_libcuda())
+        found: Any = torch.cuda.get_device_properties(self._index)
+        bus_id = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        self.info: GpuInfo | None = read_gpus().by_bus_id(bus_id)
+
+    @property
+    def batch_api(self) -> bool:
+        """Whether the driver takes many copies in one call."""
+        return self._driver.batch_api
+
+    @property
+    def host_pointers(self) -> bool:
+        """Whether kernels see registered memory at the host's address: not under WSL2."""
+        return bool(self._driver.attribute(_HOST_POINTERS, self._index))
+
+    def attach(self) -> None:
+        torch.cuda.set_device(self._index)
+        torch.cuda.current_stream().query()  # makes the context current, for the driver's calls
+
+    def stream(self, name: str) -> CudaStream:
+        return CudaStream(self._driver, self._index)
+
+    def computed(self) -> Event:
+        event = torch.cuda.Event(blocking=True)
+        with _named():
+            event.record(torch.cuda.current_stream(self._index))
+        return event
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        try:
+            made = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{self._index}")
+        except RuntimeError as error:
+            raise DeviceError(
+                f"no {format_nbytes(nbytes)} of GPU memory for staging: {error}; leave the engine less, in vLLM with "
+                f"gpu_memory_utilization"
+            ) from error
+        with _named():  # the allocator may hand out what work still queued on this stream uses
+            torch.cuda.current_stream(self._index).synchronize()
+        return made
+
+    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        with _named():
+            pinned: npt.NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+
+    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+        out[:] = values
+
+    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return values.copy()
+
+    def register(self, address: int, nbytes: int) -> None:
+        self._driver.register(address, nbytes)
+
+    def unregister(self, address: int) -> None:
+        self._driver.unregister(address)
+
+    def alias(self, address: int) -> int:
+        return self._driver.alias(address)
+
+    def numa_node(self) -> int | None:
+        return None if self.info is None else self.info.numa_node
