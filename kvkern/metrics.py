@@ -20,6 +20,7 @@ class CacheCounters:
     cleared_chunks: int = 0
     remote_lookup_chunks: int = 0  # that were not in DRAM and looked for in the remote store
     remote_hit_chunks: int = 0  # of those, read and verified
+    remote_unasked_chunks: int = 0  # of those, not asked for: asking costs too much, or the store leaves others waiting
     remote_gated_chunks: int = 0  # there, and not read: computing them is faster
     remote_late_chunks: int = 0  # read when nobody waited any more; they are in DRAM now
     remote_bad_chunks: int = 0  # did not verify: a miss, and deleted there

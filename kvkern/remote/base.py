@@ -8,6 +8,9 @@ A value is a header and a payload, two pieces of memory one behind the other (va
 joining them. All sizes are the caller's: a value of another size is no value. Stores know keys and bytes; what is in
 them, the tier verifies.
 
+A call over many servers, of which some have failed, says so key by key: UNKNOWN, or None. Such a key is neither there nor
+absent, and the tier draws no conclusion from it. A call that has no answer for any key raises.
+
 A store is used from one event loop. Whatever blocks runs in threads of its own. Memory that was passed in belongs to
 the call until it returns or raises, whatever becomes of the caller's patience: so the tier never cancels a call, and a
 call ends by itself soon after `timeout_s`. Runtime failures are `RemoteError`; what a user can mend is ConfigError.
@@ -45,6 +48,7 @@ class Got(enum.IntEnum):
     HIT = 0
     MISS = 1  # not there; behind the first one nothing needs to be read
     WRONG_SIZE = 2  # there, but of another size: no value of this version and geometry
+    UNKNOWN = 3  # not answered: its server has failed; it may be there
 
 
 class RemoteStore(Protocol):
@@ -64,14 +68,16 @@ class RemoteStore(Protocol):
     async def register(self, memory: memoryview) -> None:
         """All buffers will lie in it, or be small: for stores that move data by themselves. Before the first transfer."""
 
-    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
-        """Which of them are there, in one round trip if the store can. Raises RemoteError."""
+    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> Sequence[bool | None]:
+        """Which of them are there, in one round trip if the store can. None: not answered. Raises RemoteError."""
 
-    async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
+    async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> Sequence[Got]:
         """Read values into memory, in the order of the keys. Raises RemoteError: then the buffers hold anything."""
 
-    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
+    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> Sequence[bool | None]:
         """Write values; which of them are there now. One that was there stays or is replaced. False: no room.
+
+        None: not answered, and perhaps written.
 
         A reader sees a whole value or none. Raises RemoteError: then some may have been written.
         """
@@ -102,7 +108,7 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """Raises ConfigError. `?password_file=PATH` takes the password from a file, as orchestrators mount it."""
+        """Raises ConfigError. `?password_file=PATH` takes the password from a file, now and not again."""
         try:
             parts = urlsplit(text)
             port = parts.port
@@ -124,7 +130,7 @@ class RemoteUrl:
         if "password_file" in options:
             password = _secret(options.pop("password_file"))
         return cls(
-            parts.scheme.lower(), parts.hostname or "", port, unquote(parts.username or ""), password,
+            parts.scheme.lower(), _host(parts.netloc), port, unquote(parts.username or ""), password,
             unquote(parts.path), options,
         )  # fmt: skip
 
@@ -167,6 +173,12 @@ class RemoteUrl:
         if given not in ("yes", "no"):
             raise ConfigError(f"{name} of {self} is {given!r}; expected yes or no")
         return given == "yes"
+
+
+def _host(netloc: str) -> str:
+    """As it was given: names of containers and of nodes may tell cases apart, which `hostname` of urllib does not."""
+    address = netloc.rpartition("@")[2]
+    return address[1:].partition("]")[0] if address.startswith("[") else address.partition(":")[0]
 
 
 def _secret(path: str) -> str:

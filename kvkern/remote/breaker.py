@@ -3,6 +3,8 @@
     closed --FAILURES in a row--> open --pause--> one call tries --works--> closed
                                    ^---fails, the pause doubles---'
 
+A call that was answered in part, soon, is neither: it adds nothing to the row and does not end it. If it was the one that
+tried, the store is asked again, and one failure more opens it for as long as the next pause would have been.
 Pauses are drawn between half and the whole, so that nodes do not come back to a store all at once.
 """
 
@@ -52,6 +54,12 @@ class Breaker:
         if self._until is not None:
             logger.warning("kvkern: remote %s works again", self._name)
         self._failures, self._pause_s, self._until, self._trying = 0, FIRST_PAUSE_S, None, False
+
+    def partly(self) -> None:
+        """A call was answered for some of its keys, soon: one server of many has failed."""
+        if self._trying:
+            logger.warning("kvkern: remote %s works again, in part", self._name)
+            self._until, self._trying = None, False
 
     def failed(self, why: object) -> None:
         """A call has not. Said once until it works again. While it is open only the one that tries counts."""

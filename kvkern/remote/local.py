@@ -50,11 +50,31 @@ class Asked:
     use: Use
     prefix: bool
     held: list[Lease]
+    chunk_tokens: int = 0  # 0: not known yet
     answer: Future[Lease] = field(default_factory=Future)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
+    _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.answer.set_running_or_notify_cancel()  # so that nobody can cancel it: its leases would be nobody's
+
+    def waits(self) -> bool:
+        """Whether it has not been answered."""
+        return not self.answer.done()
+
+    def wait(self, seconds: float) -> None:
+        """From now on for so long, whatever was said before; then it is answered. On the tier's loop."""
+        self.rest()
+        if seconds > 0:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.reply)
+        else:
+            self.reply()
+
+    def rest(self) -> None:
+        """End what `wait` has begun."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def reply(self) -> None:
         """With what there is."""

@@ -25,7 +25,7 @@ like that, further calls fail at once. One that took all of the 60 s costs this 
 
 A master that restarts has forgotten everything: the values are gone, and the segment is contributed again within seconds.
 A node that goes takes its values with it; until the master notices, after its client_ttl, they are there and cannot be
-read, and some writes fail. A `get` or `put` that fails in part is no error: what failed is a MISS, or not there.
+read, and some writes fail. What fails of a call is UNKNOWN, or None; only if nothing of it was answered does it raise.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class MooncakeStore:
             except RefusedError as error:
                 raise ConfigError(str(error)) from error
 
-    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool | None]:
         names = [value_name(key) for key in keys]
         return await self._call(self._asks, lambda client, _: client.exists(names), timeout_s)
 
@@ -146,7 +146,7 @@ class MooncakeStore:
         names = [value_name(key) for key in keys]
         return await self._call(self._gets, lambda client, end: client.get(names, into, end), timeout_s, True)
 
-    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
+    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
         names = [value_name(key) for key in keys]
         return await self._call(self._puts, lambda client, end: client.put(names, values, end), timeout_s, True)
 

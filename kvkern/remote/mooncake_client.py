@@ -176,11 +176,13 @@ class Client:
             self._regions.append((view.ctypes.data, view.ctypes.data + view.nbytes))
         self.memories.append(memory)
 
-    def exists(self, names: list[str]) -> list[bool]:
+    def exists(self, names: list[str]) -> list[bool | None]:
+        """None: not answered. Raises RemoteError if nothing was."""
         with self._inside() as inner:
             codes = _checked(inner.batch_is_exist(names), names)
-        _raise_if_fault(codes)
-        return [code == 1 for code in codes]
+        if max(codes, default=0) < 0:
+            _raise_if_fault(codes)
+        return [None if code < 0 else code == 1 for code in codes]
 
     def delete(self, names: list[str]) -> None:
         with self._inside() as inner:
@@ -188,8 +190,8 @@ class Client:
         _raise_if_fault({*codes} - {_NOT_FOUND})
 
     def get(self, names: list[str], into: Sequence[Parts], deadline: float) -> list[Got]:
-        """Raises RemoteError if something failed and nothing was read. Nothing is begun after `deadline` (monotonic)."""
-        result, faults = [Got.MISS] * len(names), set()
+        """Raises RemoteError if nothing was answered. Nothing is begun after `deadline` (monotonic)."""
+        result, faults = [Got.UNKNOWN] * len(names), set()
         for rows in self._windows(names, repeated=True):
             if time.monotonic() > deadline:
                 faults.add(_LATE)
@@ -204,15 +206,18 @@ class Client:
                     result[row] = Got.HIT
                 elif code >= 0 or size not in (None, expected):
                     result[row] = Got.WRONG_SIZE
-                elif code not in _ABSENT:
+                elif code in _ABSENT:
+                    result[row] = Got.MISS
+                else:
                     faults.add(code)
-        if set(result) == {Got.MISS}:
+        if set(result) == {Got.UNKNOWN}:
             _raise_if_fault(faults)
         return result
 
-    def put(self, names: list[str], values: Sequence[Parts], deadline: float) -> list[bool]:
-        """Raises RemoteError if something failed and nothing was written. Nothing is begun after `deadline` (monotonic)."""
-        there, faults = set(), set()
+    def put(self, names: list[str], values: Sequence[Parts], deadline: float) -> list[bool | None]:
+        """None: not answered. Raises RemoteError if nothing was. Nothing is begun after `deadline` (monotonic)."""
+        taken: dict[str, bool] = {}
+        faults: set[int] = set()
         for rows in self._windows(names, repeated=False):
             if time.monotonic() > deadline:
                 faults.add(_LATE)
@@ -221,11 +226,12 @@ class Client:
             with self._placed([values[row] for row in rows]) as placed:
                 placed.take_along()
                 codes = self._move("batch_put_from_multi_buffers", asked, placed, self._config)
-            there |= {name for name, code in zip(asked, codes, strict=True) if code in (0, _EXISTS)}
-            faults |= {*codes} - {0, _EXISTS, _NO_ROOM}
-        if not there:
+            answered = {0: True, _EXISTS: True, _NO_ROOM: False}
+            taken |= {name: answered[code] for name, code in zip(asked, codes, strict=True) if code in answered}
+            faults |= {*codes} - {*answered}
+        if not taken:
             _raise_if_fault(faults)
-        return [name in there for name in names]
+        return [taken.get(name) for name in names]
 
     def _windows(self, names: Sequence[str], repeated: bool) -> Iterator[list[int]]:
         """Rows, not too many at once, and no name twice in them; a name's second and further rows only if `repeated`."""

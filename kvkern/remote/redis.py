@@ -19,8 +19,8 @@ The server should evict: `maxmemory 64gb`, `maxmemory-policy allkeys-lru`, no pe
 takes no value and `put` says so. A value may have 512 MiB (its proto-max-bulk-len). Rights needed: +get +set +exists
 +unlink ~PREFIXkvkern*, in a cluster +cluster|slots.
 
-A server that fails in the middle of a `get` or an `exists` ends the prefix there: what came before it is good, and keys
-behind it count as absent. RemoteError is for calls that leave nothing: the first key failed, or a write did.
+Of a server that fails, in a cluster or in the middle of a call, the keys are UNKNOWN, or None; what others, or it before,
+have answered is good. RemoteError is for calls that nobody has answered, and for a `delete` that is not done.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class RedisStore:
     async def register(self, memory: memoryview) -> None:
         pass
 
-    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool | None]:
         return await self._call(self._asks, AskBatch(self._names(keys), b"EXISTS"), 1, timeout_s)
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         return await self._call(self._gets, GetBatch(self._names(keys), into), self._connections, timeout_s)
 
-    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
+    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
         batch = PutBatch(self._names(keys), values, self._ttl_s)
         return await self._call(self._puts, batch, self._connections, timeout_s)
 

@@ -38,8 +38,9 @@ class Redirect:
 class Batch(ABC, Generic[T]):
     """Keys, and what is known of each."""
 
-    absent: T  # what a key is of which nothing came back
-    prefix_counts = False  # whether an error behind the first key leaves the answers before it good
+    unasked: T  # what a key is that was not asked for, since it need not be
+    unanswered: T  # and one that was, in vain
+    partly = True  # whether answers are good although others failed
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self.names = names
@@ -75,16 +76,19 @@ class Batch(ABC, Generic[T]):
 
     def outcome(self, errors: Sequence[Exception]) -> list[T]:
         """One answer for every key. Raises the first error, if it left nothing of use."""
-        if errors and None in self.found and not (self.prefix_counts and self.found[0] is not None):
+        useful = self.partly and any(found is not None for found in self.found)
+        if errors and None in self.found and not useful:
             raise errors[0]
-        return [self.absent if found is None else found for found in self.found]
+        failed = self.unanswered if errors else self.unasked
+        rest = [failed if index < self.stop else self.unasked for index in range(len(self.found))]
+        return [rest[index] if found is None else found for index, found in enumerate(self.found)]
 
 
 class GetBatch(Batch[Got]):
     """Values into memory."""
 
-    absent = Got.MISS
-    prefix_counts = True
+    unasked = Got.MISS
+    unanswered = Got.UNKNOWN
 
     def __init__(self, names: Sequence[bytes], into: Sequence[Parts]) -> None:
         super().__init__(names)
@@ -110,10 +114,11 @@ class GetBatch(Batch[Got]):
         return nbytes is not None
 
 
-class PutBatch(Batch[bool]):
+class PutBatch(Batch[bool | None]):
     """Values from memory."""
 
-    absent = False
+    unasked = False
+    unanswered = None
 
     def __init__(self, names: Sequence[bytes], values: Sequence[Parts], ttl_s: int) -> None:
         super().__init__(names)
@@ -145,15 +150,15 @@ class PutBatch(Batch[bool]):
         return False  # values that come behind would find it as full
 
 
-class AskBatch(Batch[bool]):
+class AskBatch(Batch[bool | None]):
     """EXISTS or UNLINK, key by key: a cluster takes no more in one command."""
 
-    absent = False
+    unasked = unanswered = None
 
     def __init__(self, names: Sequence[bytes], verb: bytes) -> None:
         super().__init__(names)
         self._verb = verb
-        self.prefix_counts = verb == b"EXISTS"
+        self.partly = verb == b"EXISTS"
 
     def request(self, index: int) -> list[Piece]:
         return command(self._verb, self.names[index])

@@ -1,27 +1,49 @@
 """What moving and computing costs here and now: whether a load is worth its wait, and what a write has to earn.
 
-    load or recompute:   chunks * read_s(chunk) < LOAD_MARGIN * chunks * tokens(chunk) / prefill_tokens_s
+    compute(chunks)      chunks * tokens(chunk) / prefill_tokens_s
+    ask or recompute:    ask_s < ASK_SHARE * compute(missing)
+    load or recompute:   chunks * read_s(chunk) < LOAD_MARGIN * compute(chunks)
     predicted:           policy.persist.Costs with the same figures
+
+    waits of a request   to ask:           min(max(0.05 s, 4 * ask_s), 1 s, compute(missing) / 5)
+                         for a window:     min(max(0.05 s, 3 * chunks * read_s), compute(chunks), 20 s)
+                         not measured yet: min(1 s, compute(missing) / 5 to ask, / 2 for a window)
+
+So it waits for a window no longer than computing that would take, and once it has waited in vain it waits for nothing
+more: its answer comes at most one question and one window later than without a store.
 
 Seconds a chunk are smoothed over what was moved; large batches count more. Prefill speed is the engines' own word. What
 has not been measured refuses nothing: the first load is the measurement. What was measured PROBE_S ago gives way at once
-to what is faster, and what is too slow to pay is tried so often: a store that has hung is soon used again.
+to what is faster, and what is too slow to pay is tried so often, with nobody waiting for it: a store that has hung is
+soon used again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..policy.persist import Costs
 
 LOAD_MARGIN = 0.9
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 20.0  # for a load of unknown worth, and of any
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 20.0  # for what was never measured, and for anything
+LEAST_WAIT_S = 0.05  # for what is fast as a rule: less than this is the machine's doing as likely as the store's
+ASK_TIMES, ASK_SHARE, LONGEST_ASK_S = 4.0, 0.2, 1.0  # of what asking takes; of what computing takes
+READ_TIMES, FIRST_READ_SHARE = 3.0, 0.5  # of what reading takes; of what computing takes, before that is known
 PROBE_S, PROBE_CHUNKS = 10.0, 2  # a store that is too slow is measured anew so often, with so few
 _MEMORY_CHUNKS = 64.0  # how many chunks the mean of seconds looks back on
 _PREFILL_WEIGHT = 0.2
+_ASK_WEIGHT = 0.1
 _AGE_WEIGHT = 0.05
 FOREVER_S = 1e6  # residency until something that was written has been found gone
+
+
+class Wait(NamedTuple):
+    """What a call to the store is given."""
+
+    request_s: float  # so long a request waits for it; 0: computing is faster
+    late_s: float  # from then on the store is held to be stalled, whoever asked
 
 
 class Speeds:
@@ -29,11 +51,18 @@ class Speeds:
 
     def __init__(self, slot_nbytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._slot_nbytes, self._clock = slot_nbytes, clock
+        self.ask_s: float | None = None  # a question, of however many chunks
         self.read_s: float | None = None  # a chunk
         self.write_s: float | None = None
         self.prefill_tokens_s: float | None = None
         self.residency_s = FOREVER_S
-        self._read_at = self._written_at = -PROBE_S
+        self._asked_at = self._read_at = self._written_at = -PROBE_S
+
+    def note_ask(self, seconds: float) -> None:
+        """So long it took to learn what is there."""
+        known, old = self.ask_s, self._is_old(self._asked_at)
+        self.ask_s = seconds if known is None or (old and seconds < known) else known + _ASK_WEIGHT * (seconds - known)
+        self._asked_at = self._clock()
 
     def note_read(self, chunks: int, seconds: float) -> None:
         """So many chunks came in that time."""
@@ -62,17 +91,41 @@ class Speeds:
 
     def worth(self, chunks: int, chunk_tokens: int) -> int:
         """How many of these chunks to load rather than compute: all, few to measure, or none."""
-        if self.read_s is None or not chunk_tokens or self.prefill_tokens_s is None:
-            return chunks
-        if self.read_s < LOAD_MARGIN * chunk_tokens / self.prefill_tokens_s:
+        if self._pays(chunk_tokens):
             return chunks
         return min(chunks, PROBE_CHUNKS) if self._is_old(self._read_at) else 0
 
-    def patience_s(self, chunks: int, chunk_tokens: int) -> float:
-        """How long a request may wait for so many: as long as computing them would take."""
-        if not chunk_tokens or self.prefill_tokens_s is None:
-            return FIRST_WAIT_S
-        return min(chunks * chunk_tokens / self.prefill_tokens_s, LONGEST_WAIT_S)
+    def asks(self, chunks: int, chunk_tokens: int) -> bool:
+        """Whether to ask for so many: it costs little, as far as that is known, or it is time to measure it anew."""
+        return self.ask_wait(chunks, chunk_tokens).request_s > 0 or self._is_old(self._asked_at)
+
+    def ask_wait(self, chunks: int, chunk_tokens: int) -> Wait:
+        """For a question about so many."""
+        compute_s = self._compute_s(chunks, chunk_tokens)
+        most_s = LONGEST_WAIT_S if compute_s is None else ASK_SHARE * compute_s
+        if self.ask_s is None:
+            request_s = min(FIRST_WAIT_S, most_s)
+            return Wait(request_s, max(LEAST_WAIT_S, request_s))
+        usual_s = max(LEAST_WAIT_S, min(ASK_TIMES * self.ask_s, LONGEST_ASK_S))
+        return Wait(min(usual_s, most_s) if self.ask_s < most_s else 0.0, usual_s)
+
+    def read_wait(self, chunks: int, missing: int, chunk_tokens: int) -> Wait:
+        """For a window of so many, of a prefix that lacks `missing`."""
+        if self.read_s is None:
+            compute_s = self._compute_s(missing, chunk_tokens)
+            request_s = FIRST_WAIT_S if compute_s is None else min(FIRST_WAIT_S, FIRST_READ_SHARE * compute_s)
+            return Wait(request_s, max(LEAST_WAIT_S, request_s))
+        compute_s = self._compute_s(chunks, chunk_tokens)
+        most_s = LONGEST_WAIT_S if compute_s is None else min(compute_s, LONGEST_WAIT_S)
+        usual_s = max(LEAST_WAIT_S, min(READ_TIMES * chunks * self.read_s, LONGEST_WAIT_S))
+        return Wait(min(usual_s, most_s) if self._pays(chunk_tokens) else 0.0, usual_s)
+
+    def _compute_s(self, chunks: int, chunk_tokens: int) -> float | None:
+        return chunks * chunk_tokens / self.prefill_tokens_s if chunk_tokens and self.prefill_tokens_s else None
+
+    def _pays(self, chunk_tokens: int) -> bool:
+        compute_s = self._compute_s(1, chunk_tokens)
+        return self.read_s is None or compute_s is None or self.read_s < LOAD_MARGIN * compute_s
 
     def probes_write(self) -> bool:
         """Whether it is time to find out if writing is still too slow to pay."""

@@ -43,6 +43,7 @@ def hits(client: NodeClient, chain: list[bytes]) -> int:
 def remote_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture

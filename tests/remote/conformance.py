@@ -3,25 +3,28 @@
 class TestMine(Conformance):
     @pytest.fixture
     def make(self) -> MakeStore: ...     # makes stores, unopened, that see the same values
+
+A store over many servers, of which one may fail, subclasses `PartConformance` too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
-from kvkern.remote.base import Got, Parts, RemoteStore
+from kvkern.remote.base import Got, Parts, RemoteError, RemoteStore
 
 T = TypeVar("T")
 MakeStore = Callable[[], RemoteStore]
 
 HEADER_NBYTES = 4096
 TIMEOUT_S = 30.0  # generous: what takes this long hangs
-HIT, MISS, WRONG_SIZE = Got.HIT, Got.MISS, Got.WRONG_SIZE
+HIT, MISS, WRONG_SIZE, UNKNOWN = Got.HIT, Got.MISS, Got.WRONG_SIZE, Got.UNKNOWN
 
 
 def key_of(number: int) -> bytes:
@@ -95,14 +98,16 @@ class Bench:
         self.memory.bytes[self.count :] = 0
         return [self.memory.parts(row) for row in range(self.count, 2 * self.count)]
 
-    def put(self, keys: Sequence[bytes], values: Sequence[Parts], store: RemoteStore | None = None) -> list[bool]:
-        return self.run((store or self.store).put(keys, values, TIMEOUT_S))
+    def put(
+        self, keys: Sequence[bytes], values: Sequence[Parts], store: RemoteStore | None = None
+    ) -> list[bool | None]:
+        return list(self.run((store or self.store).put(keys, values, TIMEOUT_S)))
 
     def get(self, keys: Sequence[bytes], into: Sequence[Parts], store: RemoteStore | None = None) -> list[Got]:
-        return self.run((store or self.store).get(keys, into, TIMEOUT_S))
+        return list(self.run((store or self.store).get(keys, into, TIMEOUT_S)))
 
-    def exists(self, keys: Sequence[bytes], store: RemoteStore | None = None) -> list[bool]:
-        return self.run((store or self.store).exists(keys, TIMEOUT_S))
+    def exists(self, keys: Sequence[bytes], store: RemoteStore | None = None) -> list[bool | None]:
+        return list(self.run((store or self.store).exists(keys, TIMEOUT_S)))
 
     def read(self, row: int) -> bool:
         """Whether buffer `row` holds what value `row` has."""
@@ -112,6 +117,60 @@ class Bench:
         for store in self._opened:
             self.run(store.close())
         self.runner.close()
+
+
+@dataclass
+class Part:
+    """A store over several servers, one of which is about to fail. Keys are of values that it has."""
+
+    bench: Bench
+    living: list[bytes]  # on servers that go on, known once one has failed
+    failing: list[bytes]
+    fail: Callable[[], object]
+    heal: Callable[[], object] | None = None
+    timeout_s: float = TIMEOUT_S
+    exists_fails: bool = True  # whether who says what is there fails with who has it
+
+    def mixed(self) -> list[bytes]:
+        """One of the living, one of the failing, and so on."""
+        return [key for pair in zip(self.living, self.failing, strict=False) for key in pair]
+
+
+class PartConformance:
+    """Subclass it, and give `part`: of a failed server's keys nothing is said, of the others' the truth."""
+
+    @pytest.fixture
+    def part(self) -> Iterator[Part]:
+        raise NotImplementedError
+
+    def test_a_server_of_many_that_fails(self, part: Part) -> None:
+        bench, store, timeout_s = part.bench, part.bench.store, part.timeout_s
+        part.fail()
+        keys = part.mixed()
+        count = len(keys)
+        assert count >= 4
+        assert list(bench.run(store.exists(keys, timeout_s))) == [True, None if part.exists_fails else True] * (
+            count // 2
+        )
+        assert list(bench.run(store.get(keys, bench.into()[:count], timeout_s))) == [HIT, UNKNOWN] * (count // 2)
+        backwards = list(bench.run(store.get(keys[::-1], bench.into()[:count], timeout_s)))  # the first one fails
+        assert backwards == [UNKNOWN, HIT] * (count // 2)
+        for call in (
+            store.get(part.failing, bench.into()[: len(part.failing)], timeout_s),
+            *([store.exists(part.failing, timeout_s)] if part.exists_fails else []),
+        ):
+            with pytest.raises(RemoteError):
+                bench.run(call)
+        if part.exists_fails:
+            taken = list(bench.run(store.put(keys, bench.values()[:count], timeout_s)))
+            assert taken == [True, None] * (count // 2)
+            with pytest.raises(RemoteError):
+                bench.run(store.delete(keys, timeout_s))
+        if part.heal is not None:
+            part.heal()
+            assert bench.put(keys, bench.values()[:count]) == [True] * count
+            assert bench.get(keys, bench.into()[:count]) == [HIT] * count
+            assert all(bench.read(row) for row in range(count))
 
 
 class Conformance:

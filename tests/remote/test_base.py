@@ -27,14 +27,27 @@ class TestMemory(Conformance):
 
 def test_a_url() -> None:
     url = RemoteUrl.parse("RedisS://me:se%40cret@Host:7000/a%20b?x=1&y=8GiB&z=no")
-    assert (url.scheme, url.host, url.port, url.user, url.password) == ("rediss", "host", 7000, "me", "se@cret")
+    assert (url.scheme, url.host, url.port, url.user, url.password) == ("rediss", "Host", 7000, "me", "se@cret")
     assert (url.path, dict(url.options)) == ("/a b", {"x": "1", "y": "8GiB", "z": "no"})
     assert (url.integer("x", 5, 0, 9), url.integer("none", 5, 0, 9)) == (1, 5)
     assert (url.nbytes("y", 1), url.nbytes("none", 1)) == (8 << 30, 1)
     assert (url.flag("z", True), url.flag("none", True), url.text("x")) == (False, True, "1")
     assert "se@cret" not in repr(url)
-    assert str(url) == "rediss://host:7000/a b"
+    assert str(url) == "rediss://Host:7000/a b"
     assert str(RemoteUrl.parse("redis://[::1]:1/")) == "redis://[::1]:1/"
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("mooncake://Node-A:50051", "Node-A", 50051), ("az://me:a%2Fb@MyContainer/x", "MyContainer", None),
+        ("redis://[FE80::1]:1", "FE80::1", 1), ("redis://u@[::1]", "::1", None), ("file:///Path", "", None),
+        ("redis:///0", "", None), ("redis://:7", "", 7),
+    ],
+)  # fmt: skip
+def test_a_host_is_what_was_written(text: str, host: str, port: int | None) -> None:
+    url = RemoteUrl.parse(text)
+    assert (url.host, url.port) == (host, port)
 
 
 def test_a_password_from_a_file(tmp_path: Path) -> None:

@@ -60,6 +60,38 @@ def test_calls_that_were_under_way_do_not_lengthen_the_pause(breaker: Breaker, c
     assert pause_s(breaker, clock) == pytest.approx(FIRST_PAUSE_S, abs=0.02)
 
 
+def test_answers_in_part_end_no_row_and_begin_none(breaker: Breaker) -> None:
+    for _ in range(FAILURES - 1):
+        assert breaker.begin()
+        breaker.failed("x")
+        for _ in range(FAILURES):
+            assert breaker.begin()
+            breaker.partly()
+        assert not breaker.is_open
+    breaker.failed("x")
+    assert breaker.is_open
+    breaker.partly()  # begun before
+    assert breaker.is_open
+
+
+def test_an_answer_in_part_to_the_one_that_tries(breaker: Breaker, clock: Clock) -> None:
+    """It is asked again; the next failure is not the first one."""
+    breaker.trip("x")
+    pause_s(breaker, clock)
+    assert breaker.begin()
+    breaker.partly()
+    assert not breaker.is_open
+    assert breaker.begin()
+    breaker.failed("x")
+    assert breaker.is_open
+    assert pause_s(breaker, clock) == pytest.approx(2 * FIRST_PAUSE_S, abs=0.02)
+    assert breaker.begin()
+    breaker.succeeded()
+    for _ in range(FAILURES - 1):
+        breaker.failed("x")
+    assert not breaker.is_open
+
+
 def test_a_late_failure_lets_nobody_else_try_at_once(breaker: Breaker, clock: Clock) -> None:
     assert all(breaker.begin() for _ in range(FAILURES + 1))
     for _ in range(FAILURES):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from kvkern.remote.base import value_name
-from tests.remote.conformance import HIT, MISS, Bench, Conformance, MakeStore, key_of
+from tests.remote.conformance import HIT, MISS, UNKNOWN, Bench, Conformance, MakeStore, Part, PartConformance, key_of
 from tests.remote.need import free_port, need
 from tests.remote.redis_servers import RedisCluster, bench_of, fails, fresh, redis_cluster, refused, spread, store_of
 
@@ -28,6 +29,36 @@ class TestCluster(Conformance):
     @pytest.fixture
     def make(self, cluster: RedisCluster) -> MakeStore:
         return fresh(f"redis+cluster://127.0.0.1:{cluster.servers[1].port}")
+
+
+def part_of(cluster: RedisCluster, fail: Callable[[], None], heal: Callable[[], None] | None) -> Part:
+    """Of its last server."""
+    it = InCluster(cluster)
+    keys = it.of(0, 1, 0, 1, 2, 2, 2, 2)
+    assert it.bench.put(keys, it.bench.values()) == [True] * 8
+    return Part(it.bench, keys[:4], keys[4:], fail, heal, timeout_s=0.5)
+
+
+class TestAServerIsPaused(PartConformance):
+    @pytest.fixture
+    def part(self, cluster: RedisCluster) -> Iterator[Part]:
+        def heal() -> None:
+            cluster.servers[2].go_on()
+            cluster.wait()
+
+        part = part_of(cluster, cluster.servers[2].stop, heal)
+        yield part
+        heal()
+        part.bench.close()
+
+
+class TestAServerIsKilled(PartConformance):
+    @pytest.fixture
+    def part(self, tmp_path: Path) -> Iterator[Part]:
+        with redis_cluster(tmp_path) as cluster:
+            part = part_of(cluster, cluster.servers[2].kill, None)
+            yield part
+            part.bench.close()
 
 
 class InCluster:
@@ -78,12 +109,13 @@ def test_a_server_of_a_cluster_that_is_stopped(in_cluster: InCluster, cluster: R
     bench.put(keys, values)
     cluster.servers[2].stop()
     try:
-        assert bench.run(store.get(keys, into, 0.3))[:4] == [HIT, HIT, HIT, MISS]
-        assert all(bench.read(row) for row in range(3))
-        assert bench.run(store.exists(keys, 0.3))[:4] == [True, True, True, False]
-        fails(bench, store.get(keys[3:], into[3:], 0.3), 0.3)
-        fails(bench, store.exists(keys[3:], 0.3), 0.3)
-        fails(bench, store.put(keys, values, 0.3), 0.3)
+        assert bench.run(store.get(keys, into, 0.3)) == [HIT, HIT, HIT, UNKNOWN, HIT, HIT]
+        assert all(bench.read(row) for row in (0, 1, 2, 4, 5))
+        assert bench.run(store.exists(keys, 0.3)) == [True, True, True, None, True, True]
+        assert bench.run(store.put(keys, values, 0.3)) == [True, True, True, None, True, True]
+        fails(bench, store.get(keys[3:4], into[3:4], 0.3), 0.3)
+        fails(bench, store.exists(keys[3:4], 0.3), 0.3)
+        fails(bench, store.put(keys[3:4], values[3:4], 0.3), 0.3)
         fails(bench, store.delete(keys[2:4], 0.3), 0.3)
         bench.memory.bytes[8:] = 0xCD
     finally:

@@ -29,6 +29,7 @@ import pytest
 from kvkern.policy.base import Use
 from kvkern.policy.persist import Persist
 from kvkern.remote import breaker as breaker_module
+from kvkern.remote import known as known_module
 from kvkern.remote import speeds as speeds_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.base import RemoteUrl, make_store
@@ -79,10 +80,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "payload", cache(worker.payload))
     monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 0.5)
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", PATIENCE_S)
     monkeypatch.setattr(speeds_module, "PROBE_S", 0.2)
-    monkeypatch.setattr(tier_module, "ABSENT_S", 0.1)
-    monkeypatch.setattr(tier_module, "MAX_ABSENT", MAX_REMEMBERED)
-    monkeypatch.setattr(tier_module, "MAX_REMEMBERED", MAX_REMEMBERED)
+    monkeypatch.setattr(known_module, "ABSENT_S", 0.1)
+    monkeypatch.setattr(known_module, "MAX_ABSENT", MAX_REMEMBERED)
+    monkeypatch.setattr(known_module, "MAX_REMEMBERED", MAX_REMEMBERED)
     monkeypatch.setattr(tier_module, "WINDOW_NBYTES", (3 * GEOMETRY.slot_nbytes, 6 * GEOMETRY.slot_nbytes))
 
 
@@ -393,7 +395,7 @@ def at_rest(node: Node) -> None:
 
     def let_go() -> bool:
         node.cache.lookup(())  # ends what was to be released later; some is only answered now
-        return not (tier._waiting or any(dram._pins))
+        return not (tier.reader.waiting or any(dram._pins))
 
     eventually(let_go, "the end of every lease")
     node.settle()
@@ -404,9 +406,9 @@ def at_rest(node: Node) -> None:
     assert counters.faults == counters.bad_chunks == 0
     assert counters.hit_chunks <= counters.lookup_chunks
     eventually(lambda: len(tier._tasks) == 1, "the end of every task but the one that writes")
-    assert not tier._coming
-    assert len(tier._absent) <= MAX_REMEMBERED
-    assert len(tier._written_at) <= MAX_REMEMBERED
+    assert not tier.reader._coming
+    assert len(tier.known.absent) <= MAX_REMEMBERED
+    assert len(tier.known.written_at) <= MAX_REMEMBERED
 
 
 def recovered(folder: Path, url: str, nodes: list[Node], seed: int) -> None:

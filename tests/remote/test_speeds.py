@@ -11,7 +11,19 @@ from kvkern.metrics import CacheCounters
 from kvkern.policy.grit import Grit
 from kvkern.policy.persist import Costs, Persist
 from kvkern.remote.outbox import WriteBehind
-from kvkern.remote.speeds import FIRST_WAIT_S, LONGEST_WAIT_S, PROBE_CHUNKS, PROBE_S, Speeds
+from kvkern.remote.speeds import (
+    ASK_SHARE,
+    ASK_TIMES,
+    FIRST_READ_SHARE,
+    FIRST_WAIT_S,
+    LEAST_WAIT_S,
+    LONGEST_ASK_S,
+    LONGEST_WAIT_S,
+    PROBE_CHUNKS,
+    PROBE_S,
+    READ_TIMES,
+    Speeds,
+)
 from tests.remote.conftest import Clock
 from tests.support import chain_keys, make_arena
 
@@ -29,13 +41,57 @@ def speeds(clock: Clock) -> Speeds:
 def test_what_is_not_known_refuses_nothing(clock: Clock) -> None:
     speeds = Speeds(CHUNK_NBYTES, clock)
     assert speeds.worth(7, 0) == speeds.worth(7, CHUNK_TOKENS) == 7
-    assert speeds.patience_s(7, CHUNK_TOKENS) == FIRST_WAIT_S
+    assert speeds.ask_wait(7, CHUNK_TOKENS) == speeds.read_wait(7, 7, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+    assert speeds.asks(1, CHUNK_TOKENS)
     assert speeds.threshold(CHUNK_TOKENS) == pytest.approx(Costs().threshold)
 
 
-def test_patience_is_the_time_to_compute(speeds: Speeds) -> None:
-    assert speeds.patience_s(4, CHUNK_TOKENS) == pytest.approx(4 * CHUNK_TOKENS / 15_000)
-    assert speeds.patience_s(1 << 20, CHUNK_TOKENS) == LONGEST_WAIT_S
+COMPUTE_S = CHUNK_TOKENS / 15_000  # a chunk
+
+
+def test_what_was_never_measured_gets_a_share_of_computing(speeds: Speeds) -> None:
+    assert speeds.ask_wait(4, CHUNK_TOKENS) == (ASK_SHARE * 4 * COMPUTE_S, LEAST_WAIT_S)
+    assert speeds.ask_wait(1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+    assert speeds.read_wait(4, 20, CHUNK_TOKENS).request_s == pytest.approx(FIRST_READ_SHARE * 20 * COMPUTE_S)
+    assert speeds.read_wait(4, 1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+
+
+def test_a_question_may_take_some_times_what_it_takes(speeds: Speeds, clock: Clock) -> None:
+    speeds.note_ask(0.001)
+    assert speeds.ask_wait(1000, CHUNK_TOKENS) == (LEAST_WAIT_S, LEAST_WAIT_S)
+    assert speeds.ask_wait(1, CHUNK_TOKENS) == (ASK_SHARE * COMPUTE_S, LEAST_WAIT_S)
+    for _ in range(200):
+        speeds.note_ask(0.1)
+    assert speeds.ask_wait(1000, CHUNK_TOKENS).request_s == pytest.approx(ASK_TIMES * 0.1, rel=0.01)
+    for _ in range(200):
+        speeds.note_ask(10.0)
+    assert not speeds.asks(1000, CHUNK_TOKENS)  # ten seconds, of the seventeen that computing takes
+    assert speeds.ask_wait(10_000, CHUNK_TOKENS) == (LONGEST_ASK_S, LONGEST_ASK_S)
+    clock.now += PROBE_S
+    assert speeds.asks(1000, CHUNK_TOKENS)
+    assert speeds.ask_wait(1000, CHUNK_TOKENS).request_s == 0  # to measure it: nobody waits
+    speeds.note_ask(0.001)
+    assert speeds.asks(1000, CHUNK_TOKENS)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.89])
+def test_a_window_may_take_some_times_what_it_takes_and_no_longer_than_computing(speeds: Speeds, share: float) -> None:
+    read_s = share * COMPUTE_S
+    speeds.note_read(1, read_s)
+    for chunks in (1, 3, 8, 50):
+        wait = speeds.read_wait(chunks, 1000, CHUNK_TOKENS)
+        assert wait.late_s == pytest.approx(max(LEAST_WAIT_S, READ_TIMES * chunks * read_s))
+        assert wait.request_s == pytest.approx(min(wait.late_s, chunks * COMPUTE_S))
+        assert wait.request_s > chunks * read_s  # what is just fast enough is waited for
+    assert speeds.read_wait(1 << 20, 1 << 20, CHUNK_TOKENS) == (LONGEST_WAIT_S, LONGEST_WAIT_S)
+    assert speeds.read_wait(1 << 20, 1 << 20, 0) == (LONGEST_WAIT_S, LONGEST_WAIT_S)  # computing is not known
+
+
+def test_what_does_not_pay_is_not_waited_for(speeds: Speeds, clock: Clock) -> None:
+    speeds.note_read(8, 8 * COMPUTE_S)
+    clock.now += PROBE_S
+    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    assert speeds.read_wait(PROBE_CHUNKS, 8, CHUNK_TOKENS).request_s == 0
 
 
 def test_a_slow_store_is_left_and_tried_now_and_then(speeds: Speeds, clock: Clock) -> None:

@@ -91,6 +91,7 @@ def fails(error: BaseException) -> Step:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -480,21 +481,7 @@ def test_what_is_read_long_after_it_was_written(tmp_path: Path) -> None:
         one.compute(A)
         one.settle()
         one.tier.speeds.note_gone(0.0)
-        one.tier._written_at[A[3]] -= 1000
+        one.tier.known.written_at[A[3]] -= 1000
         one.cache.drop(A)
         assert one.hits(A) == 6
         assert one.tier.speeds.residency_s == pytest.approx(50, rel=0.1)
-
-
-def test_many_who_wait(tmp_path: Path, store: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tier_module, "MAX_WAITING", 3)
-    with node(tmp_path, store) as one, Gate() as gate:
-        store.before["exists"] = gate
-        answers = [one.cache.acquire_soon(chain_keys(("absent", i), 3), True, USE) for i in range(5)]
-        gate.wait()
-        eventually(lambda: sum(answer.done() for answer in answers) == 2, "those that are too many")
-        gate.open()
-        for answer in answers:
-            one.cache.release(answer.result(30))
-        eventually(lambda: one.tier._waiting == 0)
-        assert one.hits(A) == 6

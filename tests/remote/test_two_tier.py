@@ -13,8 +13,8 @@ import pytest
 
 from kvkern.policy.base import Stop
 from kvkern.policy.persist import Persist
+from kvkern.remote import known as known_module
 from kvkern.remote import speeds as speeds_module
-from kvkern.remote import tier as tier_module
 from kvkern.remote.base import Got, Parts
 from kvkern.remote.speeds import FOREVER_S, Speeds
 from kvkern.replay import two_tier
@@ -89,8 +89,9 @@ def conversations(seed: int, count: int = 600) -> Trace:
 def test_hits_and_writes_are_those_of_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Persist
 ) -> None:
-    monkeypatch.setattr(tier_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
+    monkeypatch.setattr(known_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 60.0)
     monkeypatch.setattr(Speeds, "note_gone", lambda self, age_s: None)
     monkeypatch.setattr(Speeds, "note_there", lambda self, age_s: None)
     monkeypatch.setattr(Speeds, "threshold", lambda self, tokens, hoped=False: THRESHOLD)

@@ -195,7 +195,7 @@ def test_the_tier_serves_what_was_stored(
     made, stored = node
     assert isinstance(made.store, MemoryStore)
     made.cache.clear()
-    made.tier._absent.clear()
+    made.tier.known.absent.clear()
     values = [bytearray(stored[key]) for key in A]
     for change, order in changes:
         some = [values[i] for i in order]
