@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from kvkern.arena import Arena
 from kvkern.cache import Cache
 from kvkern.errors import KvkernError
+from kvkern.gpu.device import DeviceError
 from kvkern.gpu.planner import Choice, Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
@@ -31,7 +33,7 @@ from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena
 
 BLOCK = (2, 1, 16)  # tokens, heads, elements of two bytes: 64 bytes a block and plane
 PART = 2 * 64
-NUM_BLOCKS = 4
+NUM_BLOCKS = 32
 JUNK, LATE = 0x55, 0x33
 
 
@@ -58,9 +60,10 @@ class Manual(Executor):
         self.run()
 
 
-def choosing(method: Method, piece_nbytes: int = 32 << 20) -> Callable[..., Choice]:
-    """A planner that knows one answer."""
-    return lambda direction, run_nbytes, count, nbytes: Choice(method, 4, piece_nbytes)
+def choosing(*methods: Method, piece_nbytes: int = 32 << 20) -> Callable[..., Choice]:
+    """A planner that knows one answer, or gives several in turn."""
+    turns = cycle(methods)
+    return lambda direction, run_nbytes, count, nbytes: Choice(next(turns), 4, piece_nbytes)
 
 
 @dataclass
@@ -83,19 +86,28 @@ class World:
         """The whole tensor."""
         return self.paged.tensors[0].view(torch.uint8).numpy().reshape(-1)
 
+    def cut(self) -> list[ChunkBatch]:
+        """A batch a chunk: each has a method of its own."""
+        b = self.batch
+        one = [slice(i, i + 1) for i in range(len(b.slots))]
+        return [
+            replace(b, block_ids=b.block_ids[i], slots=b.slots[i], generations=b.generations[i], keys=b.keys[i])
+            for i in one
+        ]
+
     def reset(self) -> None:
         self.arena.bytes[:] = self.arena_before
         self.bytes[:] = self.tensor_before
         self.observed = np.zeros(len(self.bytes), dtype=np.uint8)
 
-    def spans(self, write: bool) -> list[Span]:
+    def spans(self, write: bool, rows: slice = slice(None)) -> list[Span]:
         """The blocks of the batch."""
-        return list(blocks(self.paged, self.batch.block_ids, write))
+        return list(blocks(self.paged, self.batch.block_ids[rows], write))
 
-    def put(self, values: npt.NDArray[np.uint8] | int) -> None:
+    def put(self, values: npt.NDArray[np.uint8] | int, rows: slice = slice(None)) -> None:
         """Set the blocks of the batch, from bytes of a whole tensor or to one byte."""
         start, flat = self.bytes.ctypes.data, self.bytes
-        for span in self.spans(True):
+        for span in self.spans(True, rows):
             at = slice(span.address - start, span.address - start + span.nbytes)
             flat[at] = values if isinstance(values, int) else values[at]
 
@@ -136,7 +148,9 @@ def world(folder: Path, direction: str, chunks: int, corrupt: bool = False) -> W
     return made
 
 
-def gpu(made: World, device: FakeDevice, method: Method, depths: Depths) -> tuple[GpuTransfer, dict[str, Manual]]:
+def gpu(
+    made: World, device: FakeDevice, methods: tuple[Method, ...], depths: Depths
+) -> tuple[GpuTransfer, dict[str, Manual]]:
     """A transfer whose lanes the caller drives."""
     lanes: dict[str, Manual] = {}
     transfer = GpuTransfer(
@@ -145,7 +159,7 @@ def gpu(made: World, device: FakeDevice, method: Method, depths: Depths) -> tupl
         0,
         1,
         device,
-        choosing(method, PART),
+        choosing(*methods, piece_nbytes=PART),
         depths,
         executor=lambda name, attach: lanes.setdefault(name, Manual(name)),
     )
@@ -155,19 +169,19 @@ def gpu(made: World, device: FakeDevice, method: Method, depths: Depths) -> tupl
 TIGHT = Depths(staging_nbytes=PART, staging=1, tables=1, window=2)
 
 
-def store_program(made: World, method: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+def store_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
     """The engine writes the blocks late, and writes others over them as soon as it is told they are free."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
         made.put(LATE)
-        transfer, lanes = gpu(made, device, method, depths)
+        transfer, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
 
         def main() -> None:
             late = made.tensor_before
             device.compute.push("writes blocks", lambda: made.put(late), lambda: made.spans(True))
-            jobs.append(transfer.store([made.batch]))
+            jobs.append(transfer.store(made.cut()))
             device.agent = "store"
             lanes["store"].run()
 
@@ -210,17 +224,17 @@ def _store_complaints(made: World, jobs: list[Job], end: bool) -> list[str]:
     return out
 
 
-def load_program(made: World, method: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+def load_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
     """The engine uses the blocks late for something else, and reads them as soon as they are loaded."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
-        transfer, lanes = gpu(made, device, method, depths)
+        transfer, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
 
         def main() -> None:
             device.compute.push("writes blocks", lambda: made.put(LATE), lambda: made.spans(True))
-            jobs.append(transfer.load([made.batch]))
+            jobs.append(transfer.load(made.cut()))
             device.agent = "load"
             lanes["load"].run()
 
@@ -256,3 +270,92 @@ def _load_complaints(made: World, jobs: list[Job]) -> list[str]:
     if not np.array_equal(made.arena.bytes, made.arena_after):
         out.append("slots or headers differ from the CPU's")
     return out
+
+
+def failing_store(made: World, method: Method, at: tuple[str, int]) -> Callable[[FakeDevice], Program]:
+    """The last piece fails. The engine reuses all blocks, and the last slot belongs to another chunk, once the job is done."""
+    last = made.batch.slots[-1:]
+
+    def build(device: FakeDevice) -> Program:
+        made.reset()
+        transfer, lanes = gpu(made, device, (method,), TIGHT)
+        device.fail_at = at
+        jobs: list[Job] = []
+
+        def main() -> None:
+            jobs.append(transfer.store(made.cut()))
+            device.agent = "store"
+            lanes["store"].run()
+
+        def reuse() -> None:
+            device.watch.join("engine", device.watch.now("store"))
+            made.arena.headers["generation"][last] += 1
+            part = made.arena.parts(0)[last[0]]
+            device.watch.host("engine", "reuses slot", [Span(part.ctypes.data, PART, True)])
+            part[:PART] = JUNK
+            device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
+
+        def complaints(end: bool) -> list[str]:
+            if not end:
+                return []
+            out = []
+            if not (made.arena.parts(0)[last, :PART] == JUNK).all():
+                out.append("a slot that was given away has been written to")
+            if not np.array_equal(
+                made.arena.parts(0)[made.batch.slots[0], :PART], _parts_of(made, made.arena_after)[0]
+            ):
+                out.append("the piece before it has wrong bytes")
+            if not isinstance(jobs[0].error, DeviceError) or jobs[0].ok.tolist() != [True, False]:
+                out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+            return out
+
+        step = Step("reuses blocks and slot", lambda: bool(jobs) and jobs[0].done(), reuse)
+        return Program(main, [step], complaints, [made.arena.bytes, made.bytes])
+
+    return build
+
+
+def _parts_of(made: World, file: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[n, PART]: the batch's parts in a copy of the arena's bytes."""
+    rows = made.arena.parts(0)
+    begins = [rows[slot].ctypes.data - made.arena.bytes.ctypes.data for slot in made.batch.slots]
+    return np.stack([file[begin : begin + PART] for begin in begins])
+
+
+def failing_load(made: World, method: Method, at: tuple[str, int]) -> Callable[[FakeDevice], Program]:
+    """The last piece fails. The engine fills its blocks with something else once the job is done."""
+    last = slice(len(made.batch.slots) - 1, None)
+
+    def build(device: FakeDevice) -> Program:
+        made.reset()
+        transfer, lanes = gpu(made, device, (method,), TIGHT)
+        device.fail_at = at
+        jobs: list[Job] = []
+
+        def main() -> None:
+            jobs.append(transfer.load(made.cut()))
+            device.agent = "load"
+            lanes["load"].run()
+
+        def reuse() -> None:
+            device.watch.join("engine", device.watch.now("load"))
+            device.compute.push("reuses blocks", lambda: made.put(LATE, last), lambda: made.spans(True, last))
+
+        def complaints(end: bool) -> list[str]:
+            if not end:
+                return []
+            now, want = made.bytes.copy(), made.loaded.copy()
+            made.bytes[:] = want
+            made.put(LATE, last)
+            want[:], made.bytes[:] = made.bytes, now
+            out = [] if np.array_equal(now, want) else ["blocks are wrong"]
+            if not isinstance(jobs[0].error, DeviceError) or jobs[0].ok.tolist() != [True, False]:
+                out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+            if (made.arena.headers["state"][made.batch.slots] == SlotState.BAD).tolist() != [False, True]:
+                out.append("the wrong slots are BAD")
+            return out
+
+        step = Step("reuses blocks", lambda: bool(jobs) and jobs[0].done(), reuse)
+        return Program(main, [step], complaints, [made.arena.bytes, made.bytes])
+
+    return build

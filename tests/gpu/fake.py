@@ -73,6 +73,7 @@ class FakeStream:
 
     def record(self, name: str) -> FakeEvent:
         with self.device.lock:
+            self.device.inject(f"{self.name}: record {name}")
             event = FakeEvent(self.device, name, self.device.watch.enqueue(self.device.agent, self.name))
             self.queue.append(event)
             self.device.settle()
@@ -154,7 +155,7 @@ class FakeDevice:
         self.refuse_after: int | None = None  # registrations before the driver has enough
         self.shifts: Callable[[int], int] = lambda address: 0
         self.node: int | None = None
-        self.fail_at: str | None = None  # the operation whose launch fails, once
+        self.fail_at: tuple[str, int] | None = None  # (name of an operation, how many there are until one fails)
         self.points = 0
         self.seen: list[bytes] = []  # what the host has read
         self._agent = threading.local()
@@ -228,9 +229,10 @@ class FakeDevice:
         return (event, who) not in self.drop
 
     def inject(self, label: str) -> None:
-        if self.fail_at is not None and self.fail_at in label:
-            self.fail_at = None
-            raise DeviceError(f"{label}: launch failed")
+        if self.fail_at is not None and self.fail_at[0] == label:
+            self.fail_at = (label, self.fail_at[1] - 1)
+            if self.fail_at[1] == 0:
+                raise DeviceError(f"{label}: launch failed")
 
     def point(self, label: str, ready: Callable[[], bool]) -> None:
         self.order.point(self, label, ready)
