@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ..config import format_nbytes
 from ..errors import ConfigError
@@ -54,6 +55,16 @@ def make(url: RemoteUrl) -> FileStore:
         url.flag("sync", False),
         url.integer("scan_s", 60, 1, 86_400),
     )
+
+
+T = TypeVar("T")
+
+
+def _answers(found: list[T | None], errors: Sequence[RemoteError]) -> list[T | None]:
+    """What was answered before a file, or a disk, failed. Raises if that is nothing."""
+    if errors and all(one is None for one in found):
+        raise errors[0]
+    return found
 
 
 class FileStore:
@@ -108,17 +119,17 @@ class FileStore:
     async def register(self, memory: memoryview) -> None:
         pass
 
-    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
-        there = [False] * len(keys)
+    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool | None]:
+        there: list[bool | None] = [None] * len(keys)
 
         def look(row: int) -> None:
             there[row] = self._folder.size(file_name(keys[row])) is not None
 
-        await self._each(self._lookers, len(keys), look, timeout_s, -(-len(keys) // _STATS_A_THREAD))
-        return there
+        errors = await self._each(self._lookers, len(keys), look, timeout_s, -(-len(keys) // _STATS_A_THREAD))
+        return _answers(there, errors)
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
-        got = [Got.MISS] * len(keys)
+        got: list[Got | None] = [None] * len(keys)
         end = len(keys)  # the first miss
 
         def read(row: int) -> None:
@@ -128,22 +139,26 @@ class FileStore:
                 if got[row] == Got.MISS:
                     end = min(end, row)
 
-        await self._each(self._readers, len(keys), read, timeout_s)
-        return got
+        _answers(got, await self._each(self._readers, len(keys), read, timeout_s))
+        rest = [Got.UNKNOWN if row < end else Got.MISS for row in range(len(keys))]
+        return [rest[row] if one is None else one for row, one in enumerate(got)]
 
-    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
-        taken = [False] * len(keys)
+    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
+        taken: list[bool | None] = [None] * len(keys)
 
         def write(row: int) -> None:
             taken[row] = self._write(file_name(keys[row]), values[row])
 
-        await self._each(self._writers, len(keys), write, timeout_s)
+        errors = await self._each(self._writers, len(keys), write, timeout_s)
         if self._space is not None and self._space.wants_scan:
             self._wake.set()
-        return taken
+        return _answers(taken, errors)
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
-        await self._each(self._writers, len(keys), lambda row: self._remove(file_name(keys[row])), timeout_s)
+        for error in await self._each(
+            self._writers, len(keys), lambda row: self._remove(file_name(keys[row])), timeout_s
+        ):
+            raise error
 
     async def _each(
         self,
@@ -152,8 +167,8 @@ class FileStore:
         call: Callable[[int], None],  # raises OSError
         timeout_s: float,
         at_most: int = 1 << 30,  # threads
-    ) -> None:
-        """`call` for each row, in order, several at a time. Returns or raises when none is under way any more."""
+    ) -> list[RemoteError]:
+        """`call` for each row, in order, several at a time, until one fails. Returns when none is under way any more."""
         deadline = time.monotonic() + timeout_s
         rows = deque(range(count))
 
@@ -172,9 +187,13 @@ class FileStore:
                     raise RemoteError(f"file://{self._root}: {error}") from error
 
         workers = (threads.run(work) for _ in range(min(self._num_threads, count, at_most)))
+        errors = []
         for outcome in await asyncio.gather(*workers, return_exceptions=True):
-            if outcome is not None:
+            if isinstance(outcome, RemoteError):
+                errors.append(outcome)
+            elif outcome is not None:
                 raise outcome
+        return errors
 
     def _write(self, name: str, value: Parts) -> bool:
         space, nbytes = self._space, len(value[0]) + len(value[1])
