@@ -102,7 +102,7 @@ class ObjectStore:
         self,
         url: str,
         store: Any,  # of obstore
-        concurrency: int,  # requests at a time, of reads and of writes
+        concurrency: int,  # requests at a time, of reads, of writes and of questions
         bulk_delete: bool,
     ) -> None:
         self._url = url
@@ -110,6 +110,7 @@ class ObjectStore:
         self._concurrency = concurrency
         self._bulk_delete = bulk_delete
         self._reads, self._writes = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
+        self._looks = asyncio.Semaphore(concurrency)  # who asks does not wait for who reads, nor the other way round
         self._copiers = Threads(_COPY_THREADS, "objects-copy")
 
     async def open(self) -> None:
@@ -152,7 +153,7 @@ class ObjectStore:
             except FileNotFoundError:
                 there[row] = False
 
-        await self._each(len(keys), look, self._reads, timeout_s)
+        await self._each(len(keys), look, self._looks, timeout_s)
         return there
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:

@@ -202,6 +202,24 @@ def test_requests_are_bounded(server: ObjectServer) -> None:
     bench.close()
 
 
+def test_who_asks_does_not_wait_for_who_reads(server: ObjectServer, bench: Bench) -> None:
+    few = Bench(makes(f"s3://me:hush@bucket?endpoint={server.url}&concurrency=1"), count=20, payload_nbytes=100)
+    keys, into = [key_of(i) for i in range(20)], few.into()
+    few.put(keys, few.values())
+    server.requests.clear()
+    server.delay_s = 0.02
+
+    async def both() -> None:
+        read = asyncio.ensure_future(few.store.get(keys, into, TIMEOUT_S))
+        await asyncio.sleep(0)
+        assert list(await few.store.exists(keys[:3], TIMEOUT_S)) == [True] * 3
+        assert server.requests.count("GET") < 15
+        assert list(await read) == [HIT] * 20
+
+    few.run(both())
+    few.close()
+
+
 def test_behind_a_miss_little_is_asked(server: ObjectServer, bench: Bench) -> None:
     few = Bench(makes(f"s3://me:hush@bucket?endpoint={server.url}&concurrency=2"), count=20, payload_nbytes=100)
     few.put([key_of(i) for i in range(1, 20)], few.values()[1:])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from kvkern.cache import Cache
-from kvkern.integrations.vllm import manager as manager_module
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
 from kvkern.integrations.vllm.spec import KvkernSpec
@@ -195,17 +194,6 @@ def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
     assert output is not None
     assert output.keys_to_store == []
     assert bench.cache.counters.declined_chunks == 1
-
-
-def test_how_fast_prompts_are_computed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By steps of many tokens; those after which the engine was idle do not count."""
-    bench, now = Bench(tmp_path), [100.0]
-    monkeypatch.setattr(manager_module.time, "monotonic", lambda: now[0])
-    for tokens, seconds in ((512, 0.5), (8, 0.1), (512, 0.5), (512, 60.0), (0, 1.0)):
-        bench.manager.note_step(tokens)
-        now[0] += seconds
-    assert bench.manager.prefill_tokens_s == pytest.approx(1024.0)
-    bench.arena.close()
 
 
 def test_no_counter_of_somebody_else_is_exported() -> None:

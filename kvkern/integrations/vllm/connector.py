@@ -82,8 +82,9 @@ class KvkernConnector(shim.OffloadingConnector):
         for job_id, job in metadata.store_jobs.items():
             assert isinstance(job.dst_spec, SlotSpec)
             self._tickets[job_id] = [job.dst_spec.ticket, self._world_size]
-        self._manager.note_step(scheduler_output.total_num_scheduled_tokens)
-        idle = scheduler_output.total_num_scheduled_tokens == 0
+        tokens = scheduler_output.total_num_scheduled_tokens
+        self._manager.prefill.began(tokens, shim.prompt_tokens(scheduler_output))
+        idle = tokens == 0
         return StepMetadata(metadata.load_jobs, metadata.store_jobs, metadata.jobs_to_flush, idle)
 
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
@@ -103,6 +104,12 @@ class KvkernConnector(shim.OffloadingConnector):
                         del self._tickets[job_id]
                         self._manager.finish(entry[0])
         super().update_connector_output(connector_output)
+
+    def get_kv_connector_stats(self) -> shim.KVConnectorStats | None:
+        """Asked of the scheduler once for every step whose results have come."""
+        if shim.scheduler_manager(self) is not None:
+            self._manager.prefill.ended()
+        return super().get_kv_connector_stats()
 
     # -- front end ---------------------------------------------------------------------------------------------------
 

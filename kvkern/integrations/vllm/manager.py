@@ -29,11 +29,11 @@ from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
 from .hints import hinted
 from .jobs import GroupChunks, SlotSpec
+from .prefill import PrefillSpeed
 from .stops import stop_of
 
 NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
-PREFILL_TOKENS = 256  # a step of so many measures how fast prompts are computed
 STORE_STEPS = 8  # how many steps a store may wait for slots before it takes what there is
 MAX_TENANTS = 65_536  # distinct cache salts since the start or the last reset; requests of more are not cached
 
@@ -87,8 +87,7 @@ class KvkernManager(shim.OffloadingManager):
         self._next_ticket = 0
         self._num_requests = 0
         self._step = 0
-        self._step_tokens, self._step_began_s = 0, 0.0
-        self.prefill_tokens_s = 0.0  # how fast the engine computes prompts; 0: not known yet
+        self.prefill = PrefillSpeed()
         self._reported = cache.counters.snapshot()
 
     def bind(
@@ -186,7 +185,7 @@ class KvkernManager(shim.OffloadingManager):
         group_id, group = next(iter(self._groups.items()))
         prompt = state.chains.get(group_id, [])[: request.num_prompt_tokens // group.chunk_tokens]
         age_s = time.monotonic() - state.came_s
-        self._cache.finish(use, Ended(prompt, request.num_prompt_tokens, age_s, self.prefill_tokens_s))
+        self._cache.finish(use, Ended(prompt, request.num_prompt_tokens, age_s, self.prefill.tokens_s))
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
         """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""
@@ -243,19 +242,6 @@ class KvkernManager(shim.OffloadingManager):
                 self._cache.release(owned)
             else:
                 self._cache.commit_soon(owned)
-
-    def note_step(self, tokens: int) -> None:
-        """The engine begins to compute so many tokens, and has ended what it began before."""
-        now = time.monotonic()
-        computed, seconds = self._step_tokens, now - self._step_began_s
-        self._step_tokens, self._step_began_s = tokens, now
-        if computed < PREFILL_TOKENS:
-            return
-        speed, known = computed / max(seconds, 1e-6), self.prefill_tokens_s
-        if not known:
-            self.prefill_tokens_s = speed
-        elif speed > known / 4:  # else the engine has been idle since
-            self.prefill_tokens_s += 0.1 * (speed - known)
 
     def load_failed(self, req_id: str) -> None:
         """A load of this request did not verify: compute it without another load.

@@ -36,7 +36,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorRole,
     KVConnectorTransferResults,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (  # noqa: E402
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (  # noqa: E402
     OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
@@ -85,6 +88,7 @@ __all__ = [
     "KVConnectorOutput",
     "KVConnectorPromMetrics",
     "KVConnectorRole",
+    "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVTransferConfig",
     "LoadStoreSpec",
@@ -115,6 +119,7 @@ __all__ = [
     "logger",
     "make_offload_key",
     "none_hash",
+    "prompt_tokens",
     "restart_stores",
     "scheduler_manager",
     "windowed_groups",
@@ -143,6 +148,12 @@ def windowed_groups(kv_cache_config: KVCacheConfig) -> list[int]:
     """Ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
     groups = enumerate(kv_cache_config.kv_cache_groups)
     return [i for i, group in groups if not isinstance(group.kv_cache_spec, FullAttentionSpec)]
+
+
+def prompt_tokens(step: SchedulerOutput) -> int:
+    """How many tokens of a step are of prompts: a reply goes on by one token, beside those that are guessed."""
+    guessed = step.scheduled_spec_decode_tokens
+    return sum(n for req_id, n in step.num_scheduled_tokens.items() if n > 1 + len(guessed.get(req_id, ())))
 
 
 def restart_stores(connector: OffloadingConnector, req_id: str) -> None:
