@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import Request, urlopen
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ from kvkern.kernels.paged_copy_numba import checksum_planes
 from kvkern.remote.value import slot_parts
 
 GIVE_UP_S = 60.0
+CONCURRENCY = 64  # requests at a time to an object store, ours and raw
 VALUES_NBYTES = 4 << 30  # that a server may hold: all of a run
 
 
@@ -33,6 +36,8 @@ class MissingError(RuntimeError):
 
 class Raw(Protocol):
     """A client used plainly, the way its users would. Names are any strings."""
+
+    verifies: bool  # whether `read` sums what it has read
 
     def variants(self) -> Sequence[str]:
         """Ways to do it; the best one counts."""
@@ -106,6 +111,12 @@ def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
                     yield f"mooncake://127.0.0.1:{port}?segment=0", raw
                 finally:
                     raw.close()
+        elif kind == "s3":
+            port = free_port()
+            with server("moto_server", "moto[s3], flask and flask-cors", ["-H", "127.0.0.1", "-p", str(port)], port):
+                url = f"http://127.0.0.1:{port}"
+                with urlopen(Request(f"{url}/bucket", b"", {"Content-Type": "text/plain"}, method="PUT")):
+                    yield f"s3://me:hush@bucket?endpoint={url}&concurrency={CONCURRENCY}", RawObjects(arena, url)
         else:
             raise ValueError(kind)
 
@@ -144,6 +155,8 @@ def segment(port: int) -> Iterator[None]:
 class RawFiles:
     """One file a value: write, and readinto followed by the verification that a reader of a disk needs."""
 
+    verifies = True
+
     def __init__(self, arena: Arena, folder: Path, cold: bool) -> None:
         self._arena, self._folder, self._cold = arena, folder, cold
 
@@ -173,10 +186,7 @@ class RawFiles:
             with (self._folder / name).open("rb", buffering=0) as file:
                 for part in slot_parts(self._arena, slot):
                     file.readinto(part)
-        at = np.array(slots, dtype=np.int64)
-        sizes = np.full((len(at), 1), self._arena.spec.geometry.part_nbytes, dtype=np.uint32)
-        if len(np.unique(checksum_planes(self._arena.parts(0), at, sizes))) != 1:  # all have the same payload
-            raise RuntimeError("what was read does not verify")
+        verify(self._arena, slots)
 
     def forget(self, names: Sequence[str]) -> None:
         for name in names:
@@ -185,6 +195,8 @@ class RawFiles:
 
 class RawRedis:
     """redis-py with hiredis: pipelines of some depth, on one connection or two."""
+
+    verifies = False
 
     def __init__(self, arena: Arena, port: int) -> None:
         try:
@@ -242,6 +254,8 @@ class RawRedis:
 class RawMooncake:
     """The library's own batch calls on registered memory. Contributes the segment that everybody's values lie in."""
 
+    verifies = False
+
     def __init__(self, arena: Arena, port: int) -> None:
         try:
             from mooncake.store import MooncakeDistributedStore
@@ -287,6 +301,79 @@ class RawMooncake:
             done = call(list(names[part]), starts, [size] * len(starts))
             if any(code != expected for code in done):
                 raise RuntimeError(f"mooncake has answered {done}")
+
+
+class RawObjects:
+    """obstore alone: so many requests at a time. What it reads stays in memory of its own."""
+
+    verifies = False
+
+    def __init__(self, arena: Arena, url: str) -> None:
+        try:
+            from obstore.store import S3Store
+        except ImportError as error:
+            raise MissingError(f"{error}; pip install obstore") from error
+        credentials = {"access_key_id": "me", "secret_access_key": "hush"}
+        self._arena = arena
+        self._store: Any = S3Store(
+            "bucket", endpoint=url, region="us-east-1", unsigned_payload=True, client_options={"allow_http": True},
+            **credentials,
+        )  # fmt: skip
+        self._runner = asyncio.Runner()
+
+    def variants(self) -> Sequence[str]:
+        return (str(CONCURRENCY),)
+
+    def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        import obstore
+
+        async def one(row: int) -> None:
+            await obstore.put_async(
+                self._store, names[row], list(slot_parts(self._arena, slots[row])), use_multipart=False
+            )
+
+        self._run(len(names), int(variant), one)
+
+    def rest(self) -> None:
+        pass
+
+    def settle(self, names: Sequence[str]) -> None:
+        pass
+
+    def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
+        import obstore
+
+        async def one(row: int) -> None:
+            body = await (await obstore.get_async(self._store, names[row])).bytes_async()
+            if len(body) != self._arena.spec.geometry.slot_nbytes:
+                raise RuntimeError(f"an object has {len(body)} bytes")
+
+        self._run(len(names), int(variant), one)
+
+    def forget(self, names: Sequence[str]) -> None:
+        import obstore
+
+        obstore.delete(self._store, list(names))
+
+    def _run(self, count: int, at_a_time: int, call: Callable[[int], Awaitable[None]]) -> None:
+        async def all_of_them() -> None:
+            limit = asyncio.Semaphore(at_a_time)
+
+            async def one(row: int) -> None:
+                async with limit:
+                    await call(row)
+
+            await asyncio.gather(*map(one, range(count)))
+
+        self._runner.run(all_of_them())
+
+
+def verify(arena: Arena, slots: Sequence[int]) -> None:
+    """Sum every byte of these slots, as the tier does: on one thread. All have the same payload."""
+    at = np.array(slots, dtype=np.int64)
+    sizes = np.full((len(at), 1), arena.spec.geometry.part_nbytes, dtype=np.uint32)
+    if len(np.unique(checksum_planes(arena.parts(0), at, sizes))) != 1:
+        raise RuntimeError("what was read does not verify")
 
 
 def fill(arena: Arena, slots: Sequence[int], noise: npt.NDArray[np.uint8]) -> None:

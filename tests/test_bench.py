@@ -169,7 +169,13 @@ def _same_size(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "program", "module"),
-    [("file", "", ""), ("file_cached", "", ""), ("redis", "redis-server", "hiredis"), ("mooncake", "", "mooncake")],
+    [
+        ("file", "", ""),
+        ("file_cached", "", ""),
+        ("redis", "redis-server", "hiredis"),
+        ("mooncake", "", "mooncake"),
+        ("s3", "", "flask_cors"),
+    ],
 )
 def test_remote(tmp_path: Path, kind: str, program: str, module: str) -> None:
     need(kind, program, module)
@@ -177,6 +183,8 @@ def test_remote(tmp_path: Path, kind: str, program: str, module: str) -> None:
     assert [(row["remote"], row["op"]) for row in result["rows"]] == [(kind, "get"), (kind, "put")]
     for row in result["rows"]:
         assert row["ratio_raw"] == pytest.approx(row["gb_s"] / row["raw_gb_s"])
+        if row["op"] == "get":  # of files the raw loop verifies too
+            assert (row["ratio_raw_verified"] > row["ratio_raw"]) == ("file" not in kind)
         assert row["gb_s"] > 0
         assert row["cpu_s_per_gb"] > 0
         assert row["chunk_nbytes"] >= 64 << 10
