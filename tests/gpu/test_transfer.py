@@ -1,0 +1,421 @@
+"""The GPU's copier as a whole, with its threads, over a real arena: bytes, verdicts and refusals as the CPU's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from kvkern.arena import Arena
+from kvkern.cache import Cache
+from kvkern.errors import ArenaError, LayoutError
+from kvkern.gpu.device import DeviceError
+from kvkern.gpu.planner import Choice, Method
+from kvkern.gpu.rings import Depths
+from kvkern.gpu.transfer import GpuTransfer
+from kvkern.kernels import layout as L
+from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.policy.lru import LRU
+from kvkern.slots import SlotState
+from kvkern.tiers.base import Reservation
+from kvkern.tiers.dram import DramTier
+from kvkern.transfer import ChunkBatch, Transfer
+from tests.gpu.cases import choosing
+from tests.gpu.fake import FakeDevice
+from tests.gpu.orders import Random
+from tests.gpu.race import Watch
+from tests.kernels.paged_cases import CASES
+from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, storage_bytes
+
+PER_CHUNK = 3
+each_method = pytest.mark.parametrize("method", list(Method))
+
+
+@dataclass
+class Rig:
+    """An arena and its manager, paged tensors, a fake device and the transfer under test."""
+
+    arena: Arena
+    cache: Cache
+    paged: list[PagedTensors]
+    device: FakeDevice
+    transfer: GpuTransfer
+
+    def batch(self, ids: npt.ArrayLike, keys: Any, slots: Any, generations: Any = (), group: int = 0) -> ChunkBatch:
+        return ChunkBatch(
+            group=group,
+            block_ids=np.ascontiguousarray(ids, dtype=np.int32).reshape(-1, self.transfer.blocks_per_chunk),
+            slots=np.array(slots, dtype=np.int64),
+            generations=np.array(generations, dtype=np.uint64),
+            keys=np.frombuffer(b"".join(keys), dtype="V32"),
+            namespace=NAMESPACE,
+        )
+
+    def seen_done(self) -> None:
+        """This thread has seen its jobs done, and what it submits from now on comes after them."""
+        lanes = [f"kvkern-{lane}_0" for lane in ("store", "load")]
+        with self.device.lock:
+            for one, other in (*((lane, "engine") for lane in lanes), *(("engine", lane) for lane in lanes)):
+                self.device.watch.join(other, self.device.watch.now(one))
+
+    def reserve(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[Reservation, ChunkBatch]:
+        keys = chain_keys(name, len(ids))
+        reserved = self.cache.reserve(keys, keys, SHAPE)
+        return reserved, self.batch(ids, reserved.keys, reserved.slots, reserved.generations)
+
+    def put(self, name: object, ids: npt.NDArray[np.int64]) -> None:
+        reserved, batch = self.reserve(name, ids)
+        job = self.transfer.store([batch]).wait(60)
+        self.seen_done()
+        assert job.error is None
+        assert job.ok.all()
+        assert self.cache.commit(reserved) == len(ids)
+
+    def leased(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[Any, ChunkBatch]:
+        lease = self.cache.acquire(chain_keys(name, len(ids)))
+        return lease, self.batch(ids, lease.keys, lease.slots)
+
+    def read(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[list[bool], int]:
+        """(ok of each chunk, chunks dropped as BAD at the release)."""
+        lease, batch = self.leased(name, ids)
+        job = self.transfer.load([batch]).wait(60)
+        assert job.error is None
+        return job.ok.tolist(), self.cache.release(lease)
+
+
+@contextmanager
+def rig(
+    folder: Path,
+    groups: list[PagedTensors],
+    choose: Callable[..., Choice],
+    depths: Depths | None = None,
+    slots: int = 8,
+    per_chunk: int = PER_CHUNK,
+    seed: int = 0,
+) -> Iterator[Rig]:
+    part = max(group.layout.part_nbytes(per_chunk) for group in groups)
+    planes = max(len(group.layout.planes) for group in groups)
+    arena = make_arena(folder, slots=slots, part_nbytes=part, planes=planes)
+    device = FakeDevice(Random(seed), watch=Watch(enabled=True))
+    depths = depths or Depths(staging_nbytes=2 * part)
+    transfer = GpuTransfer(groups, arena, 0, per_chunk, device, choose, depths)
+    made = Rig(arena, Cache(DramTier(arena, LRU())), groups, device, transfer)
+    yield made
+    transfer.close()
+    assert device.registered == {}
+    assert device.faults == []
+    assert device.idle()
+    arena.close()
+
+
+def flash(blocks: int = 32, layers: int = 2, seed: int = 0) -> PagedTensors:
+    """Planes of 256 bytes a block."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, blocks, 4, 2, 16)
+    tensors = [
+        torch.randint(-128, 128, (*shape[:-1], 32), dtype=torch.int8, generator=generator).view(torch.bfloat16)
+        for _ in range(layers)
+    ]
+    return PagedTensors.bind(L.flash_attention(tensors), tensors)
+
+
+def picked(paged: PagedTensors, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
+    rows = torch.from_numpy(np.ravel(ids).astype(np.int64))
+    return [t[:, rows].contiguous().view(torch.uint8).numpy() for t in paged.tensors]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@each_method
+def test_bit_for_bit_what_the_cpu_moves(tmp_path: Path, name: str, method: Method) -> None:
+    """Two chunks out, blocks overwritten, both back: arena and tensors equal the CPU's at each step, guards included."""
+    for other in ("gpu", "cpu"):
+        (tmp_path / other).mkdir()
+    ids = np.array([[5, 0, 1], [2, 3, 6]])
+    seen: dict[str, list[Any]] = {"gpu": [], "cpu": []}
+    for who in seen:
+        paged = CASES[name]()
+        with rig(tmp_path / who, [paged], choosing(method)) as bench:
+            if who == "cpu":
+                bench.transfer = Transfer([paged], bench.arena, 0, PER_CHUNK, threads=1)  # type: ignore[assignment]
+            bench.put("a", ids)
+            seen[who].append(bench.arena.parts(0).copy())
+            for field in ("checksum", "plane_nbytes", "written", "generation"):
+                seen[who].append(bench.arena.headers[field].copy())
+            target = CASES[name]()
+            for ours, fresh in zip(paged.tensors, target.tensors, strict=True):
+                ours.copy_(fresh.flip(0))
+            assert bench.read("a", ids[::-1].copy()) == ([True, True], 0)
+            seen[who] += storage_bytes(paged.tensors)
+            bench.transfer.close()
+    for a, b in zip(seen["gpu"], seen["cpu"], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@each_method
+@pytest.mark.parametrize("seed", range(3))
+def test_jobs_larger_than_the_ring(tmp_path: Path, method: Method, seed: int) -> None:
+    """Ten pieces through two buffers, stores and loads at once, in an order by chance; no race by the clocks either."""
+    paged = flash(blocks=64)
+    ids = np.random.default_rng(seed).permutation(60).reshape(20, 3)
+    with rig(tmp_path, [paged], choosing(method), slots=48, seed=seed) as bench:
+        want = picked(paged, ids)
+        bench.put("a", ids)
+        lease, read = bench.leased("a", ids)
+        reserved, write = bench.reserve("b", np.full((20, 3), 63) - np.arange(3))
+        jobs = [bench.transfer.load([read]), bench.transfer.store([write])]
+        for job in jobs:
+            assert job.wait(60).error is None
+            assert job.ok.all()
+            assert len(job.futures) == 10
+        assert (bench.cache.release(lease), bench.cache.commit(reserved)) == (0, 20)
+        for a, b in zip(want, picked(paged, ids), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert bench.device.watch.races == set()
+
+
+def test_two_jobs_of_one_direction_at_once(tmp_path: Path) -> None:
+    paged = flash()
+    first, second = np.arange(12).reshape(4, 3), np.arange(12, 24).reshape(4, 3)
+    with rig(tmp_path, [paged], choosing(*Method), slots=16) as bench:
+        reserved = [bench.reserve(name, ids) for name, ids in (("a", first), ("b", second))]
+        jobs = [bench.transfer.store([batch]) for _, batch in reserved]
+        assert all(job.wait(60).ok.all() for job in jobs)
+        assert [bench.cache.commit(r) for r, _ in reserved] == [4, 4]
+        want = picked(paged, np.arange(24))
+        for t in paged.tensors:
+            t.zero_()
+        leases = [bench.leased(name, ids) for name, ids in (("a", first), ("b", second))]
+        jobs = [bench.transfer.load([batch]) for _, batch in leases]
+        assert all(job.wait(60).ok.all() for job in jobs)
+        for a, b in zip(want, picked(paged, np.arange(24)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_groups_and_batches_keep_their_order_in_ok(tmp_path: Path) -> None:
+    groups = [flash(), flash(layers=1, seed=1)]
+    with rig(tmp_path, groups, choosing(*Method)) as bench:
+        reserved, batch = bench.reserve("a", np.arange(12).reshape(4, 3))
+        halves = [
+            replace(
+                batch, group=g, block_ids=batch.block_ids[rows], slots=batch.slots[rows],
+                generations=batch.generations[rows], keys=batch.keys[rows],
+            )
+            for g, rows in ((0, slice(0, 2)), (1, slice(2, 4)))
+        ]  # fmt: skip
+        assert bench.transfer.store(halves).wait(60).ok.all()
+        assert bench.cache.commit(reserved) == 4
+        bench.arena.parts(0)[batch.slots[2], 1] ^= 4
+        job = bench.transfer.load(halves).wait(60)
+        assert job.ok.tolist() == [True, True, False, True]
+        assert job.nbytes == sum(2 * group.layout.part_nbytes(3) for group in groups)
+
+
+@each_method
+def test_a_slot_that_does_not_verify_is_bad(tmp_path: Path, method: Method) -> None:
+    ids = np.arange(9).reshape(3, 3)
+    with rig(tmp_path, [flash()], choosing(method)) as bench:
+        bench.put("a", ids)
+        lease, _ = bench.leased("a", ids)
+        bench.arena.parts(0)[lease.slots[1], 700] ^= 0x80
+        bench.cache.release(lease)
+        assert bench.read("a", ids) == ([True, False, True], 1)
+        assert bench.cache.lookup(chain_keys("a", 3)) == 1
+
+
+@each_method
+@pytest.mark.parametrize("wrong", ["generation", "key", "codec", "written"])
+def test_a_foreign_slot_reaches_no_block(tmp_path: Path, method: Method, wrong: str) -> None:
+    ids = np.arange(6).reshape(2, 3)
+    with rig(tmp_path, [flash()], choosing(method)) as bench:
+        bench.put("a", ids)
+        lease, batch = bench.leased("a", ids)
+        if wrong == "key":
+            batch = replace(batch, keys=np.frombuffer(b"".join(chain_keys("b", 2)), dtype="V32"))
+        else:
+            bench.arena.headers[wrong][list(lease.slots)] += 1
+        before = storage_bytes(bench.paged[0].tensors)
+        for t in (job := bench.transfer.load([batch]).wait(60)).ok:
+            assert not t
+        assert job.error is None
+        for was, now in zip(before, storage_bytes(bench.paged[0].tensors), strict=True):
+            np.testing.assert_array_equal(was, now)
+        assert (bench.arena.headers["state"][list(lease.slots)] == SlotState.BAD).all()
+        assert bench.cache.release(lease) == 2
+
+
+@each_method
+def test_a_lost_reservation_is_left_alone(tmp_path: Path, method: Method) -> None:
+    with rig(tmp_path, [flash()], choosing(method)) as bench:
+        _, batch = bench.reserve("a", np.arange(9).reshape(3, 3))
+        bench.arena.headers["generation"][batch.slots[1]] += 1
+        bench.arena.parts(0)[:] = 0x77
+        header = bench.arena.headers[batch.slots[1] : batch.slots[1] + 1].copy()
+        job = bench.transfer.store([batch]).wait(60)
+        assert (job.error, job.ok.tolist()) == (None, [True, False, True])
+        assert (bench.arena.parts(0)[batch.slots[1]] == 0x77).all()
+        for name in ("generation", "written", "checksum"):
+            assert (bench.arena.headers[name][batch.slots[1]] == header[name][0]).all()
+        assert job.released()
+
+
+@each_method
+def test_partial_loads_verify_all_and_write_what_is_asked(tmp_path: Path, method: Method) -> None:
+    """Of chunks with absent blocks also where the rest goes by DMA."""
+    paged, ids = flash(), np.arange(6).reshape(2, 3)
+    with rig(tmp_path, [paged], choosing(method)) as bench:
+        bench.put("a", ids)
+        want, before = picked(paged, ids), picked(paged, np.array([13]))
+        assert bench.read("a", np.array([[10, 11, 12], [-1, 14, 15]])) == ([True, True], 0)
+        got = picked(paged, np.array([10, 11, 12, 14, 15]))
+        for a, b in zip(want, got, strict=True):
+            np.testing.assert_array_equal(a[:, [0, 1, 2, 4, 5]], b)
+        for a, b in zip(before, picked(paged, np.array([13])), strict=True):
+            np.testing.assert_array_equal(a, b)
+        lease, _ = bench.leased("a", ids)
+        bench.arena.parts(0)[lease.slots[1], 0] ^= 1  # of the block that is not asked for
+        bench.cache.release(lease)
+        assert bench.read("a", np.array([[10, 11, 12], [-1, 14, 15]])) == ([True, False], 1)
+
+
+@each_method
+@pytest.mark.parametrize("at", ["store.kernels: copy h2d", "store.kernels: record uploaded"])
+def test_a_failure_costs_its_job_only(tmp_path: Path, method: Method, at: str) -> None:
+    ids = np.arange(24).reshape(8, 3)
+    with rig(tmp_path, [flash()], choosing(method), slots=12) as bench:
+        reserved, batch = bench.reserve("a", ids)
+        bench.device.fail_at = (at, 2)
+        job = bench.transfer.store([batch]).wait(60)
+        assert isinstance(job.error, DeviceError)
+        assert job.ok.tolist() == [True, True, False, False, True, True, True, True]
+        assert job.done()
+        assert job.released()
+        assert job.seconds > 0
+        bench.cache.abort(reserved)
+        bench.put("b", ids)
+        assert bench.read("b", ids) == ([True] * 8, 0)
+
+
+def test_a_failed_load_marks_its_slots(tmp_path: Path) -> None:
+    ids = np.arange(12).reshape(4, 3)
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        bench.put("a", ids)
+        lease, batch = bench.leased("a", ids)
+        bench.device.fail_at = ("load.kernels: scatter", 2)
+        job = bench.transfer.load([batch]).wait(60)
+        assert isinstance(job.error, DeviceError)
+        assert job.ok.tolist() == [True, True, False, False]
+        assert bench.cache.release(lease) == 2
+
+
+@pytest.mark.parametrize("bad", [32, -2])
+def test_a_block_out_of_range_reaches_no_kernel(tmp_path: Path, bad: int) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        _, batch = bench.reserve("a", np.array([[0, 1, bad]]))
+        job = bench.transfer.store([batch]).wait(60)
+        assert isinstance(job.error, LayoutError)
+        assert str(bad) in str(job.error)
+        assert not job.ok.any()
+
+
+def test_close_ends_what_is_under_way(tmp_path: Path) -> None:
+    ids = np.arange(24).reshape(8, 3)
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        _, batch = bench.reserve("a", ids)
+        job = bench.transfer.store([batch])
+        bench.transfer.close()
+        assert job.done()
+        assert job.ok.all()
+
+
+def test_a_job_of_nothing(tmp_path: Path) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        for submit in (bench.transfer.store, bench.transfer.load):
+            for batches in ([], [bench.batch(np.zeros((0, 3)), (), ())]):
+                job = submit(batches).wait(60)
+                assert (job.done(), job.released(), job.nbytes, len(job.ok), job.error, job.seconds) == (
+                    True, True, 0, 0, None, 0,
+                )  # fmt: skip
+        job = bench.transfer.reject(np.array([1, 2]))
+        assert (job.done(), job.ok.tolist()) == (True, [False, False])
+        bench.transfer.self_test()
+        assert bench.transfer.num_blocks == 32
+
+
+def test_blocks_are_free_before_the_bytes_have_crossed(tmp_path: Path) -> None:
+    """`released` after the gathers, `done` not before the copies."""
+
+    class CopiesHang(Random):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.go = threading.Event()
+
+        def point(self, device: FakeDevice, label: str, ready: Callable[[], bool]) -> None:
+            copies = device.streams.get("store.copies")
+            while not ready():
+                with device.lock:
+                    able = [s for s in device.enabled() if s is not copies or self.go.is_set()]
+                    if able:
+                        device.run(able[0])
+
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        bench.device.order = order = CopiesHang()
+        _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
+        job = bench.transfer.store([batch])
+        for _ in range(10_000):
+            if job.released():
+                break
+            threading.Event().wait(1e-3)
+        assert job.released()
+        assert not job.done()
+        job.help()  # nothing to help with
+        order.go.set()
+        assert job.wait(60).ok.all()
+
+
+def test_without_one_alias_kernels_keep_off_the_slots(tmp_path: Path) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.ZERO_COPY)) as bench:
+        bench.transfer._mapped = None  # as after a registration in pieces that the device sees at different shifts
+        plan = bench.transfer._plan(*_asked(bench))
+        assert [choice.method for choice, _ in plan] == [Method.STAGED]
+
+
+def test_dma_needs_whole_chunks_without_padding(tmp_path: Path) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.BATCH_DMA)) as bench:
+        direction, batch = _asked(bench)
+        holes = replace(batch, block_ids=np.where(batch.block_ids == 4, -1, batch.block_ids).astype(np.int32))
+        plan = bench.transfer._plan(direction, holes)
+        assert [(c.method, rows.tolist()) for c, rows in plan] == [(Method.BATCH_DMA, [0]), (Method.STAGED, [1])]
+    (tmp_path / "odd").mkdir()
+    with rig(tmp_path / "odd", [CASES["pages, odd rows"]()], choosing(Method.BATCH_DMA)) as bench:
+        assert [choice.method for choice, _ in bench.transfer._plan(*_asked(bench))] == [Method.STAGED]
+
+
+def _asked(bench: Rig) -> Any:
+    from kvkern.gpu.table import Direction
+
+    return Direction.D2H, bench.batch(np.arange(6).reshape(2, 3), chain_keys("a", 2), (0, 1))
+
+
+def test_a_chunk_too_large_for_a_launch_is_refused(tmp_path: Path) -> None:
+    pages = [torch.empty((1, 65 << 20), dtype=torch.uint8)]
+    paged = PagedTensors.bind(L.from_pages(pages, 16), pages)
+    arena = make_arena(tmp_path, slots=1, part_nbytes=65 << 20)
+    with pytest.raises(LayoutError, match="use fewer blocks per chunk"):
+        GpuTransfer([paged], arena, 0, 1, FakeDevice(Random(0)), choosing(Method.STAGED))
+    arena.close()
+
+
+def test_a_driver_that_refuses_memory_is_an_error_at_start(tmp_path: Path) -> None:
+    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+    device.refuse_after = 0
+    with pytest.raises(ArenaError, match="memlock"):
+        GpuTransfer([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), Depths(staging_nbytes=1 << 16))
+    arena.close()
