@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arena import Arena
-from .assemble import back_with_remote, build_cache, build_transfer, open_arena
+from .assemble import back_with_remote, build_cache, build_transfer, open_arena, put_hbm_above
 from .cache import Cache, ChunkCache
 from .config import Config
 from .errors import ConfigError, KvkernError, LayoutError
@@ -229,6 +229,14 @@ def _embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
     return cache, close
 
 
+def _in_turn(*calls: Callable[[], None]) -> Callable[[], None]:
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return all_of_them
+
+
 def open_cache(
     layout: PagedLayout,  # from kvkern.layout: flash_attention, split_kv, fused_kv, token_pool, mla, from_pages
     tensors: Sequence[torch.Tensor],  # the tensors the layout was made from, in the same order
@@ -272,9 +280,15 @@ def open_cache(
     else:
         arena = open_arena(config, geometry, name, expected=1)
         cache, close = _embedded(arena, config)
+    transfer: Copier | None = None
     try:
         transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
+        if isinstance(cache, Cache) and config.hbm_nbytes:
+            cache, transfer = put_hbm_above(config, cache, arena, transfer, paged, blocks_per_chunk)
+            close = _in_turn(cache.close, close)
     except BaseException:
+        if transfer is not None:
+            transfer.close()
         close()
         raise
     if prefill_tokens_s is not None:

@@ -20,6 +20,7 @@ from .slots import SlotGeometry
 from .tiers.dram import DramTier
 
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
+    from .hbm import HbmCache
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
     from .remote.tier import RemoteTier
@@ -98,6 +99,26 @@ def check_remote(config: RemoteConfig) -> None:
         asyncio.run(probe())
     except (RemoteError, TimeoutError) as error:
         logger.warning("kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, error)
+
+
+def put_hbm_above(
+    config: Config, dram: Cache, arena: Arena, copier: Copier, group: PagedTensors, blocks_per_chunk: int
+) -> tuple[HbmCache, Copier]:
+    """(a cache over HBM and `dram`, to be closed before that; a copier for both, which closes `copier` with it).
+
+    Raises ConfigError if no chunk fits, UnsupportedError for tensors on a device.
+    """
+    from .gpu.hbm import StackedCopier, host_rows
+    from .hbm import HbmCache, HbmManager
+    from .tiers.hbm import HbmSlots, HbmTier, HostRows, count_slots
+    from .transfer import Transfer
+
+    geometry = arena.spec.geometry
+    count = count_slots(geometry, config.hbm_nbytes)
+    slots = HbmSlots(geometry, host_rows(count, geometry.part_stride, group.tensors[0].device), count)
+    cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, HostRows(slots, arena))
+    above = Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)
+    return cache, StackedCopier(copier, above, cache.first_slot)
 
 
 def build_transfer(

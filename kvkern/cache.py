@@ -296,6 +296,14 @@ class Cache:
             return count
         return 0
 
+    # -- for a tier above ------------------------------------------------------------------------------------------------
+
+    def known(self, keys: Sequence[bytes], writing: bool = False) -> set[bytes]:
+        """Those of these that are READY, or with `writing` on their way to it. Pins and counts nothing."""
+        with self._lock, self.faults.are_misses():
+            return self._dram.known(keys, writing)
+        return set()
+
     # -- for the remote tier ---------------------------------------------------------------------------------------------
 
     def lease(self, keys: Sequence[bytes], prefix: bool = True, hit: bool = False) -> Lease:

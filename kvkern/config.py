@@ -21,7 +21,8 @@ MAX_THREADS = 64
 DEFAULT_POLICY = "grit"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
-_SIZES = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes"}  # as users call them, and the fields
+# as users call them, and the fields
+_SIZES = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes", "hbm": "hbm_nbytes"}
 _KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # of fields: what a user may give, and its maker
     "int": ((int,), int), "bool": ((bool,), bool), "str": ((str,), str), "float": ((int, float), float),
     "Path": ((str, Path), Path),
@@ -106,6 +107,7 @@ class Config:
     remote_queue_nbytes: int = 256 << 20  # of chunks that wait to be written there
     remote_timeout: float = 10.0  # seconds that a call to it may take
     connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
+    hbm_nbytes: int = 0  # of a tier above DRAM, on the tensors' device: parts of slots; 0: none
 
     def __post_init__(self) -> None:
         if not 0 <= self.connect_s <= _MAX_CONNECT_S:
@@ -143,6 +145,11 @@ class Config:
         if options.get("socket"):
             if "capacity" in options:
                 raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
+            if "hbm" in options:
+                raise ConfigError(
+                    f"hbm and socket in {where}: what lies in one engine's HBM only, the node's other engines would not "
+                    f"find; leave one out"
+                )
             for name in ("policy", "remote", *_OF_REMOTE):
                 if name in options:
                     raise ConfigError(

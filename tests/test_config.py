@@ -56,11 +56,11 @@ def test_every_option(tmp_path: Path) -> None:
     options = {
         "capacity": "1GiB", "arena_dir": str(tmp_path), "threads": 3, "prefault": False, "store_replies": False,
         "weights": "abc", "salt": "tenant", "policy": "arc", "remote": "file:///x", "persist": "all", "remote_queue": "1MiB",
-        "remote_timeout": 2,
+        "remote_timeout": 2, "hbm": "2GiB",
     }  # fmt: skip
     expected = Config(
         1 << 30, tmp_path, 3, False, False, "abc", "tenant", policy="arc", remote="file:///x", persist="all",
-        remote_queue_nbytes=1 << 20, remote_timeout=2.0,
+        remote_queue_nbytes=1 << 20, remote_timeout=2.0, hbm_nbytes=2 << 30,
     )  # fmt: skip
     assert Config.parse(options) == expected
     assert expected.remote_config == RemoteConfig("file:///x", "all", 1 << 20, 2.0)

@@ -73,6 +73,10 @@ class DramTier:
         """Length of the longest READY prefix of `keys`. No side effect."""
         return prefix_length(keys, self._index)
 
+    def known(self, keys: Keys, writing: bool = False) -> set[bytes]:
+        """Those of these that are READY, or with `writing` on their way to it. No side effect."""
+        return {key for key in keys if key in self._index or (writing and key in self._writing)}
+
     def acquire(self, keys: Keys, prefix: bool = True, use: Use = _UNKNOWN) -> Lease:
         """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows).
 

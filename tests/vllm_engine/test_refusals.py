@@ -49,6 +49,7 @@ def test_unsupported_settings(llama: str, changes: dict[str, Any], error: type[K
         ({"kvkern": {"capacity": "0"}}, ["0", "1.."]),
         ({"kvkern": {"capacity": "900TiB"}}, ["900TiB", "64 TiB"]),
         ({"kvkern": {"capacity": "1GiB", "threads": 1000}}, ["1000", "64"]),
+        ({"kvkern": {"capacity": "1GiB", "hbm": "1GiB"}}, ["hbm", "vLLM's own prefix cache"]),
     ],
 )
 def test_bad_options(extra: dict[str, Any], words: list[str]) -> None:

@@ -45,6 +45,11 @@ def parse_options(extra_config: Any) -> Config:
             f'{{"kvkern": {{"capacity": "8GiB"}}}} or {{"kvkern": {{"socket": "/run/kvkern.sock"}}}}'
         )
     config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
+    if config.hbm_nbytes:
+        raise ConfigError(
+            "hbm is set, but vLLM's own prefix cache is the tier above DRAM: leave hbm out, and give vLLM the memory "
+            "(--gpu-memory-utilization)"
+        )
     prompt_only = extra_config.get("offload_prompt_only")
     if prompt_only is not None and "store_replies" in options and bool(prompt_only) == config.store_replies:
         raise ConfigError(
