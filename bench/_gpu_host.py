@@ -1,0 +1,95 @@
+"""A device that is this host: every operation runs at once, in the order of the calls. For dry runs of the GPU benches."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvkern.gpu.dma import Runs
+from kvkern.gpu.table import Direction
+from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+
+
+class HostEvent:
+    """Always past."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostStream:
+    """See kvkern.gpu.device.Stream."""
+
+    def record(self, name: str) -> HostEvent:
+        return HostEvent()
+
+    def wait(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def copy(self, runs: Runs, direction: Direction) -> None:
+        for dst, src, nbytes in zip(runs.dst, runs.src, runs.nbytes, strict=True):
+            ctypes.memmove(int(dst), int(src), int(nbytes))
+
+    def gather(
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        gather_chunks(paged, block_ids.numpy(), rows.numpy(), row_ids.numpy(), sums.numpy())
+
+    def scatter(
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        scatter_chunks(paged, block_ids.numpy(), rows.numpy(), row_ids.numpy(), sums.numpy())
+
+    def checksum(self, paged: PagedTensors, block_ids: torch.Tensor, sums: torch.Tensor, max_ctas: int) -> None:
+        checksum_chunks(paged, block_ids.numpy(), sums.numpy())
+
+
+class HostDevice:
+    """See kvkern.gpu.device.Device."""
+
+    backend: Backend = "numba"
+
+    def attach(self) -> None:
+        pass
+
+    def stream(self, name: str) -> HostStream:
+        return HostStream()
+
+    def computed(self) -> HostEvent:
+        return HostEvent()
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        return torch.from_numpy(self.host(nbytes))
+
+    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        raw = np.zeros(nbytes + 256, dtype=np.uint8)
+        return raw[-raw.ctypes.data % 256 :][:nbytes]
+
+    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+        out[:] = values
+
+    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return values.copy()
+
+    def register(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unregister(self, address: int) -> None:
+        pass
+
+    def alias(self, address: int) -> int:
+        return address
+
+    def numa_node(self) -> int | None:
+        return None

@@ -1,0 +1,206 @@
+"""Whole transfers between blocks and a real arena: staged, zero-copy and batch DMA side by side, both directions.
+
+    staged      a kernel between blocks and staging in HBM, one DMA a chunk        zero_copy   one kernel over the link
+    batch_dma   the copy engine moves every run; checksums by a kernel that only reads
+    planned     what kvkern chooses with this device's own calibration, named in `chosen`
+    vllm        vLLM's swap_blocks_batch over the same blocks and slots, no checksum; where a CUDA vLLM is installed
+
+Through GpuTransfer, headers and checksums included, as an engine calls it; the slots' bytes and checksums are verified by
+every load. `percent_link`: of a plain large pinned copy in the same run. `released_ms`: when a store's blocks are free again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from statistics import median
+
+import numpy as np
+import torch
+from _gpu import Rig, Row, arguments, ceilings, gb_s, open_rig, percent, print_row, write_json
+
+from kvkern.assemble import build_cache, open_arena
+from kvkern.config import Config
+from kvkern.gpu import planner
+from kvkern.gpu.calibrate import calibrate
+from kvkern.gpu.device import Device
+from kvkern.gpu.dma import merged
+from kvkern.gpu.planner import Choice, Method
+from kvkern.gpu.table import Abilities, Calibration, Direction, Link, seeds
+from kvkern.gpu.transfer import GpuTransfer
+from kvkern.kernels.layout import from_pages
+from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.slots import SlotGeometry
+from kvkern.tiers.base import ChunkShape
+from kvkern.transfer import ChunkBatch, Job
+
+RUNS = (2 << 10, 8 << 10, 18 << 10, 32 << 10, 64 << 10, 128 << 10, 2 << 20)
+BATCHES = (1, 8, 64)  # chunks of 2 MiB
+CHUNK_NBYTES, LAYERS = 2 << 20, 8
+PIECE_NBYTES = 32 << 20
+CTAS = {Method.STAGED: 32, Method.ZERO_COPY: 8, Method.BATCH_DMA: 32}
+NAMESPACE = bytes(range(32))
+OPS = {Direction.D2H: "store", Direction.H2D: "load"}
+
+
+class Copies:
+    """Pages of one run length on the device, an arena for `chunks` chunks, and one copier that is told how."""
+
+    def __init__(self, rig: Rig, device: Device, run_nbytes: int, chunks: int, table: Calibration) -> None:
+        self._rig = rig
+        layers = min(LAYERS, CHUNK_NBYTES // run_nbytes)
+        per_chunk = max(1, CHUNK_NBYTES // (run_nbytes * layers))
+        blocks = chunks * per_chunk + 1
+        pages = [rig.memory(blocks * (run_nbytes + 64)).view(blocks, -1)[:, :run_nbytes] for _ in range(layers)]
+        self.paged = PagedTensors.bind(from_pages(pages, block_tokens=16), pages)
+        geometry = SlotGeometry(self.paged.layout.part_nbytes(per_chunk), layers)
+        config = Config(4096 + chunks * geometry.slot_nbytes)
+        self.arena = open_arena(config, geometry, f"bench-gpu-{time.time_ns()}", expected=1)
+        self.how: Method | None = None  # None: as planned
+        self.ctas = 0  # of `how`; 0: its usual ones
+        self.chosen: Choice | None = None
+        self._table = table
+        self.transfer = GpuTransfer([self.paged], self.arena, 0, per_chunk, device, self._choose)
+        cache = build_cache(self.arena)
+        keys = [i.to_bytes(32, "little") for i in range(chunks)]
+        reservation = cache.reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
+        order = np.random.default_rng(0).permutation(blocks)[: chunks * per_chunk]
+        self.block_ids = order.astype(np.int32).reshape(chunks, per_chunk)
+        self._whole = ChunkBatch(
+            0, self.block_ids, np.array(reservation.slots), np.array(reservation.generations, dtype=np.uint64),
+            np.frombuffer(b"".join(keys), dtype="V32"), NAMESPACE,
+        )  # fmt: skip
+        self.run_nbytes, self.chunk_nbytes = run_nbytes, per_chunk * layers * run_nbytes
+
+    def close(self) -> None:
+        self.transfer.close()
+        self.arena.close()
+
+    def _choose(self, direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
+        if self.how is not None:
+            return Choice(self.how, self.ctas or CTAS[self.how], PIECE_NBYTES)
+        self.chosen = planner.choose(self._table, direction, run_nbytes, count, nbytes)
+        return self.chosen
+
+    def batch(self, chunks: int) -> ChunkBatch:
+        """The first so many chunks."""
+        b = self._whole
+        return ChunkBatch(0, b.block_ids[:chunks], b.slots[:chunks], b.generations[:chunks], b.keys[:chunks], NAMESPACE)
+
+    def run(self, direction: Direction, chunks: int, how: Method | None) -> tuple[float, float]:
+        """(seconds until done, seconds until a store's blocks are free); raises where a chunk did not verify."""
+        self.how = how
+        self._rig.synchronize()
+        job: Job = (self.transfer.store if direction is Direction.D2H else self.transfer.load)([self.batch(chunks)])
+        while not job.released():
+            time.sleep(2e-5)  # the copier's threads want the interpreter too
+        released_s = time.perf_counter() - job.started
+        if not job.wait().ok.all():
+            raise RuntimeError(f"{OPS[direction]} of {chunks} chunks by {how or 'plan'}: not all verified: {job.error}")
+        return job.seconds, released_s
+
+
+def vllm_swap() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
+    """vLLM's swap_blocks_batch (sources, destinations, sizes); None where no CUDA vLLM is installed."""
+    try:
+        from vllm import _custom_ops
+
+        torch.ops._C_cache_ops.swap_blocks_batch  # noqa: B018  # the build for CPUs has none
+    except (ImportError, AttributeError):
+        return None
+    return _custom_ops.swap_blocks_batch
+
+
+def vllm_seconds(rig: Rig, copies: Copies, direction: Direction, chunks: int, swap: Callable[..., None]) -> float:
+    """One call over the same runs and slots, until its bytes are there. On a stream of its own: it refuses the default one."""
+    batch = copies.batch(chunks)
+    parts = copies.arena.parts(0)
+    at = batch.slots * parts.strides[0] + parts.ctypes.data
+    runs = merged(copies.paged, batch.block_ids, at, to_slots=direction is Direction.D2H)
+    tables = [torch.from_numpy(column.view(np.int64)) for column in (runs.src, runs.dst, runs.nbytes)]
+    rig.synchronize()
+    start = time.perf_counter()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        swap(*tables, is_src_access_order_any=direction is Direction.H2D)
+    rig.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(
+    rig: Rig, copies: Copies, direction: Direction, chunks: int, ceiling: dict[str, float], runs: int
+) -> list[Row]:
+    """A row a method, all in turns; the first turn does not count."""
+    swap = None if rig.dry else vllm_swap()
+    methods: dict[str, Method | None] = {method.value: method for method in Method}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in [*methods, "planned", "vllm"]}
+    for turn in range(runs + 1):
+        for name in times:
+            if name == "vllm":
+                if swap is None:
+                    continue
+                pair = (vllm_seconds(rig, copies, direction, chunks, swap),) * 2
+            else:
+                pair = copies.run(direction, chunks, methods.get(name))
+            if turn:
+                times[name].append(pair)
+    nbytes = chunks * copies.chunk_nbytes
+    chosen = copies.chosen
+    rows: list[Row] = []
+    for name, pairs in times.items():
+        if not pairs:
+            continue
+        seconds = median(pair[0] for pair in pairs)
+        row: Row = {
+            "op": OPS[direction], "method": name, "run_nbytes": copies.run_nbytes, "chunks": chunks, "nbytes": nbytes,
+            "ms": seconds * 1e3, "gb_s": gb_s(nbytes, seconds),
+            "percent_link": percent(gb_s(nbytes, seconds), ceiling[direction.value]),
+            "released_ms": median(pair[1] for pair in pairs) * 1e3 if direction is Direction.D2H else None,
+        }  # fmt: skip
+        if name == "planned" and chosen is not None:
+            row |= {"chosen": chosen.method.value, "ctas": chosen.max_ctas}
+        if times["vllm"] and name != "vllm":
+            row["ratio_vllm"] = median(v[0] / own[0] for v, own in zip(times["vllm"], pairs, strict=True))
+        rows.append(row)
+    return rows
+
+
+def calibration(rig: Rig, device: Device) -> Calibration:
+    """This device's, measured now; a dry run has seeds."""
+    if rig.dry:
+        return seeds(Link())
+    from kvkern.gpu.stopwatch import Stopwatch
+
+    info, batch_api = device.info, device.batch_api
+    abilities = Abilities(batch_api=batch_api)
+    start = seeds(info.link if info is not None else Link(), abilities)
+    return calibrate(Stopwatch(device, batch_api, host_pointers=True), start, budget_s=0.2)
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    rig = open_rig(args.device)
+    device = rig.device()
+    lengths, batches, runs, ceiling_nbytes = RUNS, BATCHES, args.runs, 256 << 20
+    if rig.dry or args.quick:
+        lengths, batches, runs = (2 << 10, 32 << 10), (1, 4), 1 if rig.dry else 3
+        ceiling_nbytes = (1 << 20) if rig.dry else (128 << 20)
+    ceiling = ceilings(rig, ceiling_nbytes, runs)
+    rows: list[Row] = [{"op": "ceiling", "method": name, "gb_s": rate} for name, rate in ceiling.items()]
+    for row in rows:
+        print_row(rig, row)
+    table = calibration(rig, device)
+    for run_nbytes in lengths:
+        with closing(Copies(rig, device, run_nbytes, max(batches), table)) as copies:
+            for direction in (Direction.D2H, Direction.H2D):  # what the stores wrote the loads read
+                for chunks in sorted(batches, reverse=direction is Direction.D2H):
+                    for row in measure(rig, copies, direction, chunks, ceiling, runs):
+                        rows.append(row)
+                        print_row(rig, row)
+    if not rig.dry and vllm_swap() is None:
+        print("vllm: not measured, no vLLM built for CUDA is installed")
+    write_json(rig, args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
