@@ -1,0 +1,84 @@
+"""Which copier a rank gets: by where its tensors are, proven before the first request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkern import assemble
+from kvkern.config import Config
+from kvkern.errors import LayoutError
+from kvkern.gpu import cuda
+from kvkern.gpu.transfer import GpuTransfer
+from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.transfer import Transfer
+from tests.gpu.fake import FakeDevice
+from tests.gpu.orders import Random
+from tests.kernels.paged_cases import CASES
+from tests.support import make_arena
+
+
+class Elsewhere(PagedTensors):
+    """Says that its tensors are on a GPU until the device that copies them is made."""
+
+    where = "cuda:0"
+
+    @property
+    def device(self) -> str:
+        return Elsewhere.where
+
+
+class Standin(FakeDevice):
+    """In the place of CudaDevice."""
+
+    batch_api, host_pointers, info = True, True, None
+    made: list[FakeDevice] = []  # noqa: RUF012  # of the test
+
+    def __init__(self, device: Any) -> None:
+        super().__init__(Random(0))
+        assert str(device) == "cuda:0"
+        Elsewhere.where = "cpu"
+        Standin.made.append(self)
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PagedTensors]:
+    monkeypatch.setattr(Elsewhere, "where", "cuda:0")
+    monkeypatch.setattr(Standin, "made", [])
+    monkeypatch.setattr(cuda, "CudaDevice", Standin)
+    monkeypatch.setattr(assemble, "user_cache_dir", lambda: tmp_path)
+    paged = CASES["FA bf16"]()
+    return [Elsewhere(paged.layout, paged.tensors, paged.bases)]
+
+
+def build(folder: Path, groups: list[PagedTensors]) -> Any:
+    arena = make_arena(folder, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
+    return assemble.build_transfer(Config(capacity_nbytes=1 << 20), arena, groups, rank=0, blocks_per_chunk=2)
+
+
+def test_tensors_on_a_gpu_get_the_gpus(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    transfer = build(tmp_path, groups)
+    assert type(transfer) is GpuTransfer
+    assert Standin.made[0].registered
+    transfer.close()
+    assert not Standin.made[0].registered
+
+
+def test_tensors_in_host_memory_get_the_cpus(tmp_path: Path) -> None:
+    transfer = build(tmp_path, [CASES["FA bf16"]()])
+    assert type(transfer) is Transfer
+    transfer.close()
+
+
+def test_a_layout_that_does_not_round_trip_gives_the_memory_back(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    other = CASES["FA bf16"]()
+    with pytest.raises(LayoutError, match="does not round-trip"):
+        build(tmp_path, [Elsewhere(groups[0].layout, groups[0].tensors, other.bases)])
+    assert not Standin.made[0].registered
+
+
+def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    with pytest.raises(LayoutError, match="on cpu, cuda:0; one rank has one device"):
+        build(tmp_path, [*groups, CASES["FA bf16"]()])

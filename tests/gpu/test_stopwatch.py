@@ -1,0 +1,41 @@
+"""The calibration's operations run on a device and give a table that the planner can use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvkern.gpu.calibrate import calibrate, unmeasured
+from kvkern.gpu.planner import choose
+from kvkern.gpu.stopwatch import Stopwatch
+from kvkern.gpu.table import Abilities, Direction, Link, seeds
+from tests.gpu.fake import POISON, FakeDevice
+from tests.gpu.orders import Random
+
+
+@pytest.mark.parametrize("able", [Abilities(), Abilities(batch_api=False, host_pointers=False)])
+def test_all_that_can_be_measured_is(able: Abilities) -> None:
+    device = FakeDevice(Random(0))
+    watch = Stopwatch(device, able.batch_api, able.host_pointers)
+    table = calibrate(watch, seeds(Link(), able), budget_s=30)
+    assert [name for name in unmeasured(table) if "descriptor" not in name and "call_s" not in name] == []
+    assert device.faults == []
+    assert device.idle()
+    for direction in Direction:
+        assert choose(table, direction, 1 << 15, 1000, 1000 << 15).piece_nbytes > 0
+
+
+def test_what_is_timed_moves_what_it_says() -> None:
+    device = FakeDevice(Random(0))
+    watch = Stopwatch(device, batch_api=True, host_pointers=True, warm_up=False)
+    host, rows, pages = device.memories
+    pages[:] = np.random.default_rng(0).integers(0, 256, len(pages), dtype=np.uint8)
+    assert watch.zero_copy(Direction.D2H, 4, 1 << 20) > 0
+    np.testing.assert_array_equal(host[: 1 << 20], pages[: 1 << 20])
+    assert (host[1 << 20 :] == POISON).all()
+    assert watch.relayout(Direction.D2H, 16, 4 << 20) > 0
+    np.testing.assert_array_equal(rows[: 4 << 20], pages[: 4 << 20])
+    assert watch.copy(Direction.D2H, 2 << 20) > 0
+    np.testing.assert_array_equal(host[: 2 << 20], rows[: 2 << 20])
+    assert watch.submit_batch(Direction.H2D, 128) > 0
+    assert device.faults == []
