@@ -35,6 +35,7 @@ from kvkern.cache import Cache
 from kvkern.config import RemoteConfig
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
 from kvkern.policy.base import Use
+from kvkern.remote import speeds
 from kvkern.remote.base import RemoteUrl, make_store
 from kvkern.slots import SlotGeometry, seal
 from kvkern.tiers.base import ChunkShape, Reservation
@@ -49,6 +50,7 @@ GIVE_UP_S = 120.0
 PLACES, WARM_UPS = 3, 2
 
 Row = dict[str, object]
+speeds.LEAST_WAIT_S = GIVE_UP_S  # a busy machine makes the figures worse, and does not end the run
 
 
 def sequence(name: str, chunks: int) -> list[bytes]:
@@ -108,7 +110,7 @@ class Bench:
         keys = sequence(f"ours {self.rounds}", self.chunks)
         self._until(lambda: self.tier.idle)
         self.cache.clear()
-        self.tier.note_prefill(1.0)  # whatever it takes, it is worth the wait
+        self.tier.note_prefill(1.0)  # whatever it takes, it is worth the wait; see LEAST_WAIT_S below
         began = time.perf_counter()
         lease = self.cache.acquire(keys, use=USE)
         elapsed = time.perf_counter() - began
