@@ -20,6 +20,7 @@ from .slots import SlotGeometry
 from .tiers.dram import DramTier
 
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
+    from .gpu.cuda import CudaDevice
     from .hbm import HbmCache
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
@@ -106,19 +107,37 @@ def put_hbm_above(
 ) -> tuple[HbmCache, Copier]:
     """(a cache over HBM and `dram`, to be closed before that; a copier for both, which closes `copier` with it).
 
-    Raises ConfigError if no chunk fits, UnsupportedError for tensors on a device.
+    Raises ConfigError if no chunk fits, DeviceError if the GPU has no room.
     """
-    from .gpu.hbm import StackedCopier, host_rows
+    import numpy as np
+
+    from .gpu.hbm import DmaRows, StackedCopier, device_copier, device_slots
     from .hbm import HbmCache, HbmManager
-    from .tiers.hbm import HbmSlots, HbmTier, HostRows, count_slots
+    from .tiers.hbm import HbmSlots, HbmTier, HostRows, Rows, count_slots
     from .transfer import Transfer
 
     geometry = arena.spec.geometry
     count = count_slots(geometry, config.hbm_nbytes)
-    slots = HbmSlots(geometry, host_rows(count, geometry.part_stride, group.tensors[0].device), count)
-    cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, HostRows(slots, arena))
-    above = Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)
+    rows: Rows
+    above: Copier
+    if group.device.startswith("cuda"):
+        device = _cuda(group.device)
+        slots = device_slots(geometry, count, device)
+        rows, above = DmaRows(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
+    else:
+        slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
+        rows, above = HostRows(slots, arena), Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)
+    cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, rows)
     return cache, StackedCopier(copier, above, cache.first_slot)
+
+
+def _cuda(name: str) -> CudaDevice:
+    """The GPU of that name, made in the engine's thread."""
+    import torch
+
+    from .gpu.cuda import CudaDevice
+
+    return CudaDevice(torch.device(name))
 
 
 def build_transfer(
@@ -148,17 +167,14 @@ def build_transfer(
 
 
 def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
-    import torch
-
     from .gpu.calibrate import calibrated
-    from .gpu.cuda import CudaDevice
     from .gpu.planner import choose
     from .gpu.saved import DeviceId
     from .gpu.stopwatch import Stopwatch
     from .gpu.table import Abilities, Link
     from .gpu.transfer import GpuTransfer
 
-    device = CudaDevice(torch.device(name))
+    device = _cuda(name)
     info = device.info
     identity = DeviceId(name, "unknown", Link()) if info is None else DeviceId(info.name, info.driver, info.link)
     able = Abilities(device.batch_api, device.host_pointers)

@@ -20,8 +20,7 @@ import kvkern
 from kvkern.api import PagedCache
 from kvkern.arena import Arena
 from kvkern.cache import Cache
-from kvkern.errors import ConfigError, KvkernError, UnsupportedError
-from kvkern.gpu.hbm import host_rows
+from kvkern.errors import ConfigError, KvkernError
 from kvkern.hbm import HbmCache, HbmManager
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
@@ -222,11 +221,6 @@ def test_options(
     assert not [t for t in threading.enumerate() if t.name.startswith("kvkern-copy")]
 
 
-def test_memory_that_the_host_cannot_read() -> None:
-    with pytest.raises(UnsupportedError, match="hbm with tensors on meta"):
-        host_rows(1, 4096, torch.device("meta"))
-
-
 # -- by its parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +230,7 @@ class Parts:
     def __init__(self, folder: Path, hbm: int = 8, dram: int = 16) -> None:
         self.arena: Arena = make_arena(folder, slots=dram)
         geometry = self.arena.spec.geometry
-        self.slots = HbmSlots(geometry, np.zeros((hbm, geometry.part_stride), dtype=np.uint8), hbm)
+        self.slots = HbmSlots(geometry, np.zeros((hbm, geometry.part_stride), dtype=np.uint8))
         self.hbm, self.dram = HbmManager(HbmTier(self.slots)), Cache(DramTier(self.arena, LRU()))
         self.rows = HostRows(self.slots, self.arena)
         self.during: Callable[[], object] = lambda: None  # called while a copy is under way

@@ -1,33 +1,112 @@
-"""Copies for a cache over two tiers: each chunk to or from the tier that its slot is in. Knows copiers, not devices."""
+"""Copies for a cache over two tiers: each chunk to or from the tier that its slot is in, and slots between the tiers.
+
+StackedCopier     paged blocks <-> slots: HBM's by the copier of the device, DRAM's by the one there was
+DmaRows           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds leases so long
+"""
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from ..errors import UnsupportedError
+from ..arena import Arena, Slots
+from ..kernels.paged_copy import PagedTensors
+from ..slots import SlotGeometry
+from ..tiers.hbm import HbmSlots
 from ..transfer import ChunkBatch, Copier, Job
+from .device import Device
+from .dma import Runs
+from .planner import MAX_PIECE_NBYTES, MAX_RELAYOUT_CTAS, MIN_PIECE_NBYTES, Choice, Method
+from .rings import Depths
+from .table import Direction
+from .transfer import GpuTransfer
+
+MOVED = "moved"  # an event: slots have been copied between the tiers
 
 Part = tuple[Job, npt.NDArray[np.int64]]  # a job, and where its chunks are in the whole: [n] int64
 
 
-def host_rows(
-    count: int,
-    stride: int,  # bytes
-    device: torch.device,
-) -> npt.NDArray[np.uint8]:  # [count, stride] uint8, zeros
-    """Memory of the tensors' device for parts of slots. Raises UnsupportedError where the host cannot read it."""
-    if device.type != "cpu":
-        raise UnsupportedError(
-            f"hbm with tensors on {device}: the tier's copies on a GPU are not there yet; leave hbm out, and the engine's own "
-            f"prefix cache is the tier above DRAM"
-        )
-    rows: npt.NDArray[np.uint8] = torch.zeros((count, stride), dtype=torch.uint8, device=device).numpy()
-    return rows
+def device_slots(geometry: SlotGeometry, count: int, device: Device) -> HbmSlots:
+    """So many slots in the device's memory. Raises DeviceError if there is no room."""
+    memory = device.memory(count * geometry.part_stride)
+    seen = (ctypes.c_uint8 * memory.numel()).from_address(memory.data_ptr())
+    rows = np.ndarray((count, geometry.part_stride), np.uint8, memoryview(seen))
+    return HbmSlots(geometry, rows, owner=memory)
+
+
+class Resident:
+    """A device whose memory is to be reached where it is: nothing needs registering. All else is the device's."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def register(self, address: int, nbytes: int) -> None:
+        """See Device."""
+
+    def unregister(self, address: int) -> None:
+        """See Device."""
+
+    def alias(self, address: int) -> int:
+        """See Device."""
+        return address
+
+    def numa_node(self) -> int | None:
+        """See Device; no host memory's business."""
+        return None
+
+
+def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, device: Device) -> Copier:
+    """Between paged blocks and slots on the same device: one kernel, and nothing over the link but ids and checksums."""
+    resident, arena = cast(Device, Resident(device)), cast(Arena, slots)
+
+    def choose(direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
+        return Choice(Method.ZERO_COPY, MAX_RELAYOUT_CTAS, MAX_PIECE_NBYTES)
+
+    return GpuTransfer([group], arena, 0, blocks_per_chunk, resident, choose, Depths(staging=1))
+
+
+class DmaRows:
+    """`Rows` by the copy engine, a piece at a time: the engine's own small copies wait for no more than one."""
+
+    def __init__(self, hbm: HbmSlots, dram: Slots, device: Device) -> None:
+        self._hbm, self._dram = hbm.parts(0), dram.parts(0)
+        self._nbytes = hbm.spec.geometry.part_nbytes
+        self._device, self._stream = device, device.stream("hbm")
+        self._attached = threading.local()
+
+    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See Rows."""
+        self._copy(self._addresses(self._dram, dram), self._addresses(self._hbm, hbm), Direction.D2H)
+
+    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See Rows."""
+        self._copy(self._addresses(self._hbm, hbm), self._addresses(self._dram, dram), Direction.H2D)
+
+    def _addresses(self, rows: npt.NDArray[np.uint8], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return rows.ctypes.data + at * rows.strides[0]
+
+    def _copy(self, to: npt.NDArray[np.int64], at: npt.NDArray[np.int64], direction: Direction) -> None:
+        if not hasattr(self._attached, "yes"):
+            self._device.attach()
+            self._attached.yes = True
+        step = max(1, MIN_PIECE_NBYTES // self._nbytes)
+        for begin in range(0, len(at), step):
+            rows = slice(begin, begin + step)
+            try:
+                self._stream.copy(Runs.of(to[rows], at[rows], self._nbytes), direction)
+            except BaseException:
+                self._stream.synchronize()  # what was submitted before it still runs
+                raise
+            self._stream.record(MOVED).synchronize()
 
 
 class JoinedJob(Job):

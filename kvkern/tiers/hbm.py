@@ -68,14 +68,17 @@ class HbmSlots:
     def __init__(
         self,
         geometry: SlotGeometry,
-        rows: npt.NDArray[np.uint8] | None,  # [num_slots, part_stride] uint8, None where the host cannot read them
-        num_slots: int,
+        rows: npt.NDArray[
+            np.uint8
+        ],  # [num_slots, part_stride] uint8; of a GPU's memory an address that no host may read
+        owner: object = None,  # kept as long as the rows are needed
     ) -> None:
-        self.spec = ArenaSpec(geometry, num_slots)
-        self.headers: npt.NDArray[np.void] = np.zeros(num_slots, dtype=geometry.dtype)
+        self.spec = ArenaSpec(geometry, len(rows))
+        self.headers: npt.NDArray[np.void] = np.zeros(len(rows), dtype=geometry.dtype)
         self.identities = self._starts(IDENTITY)
         self.heads = self._starts(np.dtype(f"V{HEAD.itemsize}"))
-        self._rows = rows
+        self.bytes: npt.NDArray[np.uint8] = rows.reshape(-1)
+        self._rows, self._owner = rows, owner
 
     def _starts(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
         return np.ndarray(self.headers.shape, dtype, self.headers.data, strides=self.headers.strides)
@@ -84,9 +87,9 @@ class HbmSlots:
         self,
         rank: int,
     ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view
-        """See `Arena.parts`. Raises ArenaError for memory that the host cannot read."""
-        if self._rows is None or rank:
-            raise ArenaError(f"rank {rank}'s parts of the HBM tier are not in this process's memory")
+        """See `Arena.parts`. Raises ArenaError for other ranks' parts: they are on other GPUs."""
+        if rank:
+            raise ArenaError(f"rank {rank}'s parts of the HBM tier are on another GPU")
         return self._rows
 
     def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
