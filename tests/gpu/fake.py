@@ -1,7 +1,7 @@
 """A device whose streams are queues of closures over host memory. Somebody else says which one runs next: see `Order`.
 
 Gathers and scatters really run (numba), copies are memory moves, so a wrong order shows as wrong bytes. `drop` takes away
-edges, (event, who waits), one at a time. Whoever looks at memory declares it to `watch`: see race.py.
+edges: (event, who waits), or (operation, the next one on its stream). Who looks at memory declares it to `watch`, see race.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, ga
 from tests.gpu.race import Clock, Span, Watch
 
 POISON = 0xEE
-Edge = tuple[str, str]  # event, who waits: a stream, "host" (blocks), "engine" (asks) or "drain"
+# Event, and who waits: a stream, "host" (blocks), "engine" (asks) or "drain"; or two operations in a row on one stream
+Edge = tuple[str, str]
 
 
 class Order(Protocol):
@@ -70,6 +71,9 @@ class FakeStream:
     name: str
     queue: deque[Op | FakeEvent | tuple[str, FakeEvent]] = field(default_factory=deque)  # op, record, wait
     ran: int = 0
+    last: str = ""  # operation that was enqueued
+    before_last: FakeEvent | None = None
+    since_last: list[FakeEvent] = field(default_factory=list)  # that it waits for
 
     def record(self, name: str) -> FakeEvent:
         with self.device.lock:
@@ -82,8 +86,18 @@ class FakeStream:
     def wait(self, event: FakeEvent) -> None:  # type: ignore[override]
         with self.device.lock:
             if self.device.kept(event.name, self.name):
-                self.queue.append(("wait", event))
-                self.device.watch.join(self.name, event.clock)
+                self.since_last.append(event)
+                self._wait(event)
+
+    def _wait(self, event: FakeEvent) -> None:
+        self.queue.append(("wait", event))
+        self.device.watch.join(self.name, event.clock)
+
+    def _mark(self) -> FakeEvent:
+        """An event nobody has asked for."""
+        event = FakeEvent(self.device, "mark", self.device.watch.now(self.name))
+        self.queue.append(event)
+        return event
 
     def synchronize(self) -> None:
         kept = self.device.kept(self.name, "drain")
@@ -132,10 +146,25 @@ class FakeStream:
     def push(self, name: str, run: Callable[[], None], spans: Callable[[], list[Span]]) -> None:
         """Enqueue a closure and what it touches."""
         with self.device.lock:
-            self.device.inject(f"{self.name}: {name}")
-            clock = self.device.watch.enqueue(self.device.agent, self.name)
-            self.queue.append(Op(f"{self.name}: {name}", run, spans, clock))
+            label = f"{self.name}: {name}"
+            self.device.inject(label)
+            if (self.last, label) in self.device.drop:
+                self._push_beside(label, run, spans)
+            else:
+                self.before_last = self._mark()
+                clock = self.device.watch.enqueue(self.device.agent, self.name)
+                self.queue.append(Op(label, run, spans, clock))
+            self.last, self.since_last = label, []
             self.device.settle()
+
+    def _push_beside(self, label: str, run: Callable[[], None], spans: Callable[[], list[Span]]) -> None:
+        """Enqueue so that it is after all that the last operation was after, but not after that one itself."""
+        beside = self.device.stream(f"{self.name}, beside")
+        assert self.before_last is not None
+        for event in (self.before_last, *self.since_last):
+            beside._wait(event)
+        beside.queue.append(Op(label, run, spans, self.device.watch.enqueue(self.device.agent, beside.name)))
+        self._wait(beside._mark())
 
 
 class FakeDevice:

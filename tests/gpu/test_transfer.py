@@ -31,7 +31,7 @@ from kvkern.transfer import ChunkBatch, Transfer
 from tests.gpu.cases import choosing
 from tests.gpu.fake import FakeDevice
 from tests.gpu.orders import Random
-from tests.gpu.race import Watch
+from tests.gpu.race import Span, Watch
 from tests.kernels.paged_cases import CASES
 from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, storage_bytes
 
@@ -179,6 +179,25 @@ def test_jobs_larger_than_the_ring(tmp_path: Path, method: Method, seed: int) ->
         for a, b in zip(want, picked(paged, ids), strict=True):
             np.testing.assert_array_equal(a, b)
         assert bench.device.watch.races == set()
+
+
+@pytest.mark.parametrize("edge", [
+    ("stored", "store.kernels"), ("gathered", "store.copies"), ("uploaded", "host"), ("computed", "store.kernels"),
+])  # fmt: skip
+def test_the_clocks_see_a_missing_edge_among_threads(tmp_path: Path, edge: tuple[str, str]) -> None:
+    """The same check as above is not empty: without an edge it finds a race."""
+    ids = np.arange(60).reshape(20, 3)
+    arena = make_arena(tmp_path, slots=20, part_nbytes=3 * 1024, planes=4)
+    paged, device = flash(blocks=64), FakeDevice(Random(1), [edge], Watch(enabled=True))
+    transfer = GpuTransfer([paged], arena, 0, 3, device, choosing(Method.STAGED), Depths(staging_nbytes=3 * 1024))
+    writes = [Span(t.data_ptr(), t.nbytes, True) for t in paged.tensors]
+    device.compute.push("computes", lambda: None, lambda: writes)
+    zeros = np.zeros(20, dtype=np.uint64)
+    keys = np.frombuffer(b"".join(chain_keys("a", 20)), dtype="V32")
+    transfer.store([ChunkBatch(0, ids.astype(np.int32), np.arange(20), zeros, keys, NAMESPACE)]).wait(60)
+    transfer.close()
+    assert device.watch.races
+    arena.close()
 
 
 def test_two_jobs_of_one_direction_at_once(tmp_path: Path) -> None:
