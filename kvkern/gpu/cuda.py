@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,9 +104,7 @@ class CudaDevice:
         self._index = device.index
         self.attach()
         self._driver = Driver(load_libcuda())
-        found: Any = torch.cuda.get_device_properties(self._index)
-        bus_id = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-        self.info: GpuInfo | None = read_gpus().by_bus_id(bus_id)
+        self.info: GpuInfo | None = read_gpus().by_bus_id(self._driver.bus_id(self._index))
 
     @property
     def batch_api(self) -> bool:

@@ -96,11 +96,22 @@ class Driver:
 
     def attribute(self, attribute: int, index: int) -> int:
         """A CUdevice_attribute of a device."""
-        device, found = ctypes.c_int(), ctypes.c_int()
-        self._check(self._lib.cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)), "cuDeviceGet")
-        code = self._lib.cuDeviceGetAttribute(ctypes.byref(found), ctypes.c_int(attribute), device)
+        found = ctypes.c_int()
+        code = self._lib.cuDeviceGetAttribute(ctypes.byref(found), ctypes.c_int(attribute), self._device(index))
         self._check(code, "cuDeviceGetAttribute")
         return found.value
+
+    def bus_id(self, index: int) -> str:
+        """Its PCI address, as sysfs writes it."""
+        found = ctypes.create_string_buffer(32)
+        code = self._lib.cuDeviceGetPCIBusId(found, ctypes.c_int(len(found)), self._device(index))
+        self._check(code, "cuDeviceGetPCIBusId")
+        return found.value.decode().lower()
+
+    def _device(self, index: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self._check(self._lib.cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)), "cuDeviceGet")
+        return device
 
     def _copy_batch(self, runs: Runs, direction: Direction, stream: int) -> None:
         assert self._batch is not None

@@ -182,9 +182,11 @@ class Lane(ABC):
             self._kernels.synchronize()
             self._copies.synchronize()
         finally:
-            self._settle(piece)
-            self._rings.sums.append(pinned)
-            piece.finish(error)
+            try:
+                self._settle(piece)
+            finally:
+                self._rings.sums.append(pinned)
+                piece.finish(error)
 
     def _check(self, piece: Piece) -> None:
         """Kernels check nothing: an id out of range would be an illegal access, and the end of the engine."""
@@ -320,8 +322,9 @@ class LoadLane(Lane):
         work.piece.job.ok[work.piece.begin + work.rows] = good
 
     def _settle(self, piece: Piece) -> None:
-        bad = piece.rows[~piece.job.ok[piece.begin + piece.rows]]
-        self._parts.arena.mark_bad(piece.batch.slots[bad])  # also after an exception: a retry must not meet them again
+        bad = piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]]
+        there = (bad >= 0) & (bad < len(self._parts.rows))
+        self._parts.arena.mark_bad(bad[there])  # also after an exception: a retry must not meet them again
 
     def _by_staging(self, work: Work) -> None:
         ids, rows = self._ids(work)

@@ -72,6 +72,11 @@ class Libcuda:
         found._obj.value = attribute.value * 10 + device.value
         return self._fail
 
+    def cuDeviceGetPCIBusId(self, found: Any, size: Any, device: Any) -> int:
+        assert size.value == len(found)
+        found.value = f"0000:3B:0{device.value}.0".encode()
+        return self._fail
+
     def _batch(
         self,
         dst: int,
@@ -125,6 +130,7 @@ def test_registration_and_streams() -> None:
     assert driver.alias(0x7000) == 0x7010
     assert driver.stream() == STREAM
     assert driver.attribute(91, 2) == 912
+    assert driver.bus_id(2) == "0000:3b:02.0"
     assert driver.batch_api
     assert not D.Driver(Libcuda(batch_api=False)).batch_api
 
@@ -140,6 +146,7 @@ def test_every_refusal_is_named() -> None:
         lambda: driver.alias(4096),
         driver.stream,
         lambda: driver.attribute(91, 0),
+        lambda: driver.bus_id(0),
     ):
         with pytest.raises(DeviceError, match=r"cu\w+: CUDA_ERROR_INVALID_VALUE \(1\)"):
             call()

@@ -344,6 +344,19 @@ def test_a_block_out_of_range_reaches_no_kernel(tmp_path: Path, bad: int) -> Non
         assert not job.ok.any()
 
 
+@pytest.mark.parametrize("bad", [8, -1])
+def test_a_slot_out_of_range_touches_no_other(tmp_path: Path, bad: int) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        bench.put("a", np.arange(24).reshape(8, 3))
+        before = bench.arena.bytes.copy()
+        batch = bench.batch([[0, 1, 2]], chain_keys("a", 1), [bad], [0])
+        for submit in (bench.transfer.load, bench.transfer.store):
+            job = submit([batch]).wait(60)
+            assert isinstance(job.error, LayoutError)
+            assert not job.ok.any()
+        np.testing.assert_array_equal(bench.arena.bytes, before)
+
+
 def test_close_ends_what_is_under_way(tmp_path: Path) -> None:
     ids = np.arange(24).reshape(8, 3)
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
