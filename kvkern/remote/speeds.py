@@ -1,11 +1,11 @@
 """What moving and computing costs here and now: whether a load is worth its wait, and what a write has to earn.
 
     compute(chunks)      chunks * tokens(chunk) / prefill_tokens_s
-    ask or recompute:    ask_s < ASK_SHARE * compute(missing)
+    ask or recompute:    ask_s < min(5 s, compute(missing) / 5)
     load or recompute:   chunks * read_s(chunk) < LOAD_MARGIN * compute(chunks)
     predicted:           policy.persist.Costs with the same figures
 
-    waits of a request   to ask:           min(max(0.05 s, 4 * ask_s), 1 s, compute(missing) / 5)
+    waits of a request   to ask:           min(max(0.05 s, 4 * ask_s), 5 s, compute(missing) / 5)
                          for a window:     min(max(0.05 s, 3 * chunks * read_s), compute(chunks), 20 s)
                          not measured yet: min(1 s, compute(missing) / 5 to ask, / 2 for a window)
 
@@ -29,7 +29,7 @@ from ..policy.persist import Costs
 LOAD_MARGIN = 0.9
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 20.0  # for what was never measured, and for anything
 LEAST_WAIT_S = 0.05  # for what is fast as a rule: less than this is the machine's doing as likely as the store's
-ASK_TIMES, ASK_SHARE, LONGEST_ASK_S = 4.0, 0.2, 1.0  # of what asking takes; of what computing takes
+ASK_TIMES, ASK_SHARE, LONGEST_ASK_S = 4.0, 0.2, 5.0  # of what asking takes; of what computing takes
 READ_TIMES, FIRST_READ_SHARE = 3.0, 0.5  # of what reading takes; of what computing takes, before that is known
 PROBE_S, PROBE_CHUNKS = 10.0, 2  # a store that is too slow is measured anew so often, with so few
 _MEMORY_CHUNKS = 64.0  # how many chunks the mean of seconds looks back on
@@ -102,11 +102,11 @@ class Speeds:
     def ask_wait(self, chunks: int, chunk_tokens: int) -> Wait:
         """For a question about so many."""
         compute_s = self._compute_s(chunks, chunk_tokens)
-        most_s = LONGEST_WAIT_S if compute_s is None else ASK_SHARE * compute_s
+        most_s = LONGEST_ASK_S if compute_s is None else min(ASK_SHARE * compute_s, LONGEST_ASK_S)
         if self.ask_s is None:
             request_s = min(FIRST_WAIT_S, most_s)
             return Wait(request_s, max(LEAST_WAIT_S, request_s))
-        usual_s = max(LEAST_WAIT_S, min(ASK_TIMES * self.ask_s, LONGEST_ASK_S))
+        usual_s = max(LEAST_WAIT_S, min(ASK_TIMES * self.ask_s, LONGEST_WAIT_S))
         return Wait(min(usual_s, most_s) if self.ask_s < most_s else 0.0, usual_s)
 
     def read_wait(self, chunks: int, missing: int, chunk_tokens: int) -> Wait:

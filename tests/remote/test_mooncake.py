@@ -77,7 +77,7 @@ class TestANodeThatDies(PartConformance):
 
     @pytest.fixture
     def part(self, folder: Path) -> Iterator[Part]:
-        options = ("--client_ttl=60", "--default_kv_lease_ttl=1s")
+        options = ("--client_ttl=60", "--default_kv_lease_ttl=60s")  # a dead peer takes a second
         with servers.mooncake_master(folder, *options) as master, servers.node(master, "64MiB") as first:
             bench = Bench(lambda: store_of(master.url("segment=0")), count=16)
             assert bench.put([key_of(i) for i in range(4)], bench.values()[:4]) == [True] * 4
