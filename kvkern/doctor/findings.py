@@ -144,12 +144,6 @@ def _driver(facts: Facts) -> Iterator[Finding]:
         )
     if not facts.gpus:
         return
-    if "cuda-python" not in facts.versions:
-        yield Finding(
-            Severity.SLOW,
-            "runs are copied one call each: without cuda-python there are no batch copies",
-            "pip install 'kvkern[gpu]'",
-        )
     if 0 < facts.cuda < BATCH_API_CUDA:
         has = f"{facts.cuda // 1000}.{facts.cuda % 1000 // 10}"
         yield Finding(

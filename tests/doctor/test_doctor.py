@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -21,6 +22,7 @@ from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, cpu_list, gather
 from kvkern.doctor.findings import Severity, findings
 from kvkern.doctor.report import as_json, show
 from kvkern.gpu import saved
+from kvkern.gpu.device import DeviceError
 from kvkern.gpu.nvml import GpuInfo
 from kvkern.gpu.saved import DeviceId
 from kvkern.gpu.table import Calibration, seeds
@@ -37,7 +39,7 @@ def measured(table: Calibration, **costs: Any) -> Calibration:
 GPU = Gpu(INFO, measured(TABLE), is_saved=True)
 GOOD = Facts(
     gpus=(GPU,), nvml="NVML: 1 GPU(s), driver 570.124", cuda=12080, has_nvidia_device=True,
-    versions=dict.fromkeys([*REQUIRED, "torch", "triton", "cuda-python", "nvidia-ml-py"], "1.0"),
+    versions=dict.fromkeys([*REQUIRED, "torch", "triton", "nvidia-ml-py"], "1.0"),
     kernel="6.8.0-60-generic", cpu="Xeon", cpu_flags=frozenset({"avx512f", "avx2"}), cpus=(0, 1, 2, 3),
     nodes=(NumaNode(0, (0, 1, 2, 3)), NumaNode(1, (4, 5, 6, 7))),
     memory_nbytes=256 << 30, arena_fs="tmpfs", arena_writable=True,
@@ -93,7 +95,6 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "small pages denied": (replace(GOOD, shmem_huge="deny"), [(SLOW, "shmem_enabled at deny")]),
     "huge pages of an old kernel": (replace(GOOD, kernel="5.15.0", shmem_huge="advise"), []),
     "no batch api": (replace(GOOD, cuda=12040), [(SLOW, "batch copies need CUDA 12.8, the driver has 12.4")]),
-    "no cuda-python": (lacking("cuda-python"), [(SLOW, "without cuda-python there are no batch copies")]),
     "no triton": (lacking("triton"), [(SLOW, "without triton no kernel")]),
     "torch for cpus": (
         replace(GOOD, versions={**GOOD.versions, "torch": "2.13.0+cpu"}), [(SLOW, "torch 2.13.0+cpu is a build for CPUs")],
@@ -206,7 +207,7 @@ def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     saved.save(DeviceId(INFO.name, INFO.driver, INFO.link), GPU.table, tmp_path)
     (with_table,) = gather(cache_dir=tmp_path).gpus
     assert (with_table.is_saved, with_table.table.d2h) == (True, GPU.table.d2h)
-    assert not with_table.table.abilities.batch_api  # no cuda-python here
+    assert with_table.table.abilities.batch_api
 
 
 def test_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +223,31 @@ def test_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gather().numba_cold == ()
     os.utime(index, (1, source.stat().st_mtime - 10))  # older than its source
     assert gather().numba_cold == ("layout",)
+
+
+class Libcuda:
+    def __init__(self, version: int, code: int = 0) -> None:
+        self.version, self.code = version, code
+
+    def cuDriverGetVersion(self, out: Any) -> int:
+        out._obj.value = self.version
+        return self.code
+
+
+@pytest.mark.parametrize(("lib", "version"), [(Libcuda(12040), 12040), (Libcuda(12040, 100), 0), (None, 0)])
+def test_a_driver_without_nvml(monkeypatch: pytest.MonkeyPatch, lib: Libcuda | None, version: int) -> None:
+    def load() -> Libcuda:
+        if lib is None:
+            raise DeviceError("no libcuda")
+        return lib
+
+    monkeypatch.setattr(facts_module, "load_libcuda", load)
+    assert gather().cuda == version
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, kvkern.doctor.facts as f, kvkern.doctor.report; f.gather(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # -- printing --------------------------------------------------------------------------------------------------------------
