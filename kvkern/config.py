@@ -71,6 +71,11 @@ def _default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
 
 
+def nvtx_asked() -> bool:
+    """Whether KVKERN_NVTX asks for named ranges in profiles; see nvtx.py."""
+    return os.environ.get("KVKERN_NVTX", "") not in ("", "0")
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
     """What a remote tier needs to know. See remote.base.RemoteUrl for URLs."""

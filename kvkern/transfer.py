@@ -26,6 +26,7 @@ from .errors import LayoutError
 from .kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
 from .kernels.selftest import round_trip
 from .kernels.warm import warm
+from .nvtx import span
 from .slots import seal
 
 Rows = slice | npt.NDArray[np.int64]  # which chunks of a batch
@@ -121,6 +122,7 @@ class Parts:
         self.groups = tuple(groups)
         self.arena = arena
         self.rank = rank
+        self.blocks_per_chunk = blocks_per_chunk
         self.rows = arena.parts(rank)  # [num_slots, part_stride] uint8
         self.sizes = [group.layout.part_nbytes(blocks_per_chunk) for group in self.groups]
         geometry = arena.spec.geometry
@@ -275,17 +277,19 @@ class Transfer(Copier):
         return job
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
-        group = self._groups[batch.group]
-        current = self._parts.writable(batch, rows)
-        mine = np.flatnonzero(current) + rows.start
-        sums = np.empty((len(mine), len(group.layout.planes)), dtype=np.uint64)
-        gather_chunks(group, batch.block_ids[mine], self._parts.rows, batch.slots[mine], sums)
-        self._parts.publish(batch, mine, sums)
-        ok[:] = current
+        with span("kvkern store"):
+            group = self._groups[batch.group]
+            current = self._parts.writable(batch, rows)
+            mine = np.flatnonzero(current) + rows.start
+            sums = np.empty((len(mine), len(group.layout.planes)), dtype=np.uint64)
+            gather_chunks(group, batch.block_ids[mine], self._parts.rows, batch.slots[mine], sums)
+            self._parts.publish(batch, mine, sums)
+            ok[:] = current
 
     def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
         try:
-            ok[:] = self._scatter_verified(batch, rows)
+            with span("kvkern load"):
+                ok[:] = self._scatter_verified(batch, rows)
         finally:
             self._arena.mark_bad(batch.slots[rows][~ok])  # also after an exception: a retry must not meet them again
 

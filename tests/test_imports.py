@@ -29,6 +29,7 @@ LEVELS = {
     "kvkern.arena": 1,
     "kvkern.mapping": 0,
     "kvkern.policy": 1,
+    "kvkern.nvtx": 2,
     "kvkern.transfer": 2,
     "kvkern.gpu": 2,
     "kvkern.tiers": 2,

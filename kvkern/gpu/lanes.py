@@ -12,8 +12,8 @@
      DMA      ids up; wait ARRIVED; checksum; sums down       wait COMPUTED; slots -> blocks
               -> LOADED                                       -> ARRIVED
 
-Every wait above is needed: tests/gpu drop them one at a time and find wrong bytes for each. A lane is a machine of small
-turns, so that they can also drive it without threads.
+Every wait above is needed: the tests take them away one at a time and find wrong bytes for each. A lane is a machine of small
+turns, so that they can drive it without threads, through every order that streams may take.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 
 from ..errors import LayoutError
 from ..kernels.paged_copy import PagedTensors
+from ..nvtx import span
 from ..transfer import ChunkBatch, Job, Parts
 from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, Event
 from .dma import Runs, merged
@@ -65,7 +66,7 @@ class Piece:
 
     def released(self) -> bool:
         """Whether nothing reads its blocks any more."""
-        return (self.freed is not None and self.freed.query()) or self.future.done()
+        return self.future.done() or (self.freed is not None and self.freed.query())
 
     def finish(self, error: BaseException | None = None) -> None:
         """The last word on this piece: nothing of it runs any more."""
@@ -131,6 +132,7 @@ class Lane(ABC):
         mapped: torch.Tensor | None,  # `parts.rows` as kernels see them; None: they cannot
         rings: Rings,
     ) -> None:
+        self.name = name
         self._device, self._parts, self._mapped, self._rings = device, parts, mapped, rings
         self._kernels = device.stream(f"{name}.kernels")
         self._copies = device.stream(f"{name}.copies")
@@ -144,9 +146,11 @@ class Lane(ABC):
     def turn(self) -> None:
         """Begin the next piece, or with the window full or nothing waiting end the oldest one. Raises what that raises."""
         if self._waiting and self._rings.sums:
-            self._begin(self._waiting.popleft())
+            with span(f"kvkern gpu {self.name}: enqueue"):
+                self._begin(self._waiting.popleft())
         elif self._flying:
-            self._end(*self._flying.popleft())
+            with span(f"kvkern gpu {self.name}: wait, verify, publish"):
+                self._end(*self._flying.popleft())
 
     def _begin(self, piece: Piece) -> None:
         pinned = self._rings.sums.popleft()
@@ -191,12 +195,12 @@ class Lane(ABC):
     def _check(self, piece: Piece) -> None:
         """Kernels check nothing: an id out of range would be an illegal access, and the end of the engine."""
         ids, slots = piece.batch.block_ids[piece.rows], piece.batch.slots[piece.rows]
-        num_blocks = self._parts.groups[piece.batch.group].layout.num_blocks
-        if ids.dtype != np.int32 or int(ids.max()) >= num_blocks or int(ids.min()) < -1:
-            raise LayoutError(
-                f"block ids are {ids.dtype} in [{ids.min()}, {ids.max()}], expected int32 in [-1, {num_blocks})"
-            )
-        if int(slots.min()) < 0 or int(slots.max()) >= len(self._parts.rows):
+        width, num_blocks = self._parts.blocks_per_chunk, self._parts.groups[piece.batch.group].layout.num_blocks
+        if ids.dtype != np.int32 or ids.shape[1:] != (width,):
+            raise LayoutError(f"block_ids is {ids.dtype} {ids.shape}, expected int32 [chunks, {width}]")
+        if int(ids.max()) >= num_blocks or int(ids.min()) < -1:
+            raise LayoutError(f"block ids are in [{ids.min()}, {ids.max()}], expected [-1, {num_blocks})")
+        if int(slots.max()) >= len(self._parts.rows) or int(slots.min()) < 0:
             raise LayoutError(f"slots are in [{slots.min()}, {slots.max()}], expected [0, {len(self._parts.rows)})")
 
     def _work(
