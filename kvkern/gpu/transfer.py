@@ -70,8 +70,12 @@ class GpuTransfer(Copier):
         rings = [Rings(device, depths, chunks, blocks_per_chunk, planes) for _ in Direction]
         self._pinned = Pinned(arena, device, progress)
         self._mapped = None if self._pinned.shift is None else _mapped(self._parts.rows, self._pinned.shift)
-        self._store = StoreLane("store", device, self._parts, self._mapped, rings[0])
-        self._load = LoadLane("load", device, self._parts, self._mapped, rings[1])
+        try:
+            self._store = StoreLane("store", device, self._parts, self._mapped, rings[0])
+            self._load = LoadLane("load", device, self._parts, self._mapped, rings[1])
+        except BaseException:
+            self._pinned.close()
+            raise
         self._stores, self._loads = executor("store", device.attach), executor("load", device.attach)
 
     def self_test(self) -> None:
@@ -117,6 +121,8 @@ class GpuTransfer(Copier):
         nbytes = len(rows) * self._parts.sizes[batch.group]
         if not nbytes:
             return []
+        if batch.block_ids.shape[1:] != (self.blocks_per_chunk,):  # the lane refuses it: an error of the job
+            return [(Choice(Method.STAGED, MAX_RELAYOUT_CTAS, nbytes), rows)]
         count = count_runs(group, batch.block_ids)
         choice = self._choose(direction, max(1, nbytes // count), count, nbytes)
         staged = replace(choice, method=Method.STAGED, max_ctas=choice.max_ctas or MAX_RELAYOUT_CTAS)

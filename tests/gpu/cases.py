@@ -186,6 +186,8 @@ def store_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Call
             lanes["store"].run()
 
         def overwrite() -> None:
+            if any(future.done() for future in jobs[0].futures):
+                device.watch.join("engine", device.watch.now("store"))
             device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
 
         def look() -> None:

@@ -344,6 +344,14 @@ def test_a_block_out_of_range_reaches_no_kernel(tmp_path: Path, bad: int) -> Non
         assert not job.ok.any()
 
 
+def test_chunks_of_another_size_reach_no_kernel(tmp_path: Path) -> None:
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        _, batch = bench.reserve("a", np.array([[0, 1, 2]]))
+        job = bench.transfer.store([replace(batch, block_ids=np.zeros((1, 4), dtype=np.int32))]).wait(60)
+        assert isinstance(job.error, LayoutError)
+        assert "expected int32 [chunks, 3]" in str(job.error)
+
+
 @pytest.mark.parametrize("bad", [8, -1])
 def test_a_slot_out_of_range_touches_no_other(tmp_path: Path, bad: int) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
@@ -442,6 +450,19 @@ def test_a_chunk_too_large_for_a_launch_is_refused(tmp_path: Path) -> None:
     arena = make_arena(tmp_path, slots=1, part_nbytes=65 << 20)
     with pytest.raises(LayoutError, match="use fewer blocks per chunk"):
         GpuTransfer([paged], arena, 0, 1, FakeDevice(Random(0)), choosing(Method.STAGED))
+    arena.close()
+
+
+def test_a_device_without_streams_leaves_nothing_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+
+    def none(name: str) -> None:
+        raise DeviceError("no stream")
+
+    monkeypatch.setattr(device, "stream", none)
+    with pytest.raises(DeviceError, match="no stream"):
+        GpuTransfer([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), Depths(staging_nbytes=1 << 16))
+    assert device.registered == {}
     arena.close()
 
 
