@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ if TYPE_CHECKING:  # a daemon assembles a cache without torch
     from .hbm import HbmCache
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
+    from .remote.opened import Opened
     from .remote.tier import RemoteTier
     from .transfer import Copier
 
@@ -61,8 +61,13 @@ def build_cache(
     return Cache(DramTier(arena, Shares(make) if shares else make()))
 
 
-def back_with_remote(cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str) -> RemoteTier | None:
-    """Put a remote store behind the cache, and open it. Raises ConfigError for what the user has to mend."""
+def back_with_remote(
+    cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: Opened | None = None
+) -> RemoteTier | None:
+    """Put a remote store behind the cache, and open it, unless it is given `opened`: it is the tier's from then on.
+
+    Raises ConfigError for what the user has to mend; the store is closed then.
+    """
     if config is None:
         return None
     from .remote.base import RemoteUrl, make_store
@@ -71,7 +76,7 @@ def back_with_remote(cache: Cache, arena: Arena, config: RemoteConfig | None, po
     url = RemoteUrl.parse(config.url)
     mode = persist_mode(config.persist, policy)
     tier = RemoteTier(
-        make_store(url),
+        make_store(url) if opened is None else opened.store,
         str(url),
         arena,
         cache,
@@ -80,26 +85,31 @@ def back_with_remote(cache: Cache, arena: Arena, config: RemoteConfig | None, po
         mode,
         config.queue_nbytes,
         config.timeout_s,
+        opened,
     )
     tier.start()
     cache.back(tier, tier.outbox, tier.spare)
     return tier
 
 
-def check_remote(config: RemoteConfig) -> None:
-    """Open the store and close it again, before anybody needs it. Raises ConfigError; a store that does not answer is none."""
-    from .remote.base import RemoteError, RemoteUrl, opened
+def open_remote(config: RemoteConfig) -> Opened | None:
+    """The store, for `back_with_remote`, before there is an arena. None: it does not answer, and is opened when it is needed.
+
+    Raises ConfigError for what the user has to mend.
+    """
+    from .remote.base import RemoteUrl, make_store
+    from .remote.opened import Opened
 
     url = RemoteUrl.parse(config.url)
-
-    async def probe() -> None:
-        async with opened(url, config.timeout_s):
-            pass
-
-    try:
-        asyncio.run(probe())
-    except (RemoteError, TimeoutError) as error:
-        logger.warning("kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, error)
+    opened = Opened(make_store(url))
+    opened.open(config.timeout_s)
+    if not opened.failure:
+        return opened
+    logger.warning(
+        "kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, opened.failure
+    )
+    opened.close()
+    return None
 
 
 def put_hbm_above(

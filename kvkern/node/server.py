@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..arena import Arena, ArenaSpec, create_or_attach, process_alive, process_start, read_spec
-from ..assemble import back_with_remote, build_cache, check_remote
+from ..assemble import back_with_remote, build_cache, open_remote
 from ..cache import Cache
 from ..config import DEFAULT_POLICY, RemoteConfig, format_nbytes
 from ..errors import ArenaError, ConfigError
 from ..policy import checked_policy
 from ..policy.persist import persist_mode
 from ..remote.base import RemoteUrl
+from ..remote.opened import Opened
 from ..remote.tier import RemoteTier
 from ..slots import SlotGeometry
 from ..tiers.base import Lease
@@ -90,6 +91,7 @@ class Server:
         self._making = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._draining = False
+        self._opened: Opened | None = None  # the store, until there is an arena
         self._remote: RemoteTier | None = None
         self._waiting: dict[Future[Lease], tuple[Connection, int]] = {}  # requests whose chunks come from the remote
 
@@ -109,7 +111,8 @@ class Server:
                 locks.enter_context(only_one(self.config.policy_state, "--policy-state"))
                 await asyncio.to_thread(self._learned.load)
             if self.config.remote is not None:
-                await asyncio.to_thread(check_remote, self.config.remote)
+                locks.callback(self._close_unused)
+                self._opened = await asyncio.to_thread(open_remote, self.config.remote)
             await self._take_over()
             listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: Connection(self), sock=bind(self.config.socket)
@@ -162,6 +165,11 @@ class Server:
         if self._remote is not None:
             self._remote.close(drain_s)
             self._remote = None
+
+    def _close_unused(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def _busy(self) -> bool:
         sessions = self.sessions.sessions.values() if self.sessions is not None else ()
@@ -303,7 +311,10 @@ class Server:
 
     async def _serve_arena(self, arena: Arena) -> None:
         cache, path = await asyncio.to_thread(self._build_cache, arena), self.config.arena_path
-        self._remote = await asyncio.to_thread(back_with_remote, cache, arena, self.config.remote, self.config.policy)
+        opened, self._opened = self._opened, None
+        self._remote = await asyncio.to_thread(
+            back_with_remote, cache, arena, self.config.remote, self.config.policy, opened
+        )
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:

@@ -32,13 +32,13 @@ from .calls import Calls
 from .fetch import Reader
 from .known import Known
 from .local import Asked, Local, Misses
+from .opened import Opened
 from .outbox import NO_SLOT, Entry, WriteBehind
 from .speeds import Speeds
 from .value import outgoing_parts
 
 WINDOW_S = 0.05  # what a call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
-OPEN_S = 20.0
 RETRY_S = 0.2
 
 
@@ -56,8 +56,10 @@ class RemoteTier:
         mode: Persist,
         queue_nbytes: int,  # of what may wait to be written
         timeout_s: float,  # of a call
+        opened: Opened | None = None,  # the store's thread, if it is open already; the tier's from `start` on
     ) -> None:
         self._store, self._name, self._arena, self._local = store, name, arena, local
+        self._opened = opened or Opened(store)
         self._counters, self._faults = counters, faults
         geometry = arena.spec.geometry
         self.breaker = Breaker(name)
@@ -67,8 +69,7 @@ class RemoteTier:
         self.outbox = WriteBehind(
             arena, mode, limit, self.speeds, counters, self.breaker.allows, self._wake_writers
         )  # fmt: skip
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="kvkern-remote", daemon=True)
+        self._loop = self._opened.loop
         self._wake = asyncio.Event()
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,21 +88,18 @@ class RemoteTier:
     def start(self) -> None:
         """Open the store. Raises ConfigError for what the user has to mend; nobody there is a miss until somebody is."""
         verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # numba is loaded now, not while a request waits
-        self._thread.start()
+        self._opened.open()
+        if self._opened.failure:
+            self.breaker.trip(self._opened.failure)
         try:
-            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            self._opened.run(self._register())
         except BaseException:
-            asyncio.run_coroutine_threadsafe(self._close_store(), self._loop).result()
-            self._stop()
+            self._opened.run(self._close_store())
+            self._opened.stop()
             raise
         self._loop.call_soon_threadsafe(self._spawn, self._write())
 
-    async def _open(self) -> None:
-        try:
-            async with asyncio.timeout(OPEN_S):
-                await self._store.open()
-        except (RemoteError, TimeoutError) as error:
-            self.breaker.trip(str(error) or f"no answer for {OPEN_S:.0f} s")
+    async def _register(self) -> None:
         try:
             await self._store.register(self._arena.bytes.data)
         except RemoteError as error:
@@ -109,7 +107,7 @@ class RemoteTier:
 
     def close(self, drain_s: float = 0.0) -> None:
         """Write what waits, for so long; then end calls under way and the thread."""
-        if not self._thread.is_alive():
+        if not self._opened.alive:
             return
         end = time.monotonic() + drain_s
         while not self.idle and not self.breaker.is_open and time.monotonic() < end:
@@ -117,9 +115,9 @@ class RemoteTier:
         with self._lock:
             self._closing = self._calls.closed = True
         try:
-            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+            self._opened.run(self._finish())
         finally:
-            self._stop()
+            self._opened.stop()
 
     def usage(self) -> dict[str, int | float | str]:
         """For operators: whether it works, what waits, and what moving a chunk has cost."""
@@ -151,15 +149,6 @@ class RemoteTier:
     async def _close_store(self) -> None:
         with self._faults.are_misses():
             await self._store.close()
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)

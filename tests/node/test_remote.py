@@ -22,6 +22,7 @@ from kvkern.node.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from kvkern.remote import base
 from kvkern.remote import speeds as speeds_module
+from kvkern.remote.base import RemoteError
 from kvkern.slots import SlotGeometry
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
 from tests.remote.memory import MemoryStore
@@ -162,14 +163,40 @@ def test_an_arena_of_another_size_takes_the_place_of_one_whose_chunks_still_come
         assert sessions.usage()["faults"] == 0
 
 
+def test_the_store_is_opened_once(
+    start: Any, stores: list[MemoryStore], folder: Path, tmp_path: Path, values: Any
+) -> None:
+    """At the start, to find what is wrong, and no more; also by who takes an arena over, or gets no engine."""
+
+    def lives(what: MemoryStore) -> list[str]:
+        return [call for call, _ in what.calls if call in ("open", "register", "close")]
+
+    config = NodeConfig(
+        folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, remote=RemoteConfig("memory://m", "all")
+    )
+    for number in range(2):
+        with served(config):
+            assert lives(stores[number]) == ["open", *["register"] * number]
+            with closing(NodeClient.open(config.socket, "e", GEOMETRY, patience_s=30.0, prefault=False)) as client:
+                assert store(client, chain_keys(number, 3)) == 3
+                eventually(lambda count=3 * number + 3: len(values) == count, "the write")  # type: ignore[misc]
+        assert lives(stores[number]) == ["open", "register", "close"]
+    with served(replace(config, name="other")):
+        pass
+    assert lives(stores[2]) == ["open", "close"]
+    assert len(stores) == 3
+
+
 def test_a_store_that_is_refused_when_the_first_engine_comes(
     start: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine is told, nothing of the attempt is left, and the next one finds it mended."""
-    wrong = False
+    away, wrong = True, False
 
     class Guarded(MemoryStore):
         async def open(self) -> None:
+            if away:
+                raise RemoteError("nobody there")
             if wrong:
                 raise ConfigError("wrong password; mend it")
 
@@ -180,7 +207,7 @@ def test_a_store_that_is_refused_when_the_first_engine_comes(
         def opened() -> NodeClient:
             return NodeClient.open(config.socket, "e", GEOMETRY, patience_s=30.0, prefault=False)
 
-        wrong, count = True, 0
+        away, wrong, count = False, True, 0
         for attempt in range(4):
             with pytest.raises(ConfigError, match="wrong password"):
                 opened()
