@@ -229,14 +229,6 @@ def _embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
     return cache, close
 
 
-def _in_turn(*calls: Callable[[], None]) -> Callable[[], None]:
-    def all_of_them() -> None:
-        for call in calls:
-            call()
-
-    return all_of_them
-
-
 def open_cache(
     layout: PagedLayout,  # from kvkern.layout: flash_attention, split_kv, fused_kv, token_pool, mla, from_pages
     tensors: Sequence[torch.Tensor],  # the tensors the layout was made from, in the same order
@@ -285,7 +277,6 @@ def open_cache(
         transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
         if isinstance(cache, Cache) and config.hbm_nbytes:
             cache, transfer = put_hbm_above(config, cache, arena, transfer, paged, blocks_per_chunk)
-            close = _in_turn(cache.close, close)
     except BaseException:
         if transfer is not None:
             transfer.close()

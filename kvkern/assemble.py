@@ -115,7 +115,7 @@ def open_remote(config: RemoteConfig) -> Opened | None:
 def put_hbm_above(
     config: Config, dram: Cache, arena: Arena, copier: Copier, group: PagedTensors, blocks_per_chunk: int
 ) -> tuple[HbmCache, Copier]:
-    """(a cache over HBM and `dram`, to be closed before that; a copier for both, which closes `copier` with it).
+    """(a cache over HBM and `dram`, a copier for both, which closes `copier` with it and before that the cache).
 
     Raises ConfigError if no chunk fits, DeviceError if the GPU has no room.
     """
@@ -138,7 +138,7 @@ def put_hbm_above(
         slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
         rows, above = HostRows(slots, arena), Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)
     cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, rows)
-    return cache, StackedCopier(copier, above, cache.first_slot)
+    return cache, StackedCopier(copier, above, cache.first_slot, cache.close)
 
 
 def _cuda(name: str) -> CudaDevice:

@@ -3,7 +3,8 @@
     reserve    what nobody has: HBM's free slots first, in prefix order; the rest goes to DRAM at once. Nobody waits for room
     acquire    each chunk from where it is, HBM first; the prefix ends where neither has one
     spill      in the background, whenever fewer than an eighth of HBM is free: what is least recently used is copied down,
-               published there, and then dropped here: at no time is it in neither. What DRAM has already is only dropped
+               published there, and then dropped here: at no time is it in neither. What DRAM has already is only dropped,
+               and what it has no room for stays
     promote    in the background, when a lease ends: what came from DRAM is copied up as far as there is room
 
 A chunk that moves is read under a lease. `clear` and the start of a move exclude each other: either the move finds its chunk
@@ -62,7 +63,7 @@ class HbmCounters:
     hbm_stored_chunks: int = 0  # of those stored, into HBM
     hbm_spilled_chunks: int = 0  # copied down
     hbm_promoted_chunks: int = 0  # copied up
-    hbm_lost_chunks: int = 0  # dropped from HBM though DRAM had no room or the copy failed
+    hbm_lost_chunks: int = 0  # dropped from HBM, for the copy failed
 
 
 @dataclass(slots=True)
@@ -335,30 +336,34 @@ class HbmCache:
                     return
 
     def _make_room(self) -> None:
-        """Spill until the spare slots are free, or all the rest is leased: the next release or commit comes back to that."""
+        """Spill until the spare slots are free, or nothing can go: the next release or commit comes back to that."""
         while (short := self.spare - self._hbm.num_free) > 0 and not self._closed.is_set():
             if not self._spill(min(short, MOVE_SLOTS)):
                 return
 
-    def _spill(self, count: int) -> int:
-        """Make up to `count` slots of HBM free. Returns how many."""
+    def _spill(self, count: int) -> bool:
+        """Make up to `count` slots of HBM free, and say whether any is. What DRAM has no room for stays."""
+        before = self._hbm.num_free
         lease = self._hbm.retire(count)
-        moved = known = 0
+        moved, gone = 0, set(lease.keys)  # after a copy that failed all go: none is tried again and again
         try:
-            if lease.slots:
-                moved, known = self._move(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
+            moved = self._move(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
+            gone = self._dram.known(lease.keys)
+        except BaseException:
+            with self._lock:
+                self.hbm_counters.hbm_lost_chunks += len(gone - self._dram.known(lease.keys))
+            raise
         finally:
-            self._hbm.drop(lease.keys)
+            self._hbm.drop([key for key in lease.keys if key in gone])
             self._hbm.release(lease)
             with self._lock:
                 self.hbm_counters.hbm_spilled_chunks += moved
-                self.hbm_counters.hbm_lost_chunks += len(lease.slots) - moved - known
-        return len(lease.slots)
+        return self._hbm.num_free > before
 
     def _promote(self, keys: list[bytes]) -> None:
         lease = self._dram.lease(keys[: self._hbm.num_free], prefix=False)
         try:
-            moved, _ = self._move(lease, self._dram_slots, self._hbm, self._hbm_slots, self._up)
+            moved = self._move(lease, self._dram_slots, self._hbm, self._hbm_slots, self._up)
         finally:
             self._dram.release(lease)
         with self._lock:
@@ -377,8 +382,8 @@ class HbmCache:
         other: Cache,
         target: Slots,  # of `other`
         copy: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], None],
-    ) -> tuple[int, int]:
-        """(how many chunks were copied to the other tier, how many need not: it has them, or they were cleared)."""
+    ) -> int:
+        """Copy to the other tier what it lacks and has room for, heads first. Returns how many chunks; cleared ones stay."""
         with self._moving:
             known = other.known(lease.keys)
             slots = np.array(lease.slots, dtype=np.int64)
@@ -387,7 +392,7 @@ class HbmCache:
             at = at[np.argsort(source.headers["position"][at], kind="stable")]  # heads first, as policies want
             grant = other.grant(len(at))
             count = len(grant.slots)
-            needless, at = len(slots) - len(at), at[:count]
+            at = at[:count]
             to, generations = np.array(grant.slots, dtype=np.int64), np.array(grant.generations, dtype=np.uint64)
             begin_moved(source, at, target, to, generations, self._owner)
         try:
@@ -405,7 +410,7 @@ class HbmCache:
             published += sum(other.publish(part, namespace))
         with self._lock:
             self.counters.evicted_chunks += len(grant.evicted)
-        return published, needless
+        return published
 
 
 def _done(value: int) -> Future[int]:

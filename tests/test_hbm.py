@@ -152,7 +152,7 @@ def test_spoiled_bytes_are_a_miss(tensors: list[torch.Tensor], tmp_path: Path, w
         rows[slot - stacked.first_slot * (where != "dram"), 5] ^= 1
         lease.release()
         if where == "spilled":
-            assert stacked._spill(8) == 6
+            assert stacked._spill(8)
         assert loads(cache, tensors, 1, 0, 6) == 2
         settled(cache)
         assert cache.stats()["bad_chunks"] == 1
@@ -284,7 +284,7 @@ def test_a_chunk_that_is_spilled_is_found_all_the_while(parts: Parts) -> None:
         parts.cache.release(lease)
 
     parts.during = look
-    assert parts.cache._spill(3) == 3
+    assert parts.cache._spill(3)
     look()
     assert seen == [5, 5]
     lease = parts.cache.acquire(chain)
@@ -339,24 +339,24 @@ def test_what_dram_has_is_not_copied_again(parts: Parts) -> None:
         assert len(_[0]) == 0
 
     parts.cache._down = copied  # type: ignore[method-assign]
-    assert parts.cache._spill(4) == 4
+    assert parts.cache._spill(4)
     assert parts.cache.lookup(chain) == 4
     assert parts.cache.hbm_counters.hbm_lost_chunks == 0
 
 
-def test_without_room_below_the_head_is_kept(tmp_path: Path) -> None:
+def test_without_room_below_everything_stays(tmp_path: Path) -> None:
     parts = Parts(tmp_path, hbm=8, dram=4)
-    other = chain_keys("b", 4)
-    chain = chain_keys("a", 8)
+    other, chain = chain_keys("b", 4), chain_keys("a", 8)
     assert parts.put(chain) == 8
     assert parts.put(other) == 4  # in DRAM
-    with_all = parts.cache.acquire(other)
-    parts.cache._spill(4)  # DRAM is leased: nothing can go there
-    assert parts.cache.hbm_counters.hbm_lost_chunks == 4
-    assert parts.cache.lookup(chain) == 4
-    parts.cache.release(with_all)
-    parts.cache._spill(3)
-    assert parts.cache.lookup(chain) == 4
+    lease = parts.cache.acquire(other)
+    assert not parts.cache._spill(4)  # all of DRAM is leased: nothing can go there
+    assert parts.cache.lookup(chain) == 8
+    parts.cache.release(lease)
+    assert parts.cache._spill(4)  # now it evicts what it had, for what is used more
+    assert (parts.cache.lookup(chain), parts.cache.lookup(other)) == (8, 0)
+    assert parts.cache.counters.evicted_chunks == 4
+    assert parts.cache.hbm_counters.hbm_lost_chunks == 0
     parts.cache.close()
     parts.arena.close()
 
@@ -408,7 +408,7 @@ def test_empty_batches(parts: Parts) -> None:
     assert parts.cache.commit(reservation) == 0
     assert parts.cache.release(Lease((), ())) == 0
     assert parts.cache.commit(Reservation((), (), ())) == 0
-    assert parts.cache._spill(4) == 0
+    assert not parts.cache._spill(4)
     parts.cache._promote([])
 
 

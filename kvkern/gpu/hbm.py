@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -144,9 +144,15 @@ class JoinedJob(Job):
 class StackedCopier(Copier):
     """Copies for one rank, whose slots from `first` on are HBM's."""
 
-    def __init__(self, dram: Copier, hbm: Copier, first: int) -> None:
+    def __init__(
+        self,
+        dram: Copier,
+        hbm: Copier,
+        first: int,
+        end_moves: Callable[[], None],  # between the tiers, which need what the copiers have registered
+    ) -> None:
         self.blocks_per_chunk = dram.blocks_per_chunk
-        self._dram, self._hbm, self._first = dram, hbm, first
+        self._dram, self._hbm, self._first, self._end_moves = dram, hbm, first, end_moves
 
     @property
     def num_blocks(self) -> int:
@@ -176,7 +182,8 @@ class StackedCopier(Copier):
         return job
 
     def close(self) -> None:
-        """See Copier."""
+        """See Copier. Moves end first."""
+        self._end_moves()
         self._hbm.close()
         self._dram.close()
 

@@ -110,7 +110,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     stacked, copier = put_hbm_above(config, dram, arena, below, group, PER_CHUNK)
     namespace = Namespace(model="m", weights="w", dtype="bfloat16", layout=layout.fingerprint, chunk_tokens=CHUNK)
     shape = ChunkShape(namespace.root, group=0, chunk_tokens=CHUNK)
-    cache = PagedCache(stacked, copier, stacked.close, namespace, shape)
+    cache = PagedCache(stacked, copier, dram.close, namespace, shape)
     yield Rig(tensors, device, arena, stacked, cache)
     cache.close()
     assert device.faults == []
@@ -131,6 +131,14 @@ def test_stored_spilled_promoted_and_loaded(rig: Rig) -> None:
     assert stats["hbm_hit_chunks"] > 0
     assert stats["bad_chunks"] == stats["faults"] == stats["hbm_lost_chunks"] == 0
     assert stats["hbm_slots"] == 6
+
+
+def test_closed_while_chunks_are_moved(rig: Rig) -> None:
+    """What moves ends before the arena is unregistered; see the fixture."""
+    for name in range(6):
+        rig.cache.store(tokens(name, 3), table(name * 3, 3))
+    rig.cache.close()
+    assert rig.device.idle()
 
 
 def test_hbm_needs_no_registration(rig: Rig) -> None:
