@@ -5,18 +5,22 @@
 
     pipe(calls, a, b) = a + b + (calls - 1) * max(a, b)         two stages, a and b seconds a piece
 
-                  wall                                             CPU                               thread blocks * time
-    BATCH_DMA     pipe(calls, call + runs * descriptor, wire)      calls * call + count * descriptor  0
-      no batch    pipe(count, copy, wire of a run)                 count * copy                       0
-    STAGED        pipe(calls, launch + relayout, copy + wire)      calls * (launch + copy)            ctas * relayout
-    ZERO_COPY     calls * launch + nbytes / rate(ctas)             calls * launch                     ctas * wall
+              wall                                             CPU                                        thread blocks * time
+    BATCH_DMA pipe(calls, launch + call + runs * descriptor,   calls * (launch + call)                    ctas * relayout / 2
+                   wire)                                       + count * descriptor
+      no batch: the same with a call a run, `copy` for `call + descriptor`
+    STAGED    pipe(calls, launch + relayout, copy + wire)      calls * (launch + copy)                    ctas * relayout
+    ZERO_COPY calls * launch + nbytes / rate(ctas)             calls * launch                             ctas * wall
 
-    least wall; those within 25 % of it are ties, and of these the least of CPU + thread blocks * time / 8
+    least wall; those within 25 % of it are ties, and of these the least of CPU + thread blocks * time / 4
+
+Checksums are part of each: the other kernels have the bytes in registers, beside DMA one reads the blocks for them, which is
+half of what a gather or scatter moves in HBM. What all have in common, ids up and sums down, is left out.
 
 Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is the
 cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4; vLLM measured 28 KiB on an
-H100, issue 57555). A thread block that copies is taken from the engine's own kernels, hence its price: with an eighth, runs of
-32-64 KiB are staged and those of 128 KiB and more left to the copy engine, as vLLM's and SGLang's measurements advise.
+H100, issue 57555). A thread block that copies is taken from the engine's own kernels, hence its price: with a quarter, runs
+of 32-64 KiB are staged and those of 128 KiB and more left to the copy engine, as vLLM's and SGLang's measurements advise.
 Scaling all times of a table changes no choice of method.
 """
 
@@ -37,7 +41,7 @@ MIN_PIECE_NBYTES, MAX_PIECE_NBYTES = 16 << 20, 32 << 20
 # A copy engine is first in, first out, and blind to priorities: the engine's own small copies wait for a piece.
 HOLD_S = 0.7e-3
 TIE = 1.25
-CTA_PRICE = 1 / 8  # seconds of CPU that a second of a thread block is worth
+CTA_PRICE = 1 / 4  # seconds of CPU that a second of a thread block is worth
 
 
 class Method(StrEnum):
@@ -45,7 +49,7 @@ class Method(StrEnum):
 
     STAGED = "staged"  # a kernel between paged blocks and a ring in HBM, one copy a contiguous part of a slot
     ZERO_COPY = "zero_copy"  # one kernel between paged blocks and registered host memory
-    BATCH_DMA = "batch_dma"  # the copy engine moves every run; no kernel
+    BATCH_DMA = "batch_dma"  # the copy engine moves every run; a kernel beside it sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Choice:
     """How to move a job."""
 
     method: Method
-    max_ctas: int  # of its kernel; 0: it has none
+    max_ctas: int  # thread blocks of its kernel; 0: any
     piece_nbytes: int  # the most a launch or a submission moves
 
 
@@ -105,12 +109,13 @@ def estimates(
     """Every way that the table allows, with what it would cost; see the formulas above. Copies are always among them."""
     costs, able = table.costs(direction), table.abilities
     calls = max(1, math.ceil(nbytes / MAX_PIECE_NBYTES))
-    yield _copies(costs, able.batch_api and able.pinned, run_nbytes, count, nbytes)
-    if not able.pinned:
-        return  # a copy from or to pageable memory holds its caller: nothing to overlap, nothing to stage for
-    for rate in costs.relayout:
-        if MIN_RELAYOUT_CTAS <= rate.ctas <= MAX_RELAYOUT_CTAS:
-            yield _staged(costs, rate, calls, nbytes)
+    relayout = [rate for rate in costs.relayout if MIN_RELAYOUT_CTAS <= rate.ctas <= MAX_RELAYOUT_CTAS]
+    if not able.pinned:  # a copy from or to pageable memory holds its caller: nothing to overlap, nothing to stage for
+        yield _copies(costs, False, None, run_nbytes, count, nbytes)
+        return
+    yield _copies(costs, able.batch_api, relayout[0] if relayout else None, run_nbytes, count, nbytes)
+    for rate in relayout:
+        yield _staged(costs, rate, calls, nbytes)
     if able.host_pointers:
         for rate in costs.zero_copy:
             if rate.ctas <= min(zero_copy_ctas, MAX_ZERO_COPY_CTAS):
@@ -126,12 +131,18 @@ def break_even_nbytes(table: Calibration, direction: Direction) -> float:
     return (costs.descriptor_s if batch else costs.copy_s) * costs.copy_gb_s * GB
 
 
-def _copies(costs: Costs, batch: bool, run_nbytes: int, count: int, nbytes: int) -> Estimate:
-    runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes)) if batch else 1  # of a call; a run is never cut
-    calls = max(1, math.ceil(count / runs))
-    cpu_s = calls * costs.call_s + count * costs.descriptor_s if batch else count * costs.copy_s
+def _copies(costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, count: int, nbytes: int) -> Estimate:
+    """`summing`: how fast the kernel beside it would gather; None: there is none."""
+    runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes))  # of a piece; a run is never cut
+    pieces = max(1, math.ceil(count / runs))
+    cpu_s = pieces * costs.call_s + count * costs.descriptor_s if batch else count * costs.copy_s
+    calls = pieces if batch else max(1, count)
+    ctas, cta_s = 0, 0.0
+    if summing is not None:
+        cpu_s += pieces * costs.launch_s
+        ctas, cta_s = summing.ctas, summing.ctas * _seconds(nbytes, 2 * summing.gb_s)
     wall_s = _pipe(calls, cpu_s / calls, _seconds(nbytes, costs.copy_gb_s) / calls)
-    return Estimate(Method.BATCH_DMA, 0, wall_s, cpu_s, 0.0, costs.copy_gb_s)
+    return Estimate(Method.BATCH_DMA, ctas, wall_s, cpu_s, cta_s, costs.copy_gb_s)
 
 
 def _staged(costs: Costs, rate: Rate, calls: int, nbytes: int) -> Estimate:
