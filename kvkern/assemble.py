@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
 from .config import DEFAULT_POLICY, Config, RemoteConfig, user_cache_dir
-from .errors import LayoutError
+from .errors import LayoutError, UnsupportedError
 from .policy import policy_maker
 from .policy.persist import persist_mode
 from .policy.shares import Shares
@@ -156,7 +156,7 @@ def build_transfer(
     """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip.
 
     Of tensors on a GPU: call it in the engine's thread. Takes staging memory there and registers the arena; raises
-    ArenaError or DeviceError where the host does not give that.
+    ArenaError or UnsupportedError where the host does not give that.
     """
     devices = {group.device for group in groups}
     if len(devices) != 1:
@@ -178,15 +178,19 @@ def build_transfer(
 
 def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
     from .gpu.calibrate import calibrated
+    from .gpu.device import DeviceError
     from .gpu.planner import choose
     from .gpu.saved import DeviceId
     from .gpu.stopwatch import Stopwatch
     from .gpu.table import Abilities, Link
     from .gpu.transfer import GpuTransfer
 
-    device = _cuda(name)
-    info = device.info
-    identity = DeviceId(name, "unknown", Link()) if info is None else DeviceId(info.name, info.driver, info.link)
-    able = Abilities(device.batch_api, device.host_pointers)
-    table = calibrated(Stopwatch(device, able.batch_api, able.host_pointers), identity, able, user_cache_dir())
-    return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
+    try:
+        device = _cuda(name)
+        info = device.info
+        identity = DeviceId(name, "unknown", Link()) if info is None else DeviceId(info.name, info.driver, info.link)
+        able = Abilities(device.batch_api, device.host_pointers)
+        table = calibrated(Stopwatch(device, able.batch_api, able.host_pointers), identity, able, user_cache_dir())
+        return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
+    except DeviceError as error:
+        raise UnsupportedError(f"kvkern cannot copy to and from {name}: {error}") from error

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import KvkernError
-
 if TYPE_CHECKING:
     import torch
 
@@ -30,8 +28,11 @@ ARRIVED = "arrived"  # a load's payload is on the device
 LOADED = "loaded"  # a load's blocks are written and their checksums are in host memory
 
 
-class DeviceError(KvkernError, RuntimeError):
-    """The driver refused, in its own words. After a failed kernel all later calls fail: every transfer is then a miss."""
+class DeviceError(RuntimeError):
+    """The driver refused, in its own words. In a job that is a fault like any other: a miss, not the caller's error.
+
+    After a kernel that failed all later calls do: every transfer is then a miss.
+    """
 
 
 class Event(Protocol):

@@ -53,7 +53,7 @@ class Manual(Executor):
         while self._tasks:
             try:
                 self._tasks.pop(0)()
-            except KvkernError:
+            except (KvkernError, DeviceError):
                 continue
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from kvkern import assemble
 from kvkern.config import Config
-from kvkern.errors import LayoutError
+from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.gpu import cuda
+from kvkern.gpu.device import DeviceError
 from kvkern.gpu.transfer import GpuTransfer
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.transfer import Transfer
@@ -77,6 +78,17 @@ def test_a_layout_that_does_not_round_trip_gives_the_memory_back(tmp_path: Path,
     with pytest.raises(LayoutError, match="does not round-trip"):
         build(tmp_path, [Elsewhere(groups[0].layout, groups[0].tensors, other.bases)])
     assert not Standin.made[0].registered
+
+
+def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, nbytes: int) -> None:
+        raise DeviceError("no 32 MiB of GPU memory for staging")
+
+    monkeypatch.setattr(Standin, "memory", full)
+    with pytest.raises(UnsupportedError, match="cannot copy to and from cuda:0: no 32 MiB"):
+        build(tmp_path, groups)
 
 
 def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:
