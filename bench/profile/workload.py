@@ -1,0 +1,54 @@
+"""What the profilers look at: stores and loads by one method, again and again. Measures nothing itself.
+
+python bench/profile/workload.py --method staged --run-nbytes 32768 --chunks 16 --repeat 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from _gpu import open_rig
+from gpu_paths import Copies
+
+from kvkern.gpu.planner import Method
+from kvkern.gpu.table import Direction, Link, seeds
+from kvkern.nvtx import span
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Those of the workload, for whoever starts it."""
+    parser.add_argument("--method", choices=[method.value for method in Method], default="staged")
+    parser.add_argument("--run-nbytes", type=int, default=32 << 10, help="contiguous bytes of a block (default 32 KiB)")
+    parser.add_argument("--chunks", type=int, default=16, help="chunks of 2 MiB a transfer (default 16)")
+    parser.add_argument("--repeat", type=int, default=5, help="stores, then loads (default 5)")
+    parser.add_argument("--ctas", type=int, default=0, help="thread blocks of its kernel (default: the planner's cap)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to see that it runs")
+
+
+def as_command(args: argparse.Namespace) -> list[str]:
+    """The program and the options that give these."""
+    names = ("method", "run_nbytes", "chunks", "repeat", "ctas", "device")
+    given = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return [sys.executable, str(Path(__file__).resolve()), *given]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options(parser)
+    args = parser.parse_args()
+    rig = open_rig(args.device)
+    with closing(Copies(rig, rig.device(), args.run_nbytes, args.chunks, seeds(Link()))) as copies:
+        copies.ctas = args.ctas
+        for direction, name in ((Direction.D2H, "store"), (Direction.H2D, "load")):
+            copies.run(direction, args.chunks, Method(args.method))  # compiles
+            for _ in range(args.repeat):
+                with span(f"workload {name}"):
+                    copies.run(direction, args.chunks, Method(args.method))
+
+
+if __name__ == "__main__":
+    main()
