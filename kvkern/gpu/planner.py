@@ -18,8 +18,8 @@ Checksums are part of each: the other kernels have the bytes in registers, besid
 half of what a gather or scatter moves in HBM. What all have in common, ids up and sums down, is left out.
 
 Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is the
-cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4; vLLM found 28 KiB on an
-H100, pull request 42212). A thread block that copies is taken from the engine's own kernels, hence its price: with a quarter, runs
+cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4; vLLM found 28 KiB on an H100,
+pull request 42212). A thread block that copies is taken from the engine's own kernels, hence its price: with a quarter, runs
 of 32-64 KiB are staged and those of 128 KiB and more left to the copy engine, as vLLM's and SGLang's measurements advise.
 Scaling all times of a table changes no choice of method.
 """
