@@ -107,6 +107,27 @@ def test_what_was_just_absent_is_not_asked_for(tmp_path: Path, store: MemoryStor
         eventually(lambda: two.hits(A) == 6, "the end of ABSENT_S")
 
 
+def test_behind_a_gap_little_is_asked_for(tmp_path: Path, store: MemoryStore) -> None:
+    long = chain_keys("long", 100)
+    with nodes(tmp_path, store, slots=128) as (one, two):
+        assert two.hits(long) == 0
+        assert [count for what, count in two.store.calls if what == "exists"] == [16]
+        one.compute(long)
+        one.settle()
+        two.store.calls.clear()
+        eventually(lambda: two.hits(long) == 100, "the end of ABSENT_S")
+        assert [count for what, count in two.store.calls if what == "exists"] == [16, 64, 20]
+        two.cache.clear()
+        two.store.calls.clear()
+        del store.values[long[50]]
+        assert two.hits(long) == 50
+        assert [count for what, count in two.store.calls if what == "exists"] == [16, 64]
+        two.store.calls.clear()
+        lease = two.acquire([*long[60:], *long[:50]], prefix=False)  # all there is: all are asked for
+        two.cache.release(lease)
+        assert [count for what, count in two.store.calls if what == "exists"] == [40]
+
+
 def test_two_requests_for_the_same_chunks_read_them_once(tmp_path: Path, store: MemoryStore) -> None:
     with nodes(tmp_path, store) as (one, two):
         one.compute(A)
