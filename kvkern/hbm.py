@@ -188,7 +188,11 @@ class HbmCache:
         hbm = self._hbm.reserve(chain, fresh[: self._hbm.num_free], shape, use)
         here = self._hbm.known(fresh, writing=True)
         rest = [key for key in fresh if key not in here]
-        dram = self._dram.reserve(chain, rest, shape, use) if rest else NO_RESERVATION
+        try:
+            dram = self._dram.reserve(chain, rest, shape, use) if rest else NO_RESERVATION
+        except BaseException:
+            self._hbm.abort(hbm)
+            raise
         with self._lock:
             self.counters.dropped_chunks += dram.dropped
             self.counters.declined_chunks += dram.declined
