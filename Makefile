@@ -105,7 +105,8 @@ bench: $(VENV)/.stamp
 # Not with .venv, whose torch is built for CPUs. Figures of kernels that fail their tests are worth nothing: the tests come first.
 gpu:
 	@$(GPU_PYTHON) bench/gpu.py --check
-	@$(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/gpu tests/test_attention_contract.py
+	@$(GPU_PYTHON) -m pytest -n 4 -m gpu tests/kernels
+	@$(GPU_PYTHON) -m pytest -n 0 -m gpu tests/gpu tests/test_attention_contract.py tests/test_nvtx.py
 	@$(GPU_PYTHON) bench/gpu.py $(ARGS)
 
 # Not part of `bench`: it installs other people's software, in environments of its own.

@@ -10,6 +10,7 @@ A page is one run of `run_nbytes`, so blocks at random places never join. GB/s c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +64,18 @@ class Case:
 
 
 def measure(
-    rig: Rig, case: Case, where: str, run_nbytes: int, ctas: int, ceiling: dict[str, float], runs: int
+    rig: Rig,
+    case: Case,
+    where: str,
+    run_nbytes: int,
+    ctas: int,
+    depths: Sequence[int],  # of STAGES
+    ceiling: dict[str, float],
+    runs: int,
 ) -> list[Row]:
     """A row for each operation and depth, all in turns."""
     ops = ("gather", "scatter", "checksum") if where == "hbm" else ("gather", "scatter")
-    cases = [(op, stages) for op in ops for stages in STAGES]
+    cases = [(op, stages) for op in ops for stages in depths]
     args = (case.paged, case.ids, case.rows, case.row_ids, case.sums)
     works = {f"{op} {stages}": (lambda op=op, stages=stages: rig.copy(op, *args, ctas, stages)) for op, stages in cases}
     seconds = in_turns(rig, works, runs)
@@ -92,7 +100,9 @@ def sweep(sizes: Sizes) -> list[tuple[str, int, int]]:
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES, help="only these depths")
+    args = parser.parse_args()
     rig = open_rig(args.device)
     sizes, runs = (DRY, 1) if rig.dry else (QUICK, 3) if args.quick else (FULL, args.runs)
     ceiling = ceilings(rig, sizes.ceiling_nbytes, runs)
@@ -104,7 +114,7 @@ def main() -> None:
         if made is None or made[0] != (where, run_nbytes):
             made = None  # its memory goes before the next one's comes
             made = (where, run_nbytes), Case(rig, run_nbytes, where, getattr(sizes, f"{where}_nbytes"))
-        for row in measure(rig, made[1], where, run_nbytes, ctas, ceiling, runs):
+        for row in measure(rig, made[1], where, run_nbytes, ctas, args.stages, ceiling, runs):
             rows.append(row)
             print_row(rig, row)
     write_json(rig, args.json, rows)

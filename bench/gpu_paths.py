@@ -171,10 +171,9 @@ def calibration(rig: Rig, device: Device) -> Calibration:
         return seeds(Link())
     from kvkern.gpu.stopwatch import Stopwatch
 
-    info, batch_api = device.info, device.batch_api
-    abilities = Abilities(batch_api=batch_api)
-    start = seeds(info.link if info is not None else Link(), abilities)
-    return calibrate(Stopwatch(device, batch_api, host_pointers=True), start, budget_s=0.2)
+    able = Abilities(device.batch_api, device.host_pointers)
+    start = seeds(Link() if device.info is None else device.info.link, able)
+    return calibrate(Stopwatch(device, able.batch_api, able.host_pointers), start, budget_s=0.2)
 
 
 def main() -> None:
