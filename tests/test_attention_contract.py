@@ -232,10 +232,12 @@ def test_a_misplaced_block_is_noticed(kind: str, misplace: Callable[[npt.NDArray
         assert not torch.equal(want, got)
 
 
-def test_through_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """The same through keys, an arena and `open_cache`: of what is loaded, attention is what it was."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # a GPU is calibrated anew
     page, tokens, num_blocks = 16, list(range(100)), 32
-    pool = make_pool("stacked", num_blocks, page, 2, 32, BF16, "cpu")
+    pool = make_pool("stacked", num_blocks, page, 2, 32, BF16, device)
     ids = np.random.default_rng(4).permutation(num_blocks).astype(np.int32)
     before, after = ids[:7], ids[7:14]
     cache = kvkern.open_cache(
@@ -250,5 +252,5 @@ def test_through_the_cache(tmp_path: Path) -> None:
     q = torch.randn(1, 20, 8, 32, generator=torch.Generator().manual_seed(3)).to(BF16)
     length = torch.tensor([loaded])
     for k, v in zip(pool.k, pool.v, strict=True):
-        want, got = (sdpa(q, k, v, torch.from_numpy(table[None]), length) for table in (before, after))
+        want, got = (sdpa(q, k.cpu(), v.cpu(), torch.from_numpy(table[None]), length) for table in (before, after))
         assert torch.equal(want, got)

@@ -68,7 +68,7 @@ def test_the_copy_loop_moves_16_bytes_an_access(target: Target, variant: aot.Var
 
 @every_copy
 def test_a_ring_fits_shared_memory(target: Target, variant: aot.Variant) -> None:
-    """Tiles of 4 KiB a width, one less than stages of them, and the ids. Two programs fit the 99 KiB of the smallest SM."""
+    """One tile less than stages, and the ids; far below the 99 KiB that a program may have on sm_89, the least of them."""
     result, stages = built(target, variant.name), variant.constants["STAGES"]
     ring = (stages - 1) * variant.constants["UNROLL"] * 4096
     if stages == 1:
