@@ -143,9 +143,8 @@ def copy_chunks(
                 at = group_offset + (first + v * ROWS) * PIECE_BYTES  # byte of the plane
                 if ROWED:
                     lanes += value
-                    moments += value * (at // 64).to(tl.uint32).to(
-                        tl.uint64
-                    )  # a 32-bit factor: one instruction, not three
+                    row_of_tile = (at // 64).to(tl.uint32)  # 32 bits: one instruction a lane, not three
+                    moments += value * row_of_tile.to(tl.uint64)
                 else:
                     moments += _weighted(value, at + place, weights_ptr)
         p = tl.load(weights_ptr + place // 4 % 16)
