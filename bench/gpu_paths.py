@@ -112,13 +112,18 @@ def vllm_swap() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | 
     return _custom_ops.swap_blocks_batch
 
 
-def vllm_seconds(rig: Rig, copies: Copies, direction: Direction, chunks: int, swap: Callable[..., None]) -> float:
-    """One call over the same runs and slots, until its bytes are there. On a stream of its own: it refuses the default one."""
+def vllm_tables(copies: Copies, direction: Direction, chunks: int) -> list[torch.Tensor]:
+    """[sources, destinations, sizes], each [n] int64 on the host, as swap_blocks_batch takes them."""
     batch = copies.batch(chunks)
     parts = copies.arena.parts(0)
     at = batch.slots * parts.strides[0] + parts.ctypes.data
     runs = merged(copies.paged, batch.block_ids, at, to_slots=direction is Direction.D2H)
-    tables = [torch.from_numpy(column.view(np.int64)) for column in (runs.src, runs.dst, runs.nbytes)]
+    return [torch.from_numpy(column.view(np.int64)) for column in (runs.src, runs.dst, runs.nbytes)]
+
+
+def vllm_seconds(rig: Rig, copies: Copies, direction: Direction, chunks: int, swap: Callable[..., None]) -> float:
+    """One call over the same runs and slots, until its bytes are there. On a stream of its own: it refuses the default one."""
+    tables = vllm_tables(copies, direction, chunks)
     rig.synchronize()
     start = time.perf_counter()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,6 +157,27 @@ def test_the_sweep_covers_both_questions(shared: ModuleType) -> None:
     for where in ("hbm", "host"):
         assert {1, 64} <= {ctas for w, run_nbytes, ctas in cases if (w, run_nbytes) == (where, 32 << 10)}
         assert {256, 2 << 20} <= {run_nbytes for w, run_nbytes, _ in cases if w == where}
+
+
+def test_vllm_is_given_the_same_bytes_to_move(shared: ModuleType) -> None:
+    """Its tables, moved by hand, leave the slots as our own store did, and ours verifies what they load."""
+    import gpu_paths
+
+    from kvkern.gpu.planner import Method
+    from kvkern.gpu.table import Direction, Link, seeds
+
+    rig = shared.DryRig()
+    with closing(gpu_paths.Copies(rig, rig.device(), 32 << 10, 2, seeds(Link()))) as copies:
+        copies.run(Direction.D2H, 2, Method.STAGED)
+        slots = copies.arena.parts(0)
+        stored = slots[:2].copy()
+        slots[:2] = 0
+        for src, dst, nbytes in zip(
+            *(t.tolist() for t in gpu_paths.vllm_tables(copies, Direction.D2H, 2)), strict=True
+        ):
+            ctypes.memmove(dst, src, nbytes)
+        assert (slots[:2] == stored).all()
+        copies.run(Direction.H2D, 2, Method.STAGED)
 
 
 def test_interference_ratios_are_bigger_where_steps_are_less_disturbed(shared: ModuleType) -> None:
