@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,9 +39,10 @@ class Order(Protocol):
 @dataclass
 class Op:
     name: str
-    run: Callable[[], None]
+    run: Callable[[], object]
     spans: Callable[[], list[Span]]  # what it reads and writes; asked when it runs
     clock: Clock
+    held: Sequence[ctypes.Array[ctypes.c_char]] = ()
 
 
 @dataclass(eq=False)
@@ -106,15 +107,28 @@ class FakeStream:
             self.device.watch.join(self.device.agent, self.device.watch.now(self.name))
 
     def copy(self, runs: Runs, direction: Direction) -> None:
+        """Of H2D the sources may be read at any time from the call on, by an operation that waits for nothing."""
         moves = [(int(d), int(s), int(n)) for d, s, n in zip(runs.dst, runs.src, runs.nbytes, strict=True)]
+        seen = [ctypes.create_string_buffer(nbytes) for _, _, nbytes in moves]
+        reads, writes = [Span(s, n, False) for _, s, n in moves], [Span(d, n, True) for d, _, n in moves]
 
-        def run() -> None:
-            for dst, src, nbytes in moves:
+        def read() -> None:
+            for (dst, src, nbytes), held in zip(moves, seen, strict=True):
                 self.device.check_host(dst if direction is Direction.D2H else src, nbytes)
-                ctypes.memmove(dst, src, nbytes)
+                ctypes.memmove(held, src, nbytes)
 
-        spans = [span for d, s, n in moves for span in (Span(s, n, False), Span(d, n, True))]
-        self.push(f"copy {direction}", run, lambda: spans)
+        def write() -> None:
+            for (dst, _, nbytes), held in zip(moves, seen, strict=True):
+                ctypes.memmove(dst, held, nbytes)
+
+        if direction is Direction.D2H or not self.device.early_reads:
+            self.push(f"copy {direction}", lambda: (read(), write()), lambda: [*reads, *writes])
+        else:
+            with self.device.lock:
+                self.device.inject(f"{self.name}: copy h2d")
+                early = self.device.stream(f"{self.name}, reads")
+                early.push("read", read, lambda: reads, seen)
+                self.push("copy h2d", write, lambda: writes, after=early)
 
     def gather(self, paged, block_ids, rows, row_ids, sums, max_ctas) -> None:  # type: ignore[no-untyped-def]
         self._kernel("gather", gather_chunks, paged, block_ids, rows, row_ids, sums, max_ctas)
@@ -143,28 +157,34 @@ class FakeStream:
             lambda: [*_array(ids, False), *blocks(paged, ids, False), *_sums(sums)],
         )
 
-    def push(self, name: str, run: Callable[[], None], spans: Callable[[], list[Span]]) -> None:
+    def push(
+        self,
+        name: str,
+        run: Callable[[], object],
+        spans: Callable[[], list[Span]],
+        held: Sequence[ctypes.Array[ctypes.c_char]] = (),  # what it leaves for another operation
+        after: FakeStream | None = None,  # the other half of the operation, beside what is before it here
+    ) -> None:
         """Enqueue a closure and what it touches."""
         with self.device.lock:
             label = f"{self.name}: {name}"
-            self.device.inject(label)
-            if (self.last, label) in self.device.drop:
-                self._push_beside(label, run, spans)
+            if after is None:
+                self.device.inject(label)
+            beside = (self.last, label) in self.device.drop
+            stream = self.device.stream(f"{self.name}, beside") if beside else self
+            if beside:  # after all that the last operation was after, but not after that one itself
+                assert self.before_last is not None
+                for event in (self.before_last, *self.since_last):
+                    stream._wait(event)
             else:
                 self.before_last = self._mark()
-                clock = self.device.watch.enqueue(self.device.agent, self.name)
-                self.queue.append(Op(label, run, spans, clock))
+            if after is not None:
+                stream._wait(after._mark())
+            stream.queue.append(Op(label, run, spans, self.device.watch.enqueue(self.device.agent, stream.name), held))
+            if beside:
+                self._wait(stream._mark())
             self.last, self.since_last = label, []
             self.device.settle()
-
-    def _push_beside(self, label: str, run: Callable[[], None], spans: Callable[[], list[Span]]) -> None:
-        """Enqueue so that it is after all that the last operation was after, but not after that one itself."""
-        beside = self.device.stream(f"{self.name}, beside")
-        assert self.before_last is not None
-        for event in (self.before_last, *self.since_last):
-            beside._wait(event)
-        beside.queue.append(Op(label, run, spans, self.device.watch.enqueue(self.device.agent, beside.name)))
-        self._wait(beside._mark())
 
 
 class FakeDevice:
@@ -172,8 +192,10 @@ class FakeDevice:
 
     backend: Backend = "numba"
 
-    def __init__(self, order: Order, drop: Iterable[Edge] = (), watch: Watch | None = None) -> None:
-        self.order, self.drop = order, frozenset(drop)
+    def __init__(
+        self, order: Order, drop: Iterable[Edge] = (), watch: Watch | None = None, early_reads: bool = True
+    ) -> None:
+        self.order, self.drop, self.early_reads = order, frozenset(drop), early_reads
         self.watch = watch or Watch()
         self.lock = threading.RLock()
         self.edges: set[Edge] = set()  # all that were asked for, dropped or not
@@ -187,6 +209,7 @@ class FakeDevice:
         self.fail_at: tuple[str, int] | None = None  # (name of an operation, how many there are until one fails)
         self.points = 0
         self.seen: list[bytes] = []  # what the host has read
+        self.held: list[ctypes.Array[ctypes.c_char]] = []  # what copies have read and not written yet
         self._agent = threading.local()
         self.compute = self.stream("compute")
 
@@ -296,6 +319,7 @@ class FakeDevice:
             self.faults.append(f"{op.name}: {error}")
         else:
             self.watch.device(stream.name, op.name, spans, op.clock)
+            self.held += op.held
         self.settle()
 
     def idle(self) -> bool:

@@ -78,6 +78,7 @@ class Found:
     interleavings: int = 0  # paths through them
     wrong: dict[str, list[str]] = field(default_factory=dict)  # complaint: an order that leads to it
     edges: set[Edge] = field(default_factory=set)
+    races: set[tuple[str, str]] = field(default_factory=set)  # by the clocks, in any of the runs
 
 
 class _Script:
@@ -171,8 +172,8 @@ class _Script:
         assert self.program is not None
         digest = hashlib.blake2b(digest_size=16)
         progress = [(s.ran, len(s.queue)) for s in device.streams.values()]
-        digest.update(repr((progress, device.points, self._steps, len(device.seen))).encode())
-        for memory in (*device.memories, *self.program.memories, *device.seen):
+        digest.update(repr((progress, device.points, self._steps, len(device.seen), len(device.held))).encode())
+        for memory in (*device.memories, *self.program.memories, *device.seen, *device.held):
             digest.update(memory)
         return digest.digest()
 
@@ -182,6 +183,7 @@ def search(
     drop: Iterable[Edge] = (),
     first: bool = False,  # stop at the first run that goes wrong
     prune: bool = True,  # False: take every path, to count them
+    early_reads: bool = True,  # see FakeStream.copy
 ) -> Found:
     """Every order of a program, with some edges taken away."""
     found, graph = Found(), dict[bytes, list[bytes | None]]()
@@ -192,7 +194,7 @@ def search(
         script = _Script(prefix, graph if prune else {})
         if came is not None:
             script.came_from(*came)
-        device = FakeDevice(script, drop)
+        device = FakeDevice(script, drop, Watch(enabled=True), early_reads)
         script.program = build(device)
         known = set(script.graph)
         found.runs += 1
@@ -202,6 +204,7 @@ def search(
             found.edges |= device.edges
         except Pruned:
             pass
+        found.races |= device.watch.races
         for complaint, trail in script.wrong.items():
             found.wrong.setdefault(complaint, trail)
         new = [state for state in script.graph if state not in known]

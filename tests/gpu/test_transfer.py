@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,122 +13,24 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kvkern.arena import Arena
-from kvkern.cache import Cache
 from kvkern.errors import ArenaError, LayoutError
 from kvkern.gpu.device import DeviceError
-from kvkern.gpu.planner import Choice, Method
+from kvkern.gpu.planner import Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
 from kvkern.kernels import layout as L
 from kvkern.kernels.paged_copy import PagedTensors
-from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
-from kvkern.tiers.base import Reservation
-from kvkern.tiers.dram import DramTier
 from kvkern.transfer import ChunkBatch, Transfer
 from tests.gpu.cases import choosing
 from tests.gpu.fake import FakeDevice
 from tests.gpu.orders import Random
 from tests.gpu.race import Span, Watch
+from tests.gpu.rig import PER_CHUNK, Rig, flash, picked, rig
 from tests.kernels.paged_cases import CASES
-from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, storage_bytes
+from tests.support import NAMESPACE, chain_keys, make_arena, storage_bytes
 
-PER_CHUNK = 3
 each_method = pytest.mark.parametrize("method", list(Method))
-
-
-@dataclass
-class Rig:
-    """An arena and its manager, paged tensors, a fake device and the transfer under test."""
-
-    arena: Arena
-    cache: Cache
-    paged: list[PagedTensors]
-    device: FakeDevice
-    transfer: GpuTransfer
-
-    def batch(self, ids: npt.ArrayLike, keys: Any, slots: Any, generations: Any = (), group: int = 0) -> ChunkBatch:
-        return ChunkBatch(
-            group=group,
-            block_ids=np.ascontiguousarray(ids, dtype=np.int32).reshape(-1, self.transfer.blocks_per_chunk),
-            slots=np.array(slots, dtype=np.int64),
-            generations=np.array(generations, dtype=np.uint64),
-            keys=np.frombuffer(b"".join(keys), dtype="V32"),
-            namespace=NAMESPACE,
-        )
-
-    def seen_done(self) -> None:
-        """This thread has seen its jobs done, and what it submits from now on comes after them."""
-        lanes = [f"kvkern-{lane}_0" for lane in ("store", "load")]
-        with self.device.lock:
-            for one, other in (*((lane, "engine") for lane in lanes), *(("engine", lane) for lane in lanes)):
-                self.device.watch.join(other, self.device.watch.now(one))
-
-    def reserve(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[Reservation, ChunkBatch]:
-        keys = chain_keys(name, len(ids))
-        reserved = self.cache.reserve(keys, keys, SHAPE)
-        return reserved, self.batch(ids, reserved.keys, reserved.slots, reserved.generations)
-
-    def put(self, name: object, ids: npt.NDArray[np.int64]) -> None:
-        reserved, batch = self.reserve(name, ids)
-        job = self.transfer.store([batch]).wait(60)
-        self.seen_done()
-        assert job.error is None
-        assert job.ok.all()
-        assert self.cache.commit(reserved) == len(ids)
-
-    def leased(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[Any, ChunkBatch]:
-        lease = self.cache.acquire(chain_keys(name, len(ids)))
-        return lease, self.batch(ids, lease.keys, lease.slots)
-
-    def read(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[list[bool], int]:
-        """(ok of each chunk, chunks dropped as BAD at the release)."""
-        lease, batch = self.leased(name, ids)
-        job = self.transfer.load([batch]).wait(60)
-        assert job.error is None
-        return job.ok.tolist(), self.cache.release(lease)
-
-
-@contextmanager
-def rig(
-    folder: Path,
-    groups: list[PagedTensors],
-    choose: Callable[..., Choice],
-    depths: Depths | None = None,
-    slots: int = 8,
-    per_chunk: int = PER_CHUNK,
-    seed: int = 0,
-) -> Iterator[Rig]:
-    part = max(group.layout.part_nbytes(per_chunk) for group in groups)
-    planes = max(len(group.layout.planes) for group in groups)
-    arena = make_arena(folder, slots=slots, part_nbytes=part, planes=planes)
-    device = FakeDevice(Random(seed), watch=Watch(enabled=True))
-    depths = depths or Depths(staging_nbytes=2 * part)
-    transfer = GpuTransfer(groups, arena, 0, per_chunk, device, choose, depths)
-    made = Rig(arena, Cache(DramTier(arena, LRU())), groups, device, transfer)
-    yield made
-    transfer.close()
-    assert device.registered == {}
-    assert device.faults == []
-    assert device.idle()
-    arena.close()
-
-
-def flash(blocks: int = 32, layers: int = 2, seed: int = 0) -> PagedTensors:
-    """Planes of 256 bytes a block."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, blocks, 4, 2, 16)
-    tensors = [
-        torch.randint(-128, 128, (*shape[:-1], 32), dtype=torch.int8, generator=generator).view(torch.bfloat16)
-        for _ in range(layers)
-    ]
-    return PagedTensors.bind(L.flash_attention(tensors), tensors)
-
-
-def picked(paged: PagedTensors, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.uint8]]:
-    rows = torch.from_numpy(np.ravel(ids).astype(np.int64))
-    return [t[:, rows].contiguous().view(torch.uint8).numpy() for t in paged.tensors]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -472,3 +373,49 @@ def test_a_driver_that_refuses_memory_is_an_error_at_start(tmp_path: Path) -> No
     with pytest.raises(ArenaError, match="memlock"):
         GpuTransfer([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), Depths(staging_nbytes=1 << 16))
     arena.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_life(tmp_path: Path, seed: int) -> None:
+    """Jobs of any size and method, several at once, some failing, some slots corrupted: what is ok is right, always."""
+    rng = np.random.default_rng(seed)
+    paged = flash(blocks=128, seed=seed)
+    choose = choosing(*(Method(m) for m in rng.permutation(list(Method))), Method.STAGED)
+    with rig(tmp_path, [paged], choose, slots=24, seed=seed) as bench:
+        stored: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        failed = 0
+        for name in range(25):
+            ids = rng.permutation(120)[: 3 * int(rng.integers(1, 7))].reshape(-1, 3)
+            reserved, batch = bench.reserve(name, ids)
+            batch = replace(batch, block_ids=batch.block_ids[: len(batch.slots)])
+            want = picked(paged, batch.block_ids)
+            if rng.random() < 0.2:
+                bench.device.fail_at = (str(rng.choice(["store.copies: copy d2h", "load.kernels: copy d2h"])), 1)
+            jobs = [bench.transfer.store([batch])]
+            leases = []
+            for other in rng.permutation(list(stored))[:2] if stored else []:
+                lease = bench.cache.acquire(chain_keys(int(other), len(stored[other][0][0]) // 3))
+                to = 120 + np.zeros((len(lease.keys), 3), dtype=np.int64)
+                to[:, 0] += np.arange(len(lease.keys))  # only a block of each chunk
+                to[:, 1:] = -1
+                if len(lease.keys) and rng.random() < 0.2:
+                    bench.arena.parts(0)[lease.slots[-1], 9] ^= 1
+                    jobs.append(bench.transfer.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
+                    assert not jobs[-1].ok[-1]
+                else:
+                    jobs.append(bench.transfer.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
+                    first = [plane[:, ::3][:, : len(lease.keys)] for plane in stored[other]]
+                    if jobs[-1].error is None and jobs[-1].ok.all() and len(lease.keys):
+                        for a, b in zip(first, picked(paged, to[:, 0]), strict=True):
+                            np.testing.assert_array_equal(a, b)
+                leases.append(lease)
+            for job in jobs:
+                job.wait(60)
+                assert job.error is None or isinstance(job.error, DeviceError)
+                failed += job.error is not None
+            for lease in leases:
+                bench.cache.release(lease)
+            if bench.cache.commit(reserved) == len(ids) and jobs[0].ok.all():
+                stored[name] = want
+        assert stored
+        assert failed
