@@ -187,10 +187,22 @@ class Walk(RuleBasedStateMachine):
                 right.session, right.holders = None, {right.session.process} | self.members[right.engine]
             if right.lease:
                 right.until = self.now + RESTART_PIN_S
+        for right in [right for right in self.rights if right.complete and not right.lease]:
+            self.split(right)
         for processes in self.members.values():
             processes.clear()
         self.start()
         self.forget_ended()
+
+    def split(self, right: Right) -> None:
+        """What its writer has written whole it writes no more: the next daemon keeps that as long as what may be read."""
+        rows = [row for row in range(len(right.slots)) if row not in right.complete]
+        whole = tuple(slot for row, slot in enumerate(right.slots) if row in right.complete)
+        self.rights.append(Right(right.engine, None, whole, set(right.holders), until=self.now + RESTART_PIN_S))
+        right.stale = {at for at, row in enumerate(rows) if row in right.stale}
+        right.keys = tuple(right.keys[row] for row in rows if row < len(right.keys))
+        right.generations = tuple(right.generations[row] for row in rows)
+        right.slots, right.complete = tuple(right.slots[row] for row in rows), set()
 
     @rule(seconds=st.sampled_from([1.0, 12.0]))
     def sweep(self, seconds: float = 0.0) -> None:
