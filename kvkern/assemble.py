@@ -185,6 +185,10 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
     from .gpu.table import Abilities, Link
     from .gpu.transfer import GpuTransfer
 
+    logger.warning(
+        "kvkern: the KV cache is on %s. This path is proven without a GPU and has not run on one yet: compare answers with and "
+        "without kvkern before you rely on it, see docs/gpu.md", name,
+    )  # fmt: skip
     try:
         device = _cuda(name)
         info = device.info

@@ -63,8 +63,8 @@ class KvkernSpec(shim.OffloadingSpec):
     def get_worker(self, kv_caches: shim.CanonicalKVCaches) -> KvkernWorker:
         """Worker side: one layout per KV group, proven by a round trip through vLLM's tensors."""
         device = kv_caches.tensors[0].tensor.device
-        if device.type != "cpu":
-            raise UnsupportedError(f"the KV cache is on {device}; this kvkern moves KV of CPU tensors only")
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"the KV cache is on {device}; kvkern moves KV of CPU and CUDA tensors")
         groups = []
         for group, refs in zip(self.config.groups, kv_caches.group_data_refs, strict=True):
             pages = [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
