@@ -323,7 +323,7 @@ def test_the_demo_runs_on_a_server_that_ends_with_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_a_server_does_not_outlive_who_started_it(number: int) -> None:
+def test_a_server_does_not_outlive_who_started_it(number: int, tmp_path: Path) -> None:
     need_store("redis", "redis-server")
     source = (
         "import signal, time\n"
@@ -334,7 +334,8 @@ def test_a_server_does_not_outlive_who_started_it(number: int) -> None:
         "    print(url, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, env=dict(os.environ)) as parent:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody who is killed removes his folder
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, env=env) as parent:
         assert parent.stdout is not None
         port = _port(parent.stdout.readline().decode().strip())
         assert listens(port)
