@@ -11,14 +11,14 @@ import importlib.util
 import os
 import platform
 import resource
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..arena import available_memory
 from ..config import user_cache_dir
 from ..gpu import saved
 from ..gpu.device import DeviceError
-from ..gpu.driver import load_libcuda
+from ..gpu.driver import load_libcuda, trusts_batches
 from ..gpu.nvml import GpuInfo, read_gpus
 from ..gpu.saved import DeviceId
 from ..gpu.table import Abilities, Calibration, seeds
@@ -133,7 +133,8 @@ def gather(
 
 
 def _gpu(info: GpuInfo, able: Abilities, cache_dir: Path) -> Gpu:
-    start = seeds(info.link, able)
+    batches = able.batch_api and trusts_batches(able.host_pointers, info.capability)
+    start = seeds(info.link, replace(able, batch_api=batches))
     table = saved.load(DeviceId(info.name, info.driver, info.link), start, cache_dir)
     return Gpu(info, table or start, table is not None)
 

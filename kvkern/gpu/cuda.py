@@ -22,8 +22,6 @@ from .driver import Driver, load_libcuda
 from .nvml import GpuInfo, read_gpus
 from .table import Direction
 
-_HOST_POINTERS = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
-
 
 @contextmanager
 def _named() -> Iterator[None]:
@@ -97,28 +95,37 @@ class CudaDevice:
 
     def __init__(
         self,
-        device: torch.device,  # with its index, as a tensor's has
+        device: torch.device,  # without an index: the current one
     ) -> None:
         if torch.version.hip is not None:
             raise UnsupportedError("this torch is built for ROCm; kvkern copies between CUDA GPUs and the arena only")
-        self._index = device.index
+        index: int | None = device.index
+        with _named():
+            self._index = torch.cuda.current_device() if index is None else index
         self.attach()
         self._driver = Driver(load_libcuda())
+        self._driver.choose_for(self._index)
         self.info: GpuInfo | None = read_gpus().by_bus_id(self._driver.bus_id(self._index))
 
     @property
+    def name(self) -> str:
+        """Of its model, where NVML does not say."""
+        return torch.cuda.get_device_name(self._index)
+
+    @property
     def batch_api(self) -> bool:
-        """Whether the driver takes many copies in one call."""
+        """Whether many copies go in one call of the driver."""
         return self._driver.batch_api
 
     @property
     def host_pointers(self) -> bool:
         """Whether kernels see registered memory at the host's address: not under WSL2."""
-        return bool(self._driver.attribute(_HOST_POINTERS, self._index))
+        return self._driver.host_pointers(self._index)
 
     def attach(self) -> None:
-        torch.cuda.set_device(self._index)
-        torch.cuda.current_stream().query()  # makes the context current, for the driver's calls
+        with _named():
+            torch.cuda.set_device(self._index)
+            torch.cuda.current_stream().query()  # makes the context current, for the driver's calls
 
     def stream(self, name: str) -> CudaStream:
         return CudaStream(self._driver, self._index)

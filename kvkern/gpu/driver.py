@@ -16,6 +16,12 @@ from .dma import Runs
 from .table import Direction
 
 _BATCH_VERSION = 12080  # of CUDA: the signature with failIdx, which later drivers go on answering to
+MAX_BATCH = 4096  # copies of a call: 50,000 have ended a process (vLLM issue 49276)
+_BLACKWELL = 10  # compute capability
+_CAPABILITY, _HOST_POINTERS = (
+    75,
+    91,
+)  # CU_DEVICE_ATTRIBUTE_: COMPUTE_CAPABILITY_MAJOR, CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 _STREAM_NON_BLOCKING = 1  # no order with the legacy default stream
 _REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2
 # Who may read the source when: D2H after what is before it in the stream; H2D any time, the host has finished with it.
@@ -41,6 +47,15 @@ _PTR, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _BATCH = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR, _PTR, _SIZE, _PTR, _PTR, _SIZE, _PTR, _PTR)
 
 
+def trusts_batches(host_pointers: bool, capability: int) -> bool:
+    """Whether batch copies may be used on a GPU of this compute capability, if the driver has them.
+
+    They take registered memory's host address for the device's, where plain copies look it up: an illegal access where the
+    two differ (SGLang issue 40232). On Blackwell they have crashed and hung: lmdeploy leaves them out there, vLLM issue 49276.
+    """
+    return host_pointers and capability < _BLACKWELL
+
+
 def load_libcuda() -> Any:
     """Raises DeviceError where there is none."""
     try:
@@ -58,13 +73,24 @@ class Driver:
 
     @property
     def batch_api(self) -> bool:
-        """Whether the driver takes many copies in one call (CUDA 12.8)."""
+        """Whether many copies go in one call (CUDA 12.8)."""
         return self._batch is not None
 
+    def choose_for(self, index: int) -> None:
+        """Do without batch copies from now on where a device cannot be trusted with them."""
+        if not trusts_batches(self.host_pointers(index), self.attribute(_CAPABILITY, index)):
+            self._batch = None
+
+    def host_pointers(self, index: int) -> bool:
+        """Whether a device sees registered memory at the host's address: not under WSL2."""
+        return bool(self.attribute(_HOST_POINTERS, index))
+
     def copy(self, runs: Runs, direction: Direction, stream: int) -> None:
-        """Enqueue copies: one call, or one a run where the driver has no other."""
+        """Enqueue copies: one call for some thousands, or one a run where there is no other. May fail half-way."""
         if self._batch is not None and len(runs.dst) > 1:
-            self._copy_batch(runs, direction, stream)
+            for at in range(0, len(runs.dst), MAX_BATCH):
+                part = slice(at, at + MAX_BATCH)
+                self._copy_batch(Runs(runs.dst[part], runs.src[part], runs.nbytes[part]), direction, stream)
             return
         for dst, src, nbytes in zip(runs.dst.tolist(), runs.src.tolist(), runs.nbytes.tolist(), strict=True):
             self._check(self._lib.cuMemcpyAsync(_PTR(dst), _PTR(src), _SIZE(nbytes), _PTR(stream)), "cuMemcpyAsync")
@@ -126,7 +152,10 @@ class Driver:
 
     def _find_batch(self) -> Any | None:
         found, status = _PTR(), ctypes.c_int()
-        code = self._lib.cuGetProcAddress_v2(
+        find = getattr(self._lib, "cuGetProcAddress_v2", None)
+        if find is None:  # a driver of before CUDA 12
+            return None
+        code = find(
             b"cuMemcpyBatchAsync",
             ctypes.byref(found),
             ctypes.c_int(_BATCH_VERSION),

@@ -31,6 +31,7 @@ class GpuInfo:
     numa_node: int | None
     power_state: int  # 0: full speed .. 15: idle
     c2c: bool  # NVLink-C2C to the CPU
+    capability: int = 0  # of compute, the major number: 9 for an H100
 
     @property
     def link(self) -> Link:
@@ -84,6 +85,7 @@ def _gpu(nvml: Any, handle: Any, driver: str, sysfs: Path) -> GpuInfo:
     bus_id = _sysfs_name(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
     c2c = ask("nvmlDeviceGetC2cModeInfoV", None)
     memory = ask("nvmlDeviceGetMemoryInfo", None)
+    capability = ask("nvmlDeviceGetCudaComputeCapability", (0, 0))
     return GpuInfo(
         name=_text(nvml.nvmlDeviceGetName(handle)),
         driver=driver,
@@ -97,6 +99,7 @@ def _gpu(nvml: Any, handle: Any, driver: str, sysfs: Path) -> GpuInfo:
         numa_node=_numa_node(sysfs / bus_id),
         power_state=ask("nvmlDeviceGetPerformanceState"),
         c2c=bool(c2c is not None and c2c.isC2cEnabled),
+        capability=capability[0],
     )
 
 

@@ -208,6 +208,9 @@ def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (with_table,) = gather(cache_dir=tmp_path).gpus
     assert (with_table.is_saved, with_table.table.d2h) == (True, GPU.table.d2h)
     assert with_table.table.abilities.batch_api
+    newer = replace(INFO, capability=12)
+    monkeypatch.setattr(facts_module, "read_gpus", lambda sysfs: replace(found, gpus=(newer,), cuda=13000))
+    assert not gather(cache_dir=tmp_path).gpus[0].table.abilities.batch_api  # batch copies have crashed there
 
 
 def test_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,24 @@ def test_each_call_goes_where_it_says(log: list[Any]) -> None:
     ]  # fmt: skip
 
 
+def test_a_device_without_a_number_is_the_current_one(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the benches and the tests on a GPU name it: `torch.device("cuda")`."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    device = cuda.CudaDevice(torch.device("cuda"))
+    device.computed()
+    assert log == [("device", 1), ("record", "engine")]
+    assert device.numa_node() == 3
+
+
+def test_a_device_that_cannot_be_used_is_named(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(index: int) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", broken)
+    with pytest.raises(DeviceError, match="out of memory"):
+        cuda.CudaDevice(DEVICE)
+
+
 def test_copies_are_the_drivers(log: list[Any]) -> None:
     device = cuda.CudaDevice(DEVICE)
     src, dst = np.arange(8, dtype=np.uint8), np.zeros(8, dtype=np.uint8)

@@ -21,7 +21,8 @@ class Libcuda:
 
     def __init__(self, batch_api: bool = True, fail: int = 0) -> None:
         self.calls: list[str] = []
-        self.order, self.attributes = 0, 0
+        self.order = 0
+        self.attributes = {75: 9, 91: 1}  # an H100 that sees registered memory at the host's address
         self._fail = fail
         self._pointer = D._BATCH(self._batch)
         self._batch_api = batch_api
@@ -69,7 +70,7 @@ class Libcuda:
         return self._fail
 
     def cuDeviceGetAttribute(self, found: Any, attribute: Any, device: Any) -> int:
-        found._obj.value = attribute.value * 10 + device.value
+        found._obj.value = self.attributes.get(attribute.value, attribute.value * 10 + device.value)
         return self._fail
 
     def cuDeviceGetPCIBusId(self, found: Any, size: Any, device: Any) -> int:
@@ -117,6 +118,36 @@ def test_copies(batch_api: bool, count: int, calls: list[str], direction: Direct
         assert lib.order == order
 
 
+def test_a_call_takes_no_more_than_drivers_bear() -> None:
+    src, dst = np.arange(2 * D.MAX_BATCH + 1, dtype=np.uint16), np.zeros(2 * D.MAX_BATCH + 1, dtype=np.uint16)
+    at = np.arange(len(src)) * 2
+    lib = Libcuda()
+    D.Driver(lib).copy(Runs.of(dst.ctypes.data + at, src.ctypes.data + at, 2), Direction.H2D, STREAM)
+    assert lib.calls == [f"batch of {D.MAX_BATCH}"] * 2 + ["batch of 1"]
+    np.testing.assert_array_equal(dst, src)
+
+
+@pytest.mark.parametrize(("attribute", "value", "trusted"), [
+    (75, 8, True), (75, 9, True), (75, 10, False), (75, 12, False), (91, 0, False),
+])  # fmt: skip
+def test_batches_are_left_out_where_they_fail(attribute: int, value: int, trusted: bool) -> None:
+    lib = Libcuda()
+    lib.attributes[attribute] = value
+    driver = D.Driver(lib)
+    driver.choose_for(0)
+    assert driver.batch_api == trusted
+    src, dst = np.arange(2, dtype=np.uint64), np.zeros(2, dtype=np.uint64)
+    driver.copy(Runs.of(dst.ctypes.data + 8 * src, src.ctypes.data + 8 * src, 8), Direction.D2H, STREAM)
+    np.testing.assert_array_equal(dst, src)
+    assert lib.calls == (["batch of 2"] if trusted else ["copy"] * 2)
+
+
+def test_an_old_driver_has_no_batches() -> None:
+    lib = Libcuda()
+    lib.cuGetProcAddress_v2 = None  # type: ignore[method-assign,assignment]
+    assert not D.Driver(lib).batch_api
+
+
 def test_the_attributes_are_laid_out_as_cudas() -> None:
     assert ctypes.sizeof(D._Attributes) == 24  # an enum, two locations of two ints, flags
 
@@ -129,7 +160,8 @@ def test_registration_and_streams() -> None:
     assert lib.calls == ["register 0x7000 8192 3", "unregister 0x7000"]  # portable and mapped
     assert driver.alias(0x7000) == 0x7010
     assert driver.stream() == STREAM
-    assert driver.attribute(91, 2) == 912
+    assert driver.attribute(16, 2) == 162
+    assert driver.host_pointers(2)
     assert driver.bus_id(2) == "0000:3b:02.0"
     assert driver.batch_api
     assert not D.Driver(Libcuda(batch_api=False)).batch_api

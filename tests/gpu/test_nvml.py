@@ -26,6 +26,7 @@ ANSWERS: dict[str, Any] = {
     "nvmlDeviceGetCurrPcieLinkWidth": 8,
     "nvmlDeviceGetMaxPcieLinkWidth": 16,
     "nvmlDeviceGetPerformanceState": 8,
+    "nvmlDeviceGetCudaComputeCapability": [9, 0],
     "nvmlDeviceGetC2cModeInfoV": SimpleNamespace(isC2cEnabled=0),
     "nvmlInit": None,
     "nvmlShutdown": None,
@@ -68,7 +69,7 @@ def test_a_gpu(tmp_path: Path) -> None:
     found = nvml._read(driver, sysfs(tmp_path, "1\n"))
     (gpu,) = found.gpus
     assert gpu == nvml.GpuInfo(
-        "NVIDIA H100 80GB HBM3", "570.124.06", "0000:3b:00.0", 80 << 30, 1, 4, 5, 8, 16, 1, 8, False
+        "NVIDIA H100 80GB HBM3", "570.124.06", "0000:3b:00.0", 80 << 30, 1, 4, 5, 8, 16, 1, 8, False, 9
     )
     assert gpu.link == Link(4, 8)  # asleep at generation 1: it counts what it can do
     assert found.line == "NVML: 1 GPU(s), driver 570.124.06"
@@ -86,9 +87,11 @@ def test_a_node_that_is_not_told(tmp_path: Path, node: str) -> None:
 
 @pytest.mark.parametrize("how", ["broken", "missing"])
 def test_what_a_gpu_does_not_answer_is_nothing(tmp_path: Path, how: str) -> None:
-    names = tuple(name for name in ANSWERS if "Link" in name or "C2c" in name or "State" in name or "Memory" in name)
+    parts = ("Link", "C2c", "State", "Memory", "Capability")
+    names = tuple(name for name in ANSWERS if any(part in name for part in parts))
     (gpu,) = nvml._read(Driver(**{how: names}), tmp_path).gpus
     assert (gpu.generation, gpu.width, gpu.memory_nbytes, gpu.c2c, gpu.numa_node) == (0, 0, 0, False, None)
+    assert gpu.capability == 0
     assert gpu.link == Link(0, 0)
 
 
