@@ -192,7 +192,8 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
     try:
         device = _cuda(name)
         info = device.info
-        identity = DeviceId(name, "unknown", Link()) if info is None else DeviceId(info.name, info.driver, info.link)
+        unseen = DeviceId(device.name, "unknown", Link(0, 0))
+        identity = unseen if info is None else DeviceId(info.name, info.driver, info.link)
         able = Abilities(device.batch_api, device.host_pointers)
         table = calibrated(Stopwatch(device, able.batch_api, able.host_pointers), identity, able, user_cache_dir())
         return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)

@@ -37,7 +37,7 @@ ZERO_COPY_CTAS, RELAYOUT_CTAS = (4, 8, MAX_ZERO_COPY_CTAS), (16, 32)
 _COPY_NBYTES = (1 << 20, 8 << 20)
 _ZERO_COPY_NBYTES = (1 << 19, 2 << 20)
 _RELAYOUT_NBYTES = (4 << 20, 16 << 20)
-_DESCRIPTORS = (1, 128)
+_DESCRIPTORS = (2, 128)  # a batch of one is a plain copy
 _LEAST_S, _LEAST_SLOPE_S = 1e-9, 1e-15  # below these a clock has seen nothing
 BUFFER_NBYTES = 16 << 20  # what a device needs on either side for these
 
@@ -55,7 +55,7 @@ class Timed(Protocol):
         """One plain copy of a page, until submitted."""
 
     def submit_batch(self, direction: Direction, count: int) -> float:
-        """One batch copy of `count` pages that do not touch, until submitted. Only asked where there is a batch API."""
+        """One batch copy of `count` > 1 pages that do not touch, until submitted. Only asked where there is a batch API."""
 
     def launch(self) -> float:
         """One kernel, the way copies launch theirs, until submitted."""

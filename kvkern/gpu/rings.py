@@ -25,6 +25,7 @@ MAX_STAGING_NBYTES = (
 )  # of a buffer: with a launch a buffer, the engine's kernels and copies wait that long at most
 MAX_LAUNCH_NBYTES = 64_000_000  # one launch of more starved decode for half a second: pegaflow pull request 422
 MAX_PIECE_CHUNKS = 4096
+_ALIGN = 16  # of every argument: for an address that is less aligned Triton compiles anew, in the middle of a transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,16 @@ class Table:
         row_ids: npt.NDArray[np.int64],  # [n] int64
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(block ids, row ids) on the device, for work on `stream` only. May block until the former ids have left."""
-        n, rows_nbytes, nbytes = len(row_ids), row_ids.nbytes, row_ids.nbytes + block_ids.nbytes
+        n, rows_nbytes = len(row_ids), row_ids.nbytes
+        pad = -rows_nbytes % _ALIGN
+        begin, nbytes = rows_nbytes + pad, rows_nbytes + pad + block_ids.nbytes
         if self.uploaded is not None:
             self.uploaded.synchronize()
-        both = np.concatenate([row_ids.view(np.uint8), np.ascontiguousarray(block_ids).reshape(-1).view(np.uint8)])
-        device.fill(self.host[:nbytes], both)
+        ids_bytes = np.ascontiguousarray(block_ids).reshape(-1).view(np.uint8)
+        device.fill(self.host[:nbytes], np.concatenate([row_ids.view(np.uint8), np.zeros(pad, np.uint8), ids_bytes]))
         stream.copy(Runs.of(self.device.data_ptr(), self.host.ctypes.data, nbytes), Direction.H2D)
         self.uploaded = stream.record(UPLOADED)
-        ids = self.device[rows_nbytes:nbytes].view(torch.int32).view(n, -1)
+        ids = self.device[begin:nbytes].view(torch.int32).view(n, -1)
         return ids, self.device[:rows_nbytes].view(torch.int64)
 
 
@@ -85,7 +88,7 @@ class Rings:
     """The memory of one lane, whose thread alone calls it."""
 
     def __init__(self, device: Device, depths: Depths, chunks: int, blocks_per_chunk: int, planes: int) -> None:
-        table_nbytes, sums_nbytes = chunks * (8 + 4 * blocks_per_chunk), chunks * planes * 8
+        table_nbytes, sums_nbytes = chunks * (8 + 4 * blocks_per_chunk) + _ALIGN, chunks * planes * 8
         self._tables = deque(
             Table(device.host(table_nbytes), device.memory(table_nbytes)) for _ in range(depths.tables)
         )

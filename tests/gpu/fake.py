@@ -139,6 +139,7 @@ class FakeStream:
     def _kernel(self, name, copy, paged, block_ids, rows, row_ids, sums, max_ctas) -> None:  # type: ignore[no-untyped-def]
         ids, to, row = block_ids.numpy(), rows.numpy(), row_ids.numpy()
         assert 0 < max_ctas <= 32
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in (block_ids, rows, row_ids, sums))  # one compilation
         gathers = name == "gather"
 
         def spans() -> list[Span]:
@@ -151,6 +152,7 @@ class FakeStream:
     def checksum(self, paged: PagedTensors, block_ids: torch.Tensor, sums: torch.Tensor, max_ctas: int) -> None:
         ids = block_ids.numpy()
         assert 0 < max_ctas <= 32
+        assert block_ids.data_ptr() % 16 == sums.data_ptr() % 16 == 0  # as a kernel that gathers wants them
         self.push(
             "checksum",
             lambda: checksum_chunks(paged, ids, sums.numpy()),

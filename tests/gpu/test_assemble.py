@@ -10,8 +10,10 @@ import pytest
 from kvkern import assemble
 from kvkern.config import Config
 from kvkern.errors import LayoutError, UnsupportedError
-from kvkern.gpu import cuda
+from kvkern.gpu import calibrate, cuda
 from kvkern.gpu.device import DeviceError
+from kvkern.gpu.saved import DeviceId
+from kvkern.gpu.table import Calibration, Link, seeds
 from kvkern.gpu.transfer import GpuTransfer
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.transfer import Transfer
@@ -34,7 +36,7 @@ class Elsewhere(PagedTensors):
 class Standin(FakeDevice):
     """In the place of CudaDevice."""
 
-    batch_api, host_pointers, info = True, True, None
+    batch_api, host_pointers, info, name = True, True, None, "Test GPU 80GB"
     made: list[FakeDevice] = []  # noqa: RUF012  # of the test
 
     def __init__(self, device: Any) -> None:
@@ -65,6 +67,21 @@ def test_tensors_on_a_gpu_get_the_gpus(tmp_path: Path, groups: list[PagedTensors
     assert Standin.made[0].registered
     transfer.close()
     assert not Standin.made[0].registered
+
+
+def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes are shared between hosts: two models must not meet in one file."""
+    seen = []
+
+    def table(watch: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
+        seen.append(identity)
+        return seeds(identity.link, able)
+
+    monkeypatch.setattr(calibrate, "calibrated", table)
+    build(tmp_path, groups).close()
+    assert seen == [DeviceId("Test GPU 80GB", "unknown", Link(0, 0))]
 
 
 def test_tensors_in_host_memory_get_the_cpus(tmp_path: Path) -> None:
