@@ -12,7 +12,7 @@ import torch
 
 from .errors import LayoutError
 from .layout import Plane, plane_views
-from .paged_copy import Backend, PagedTensors, gather_chunks, scatter_chunks
+from .paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
 
 
 def _block_bytes(view: torch.Tensor, plane: Plane, block: int) -> npt.NDArray[np.uint8]:
@@ -26,7 +26,9 @@ def round_trip(
     blocks_per_chunk: int = 1,
     backend: Backend = "numba",
 ) -> None:
-    """Raise LayoutError unless blocks survive the way out and back. Restores what it overwrites.
+    """Raise LayoutError unless blocks survive the way out and back, with one checksum there, back and of the blocks alone.
+
+    Restores what it overwrites. All that a backend compiles for this layout and chunk size is compiled then.
 
     Call before the engine computes: up to `blocks_per_chunk + 2` blocks at both ends of the cache are used.
     """
@@ -75,18 +77,24 @@ def _compare(
     block_ids[0, : len(tested)] = tested
     offsets = layout.plane_offsets(blocks_per_chunk)
     slot = np.zeros((1, int(offsets[-1])), dtype=np.uint8)
-    sums = np.zeros((1, len(layout.planes)), dtype=np.uint64)
+    out, back, alone = np.zeros((3, 1, len(layout.planes)), dtype=np.uint64)  # checksums
     slot_ids = np.zeros(1, dtype=np.int64)
     _fill(views, watched, seed=1)
     before = _snapshot(paged, views, watched)
-    gather_chunks(paged, block_ids, slot, slot_ids, sums, backend)
+    gather_chunks(paged, block_ids, slot, slot_ids, out, backend)
+    checksum_chunks(paged, block_ids, alone, backend)
     for p, plane in enumerate(layout.planes):
         want = np.concatenate([before[p][watched.index(int(b))] for b in tested])
         if not np.array_equal(slot[0, offsets[p] : offsets[p] + len(want)], want):
             raise LayoutError(f"layout {layout.name!r} does not round-trip: plane {p} ({plane}) reads other bytes than the "
                               f"engine's tensor holds; check strides and the order of heads and tokens")  # fmt: skip
     _fill(views, [int(b) for b in tested], seed=2)
-    scatter_chunks(paged, block_ids, slot, slot_ids, sums, backend)
+    scatter_chunks(paged, block_ids, slot, slot_ids, back, backend)
     for p, (was, now) in enumerate(zip(before, _snapshot(paged, views, watched), strict=True)):
         if not np.array_equal(was, now):
             raise LayoutError(f"layout {layout.name!r} does not round-trip: plane {p} writes other bytes than it read")
+    if not (np.array_equal(out, back) and np.array_equal(out, alone)):
+        raise LayoutError(
+            f"layout {layout.name!r} does not round-trip: checksums differ, {out} of the blocks that were copied, {alone} of "
+            f"the blocks alone, {back} of the slot"
+        )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from kvkern.kernels import layout as L
+from kvkern.kernels import selftest
 from kvkern.kernels.errors import LayoutError
 from kvkern.kernels.layout import Plane
 from kvkern.kernels.paged_copy import Backend, PagedTensors
@@ -125,6 +127,26 @@ def test_planes_and_tensors_must_match_in_number() -> None:
     paged = PagedTensors(layout, (tensors[0], tensors[1], tensors[1]), layout.bases(tensors))
     with pytest.raises(LayoutError, match="has 2 planes, its tensors mean 3"):
         round_trip(paged)
+
+
+@pytest.mark.parametrize("which", ["checksum_chunks", "scatter_chunks"])
+def test_checksums_that_differ_are_an_error_at_start(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every load would be a miss, and nobody would know why."""
+    true = getattr(selftest, which)
+
+    def wrong(*args: Any) -> None:
+        true(*args)
+        args[-2][0, 1] += np.uint64(1)
+
+    monkeypatch.setattr(selftest, which, wrong)
+    tensor = noise(0, (2, 7, 4, 3, 32))
+    paged = PagedTensors.bind(L.flash_attention([tensor]), [tensor])
+
+    def run() -> None:
+        with pytest.raises(LayoutError, match="checksums differ"):
+            round_trip(paged, 2)
+
+    check_restored(paged, run)
 
 
 def test_blocks_of_nan_come_back_as_they_were() -> None:
