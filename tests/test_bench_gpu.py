@@ -148,6 +148,29 @@ def test_contenders_take_turns_and_the_first_turns_do_not_count(shared: ModuleTy
     assert found == {"a": 7, "b": 8}  # of turns 3 to 5: calls 5, 7, 9 and 6, 8, 10
 
 
+def test_launches_are_not_timed(shared: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is enqueued while the device still waits: its time is the device's, not Python's."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    assert shared.CudaRig().time(lambda: calls.append("work")) == 2e-3
+    assert calls == ["sleep", "record", "work", "record", "synchronize"]
+
+
 def test_the_sweep_covers_both_questions(shared: ModuleType) -> None:
     """GB/s against thread blocks, 1 to 64, and against runs, 256 B to 2 MiB; each case once."""
     import gpu_copy
