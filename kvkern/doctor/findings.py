@@ -84,8 +84,8 @@ def _memlock(facts: Facts) -> Iterator[Finding]:
     limit, needed = facts.memlock_nbytes, facts.needed_nbytes
     if facts.gpus and limit is not None and limit < needed:
         yield Finding(
-            Severity.SLOW,
-            f"the arena may not be registered with the GPU or an RDMA card, and copies wait for pageable memory then: this "
+            Severity.NOTE,
+            f"the start may fail: an RDMA card, or a GPU's driver that keeps to the limit, does not register the arena; this "
             f"process may lock {format_nbytes(limit)}, an arena takes {format_nbytes(needed)}",
             "ulimit -l unlimited, LimitMEMLOCK=infinity for a systemd unit, docker run --ulimit memlock=-1",
         )
@@ -151,16 +151,17 @@ def _driver(facts: Facts) -> Iterator[Finding]:
             f"runs are copied one call each: batch copies need CUDA 12.8, the driver has {has}",
             "update the driver to R570 or newer",
         )
-    if "triton" not in facts.versions:
+    torch = facts.versions.get("torch", "")
+    if torch and not torch.endswith("+cpu") and "triton" not in facts.versions:
         yield Finding(
-            Severity.SLOW,
-            "short runs will be slow: without triton no kernel gathers them",
+            Severity.BROKEN,
+            "KV on a GPU cannot be cached: without triton no kernel gathers it",
             "pip install 'kvkern[gpu]'",
         )
-    if facts.versions.get("torch", "").endswith("+cpu"):
+    if torch.endswith("+cpu"):
         yield Finding(
             Severity.SLOW,
-            f"the GPU is not used: torch {facts.versions['torch']} is a build for CPUs",
+            f"the GPU is not used: torch {torch} is a build for CPUs",
             "install the engine's own torch; the node's daemon needs none",
         )
     if facts.wsl:

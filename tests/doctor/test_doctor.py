@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "one node": (replace(gpu(numa_node=0), nodes=GOOD.nodes[:1]), []),
     "memlock 64 KiB": (
         replace(GOOD, memlock_nbytes=64 << 10),
-        [(SLOW, "this process may lock 64 KiB, an arena takes 64 GiB")],
+        [(NOTE, "this process may lock 64 KiB, an arena takes 64 GiB")],
     ),
     "memlock for what is meant": (replace(GOOD, memlock_nbytes=8 << 30, capacity_nbytes=8 << 30), []),
     "memlock without a gpu": (replace(NO_GPU, memlock_nbytes=64 << 10), []),
@@ -95,7 +95,8 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "small pages denied": (replace(GOOD, shmem_huge="deny"), [(SLOW, "shmem_enabled at deny")]),
     "huge pages of an old kernel": (replace(GOOD, kernel="5.15.0", shmem_huge="advise"), []),
     "no batch api": (replace(GOOD, cuda=12040), [(SLOW, "batch copies need CUDA 12.8, the driver has 12.4")]),
-    "no triton": (lacking("triton"), [(SLOW, "without triton no kernel")]),
+    "no triton": (lacking("triton"), [(BROKEN, "without triton no kernel")]),
+    "a daemon's host": (lacking("torch", "triton"), []),
     "torch for cpus": (
         replace(GOOD, versions={**GOOD.versions, "torch": "2.13.0+cpu"}), [(SLOW, "torch 2.13.0+cpu is a build for CPUs")],
     ),
