@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ..config import parse_nbytes, reject_unknown
@@ -36,6 +36,8 @@ VALUE_VERSION = 1
 ENTRY_POINTS = "kvkern.remotes"  # name: a URL scheme; object: a function of a RemoteUrl that makes a RemoteStore
 
 Parts = tuple[memoryview, memoryview]  # header, payload; each contiguous bytes
+
+T = TypeVar("T")
 
 
 class RemoteError(Exception):
@@ -84,6 +86,20 @@ class RemoteStore(Protocol):
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         """Forget values; those that are not there are no error. Raises RemoteError."""
+
+
+def answered(answers: list[T | None], errors: Sequence[RemoteError]) -> list[T | None]:
+    """These, of which None are the keys that were not answered. Raises the first error if it left no answer."""
+    if errors and all(answer is None for answer in answers):
+        raise errors[0]
+    return answers
+
+
+def answered_get(answers: list[Got | None], errors: Sequence[RemoteError]) -> list[Got]:
+    """Likewise of a `get` that does not read what is behind the first miss."""
+    end = next((row for row, got in enumerate(answers) if got is Got.MISS), len(answers))
+    rest = [Got.UNKNOWN if row < end else Got.MISS for row in range(len(answers))]
+    return [rest[row] if got is None else got for row, got in enumerate(answered(answers, errors))]
 
 
 def value_name(key: bytes) -> str:

@@ -26,11 +26,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from ..config import format_nbytes
 from ..errors import ConfigError
-from .base import Got, Parts, RemoteError, RemoteUrl
+from .base import Got, Parts, RemoteError, RemoteUrl, answered, answered_get
 from .file_folder import Folder, file_name
 from .file_space import Space
 from .threads import Threads
@@ -55,16 +54,6 @@ def make(url: RemoteUrl) -> FileStore:
         url.flag("sync", False),
         url.integer("scan_s", 60, 1, 86_400),
     )
-
-
-T = TypeVar("T")
-
-
-def _answers(found: list[T | None], errors: Sequence[RemoteError]) -> list[T | None]:
-    """What was answered before a file, or a disk, failed. Raises if that is nothing."""
-    if errors and all(one is None for one in found):
-        raise errors[0]
-    return found
 
 
 class FileStore:
@@ -126,7 +115,7 @@ class FileStore:
             there[row] = self._folder.size(file_name(keys[row])) is not None
 
         errors = await self._each(self._lookers, len(keys), look, timeout_s, -(-len(keys) // _STATS_A_THREAD))
-        return _answers(there, errors)
+        return answered(there, errors)
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         got: list[Got | None] = [None] * len(keys)
@@ -139,9 +128,7 @@ class FileStore:
                 if got[row] == Got.MISS:
                     end = min(end, row)
 
-        _answers(got, await self._each(self._readers, len(keys), read, timeout_s))
-        rest = [Got.UNKNOWN if row < end else Got.MISS for row in range(len(keys))]
-        return [rest[row] if one is None else one for row, one in enumerate(got)]
+        return answered_get(got, await self._each(self._readers, len(keys), read, timeout_s))
 
     async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
         taken: list[bool | None] = [None] * len(keys)
@@ -152,7 +139,7 @@ class FileStore:
         errors = await self._each(self._writers, len(keys), write, timeout_s)
         if self._space is not None and self._space.wants_scan:
             self._wake.set()
-        return _answers(taken, errors)
+        return answered(taken, errors)
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         for error in await self._each(

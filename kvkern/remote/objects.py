@@ -12,8 +12,9 @@ delete: without the right to list, S3 says "forbidden" of an object that is not 
 
 A body comes in pieces, which obstore joins and this copies to where the caller wants it, on a thread. Bodies are sent
 unsigned, which spares a SHA-256: TLS guards them on the way, and the tier verifies the checksums of all it gets.
-Requests are repeated a few times within seconds; what is not done by the end of a call is cancelled. A cancelled PUT may
-read the caller's memory for some moments more, so the call waits until every view that it gave away has come back.
+Requests are repeated a few times within seconds. An object that fails after that is UNKNOWN, or None, and nothing more is
+begun; what is not done by the end of a call is cancelled. A cancelled PUT may read the caller's memory for some moments
+more, so the call waits until every view that it gave away has come back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from ..errors import ConfigError
-from .base import Got, Parts, RemoteError, RemoteUrl, value_name
+from .base import Got, Parts, RemoteError, RemoteUrl, answered, answered_get, value_name
 from .threads import Threads
 
 _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "60s"}  # http: only where an endpoint says so
@@ -144,20 +145,20 @@ class ObjectStore:
     async def register(self, memory: memoryview) -> None:
         pass
 
-    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
-        there = [True] * len(keys)
+    async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool | None]:
+        there: list[bool | None] = [None] * len(keys)
 
         async def look(row: int) -> None:
             try:
                 await obstore.head_async(self._store, value_name(keys[row]))
+                there[row] = True
             except FileNotFoundError:
                 there[row] = False
 
-        await self._each(len(keys), look, self._looks, timeout_s)
-        return there
+        return answered(there, await self._each(len(keys), look, self._looks, timeout_s))
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
-        got = [Got.MISS] * len(keys)
+        got: list[Got | None] = [None] * len(keys)
         end = len(keys)  # the first miss
 
         async def read(row: int) -> None:
@@ -167,17 +168,15 @@ class ObjectStore:
                 if got[row] == Got.MISS:
                     end = min(end, row)
 
-        await self._each(len(keys), read, self._reads, timeout_s)
-        return got
+        return answered_get(got, await self._each(len(keys), read, self._reads, timeout_s))
 
-    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool]:
-        taken = [False] * len(keys)
+    async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
+        taken: list[bool | None] = [None] * len(keys)
 
         async def write(row: int) -> None:
             taken[row] = await self._put(value_name(keys[row]), values[row])
 
-        await self._each(len(keys), write, self._writes, timeout_s)
-        return taken
+        return answered(taken, await self._each(len(keys), write, self._writes, timeout_s))
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         names = [value_name(key) for key in keys]
@@ -189,10 +188,9 @@ class ObjectStore:
         async def many(_: int) -> None:
             await obstore.delete_async(self._store, names)
 
-        if self._bulk_delete:
-            await self._each(min(1, len(keys)), many, self._writes, timeout_s)
-        else:
-            await self._each(len(keys), one, self._writes, timeout_s)
+        count, call = (min(1, len(keys)), many) if self._bulk_delete else (len(keys), one)
+        for error in await self._each(count, call, self._writes, timeout_s):
+            raise error
 
     # -- one object ----------------------------------------------------------------------------------------------------
 
@@ -232,30 +230,36 @@ class ObjectStore:
         call: Callable[[int], Awaitable[None]],
         limit: asyncio.Semaphore,
         timeout_s: float,
-    ) -> None:
-        """`call` for each row, in order, many at a time. Returns or raises when none is under way any more."""
+    ) -> list[RemoteError]:
+        """`call` for each row, in order, many at a time, until one fails. Returns when none is under way any more."""
         rows = deque(range(count))
 
         async def work() -> None:
             while rows:
                 async with limit:
                     if rows:
-                        await call(rows.popleft())
+                        try:
+                            await call(rows.popleft())
+                        except _FAULTS as error:
+                            rows.clear()
+                            raise RemoteError(f"{self._url}: {_said(error)}") from error
 
         tasks = [asyncio.ensure_future(work()) for _ in range(min(count, self._concurrency))]
         if not tasks:
-            return
+            return []
         try:
-            _, late = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
         finally:
             await _ended(tasks)
+        errors = []
         for error in [task.exception() for task in tasks if not task.cancelled()]:
-            if isinstance(error, _FAULTS):
-                raise RemoteError(f"{self._url}: {_said(error)}") from error
-            if error is not None:
+            if isinstance(error, RemoteError):
+                errors.append(error)
+            elif error is not None:
                 raise error
         if late:
-            raise RemoteError(f"{self._url}: {count} objects not done in {timeout_s:.1f} s")
+            errors.append(RemoteError(f"{self._url}: {count} objects not done in {timeout_s:.1f} s"))
+        return errors
 
 
 def _said(error: BaseException) -> str:

@@ -12,9 +12,9 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.remote import base
-from kvkern.remote.base import RemoteUrl, make_store
+from kvkern.remote.base import RemoteError, RemoteUrl, answered, answered_get, make_store
 from kvkern.remote.threads import Threads
-from tests.remote.conformance import Conformance, MakeStore
+from tests.remote.conformance import HIT, MISS, UNKNOWN, Conformance, MakeStore
 from tests.remote.memory import MemoryStore
 
 
@@ -150,3 +150,12 @@ def test_threads_wait_for_what_was_cancelled() -> None:
 
     asyncio.run(main())
     threads.close()
+
+
+def test_what_was_not_answered() -> None:
+    failure = [RemoteError("one of many")]
+    assert answered([None, True, False], failure) == [None, True, False]
+    assert answered_get([HIT, None, MISS, None, HIT], failure) == [HIT, UNKNOWN, MISS, MISS, HIT]
+    assert answered_get([None, HIT], failure) == [UNKNOWN, HIT]
+    with pytest.raises(RemoteError, match="one of many"):
+        answered_get([None, None], failure)

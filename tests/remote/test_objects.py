@@ -18,7 +18,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.remote.base import RemoteError, RemoteUrl, make_store
-from tests.remote.conformance import HIT, MISS, TIMEOUT_S, WRONG_SIZE, Bench, Conformance, MakeStore, key_of
+from tests.remote.conformance import HIT, MISS, TIMEOUT_S, UNKNOWN, WRONG_SIZE, Bench, Conformance, MakeStore, key_of
 from tests.remote.need import answers, free_port, need, running
 from tests.remote.object_server import ObjectServer
 
@@ -293,12 +293,30 @@ def test_a_body_that_ends_early(server: ObjectServer, bench: Bench) -> None:
     assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
 
 
-def test_one_fault_ends_the_call(server: ObjectServer, bench: Bench) -> None:
-    server.delay_s = 0.05
+def test_one_object_that_fails_says_nothing_of_the_others(server: ObjectServer, bench: Bench) -> None:
+    keys = [key_of(i) for i in range(8)]
     server.faults = [("PUT", 400, "Strange")]
-    with pytest.raises(RemoteError, match="400"):
-        bench.put([key_of(i) for i in range(8)], bench.values())
-    assert bench.put([key_of(i) for i in range(8)], bench.values()) == [True] * 8
+    taken = bench.put(keys, bench.values())
+    assert sorted(taken, key=str) == [None, *[True] * 7]
+    assert sorted(bench.exists(keys), key=str) == [False, *[True] * 7]
+    assert bench.put(keys, bench.values()) == [True] * 8
+    server.faults = [("HEAD", 400, "Strange"), ("GET", 400, "Strange")]
+    assert sorted(bench.exists(keys), key=str) == [None, *[True] * 7]
+    got = bench.get(keys, bench.into())
+    assert sorted(got) == [*[HIT] * 7, UNKNOWN]
+    assert [bench.read(row) for row in range(8)] == [outcome == HIT for outcome in got]
+
+
+def test_behind_an_object_that_fails_nothing_is_asked(server: ObjectServer, bench: Bench) -> None:
+    few = Bench(makes(f"s3://me:hush@bucket?endpoint={server.url}&concurrency=1"), count=8, payload_nbytes=100)
+    keys = [key_of(i) for i in range(8)]
+    few.put(keys, few.values())
+    server.requests.clear()
+    server.faults = [("GET", 200, "")]  # of another size
+    server.faults += [("GET", 400, "Strange")]
+    assert few.get(keys, few.into()) == [WRONG_SIZE, *[UNKNOWN] * 7]
+    assert server.requests == ["GET", "GET"]
+    few.close()
 
 
 @need_obstore
