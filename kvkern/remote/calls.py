@@ -42,7 +42,10 @@ class Calls:
 
     async def exists(self, keys: Sequence[bytes], late_s: float | None = None) -> Sequence[bool | None]:
         """See RemoteStore. With `late_s` it may become stalled."""
-        return await self._call("exists", lambda: self._store.exists(keys, self._timeout_s), None, late_s)
+        there = await self._call("exists", lambda: self._store.exists(keys, self._timeout_s), None, late_s)
+        if len(there) != len(keys):  # who asks for more until it knows all would never end
+            raise RemoteError(f"the store has answered {len(there)} times to {len(keys)} keys")
+        return there
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], late_s: float) -> Sequence[Got]:
         """See RemoteStore."""

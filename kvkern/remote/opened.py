@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from .base import RemoteError, RemoteStore
+
+logger = logging.getLogger("kvkern")
 
 OPEN_S = 20.0
 
@@ -44,9 +47,11 @@ class Opened:
         return asyncio.run_coroutine_threadsafe(call, self.loop).result()
 
     def close(self) -> None:
-        """Close the store, and end the thread. For who has not given it to a tier."""
+        """Close the store, as well as that goes, and end the thread. For who has not given it to a tier that has started."""
         try:
             self.run(self.store.close())
+        except RemoteError as error:
+            logger.debug("kvkern: a remote store does not close: %s", error)
         finally:
             self.stop()
 

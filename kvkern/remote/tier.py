@@ -87,15 +87,14 @@ class RemoteTier:
 
     def start(self) -> None:
         """Open the store. Raises ConfigError for what the user has to mend; nobody there is a miss until somebody is."""
-        verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # numba is loaded now, not while a request waits
         self._opened.open()
         if self._opened.failure:
             self.breaker.trip(self._opened.failure)
         try:
+            verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # numba is loaded now, not while a request waits
             self._opened.run(self._register())
         except BaseException:
-            self._opened.run(self._close_store())
-            self._opened.stop()
+            self._opened.close()
             raise
         self._loop.call_soon_threadsafe(self._spawn, self._write())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvkern.assemble import open_remote
 from kvkern.cache import Ended
 from kvkern.config import RemoteConfig
 from kvkern.errors import ConfigError
@@ -217,6 +219,26 @@ def test_a_store_that_is_refused_when_the_first_engine_comes(
         wrong = False
         with closing(opened()) as client:
             assert store(client, A) == 6
+
+
+@pytest.mark.parametrize("why", [RemoteError("nobody there"), ConfigError("wrong password; mend it")], ids=type)
+def test_a_store_that_neither_opens_nor_closes(monkeypatch: pytest.MonkeyPatch, why: Exception) -> None:
+    """What is said of it is why it has not opened."""
+
+    class Gone(MemoryStore):
+        async def open(self) -> None:
+            raise why
+
+        async def close(self) -> None:
+            raise RemoteError("not that either")
+
+    monkeypatch.setattr(base, "make_store", lambda url: Gone())
+    if isinstance(why, ConfigError):
+        with pytest.raises(ConfigError, match="wrong password"):
+            open_remote(RemoteConfig("memory://m"))
+    else:
+        assert open_remote(RemoteConfig("memory://m")) is None
+    assert "kvkern-remote" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path: Path) -> None:

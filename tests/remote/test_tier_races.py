@@ -224,9 +224,9 @@ def test_an_engine_computes_what_is_being_read(tmp_path: Path, store: Scripted, 
         one.cache.release(lease)
         assert one.counters["faults"] == 0
         assert one.hits(A) == 6
-        one.settle()
-        assert one.whole()
         for chain in (B, C, chain_keys("d", 6), chain_keys("e", 16)):  # every slot can be had again
+            one.settle()  # what is being written is leased
+            assert one.whole()
             assert one.compute(chain) == len(chain)
         one.settle()
 
@@ -357,6 +357,12 @@ def test_a_store_that_answers_too_little(tmp_path: Path, store: Scripted) -> Non
         async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
             return [Got.HIT] * len(keys)  # and has read nothing
 
+    class Silent(MemoryStore):
+        async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
+            return []
+
+    with node(tmp_path, Silent(dict(store.values))) as one:
+        assert one.hits(A) == 0
     for kind in (Short, Liar):
         with node(tmp_path, kind(dict(store.values))) as one:
             assert one.hits(A) == (5 if kind is Short else 0)
@@ -453,6 +459,18 @@ def test_a_store_that_cannot_be_opened_is_closed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="wrong password"):
         Node(tmp_path, store)
     assert store.calls == [("close", 0)]
+
+
+def test_a_tier_that_does_not_start_leaves_no_store_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr(tier_module, "verify_slots", broken)
+    store = MemoryStore()
+    with pytest.raises(MemoryError):
+        Node(tmp_path, store)
+    assert store.calls == [("open", 0), ("close", 0)]
+    assert "kvkern-remote" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_store_that_does_not_register_now(tmp_path: Path) -> None:
