@@ -110,7 +110,7 @@ class Bench:
         keys = sequence(f"ours {self.rounds}", self.chunks)
         self._until(lambda: self.tier.idle)
         self.cache.clear()
-        self.tier.note_prefill(1.0)  # whatever it takes, it is worth the wait; see LEAST_WAIT_S below
+        self.tier.note_prefill(1.0)  # whatever it takes, it is worth the wait; see LEAST_WAIT_S above
         began = time.perf_counter()
         lease = self.cache.acquire(keys, use=USE)
         elapsed = time.perf_counter() - began

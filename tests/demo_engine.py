@@ -134,7 +134,8 @@ class FakeNode:
             self.remote_hits += came // BLOCK_TOKENS
             self._empty = False
         self._seen_tokens += came
-        return {"remote_hit_chunks": self.remote_hits, "remote_late_chunks": 0, "remote_gated_chunks": 3}
+        left = {"remote_late_chunks": 0, "remote_unasked_chunks": 2, "remote_gated_chunks": 3}
+        return {"remote_hit_chunks": self.remote_hits, **left}
 
     def wait_for(self, socket: Path, condition: Callable[[dict[str, int]], bool]) -> None:
         assert condition({"chunks": 10**6, "sessions": 2})

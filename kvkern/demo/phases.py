@@ -163,6 +163,8 @@ def other_node(desk: Desk) -> None:
     row = node.stat(desk.socket)
     if late := row["remote_late_chunks"]:
         desk.say(f"{late} chunks came when computing would have been done: the engine had gone on without them")
+    if unasked := row["remote_unasked_chunks"]:
+        desk.say(f"{unasked} chunks were not asked for: the store was slow to answer, or left a request waiting")
     if gated := row["remote_gated_chunks"]:
         desk.say(f"{gated} chunks were left in the store: it takes longer than computing them")
 

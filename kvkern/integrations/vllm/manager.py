@@ -390,6 +390,7 @@ def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, s
         "bad_chunks": "KV chunks that failed verification and were dropped.",
         "remote_lookup_chunks": "KV chunks looked for in the remote store.",
         "remote_hit_chunks": "Of those, chunks read and verified.",
+        "remote_unasked_chunks": "KV chunks not asked for: the remote store is slow to answer, or leaves others waiting.",
         "remote_gated_chunks": "KV chunks left in the remote store since computing them is faster.",
         "remote_late_chunks": "KV chunks read from the remote store when nobody waited for them any more.",
         "remote_bad_chunks": "KV chunks of the remote store that failed verification.",

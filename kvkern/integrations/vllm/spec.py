@@ -38,7 +38,7 @@ class KvkernSpec(shim.OffloadingSpec):
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
         """Counters vLLM exports for us."""
-        options = extra_config.get(OPTIONS_KEY, {})
+        options = extra_config.get(OPTIONS_KEY) or {}  # `parse_options` says what is wrong with them
         return metric_definitions(daemon="socket" in options, remote="remote" in options)
 
     @property
