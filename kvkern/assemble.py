@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
 from .cache import Cache
-from .config import DEFAULT_POLICY, Config, RemoteConfig, user_cache_dir
+from .config import DEFAULT_POLICY, Config, RemoteConfig, format_nbytes, user_cache_dir
 from .errors import LayoutError, UnsupportedError
 from .policy import policy_maker
 from .policy.persist import persist_mode
@@ -117,10 +117,11 @@ def put_hbm_above(
 ) -> tuple[HbmCache, Copier]:
     """(a cache over HBM and `dram`, a copier for both, which closes `copier` with it and before that the cache).
 
-    Raises ConfigError if no chunk fits, DeviceError if the GPU has no room.
+    Raises ConfigError if no chunk fits, UnsupportedError if the GPU has no room.
     """
     import numpy as np
 
+    from .gpu.device import DeviceError
     from .gpu.hbm import DmaRows, StackedCopier, device_copier, device_slots
     from .hbm import HbmCache, HbmManager
     from .tiers.hbm import HbmSlots, HbmTier, HostRows, Rows, count_slots
@@ -131,9 +132,13 @@ def put_hbm_above(
     rows: Rows
     above: Copier
     if group.device.startswith("cuda"):
-        device = _cuda(group.device)
-        slots = device_slots(geometry, count, device)
-        rows, above = DmaRows(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
+        try:
+            device = _cuda(group.device)
+            slots = device_slots(geometry, count, device)
+            rows, above = DmaRows(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
+        except DeviceError as error:
+            wanted = format_nbytes(config.hbm_nbytes)
+            raise UnsupportedError(f"hbm: kvkern cannot keep {wanted} of chunks on {group.device}: {error}") from error
     else:
         slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
         rows, above = HostRows(slots, arena), Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)

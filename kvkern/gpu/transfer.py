@@ -36,8 +36,14 @@ Choose = Callable[[Direction, int, int, int], Choice]  # direction, bytes of a r
 
 
 def one_thread(name: str, initialise: Callable[[], None]) -> Executor:
-    """What runs a lane."""
-    return ThreadPoolExecutor(1, f"kvkern-{name}", initialise)
+    """What runs a lane. Raises what `initialise` raises in its thread: now, and not at the first transfer."""
+    thread = ThreadPoolExecutor(1, f"kvkern-{name}")
+    try:
+        thread.submit(initialise).result()
+    except BaseException:
+        thread.shutdown(wait=False)
+        raise
+    return thread
 
 
 class GpuTransfer(Copier):
@@ -73,10 +79,10 @@ class GpuTransfer(Copier):
         try:
             self._store = StoreLane("store", device, self._parts, self._mapped, rings[0])
             self._load = LoadLane("load", device, self._parts, self._mapped, rings[1])
+            self._stores, self._loads = executor("store", device.attach), executor("load", device.attach)
         except BaseException:
             self._pinned.close()
             raise
-        self._stores, self._loads = executor("store", device.attach), executor("load", device.attach)
 
     def self_test(self) -> None:
         """See `Copier.self_test`. Proves layouts and kernels; checksums prove every transfer after it."""

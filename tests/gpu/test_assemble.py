@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -106,6 +106,21 @@ def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
     monkeypatch.setattr(Standin, "memory", full)
     with pytest.raises(UnsupportedError, match="cannot copy to and from cuda:0: no 32 MiB"):
         build(tmp_path, groups)
+
+
+def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = make_arena(tmp_path, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
+
+    def full(self: Any, nbytes: int) -> None:
+        raise DeviceError("no 1 MiB of GPU memory")
+
+    monkeypatch.setattr(Standin, "memory", full)
+    config, none = Config(capacity_nbytes=1 << 20, hbm_nbytes=1 << 20), cast(Any, None)
+    with pytest.raises(UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"):
+        assemble.put_hbm_above(config, none, arena, none, groups[0], 2)
+    arena.close()
 
 
 def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:

@@ -367,6 +367,22 @@ def test_a_device_without_streams_leaves_nothing_registered(tmp_path: Path, monk
     arena.close()
 
 
+def test_a_thread_that_cannot_use_the_device_is_an_error_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the first transfer, whose pieces nobody would ever run."""
+    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+
+    def broken() -> None:
+        raise DeviceError("no context")
+
+    monkeypatch.setattr(device, "attach", broken)
+    with pytest.raises(DeviceError, match="no context"):
+        GpuTransfer([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), Depths(staging_nbytes=1 << 16))
+    assert device.registered == {}
+    arena.close()
+
+
 def test_a_driver_that_refuses_memory_is_an_error_at_start(tmp_path: Path) -> None:
     arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
     device.refuse_after = 0
