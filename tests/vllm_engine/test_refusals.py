@@ -39,6 +39,14 @@ def test_unsupported_settings(llama: str, changes: dict[str, Any], error: type[K
     assert all(word in str(caught.value) for word in words)
 
 
+def test_sleep_is_refused(llama: str) -> None:
+    """It unmaps what queued transfers are about to read. CPUs have none, so it is set behind vLLM's back."""
+    config = vllm_config(llama)
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(UnsupportedError, match=r"enable_sleep_mode is set.*leave it out"):
+        options.refuse_unsupported(config)
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

@@ -117,5 +117,10 @@ def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
     spec = transfer.kv_connector_extra_config.get("spec_name", SPEC_NAME)
     if spec != SPEC_NAME:
         raise ConfigError(f"spec_name is {spec!r}; leave it out, KvkernConnector brings its own")
+    if vllm_config.model_config.enable_sleep_mode:  # vLLM has it on GPUs only
+        raise UnsupportedError(
+            "enable_sleep_mode is set: vLLM takes the GPU's memory away without waiting for transfers that are queued, and one "
+            "of them would end the engine; leave it out"
+        )
     if vllm_config.attention_config.hisparse_config is not None:
         raise UnsupportedError("HiSparse keeps part of the KV cache on the host already; kvkern does not support it")
