@@ -200,7 +200,8 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
         unseen = DeviceId(device.name, "unknown", Link(0, 0))
         identity = unseen if info is None else DeviceId(info.name, info.driver, info.link)
         able = Abilities(device.batch_api, device.host_pointers)
-        table = calibrated(Stopwatch(device, able.batch_api, able.host_pointers), identity, able, user_cache_dir())
+        watch = partial(Stopwatch, device, able.batch_api, able.host_pointers)
+        table = calibrated(watch, identity, able, user_cache_dir())
         return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
     except DeviceError as error:
         raise UnsupportedError(f"kvkern cannot copy to and from {name}: {error}") from error

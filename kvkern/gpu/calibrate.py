@@ -126,7 +126,7 @@ def calibrate(
 
 
 def calibrated(
-    device: Timed,
+    make: Callable[[], Timed],  # asked only where something is to be measured: it compiles and takes memory
     identity: DeviceId,
     abilities: Abilities,
     folder: Path,  # the user's cache directory
@@ -137,7 +137,7 @@ def calibrated(
     start = seeds(identity.link, abilities)
     table = saved.load(identity, start, folder)
     if table is None or unmeasured(table):  # more can be measured than in the start that saved it
-        begin = clock()
+        device, begin = make(), clock()
         table = calibrate(device, start, budget_s, clock)
         logger.info("kvkern: calibrated in %.0f ms", (clock() - begin) * 1e3)
         if left := unmeasured(table):

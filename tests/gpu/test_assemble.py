@@ -75,7 +75,7 @@ def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
     """Homes are shared between hosts: two models must not meet in one file."""
     seen = []
 
-    def table(watch: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
+    def table(make: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
         seen.append(identity)
         return seeds(identity.link, able)
 
@@ -118,7 +118,9 @@ def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
 
     monkeypatch.setattr(Standin, "memory", full)
     config, none = Config(capacity_nbytes=1 << 20, hbm_nbytes=1 << 20), cast(Any, None)
-    with pytest.raises(UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"):
+    with pytest.raises(
+        UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"
+    ):
         assemble.put_hbm_above(config, none, arena, none, groups[0], 2)
     arena.close()
 

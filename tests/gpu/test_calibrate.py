@@ -180,7 +180,7 @@ def test_what_cannot_be_is_not_asked(able: Abilities, never: set[str]) -> None:
 
 
 def start(device: Synthetic, folder: Path, able: Abilities = SEEDS.abilities, who: DeviceId = DEVICE) -> Calibration:
-    return calibrated(device, who, able, folder, clock=device.clock)
+    return calibrated(lambda: device, who, able, folder, clock=device.clock)
 
 
 def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,6 +191,11 @@ def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     assert again.asked == []
     assert "Test GPU 80GB, PCIe 5 x16, driver 570.1" in caplog.text
     assert "47.0 GB/s" in caplog.text
+
+    def unwanted() -> Synthetic:
+        raise AssertionError("what measures compiles kernels and takes memory")
+
+    assert calibrated(unwanted, DEVICE, SEEDS.abilities, tmp_path) == first
 
 
 @pytest.mark.parametrize("other", [
