@@ -35,10 +35,7 @@ from .value import accept, incoming_parts, new_headers
 
 logger = logging.getLogger("kvkern")
 
-FIRST_ASKED, ASKED_TIMES = (
-    16,
-    4,
-)  # chunks of a prefix in the first question, and how that grows: some stores ask one by one
+FIRST_ASKED, ASKED_TIMES = 16, 4  # chunks of a prefix in the first call, and how that grows: some stores ask one by one
 READS_AHEAD = 2  # windows of a request under way: one is verified, one is read. Stores have threads of their own
 MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
 MAX_NAMESPACES = 1024  # whose tokens a chunk are known
@@ -137,15 +134,16 @@ class Reader:
         if not keys:
             return []
         wait = self._speeds.ask_wait(len(keys), asked.chunk_tokens)
-        asked.wait(wait.request_s)
+        asked.wait(wait.request_s - asked.question_s)
         began = time.monotonic()
         count = FIRST_ASKED if asked.prefix else len(keys)
         there = list(await self._calls.exists(keys[:count], wait.late_s))
         while len(there) < len(keys) and all(there) and asked.waits():  # what is behind a gap need not be known
             count *= ASKED_TIMES
             there += await self._calls.exists(keys[len(there) : len(there) + count], wait.late_s)
+        asked.question_s += (took_s := time.monotonic() - began)
         if None not in there:
-            self._speeds.note_ask(time.monotonic() - began)
+            self._speeds.note_ask(took_s)
         absent = next((i for i, is_there in enumerate(there) if not is_there and is_there is not None), None)
         if absent is not None:
             self._known.note_absent(keys[absent])

@@ -52,6 +52,7 @@ class Asked:
     held: list[Lease]
     chunk_tokens: int = 0  # 0: not known yet
     answer: Future[Lease] = field(default_factory=Future)
+    question_s: float = 0.0  # that its questions have taken: what is read for others in between makes them several
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
     _timer: asyncio.TimerHandle | None = None
 
