@@ -18,11 +18,12 @@ turns, so that they can drive it without threads, through every order that strea
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,18 +137,30 @@ class Lane(ABC):
         self._device, self._parts, self._mapped, self._rings = device, parts, mapped, rings
         self._kernels = device.stream(f"{name}.kernels")
         self._copies = device.stream(f"{name}.copies")
+        self._queueing = threading.Lock()  # held for moments: the engine's thread takes it
         self._waiting: deque[Piece] = deque()
         self._flying: deque[tuple[Work, Event]] = deque()
 
-    def submit(self, pieces: Sequence[Piece]) -> None:
-        """Queue pieces. Each needs two turns."""
-        self._waiting.extend(pieces)
+    def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:
+        """Queue pieces, and two turns for each: one begins it, one ends it. All or nothing; raises what the executor raises.
+
+        Turns come first: those that it took before it refused find nothing to do, where a piece without them never ended.
+        """
+        with self._queueing:
+            for _ in range(2 * len(pieces)):
+                executor.submit(self.turn)
+            self._waiting.extend(pieces)
+
+    def refuse(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
+        """These chunks are not moved: nothing of them was queued. Any thread."""
 
     def turn(self) -> None:
         """Begin the next piece, or with the window full or nothing waiting end the oldest one. Raises what that raises."""
-        if self._waiting and self._rings.sums:
+        with self._queueing:  # a turn that is early waits for its piece
+            piece = self._waiting.popleft() if self._waiting and self._rings.sums else None
+        if piece is not None:
             with span(f"kvkern gpu {self.name}: enqueue"):
-                self._begin(self._waiting.popleft())
+                self._begin(piece)
         elif self._flying:
             with span(f"kvkern gpu {self.name}: wait, verify, publish"):
                 self._end(*self._flying.popleft())
@@ -325,10 +338,16 @@ class LoadLane(Lane):
         good = self._parts.verified(work.piece.batch, work.rows, work.generations, sums)
         work.piece.job.ok[work.piece.begin + work.rows] = good
 
+    def refuse(self, batches: Sequence[ChunkBatch]) -> None:
+        for batch in batches:
+            self._mark_bad(batch.slots)
+
     def _settle(self, piece: Piece) -> None:
-        bad = piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]]
-        there = (bad >= 0) & (bad < len(self._parts.rows))
-        self._parts.arena.mark_bad(bad[there])  # also after an exception: a retry must not meet them again
+        self._mark_bad(piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]])
+
+    def _mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """Also after an exception: a retry must not meet them again."""
+        self._parts.arena.mark_bad(slots[(slots >= 0) & (slots < len(self._parts.rows))])
 
     def _by_staging(self, work: Work) -> None:
         ids, rows = self._ids(work)

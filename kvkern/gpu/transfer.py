@@ -3,12 +3,14 @@
     submit (the engine's thread)    record COMPUTED on its stream; choose a method a batch; cut into pieces; queue
     one thread a direction          enqueue pieces, end them in order: see lanes.py
 
-The engine's thread never waits and never launches. Blocks of a store are free once `job.released()`.
+The engine's thread never waits and never launches. What the driver or the executor refuses at submission is an error of the
+job, which is done then. Blocks of a store are free once `job.released()`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -105,20 +107,26 @@ class GpuTransfer(Copier):
 
     def _submit(self, direction: Direction, batches: Sequence[ChunkBatch], lane: Lane, executor: Executor) -> GpuJob:
         job = GpuJob(self._parts.nbytes(batches), np.zeros(sum(len(b.slots) for b in batches), dtype=np.bool_))
-        computed = self._device.computed()
-        pieces: list[Piece] = []
-        begin = 0
-        for batch in batches:
-            for choice, rows in self._plan(direction, batch):
-                pieces += self._cut(job, batch, begin, choice, rows, computed)
-            begin += len(batch.slots)
+        try:
+            computed = self._device.computed()
+            pieces: list[Piece] = []
+            begin = 0
+            for batch in batches:
+                for choice, rows in self._plan(direction, batch):
+                    pieces += self._cut(job, batch, begin, choice, rows, computed)
+                begin += len(batch.slots)
+            lane.submit(pieces, executor)
+        except RuntimeError as error:  # the driver's, after a fault; the executor's, when it is closed or Python ends
+            lane.refuse(batches)
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            job.futures.append(failed)
+            job.finished = time.perf_counter()
+            return job
         job.pieces = tuple(pieces)
         job.futures += [piece.future for piece in pieces]
         if not pieces:
             job.finished = job.started
-        lane.submit(pieces)
-        for _ in range(2 * len(pieces)):  # one turn begins a piece, one ends it
-            executor.submit(lane.turn)
         return job
 
     def _plan(self, direction: Direction, batch: ChunkBatch) -> list[tuple[Choice, npt.NDArray[np.int64]]]:
