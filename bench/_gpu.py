@@ -128,7 +128,7 @@ class DryRig(Rig):
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def device(self) -> Device:
-        from _gpu_host import HostDevice
+        from kvkern.gpu.host import HostDevice
 
         return HostDevice()
 

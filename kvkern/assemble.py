@@ -20,11 +20,11 @@ from .tiers.dram import DramTier
 
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
     from .gpu.cuda import CudaDevice
-    from .hbm import HbmCache
     from .kernels.paged_copy import PagedTensors
     from .policy.grit_model import GritModel
     from .remote.opened import Opened
     from .remote.tier import RemoteTier
+    from .stacked import HbmCache
     from .transfer import Copier
 
 logger = logging.getLogger("kvkern")
@@ -123,7 +123,7 @@ def put_hbm_above(
 
     from .gpu.device import DeviceError
     from .gpu.hbm import DmaRows, StackedCopier, device_copier, device_slots
-    from .hbm import HbmCache, HbmManager
+    from .stacked import HbmCache, HbmManager
     from .tiers.hbm import HbmSlots, HbmTier, HostRows, Rows, count_slots
     from .transfer import Transfer
 

@@ -16,7 +16,7 @@ import torch
 import kvkern
 from kvkern.api import PagedCache
 from kvkern.errors import ConfigError, KvkernError
-from kvkern.hbm import HbmCache
+from kvkern.stacked import HbmCache
 from tests.support import guarded
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 64, 4, 2

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from kvkern.arena import Arena
 from kvkern.cache import Cache
 from kvkern.errors import ConfigError
-from kvkern.hbm import HbmCache, HbmManager
 from kvkern.policy.lru import LRU
 from kvkern.slots import SlotState
+from kvkern.stacked import HbmCache, HbmManager
 from kvkern.tiers.base import Lease, Reservation
 from kvkern.tiers.dram import DramTier
 from kvkern.tiers.hbm import HbmSlots, HbmTier, HostRows

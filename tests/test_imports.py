@@ -35,7 +35,7 @@ LEVELS = {
     "kvkern.tiers": 2,
     "kvkern.remote": 2,
     "kvkern.cache": 3,
-    "kvkern.hbm": 3,
+    "kvkern.stacked": 3,
     "kvkern.node": 4,
     "kvkern.assemble": 4,
     "kvkern.api": 4,

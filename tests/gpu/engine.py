@@ -1,12 +1,11 @@
 """An engine that leaves no gap unused, on a real GPU: it writes late, reads late, and reuses blocks as soon as it is told.
 
 On a GPU "late" is `torch.cuda._sleep` before the work, on a stream of the engine's own; every buffer of the copier starts as
-poison. Without a GPU the same calls run in order over host memory (bench/_gpu_host.py), which proves the tests' own logic.
+poison. Without a GPU the same calls run in order over host memory (kvkern/gpu/host.py), which proves the tests' own logic.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from kvkern.cache import Cache
 from kvkern.gpu.device import Device
+from kvkern.gpu.host import HostDevice
 from kvkern.gpu.planner import Choice, Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
@@ -40,14 +40,7 @@ TIGHT = Depths(staging_nbytes=2 * PART, staging=1, tables=1, window=2)  # every 
 def make_device(kind: str, careless: bool = False) -> Device:
     """ "cuda": with poisoned buffers; "cpu": in order, on the host. `careless`: the engine's event says nothing."""
     if kind == "cpu":
-        path = Path(__file__).resolve().parent.parent.parent / "bench" / "_gpu_host.py"
-        spec = importlib.util.spec_from_file_location("kvkern_bench_gpu_host", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        host: Device = module.HostDevice()
-        return host
+        return HostDevice()
     from kvkern.gpu.cuda import CudaDevice
 
     class Poisoned(CudaDevice):

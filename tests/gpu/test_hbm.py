@@ -22,11 +22,11 @@ from kvkern.gpu.hbm import DmaRows, device_slots
 from kvkern.gpu.planner import Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
-from kvkern.hbm import HbmCache
 from kvkern.kernels.layout import flash_attention
 from kvkern.kernels.paged_copy import PagedTensors
 from kvkern.keys import Namespace
 from kvkern.policy.lru import LRU
+from kvkern.stacked import HbmCache
 from kvkern.tiers.base import ChunkShape
 from kvkern.tiers.dram import DramTier
 from tests.gpu.cases import choosing

@@ -1,4 +1,7 @@
-"""A device that is this host: every operation runs at once, in the order of the calls. For dry runs of the GPU benches."""
+"""A device that is this host: every operation runs at once, in the order of the calls. For dry runs, of benches and of tests.
+
+It shows that a script works from end to end. It shows nothing of orders (tests/gpu/fake.py does), and times nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvkern.gpu.dma import Runs
-from kvkern.gpu.table import Direction
-from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+from ..kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+from .dma import Runs
+from .table import Direction
 
 
 class HostEvent:
