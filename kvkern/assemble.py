@@ -184,6 +184,7 @@ def build_transfer(
 def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
     from .gpu.calibrate import calibrated
     from .gpu.device import DeviceError
+    from .gpu.numa import process_nodes
     from .gpu.planner import choose
     from .gpu.saved import DeviceId
     from .gpu.stopwatch import Stopwatch
@@ -197,8 +198,8 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
     try:
         device = _cuda(name)
         info = device.info
-        unseen = DeviceId(device.name, "unknown", Link(0, 0))
-        identity = unseen if info is None else DeviceId(info.name, info.driver, info.link)
+        unseen = DeviceId(device.name, "unknown", Link(0, 0), cpu_nodes=process_nodes())
+        identity = unseen if info is None else DeviceId.here(info)
         able = Abilities(device.batch_api, device.host_pointers)
         watch = partial(Stopwatch, device, able.batch_api, able.host_pointers)
         table = calibrated(watch, identity, able, user_cache_dir())

@@ -19,6 +19,7 @@ from ..config import user_cache_dir
 from ..gpu import saved
 from ..gpu.device import DeviceError
 from ..gpu.driver import load_libcuda, trusts_batches
+from ..gpu.numa import cpu_list
 from ..gpu.nvml import GpuInfo, read_gpus
 from ..gpu.saved import DeviceId
 from ..gpu.table import Abilities, Calibration, seeds
@@ -135,7 +136,7 @@ def gather(
 def _gpu(info: GpuInfo, able: Abilities, cache_dir: Path) -> Gpu:
     batches = able.batch_api and trusts_batches(able.host_pointers, info.capability)
     start = seeds(info.link, replace(able, batch_api=batches))
-    table = saved.load(DeviceId(info.name, info.driver, info.link), start, cache_dir)
+    table = saved.load(DeviceId.here(info), start, cache_dir)
     return Gpu(info, table or start, table is not None)
 
 
@@ -174,12 +175,6 @@ def _nodes(root: Path) -> tuple[NumaNode, ...]:
     """Memory nodes with their CPUs; none where the kernel has no NUMA."""
     folders = sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:]))
     return tuple(NumaNode(int(path.name[4:]), cpu_list(_read(path / "cpulist"))) for path in folders)
-
-
-def cpu_list(text: str) -> tuple[int, ...]:
-    """Numbers of a list such as `0-3,8`."""
-    ranges = [part.partition("-") for part in text.strip().split(",") if part]
-    return tuple(n for low, _, high in ranges for n in range(int(low), int(high or low) + 1))
 
 
 def _chosen(path: Path) -> str:

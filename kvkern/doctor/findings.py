@@ -245,7 +245,7 @@ def _speeds(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 Severity.NOTE,
                 f"GPU {number} is not measured yet: the table holds what others have published and estimates",
-                "start an engine with kvkern once; it takes 20 ms",
+                "start an engine with kvkern once, bound to the same NUMA nodes; it takes 20 ms and what compiling takes",
             )
             continue
         expected = seeds(gpu.info.link)

@@ -8,19 +8,25 @@
               wall                                             CPU                                        thread blocks * time
     BATCH_DMA pipe(calls, launch + call + runs * descriptor,   calls * (launch + call)                    ctas * relayout / 2
                    wire)                                       + count * descriptor
-      no batch: the same with a call a run, `copy` for `call + descriptor`
+      runs below 28 KiB: at least nbytes / short
+      no batch: the same with a call a run, `copy` for `call + descriptor`, and no `short`
     STAGED    pipe(calls, launch + relayout, copy + wire)      calls * (launch + copy)                    ctas * relayout
     ZERO_COPY calls * launch + nbytes / rate(ctas)             calls * launch                             ctas * wall
 
     least wall; those within 25 % of it are ties, and of these the least of CPU + thread blocks * time / 4
+    below 256 KiB in all only other numbers of thread blocks of the same method tie
 
 Checksums are part of each: the other kernels have the bytes in registers, beside DMA one reads the blocks for them, which is
 half of what a gather or scatter moves in HBM. What all have in common, ids up and sums down, is left out.
 
-Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is the
-cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4; vLLM found 28 KiB on an H100,
-pull request 42212). A thread block that copies is taken from the engine's own kernels, hence its price: with a quarter, runs
-of 32-64 KiB are staged and those of 128 KiB and more left to the copy engine, as vLLM's and SGLang's measurements advise.
+Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is a
+cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4). Loads have a steeper one below
+28 KiB (vLLM pull request 42212, an H100): there the driver and the copy engine need more for a descriptor than its submission
+takes, 1 GiB in runs of 18 KiB 150-170 ms where 29 ms are submission, and a faster CPU does not help. So a short descriptor
+costs the wall max(submitted, done), and the CPU what it takes until submitted. A thread block that copies is taken from the
+engine's own kernels, hence its price: with a quarter, runs of 32-64 KiB are staged and those of 128 KiB and more left to the
+copy engine, as vLLM's and SGLang's measurements advise; a large job crosses PCIe by zero-copy never. Of a small one, one
+launch is over in the time that the launch itself takes: nobody misses its thread blocks, and somebody waits for it.
 Scaling all times of a table changes no choice of method.
 """
 
@@ -31,7 +37,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .table import GB, Calibration, Costs, Direction, Rate
+from .table import GB, SHORT_NBYTES, Calibration, Costs, Direction, Rate
 
 __all__ = ["Choice", "Direction", "Estimate", "Method", "break_even_nbytes", "choose", "estimates"]
 
@@ -41,6 +47,7 @@ MIN_PIECE_NBYTES, MAX_PIECE_NBYTES = 16 << 20, 32 << 20
 # A copy engine is first in, first out, and blind to priorities: the engine's own small copies wait for a piece.
 HOLD_S = 0.7e-3
 TIE = 1.25
+SMALL_NBYTES = 256 << 10
 CTA_PRICE = 1 / 4  # seconds of CPU that a second of a thread block is worth
 
 
@@ -91,8 +98,10 @@ def choose(
     Never a method that the table's abilities exclude. Deterministic; sizes of 0 are allowed.
     """
     ways = list(estimates(table, direction, run_nbytes, count, nbytes, zero_copy_ctas))
-    limit = TIE * min(way.wall_s for way in ways)
-    ties = [way for way in ways if way.wall_s <= limit]
+    fastest = min(ways, key=lambda way: way.wall_s)
+    ties = [way for way in ways if way.wall_s <= TIE * fastest.wall_s]
+    if nbytes < SMALL_NBYTES:
+        ties = [way for way in ties if way.method is fastest.method]
     best = min(ties, key=lambda way: (way.price_s, way.ctas))
     fits = _seconds(MAX_PIECE_NBYTES, best.link_gb_s) <= HOLD_S
     return Choice(best.method, best.ctas, MAX_PIECE_NBYTES if fits else MIN_PIECE_NBYTES)
@@ -125,7 +134,10 @@ def estimates(
 
 
 def break_even_nbytes(table: Calibration, direction: Direction) -> float:
-    """The run whose submission takes as long as its transfer. Shorter ones leave the link idle, however many there are."""
+    """The run whose submission takes as long as its transfer. Shorter ones leave the link idle, however many there are.
+
+    Of submission alone: what is below SHORT_NBYTES may be slow for another reason, see `Costs.short_gb_s`.
+    """
     costs = table.costs(direction)
     batch = table.abilities.batch_api and table.abilities.pinned
     return (costs.descriptor_s if batch else costs.copy_s) * costs.copy_gb_s * GB
@@ -142,6 +154,8 @@ def _copies(costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, co
         cpu_s += pieces * costs.launch_s
         ctas, cta_s = summing.ctas, summing.ctas * _seconds(nbytes, 2 * summing.gb_s)
     wall_s = _pipe(calls, cpu_s / calls, _seconds(nbytes, costs.copy_gb_s) / calls)
+    if batch and run_nbytes < SHORT_NBYTES:
+        wall_s = max(wall_s, _seconds(nbytes, costs.short_gb_s))
     return Estimate(Method.BATCH_DMA, ctas, wall_s, cpu_s, cta_s, costs.copy_gb_s)
 
 

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from kvkern.cli import app
 from kvkern.doctor import facts as facts_module
-from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, cpu_list, gather
+from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, gather
 from kvkern.doctor.findings import Severity, findings
 from kvkern.doctor.report import as_json, show
 from kvkern.gpu import saved
 from kvkern.gpu.device import DeviceError
+from kvkern.gpu.numa import cpu_list
 from kvkern.gpu.nvml import GpuInfo
 from kvkern.gpu.saved import DeviceId
 from kvkern.gpu.table import Calibration, seeds
@@ -205,7 +206,7 @@ def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = facts_module.read_gpus()
     monkeypatch.setattr(facts_module, "read_gpus", lambda sysfs: replace(found, gpus=(INFO,), cuda=12080))
     assert [g.is_saved for g in gather(cache_dir=tmp_path).gpus] == [False]
-    saved.save(DeviceId(INFO.name, INFO.driver, INFO.link), GPU.table, tmp_path)
+    saved.save(DeviceId.here(INFO), GPU.table, tmp_path)
     (with_table,) = gather(cache_dir=tmp_path).gpus
     assert (with_table.is_saved, with_table.table.d2h) == (True, GPU.table.d2h)
     assert with_table.table.abilities.batch_api

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,13 @@ class FakeStream:
         self.device.point(f"drain {self.name}", lambda: not self.queue or not kept)
         if kept:
             self.device.watch.join(self.device.agent, self.device.watch.now(self.name))
+
+    def seconds(self, work: Callable[[], None], behind_wait: bool) -> float:
+        """The host's clock in place of a device's."""
+        begin = time.perf_counter()
+        work()
+        self.record("timed").synchronize()
+        return time.perf_counter() - begin
 
     def copy(self, runs: Runs, direction: Direction) -> None:
         """Of H2D the sources may be read at any time from the call on, by an operation that waits for nothing."""

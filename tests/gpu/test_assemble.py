@@ -12,6 +12,7 @@ from kvkern.config import Config
 from kvkern.errors import LayoutError, UnsupportedError
 from kvkern.gpu import calibrate, cuda
 from kvkern.gpu.device import DeviceError
+from kvkern.gpu.numa import process_nodes
 from kvkern.gpu.saved import DeviceId
 from kvkern.gpu.table import Calibration, Link, seeds
 from kvkern.gpu.transfer import GpuTransfer
@@ -81,7 +82,7 @@ def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
 
     monkeypatch.setattr(calibrate, "calibrated", table)
     build(tmp_path, groups).close()
-    assert seen == [DeviceId("Test GPU 80GB", "unknown", Link(0, 0))]
+    assert seen == [DeviceId("Test GPU 80GB", "unknown", Link(0, 0), cpu_nodes=process_nodes())]
 
 
 def test_tensors_in_host_memory_get_the_cpus(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkern.gpu import saved
-from kvkern.gpu.calibrate import BUDGET_S, BUFFER_NBYTES, calibrate, calibrated, text, unmeasured
+from kvkern.gpu.calibrate import BUDGET_S, DEVICE_NBYTES, calibrate, calibrated, text, unmeasured, untried
 from kvkern.gpu.saved import DeviceId
 from kvkern.gpu.table import GB, Abilities, Calibration, Costs, Direction, Link, Rate, seeds
 
@@ -26,6 +28,7 @@ def parameters(scale: float = 1.0) -> Costs:
         copy_s=2.6e-6,
         call_s=3.3e-6,
         descriptor_s=0.62e-6,
+        short_gb_s=19.0 * scale,
         launch_s=5.5e-6,
         zero_copy=(Rate(4, 13.0 * scale), Rate(8, 26.0 * scale), Rate(12, 37.0 * scale)),
         relayout=(Rate(16, 310.0 * scale), Rate(32, 590.0 * scale)),
@@ -37,7 +40,9 @@ class Synthetic:
     """A device with a clock of its own: what it does takes what its costs say, plus noise."""
 
     d2h: Costs = field(default_factory=parameters)
-    h2d: Costs = field(default_factory=lambda: replace(parameters(), copy_gb_s=51.0, descriptor_s=0.55e-6))
+    h2d: Costs = field(
+        default_factory=lambda: replace(parameters(), copy_gb_s=51.0, descriptor_s=0.55e-6, short_gb_s=6.4)
+    )
     noise: float = 0.0  # a part of the time, and as many microseconds
     overhead_s: float = 6e-6  # of every operation that is waited for
     stall_every: int = 0  # one operation in so many takes 300 us more
@@ -73,6 +78,10 @@ class Synthetic:
         costs = self._costs(direction)
         return self._took("submit_batch", count, costs.call_s + count * costs.descriptor_s)
 
+    def short_runs(self, direction: Direction, count: int) -> float:
+        costs = self._costs(direction)
+        return self._took("short_runs", count, costs.call_s + count * (16 << 10) / costs.short_gb_s / GB)
+
     def launch(self) -> float:
         return self._took("launch", 1, self.d2h.launch_s)
 
@@ -86,7 +95,7 @@ class Synthetic:
 
 
 def assert_close(found: Costs, want: Costs, within: float) -> None:
-    for name in ("copy_gb_s", "copy_s", "call_s", "descriptor_s", "launch_s"):
+    for name in ("copy_gb_s", "copy_s", "call_s", "descriptor_s", "short_gb_s", "launch_s"):
         assert getattr(found, name) == pytest.approx(getattr(want, name), rel=within), name
     for name in ("zero_copy", "relayout"):
         rates = getattr(want, name)
@@ -102,7 +111,7 @@ def test_a_quiet_device_is_recovered() -> None:
     assert_close(table.h2d, device.h2d, 1e-6)
     assert unmeasured(table) == []
     assert device.now_s - 100.0 < BUDGET_S
-    assert max(size for _, size in device.asked) <= BUFFER_NBYTES
+    assert max(size for _, size in device.asked) <= DEVICE_NBYTES
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -112,7 +121,7 @@ def test_a_noisy_device_is_recovered_within_a_few_percent(seed: int) -> None:
     assert_close(table.d2h, device.d2h, 0.06)
     assert_close(table.h2d, device.h2d, 0.06)
     assert unmeasured(table) == []
-    assert device.now_s - 100.0 < BUDGET_S
+    assert device.now_s - 100.0 < BUDGET_S + 320e-6  # the last operation may stall
 
 
 def test_a_slow_device_ends_in_time_and_keeps_seeds() -> None:
@@ -149,7 +158,7 @@ def test_no_time_at_all() -> None:
     table = calibrate(device, SEEDS, budget_s=0.0, clock=device.clock)
     assert table == SEEDS
     assert device.asked == []
-    assert len(unmeasured(table)) == 14
+    assert len(unmeasured(table)) == 16
 
 
 @pytest.mark.parametrize("stopped", [0.0, -1e-6])
@@ -164,9 +173,9 @@ def test_a_clock_that_sees_nothing_measures_nothing(stopped: float) -> None:
 
 
 @pytest.mark.parametrize(("able", "never"), [
-    (Abilities(batch_api=False), {"submit_batch"}),
+    (Abilities(batch_api=False), {"submit_batch", "short_runs"}),
     (Abilities(host_pointers=False), {"zero_copy"}),
-    (Abilities(pinned=False), {"submit_batch", "zero_copy", "relayout", "launch"}),
+    (Abilities(pinned=False), {"submit_batch", "short_runs", "zero_copy", "relayout", "launch"}),
 ])  # fmt: skip
 def test_what_cannot_be_is_not_asked(able: Abilities, never: set[str]) -> None:
     device = Synthetic()
@@ -201,6 +210,7 @@ def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("other", [
     replace(DEVICE, driver="580.1"), replace(DEVICE, name="Other"), replace(DEVICE, link=Link(4, 16)),
     replace(DEVICE, link=Link(5, 8)), replace(DEVICE, link=Link(5, 16, c2c=True)),
+    replace(DEVICE, gpu_node=1), replace(DEVICE, cpu_nodes=(1,)),
 ])  # fmt: skip
 def test_another_device_is_measured(tmp_path: Path, other: DeviceId) -> None:
     start(Synthetic(), tmp_path)
@@ -220,12 +230,97 @@ def test_new_abilities_are_measured(tmp_path: Path) -> None:
     assert fewer.asked == []
 
 
-def test_half_a_measurement_is_said_and_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_a_measurement_is_said_once_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     slow = parameters(0.001)
     table = start(Synthetic(slow, slow), tmp_path)
-    assert "not measured within 20 ms, estimates stand: d2h " in caplog.text
-    assert saved.load(DEVICE, SEEDS, tmp_path) is None
+    assert "not measured well within 20 ms, estimates stand: d2h " in caplog.text
+    assert str(saved.path_of(DEVICE, tmp_path)) in caplog.text  # what to delete
     assert "~" in text(table)
+    assert unmeasured(table) != []
+    assert untried(table) == []
+    caplog.clear()
+    again = Synthetic()
+    assert start(again, tmp_path) == table
+    assert again.asked == []
+    assert not caplog.records
+    saved.path_of(DEVICE, tmp_path).unlink()
+    assert unmeasured(start(again, tmp_path)) == []
+
+
+def test_what_was_not_tried_is_measured_later(tmp_path: Path) -> None:
+    """A driver that has learned batch copies, of a device whose other costs nobody could measure."""
+    slow = parameters(0.001)
+    start(Synthetic(slow, slow), tmp_path, Abilities(batch_api=False))
+    device = Synthetic(slow, slow)
+    assert untried(start(device, tmp_path)) == []
+    assert device.asked
+
+
+def test_rounds_that_disagree_are_no_measurement() -> None:
+    """A thread that wakes up late, an L2 that holds half of it: no rate is better than a wrong one."""
+
+    class Unsteady(Synthetic):
+        def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
+            return super().relayout(direction, ctas, nbytes) + len(self.asked) * 1e-6
+
+    device = Unsteady()
+    table = calibrate(device, SEEDS, clock=device.clock)
+    assert unmeasured(table) == ["d2h relayout", "h2d relayout"]
+    assert table.h2d.relayout == SEEDS.h2d.relayout
+
+
+def test_what_waiting_takes_counts_against_the_budget() -> None:
+    """A device's clock does not see it."""
+
+    class Waiting(Synthetic):
+        def _took(self, what: str, size: int, seconds: float) -> float:
+            self.now_s += 1e-3
+            return super()._took(what, size, seconds)
+
+    device = Waiting()
+    calibrate(device, SEEDS, clock=device.clock)
+    assert device.now_s - 100.0 < BUDGET_S + 1e-3
+
+
+def test_ranks_measure_one_after_the_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first measures, the others read what it has saved; a rank with another GPU measures after it."""
+    inside, most, devices = [0], [0], []
+
+    def make(device: Synthetic) -> Synthetic:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        devices.append(device)
+        return device
+
+    def rank(number: int) -> Calibration:
+        device, who = Synthetic(), DEVICE if number < 3 else replace(DEVICE, gpu_node=1)
+        return calibrated(lambda: make(device), who, SEEDS.abilities, tmp_path, clock=device.clock)
+
+    with ThreadPoolExecutor(6) as pool:
+        tables = list(pool.map(rank, range(6)))
+    assert (len(devices), most[0]) == (2, 1)
+    assert all(table == tables[0] for table in tables)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_who_waits_in_vain_takes_estimates_for_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = Synthetic()
+    with saved.locked(tmp_path, 0):
+        table = calibrated(lambda: device, DEVICE, SEEDS.abilities, tmp_path, clock=device.clock, wait_s=0.06)
+    assert table == SEEDS
+    assert device.asked == []
+    assert "estimates stand for now" in caplog.text
+    assert unmeasured(start(device, tmp_path)) == []
+
+
+def test_a_damaged_file_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved.path_of(DEVICE, tmp_path)
+    path.parent.mkdir()
+    path.write_text("damaged")
+    assert unmeasured(start(Synthetic(), tmp_path)) == []
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
 def test_the_table_marks_what_is_not_measured() -> None:

@@ -28,14 +28,24 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
 
     class Event:
-        def __init__(self, blocking: bool) -> None:
+        def __init__(self, blocking: bool, enable_timing: bool = False) -> None:
             assert blocking
+            self.times = enable_timing
 
         def record(self, stream: Any) -> None:
             calls.append(("record", stream.name))
 
         def query(self) -> bool:
             return True
+
+        def synchronize(self) -> None:
+            calls.append(("wait for", "event"))
+
+        def elapsed_time(self, end: Any) -> float:
+            assert self.times
+            assert end.times
+            assert end is not self
+            return 2.5  # ms
 
     class Stream:
         def __init__(self, name: Any, device: int = 1) -> None:
@@ -84,6 +94,18 @@ def test_each_call_goes_where_it_says(log: list[Any]) -> None:
         ("use", STREAM), ("gather_chunks", *"abcde", 7), ("use", STREAM), ("scatter_chunks", *"abcde", 8),
         ("use", STREAM), ("checksum_chunks", *"abc", 9),
     ]  # fmt: skip
+
+
+def test_the_device_s_clock_starts_when_all_is_enqueued(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(("sleep", cycles > 0)), raising=False)
+    stream = cuda.CudaDevice(DEVICE).stream("any")
+    log.clear()
+    timed = [("record", STREAM), "work", ("record", STREAM), ("wait for", "event")]
+    assert stream.seconds(lambda: log.append("work"), behind_wait=False) == 2.5e-3
+    assert log == timed
+    log.clear()
+    stream.seconds(lambda: log.append("work"), behind_wait=True)
+    assert log == [("use", STREAM), ("sleep", True), *timed]
 
 
 def test_a_device_without_a_number_is_the_current_one(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvkern.gpu import saved
+from kvkern.gpu.numa import process_nodes
+from kvkern.gpu.nvml import GpuInfo
 from kvkern.gpu.saved import DeviceId
 from kvkern.gpu.table import Abilities, Costs, Link, Rate, seeds
 
@@ -23,15 +27,20 @@ TABLE = seeds(DEVICE.link)
 numbers = st.floats(1e-8, 0.9)
 rates = st.lists(st.builds(Rate, st.integers(1, 500), st.floats(1e-3, 9e5)), max_size=4).map(tuple)
 costs = st.builds(
-    Costs, st.floats(1e-3, 9e5), numbers, numbers, numbers, numbers, rates, rates,
-    st.lists(st.sampled_from(["copy_gb_s", "zero_copy"]), max_size=2).map(tuple),
+    Costs, st.floats(1e-3, 9e5), numbers, numbers, numbers, st.floats(1e-3, 9e5), numbers, rates, rates,
+    *[st.lists(st.sampled_from(["copy_gb_s", "zero_copy"]), max_size=2).map(tuple)] * 2,
 )  # fmt: skip
 
 
-@given(costs, costs, st.text(min_size=1, max_size=40), st.text(max_size=20), st.integers(0, 6), st.booleans())
+nodes = st.tuples(st.none() | st.integers(0, 9), st.lists(st.integers(0, 99), max_size=9).map(tuple))
+
+
+@given(costs, costs, st.text(min_size=1, max_size=40), st.text(max_size=20), st.integers(0, 6), st.booleans(), nodes)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_round_trip(tmp_path: Path, d2h: Costs, h2d: Costs, name: str, driver: str, generation: int, c2c: bool) -> None:
-    device = DeviceId(name, driver, Link(generation, 16, c2c))
+def test_round_trip(
+    tmp_path: Path, d2h: Costs, h2d: Costs, name: str, driver: str, generation: int, c2c: bool, near: Any
+) -> None:
+    device = DeviceId(name, driver, Link(generation, 16, c2c), *near)
     table = replace(TABLE, d2h=d2h, h2d=h2d)
     saved.save(device, table, tmp_path)
     assert saved.load(device, TABLE, tmp_path) == table
@@ -41,6 +50,65 @@ def test_round_trip(tmp_path: Path, d2h: Costs, h2d: Costs, name: str, driver: s
 def test_the_name_tells_the_device() -> None:
     assert DEVICE.file_name == "NVIDIA-H100-80GB-HBM3-570.124.06-pcie5x16.json"
     assert str(DEVICE) == "NVIDIA H100 80GB HBM3, PCIe 5 x16, driver 570.124.06"
+    bound = replace(DEVICE, gpu_node=1, cpu_nodes=(0, 1))
+    assert bound.file_name == "NVIDIA-H100-80GB-HBM3-570.124.06-pcie5x16-on-NUMA-node-1-used-from-NUMA-node-0-1.json"
+    assert str(bound) == f"{DEVICE}, on NUMA node 1, used from NUMA node 0 1"
+
+
+def test_the_nodes_of_a_process(tmp_path: Path) -> None:
+    for node, cpus in {0: "0-3,8", 1: "4-7\n", 2: "", 10: "9"}.items():
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus)
+    assert process_nodes({1, 2}, tmp_path) == (0,)
+    assert process_nodes({8, 5, 9}, tmp_path) == (0, 1, 10)
+    (tmp_path / "node1" / "cpulist").write_text("nonsense")
+    assert process_nodes({5}, tmp_path) == process_nodes({1}, tmp_path / "absent") == ()
+    here = DeviceId.here(GpuInfo("H100", "570", "0000:3b:00.0", 1, 5, 5, 5, 16, 16, 1, 0, False))
+    assert here == DeviceId("H100", "570", Link(5, 16), 1, process_nodes())
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    with saved.locked(tmp_path, 0) as first, saved.locked(tmp_path, 0.06) as second:
+        assert (first, second) == (True, False)
+    with saved.locked(tmp_path, 0) as third:
+        assert third
+
+
+def test_the_lock_of_who_died_is_free(tmp_path: Path) -> None:
+    """And who waits gets it as soon as it is."""
+    code = f"""
+import time
+from pathlib import Path
+from kvkern.gpu import saved
+with saved.locked(Path({str(tmp_path)!r}), 0):
+    print(1, flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        with saved.locked(tmp_path, 0) as mine:
+            assert not mine
+        holder.kill()
+        with saved.locked(tmp_path, 30) as mine:
+            assert mine
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_folder_without_locks_is_measured_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with saved.locked(tmp_path / "file", 0) as mine:
+        assert mine
+
+    def unsupported(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(saved.fcntl, "flock", unsupported)
+    with saved.locked(tmp_path, 0) as mine:
+        assert mine
 
 
 def test_abilities_are_this_start_s(tmp_path: Path) -> None:

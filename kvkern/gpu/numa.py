@@ -1,0 +1,32 @@
+"""Which memory nodes of this host a process runs on, by its CPUs. Reads sysfs; asks no device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+_SYSFS = Path("/sys/devices/system/node")
+
+
+def cpu_list(text: str) -> tuple[int, ...]:
+    """Numbers of a list such as `0-3,8`."""
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    return tuple(n for low, _, high in ranges for n in range(int(low), int(high or low) + 1))
+
+
+def process_nodes(cpus: Collection[int] | None = None, sysfs: Path = _SYSFS) -> tuple[int, ...]:
+    """Nodes that have any of these CPUs (default: those this thread may run on); () where the kernel has no NUMA.
+
+    What a memory policy alone allows or forbids (`numactl --membind` without `--cpunodebind`) is not seen.
+    """
+    mine = set(os.sched_getaffinity(0) if cpus is None else cpus)
+    found = []
+    for folder in sysfs.glob("node[0-9]*"):
+        try:
+            theirs = cpu_list((folder / "cpulist").read_text())
+        except (OSError, ValueError):
+            continue
+        if mine.intersection(theirs):
+            found.append(int(folder.name[4:]))
+    return tuple(sorted(found))
