@@ -110,15 +110,17 @@ class Reader:
                 asked.wait(self._read_wait(asked, count, len(keys)).request_s)
                 if asked.waits():
                     await asyncio.wait([coming])
-                if not asked.waits() or not (found := self._local.lease(keys, asked.prefix, hit=True)).keys:
+                if not asked.waits() or len(left := self._take_read(asked, keys)) == len(keys):
                     return
-                asked.held.append(found)
-                got = set(found.keys)
-                keys = keys[len(found.keys) :] if asked.prefix else [key for key in keys if key not in got]
+                keys = left
                 continue
             there = await self._which_are_there(asked, keys)
-            if keys[0] in self._coming:
-                continue  # since it was asked for
+            if not asked.waits():
+                return
+            left = self._take_read(asked, keys)
+            if len(left) < len(keys) or keys[0] in self._coming:
+                keys = left  # another request has read of it, or does, since this one asked
+                continue
             mine = there[: next((i for i, key in enumerate(there) if key in self._coming), len(there))]
             worth = self._speeds.worth(len(mine), asked.chunk_tokens)
             self._counters.remote_gated_chunks += len(mine) - worth
@@ -127,6 +129,15 @@ class Reader:
             if worth == len(there) or worth < len(mine) or not asked.prefix:
                 return  # that was all there is, or more than is worth it
             keys = keys[worth:]
+
+    def _take_read(self, asked: Asked, keys: list[bytes]) -> list[bytes]:
+        """Take what others have brought meanwhile. What is still missing."""
+        found = self._local.lease(keys, asked.prefix, hit=True)
+        if not found.keys:
+            return keys
+        asked.held.append(found)
+        got = set(found.keys)
+        return keys[len(found.keys) :] if asked.prefix else [key for key in keys if key not in got]
 
     async def _which_are_there(self, asked: Asked, keys: list[bytes]) -> list[bytes]:
         if asked.prefix:
@@ -140,7 +151,8 @@ class Reader:
         there = list(await self._calls.exists(keys[:count], wait.late_s))
         while len(there) < len(keys) and all(there) and asked.waits():  # what is behind a gap need not be known
             count *= ASKED_TIMES
-            there += await self._calls.exists(keys[len(there) : len(there) + count], wait.late_s)
+            late_s = max(0.0, wait.late_s - (time.monotonic() - began))
+            there += await self._calls.exists(keys[len(there) : len(there) + count], late_s)
         asked.question_s += (took_s := time.monotonic() - began)
         if None not in there:
             self._speeds.note_ask(took_s)

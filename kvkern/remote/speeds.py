@@ -57,6 +57,7 @@ class Speeds:
         self.prefill_tokens_s: float | None = None
         self.residency_s = FOREVER_S
         self._asked_at = self._read_at = self._written_at = -PROBE_S
+        self._ask_probed_at = self._read_probed_at = -PROBE_S  # one at a time, however many requests there are
 
     def note_ask(self, seconds: float) -> None:
         """So long it took to learn what is there."""
@@ -93,11 +94,19 @@ class Speeds:
         """How many of these chunks to load rather than compute: all, few to measure, or none."""
         if self._pays(chunk_tokens):
             return chunks
-        return min(chunks, PROBE_CHUNKS) if self._is_old(self._read_at) else 0
+        if not self._is_old(max(self._read_at, self._read_probed_at)):
+            return 0
+        self._read_probed_at = self._clock()
+        return min(chunks, PROBE_CHUNKS)
 
     def asks(self, chunks: int, chunk_tokens: int) -> bool:
         """Whether to ask for so many: it costs little, as far as that is known, or it is time to measure it anew."""
-        return self.ask_wait(chunks, chunk_tokens).request_s > 0 or self._is_old(self._asked_at)
+        if self.ask_wait(chunks, chunk_tokens).request_s > 0:
+            return True
+        if not self._is_old(max(self._asked_at, self._ask_probed_at)):
+            return False
+        self._ask_probed_at = self._clock()
+        return True
 
     def ask_wait(self, chunks: int, chunk_tokens: int) -> Wait:
         """For a question about so many."""

@@ -43,7 +43,7 @@ class Stuck(MemoryStore):
         if what == self.kind and sum(called == what for called, _ in self.calls) > self.first:
             await asyncio.sleep(self.seconds)
             if self.hangs is not None:
-                await self.hangs.wait()
+                await asyncio.wait_for(self.hangs.wait(), 60.0)  # a test that fails does not hang itself
 
 
 @pytest.fixture

@@ -103,8 +103,19 @@ def test_a_slow_store_is_left_and_tried_now_and_then(speeds: Speeds, clock: Cloc
     assert speeds.worth(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
     assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    assert speeds.worth(8, CHUNK_TOKENS) == 0  # another request's try is under way
     speeds.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # still is
     assert speeds.worth(8, CHUNK_TOKENS) == 0
+    clock.now += PROBE_S
+    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
+
+
+def test_asking_that_takes_too_long_is_tried_by_one_request_now_and_then(speeds: Speeds, clock: Clock) -> None:
+    speeds.note_ask(8 * COMPUTE_S)
+    for _ in range(2):
+        assert not speeds.asks(8, CHUNK_TOKENS)
+        clock.now += PROBE_S
+        assert speeds.asks(8, CHUNK_TOKENS)
 
 
 @pytest.mark.parametrize("before", [0, 1, 1000])

@@ -197,6 +197,24 @@ def test_hits_by_somebody_else_s_read_count(tmp_path: Path, store: Scripted) -> 
         assert one.counters["remote_hit_chunks"] == 6
 
 
+def test_what_another_request_has_read_meanwhile_is_not_read_again(tmp_path: Path, store: Scripted) -> None:
+    with node(tmp_path, store) as one, Gate() as gate:
+
+        async def first_asks_long(keys: Sequence[bytes]) -> None:
+            if [what for what, _ in store.calls].count("exists") == 1:
+                await gate(keys)
+
+        store.after["exists"] = first_asks_long
+        first = one.cache.acquire_soon(A, True, USE)
+        gate.wait()
+        assert one.hits(A) == 6
+        gate.open()
+        lease = first.result(30)
+        assert lease.keys == tuple(A)
+        one.cache.release(lease)
+        assert sum(count for what, count in store.calls if what == "get") == one.counters["remote_hit_chunks"] == 6
+
+
 # -- who else has the chunk --------------------------------------------------------------------------------------------
 
 
