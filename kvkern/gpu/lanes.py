@@ -40,6 +40,11 @@ from .planner import Choice, Method
 from .rings import Rings, Staging, Table
 from .table import Direction
 
+MIN_PAUSE_S, MAX_PAUSE_S = (
+    50e-6,
+    1e-3,
+)  # between two questions; an eighth of the time waited so far, so that few are asked
+
 
 @dataclass
 class GpuJob(Job):
@@ -139,6 +144,7 @@ class Lane(ABC):
         self._copies = device.stream(f"{name}.copies")
         self._queueing = threading.Lock()  # held for moments: the engine's thread takes it
         self._waiting: deque[Piece] = deque()
+        self._arrived = threading.Event()  # since a turn last looked at what waits
         self._flying: deque[tuple[Work, Event]] = deque()
 
     def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:
@@ -150,20 +156,41 @@ class Lane(ABC):
             for _ in range(2 * len(pieces)):
                 executor.submit(self.turn)
             self._waiting.extend(pieces)
+        self._arrived.set()
 
     def refuse(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
         """These chunks are not moved: nothing of them was queued. Any thread."""
 
     def turn(self) -> None:
-        """Begin the next piece, or with the window full or nothing waiting end the oldest one. Raises what that raises."""
-        with self._queueing:  # a turn that is early waits for its piece
-            piece = self._waiting.popleft() if self._waiting and self._rings.sums else None
-        if piece is not None:
-            with span(f"kvkern gpu {self.name}: enqueue"):
-                self._begin(piece)
-        elif self._flying:
+        """Begin the next piece or end the oldest one, whichever can be first. Raises what that raises.
+
+        With the window full nothing can begin before an end: the thread sleeps until that. Else it asks now and then
+        whether the oldest piece is past, and what arrives meanwhile begins at once.
+        """
+        since = time.perf_counter()
+        while True:
+            self._arrived.clear()
+            with self._queueing:  # a turn that is early waits for its piece
+                piece = self._waiting.popleft() if self._waiting and self._rings.sums else None
+            if piece is not None:
+                with span(f"kvkern gpu {self.name}: enqueue"):
+                    return self._begin(piece)
+            if not self._flying:
+                return None
             with span(f"kvkern gpu {self.name}: wait, verify, publish"):
-                self._end(*self._flying.popleft())
+                if not self._rings.sums or self._past(self._flying[0][1], since):
+                    return self._end(*self._flying.popleft())
+
+    def _past(self, end: Event, since: float) -> bool:
+        """Whether a piece has run. If not, a while has passed or a piece has arrived."""
+        try:
+            if end.query():
+                return True
+        except RuntimeError:  # who ends the piece hears it again
+            return True
+        waited = time.perf_counter() - since
+        self._arrived.wait(min(max(MIN_PAUSE_S, waited / 8), MAX_PAUSE_S))
+        return False
 
     def _begin(self, piece: Piece) -> None:
         pinned = self._rings.sums.popleft()

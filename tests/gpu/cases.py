@@ -17,6 +17,7 @@ from kvkern.arena import Arena
 from kvkern.cache import Cache
 from kvkern.errors import KvkernError
 from kvkern.gpu.device import DeviceError
+from kvkern.gpu.lanes import Lane
 from kvkern.gpu.planner import Choice, Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
@@ -169,7 +170,31 @@ def gpu(
 TIGHT = Depths(staging_nbytes=PART, staging=1, tables=1, window=2)
 
 
-def store_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+def _drive(device: FakeDevice, lane: Lane, manual: Manual, jobs: list[Job], late: bool) -> None:
+    """Run a lane's turns. With `late` a second job comes whenever the engine likes: before, between or after them."""
+    device.agent = lane.name
+    device.arrived = lambda: bool(lane._waiting)
+    manual.run()
+    if late:
+        device.point(f"{lane.name}: idle", lambda: len(jobs) > 1)
+        manual.run()
+
+
+def _all(jobs: list[Job], late: bool, asked: Callable[[Job], bool]) -> Callable[[], bool]:
+    return lambda: len(jobs) == 1 + late and all(asked(job) for job in jobs)
+
+
+def _verdict(jobs: list[Job], want: list[bool]) -> list[str]:
+    ok, errors = [bool(ok) for job in jobs for ok in job.ok], [job.error for job in jobs]
+    return [f"ok is {ok}, errors {errors}"] if ok != want or any(errors) else []
+
+
+def store_program(
+    made: World,
+    *methods: Method,
+    depths: Depths = TIGHT,
+    late: bool = False,  # all chunks but the first are a job of their own, which may come at any time
+) -> Callable[[FakeDevice], Program]:
     """The engine writes the blocks late, and writes others over them as soon as it is told they are free."""
 
     def build(device: FakeDevice) -> Program:
@@ -177,16 +202,20 @@ def store_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Call
         made.put(LATE)
         transfer, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
+        batches = made.cut()
+        first = 1 if late else len(batches)
 
         def main() -> None:
-            late = made.tensor_before
-            device.compute.push("writes blocks", lambda: made.put(late), lambda: made.spans(True))
-            jobs.append(transfer.store(made.cut()))
-            device.agent = "store"
-            lanes["store"].run()
+            fresh = made.tensor_before
+            device.compute.push("writes blocks", lambda: made.put(fresh), lambda: made.spans(True))
+            jobs.append(transfer.store(batches[:first]))
+            _drive(device, transfer._store, lanes["store"], jobs, late)
+
+        def submit() -> None:
+            jobs.append(transfer.store(batches[first:]))
 
         def overwrite() -> None:
-            if any(future.done() for future in jobs[0].futures):
+            if any(future.done() for job in jobs for future in job.futures):
                 device.watch.join("engine", device.watch.now("store"))
             device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
 
@@ -199,8 +228,9 @@ def store_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Call
         return Program(
             main,
             [
-                Step("reuses blocks", lambda: bool(jobs) and jobs[0].released(), overwrite),
-                Step("publishes slots", lambda: bool(jobs) and jobs[0].done(), look),
+                *([Step("submits more", lambda: bool(jobs), submit)] if late else []),
+                Step("reuses blocks", _all(jobs, late, lambda job: job.released()), overwrite),
+                Step("publishes slots", _all(jobs, late, lambda job: job.done()), look),
             ],
             lambda end: _store_complaints(made, jobs, end),
             [made.arena.bytes, made.bytes],
@@ -221,24 +251,29 @@ def _store_complaints(made: World, jobs: list[Job], end: bool) -> list[str]:
     if end:
         if not np.array_equal(made.arena.bytes, right):
             out.append("slots or headers differ from the CPU's")
-        if jobs[0].error is not None or jobs[0].ok.tolist() != made.ok:
-            out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+        out += _verdict(jobs, made.ok)
     return out
 
 
-def load_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Callable[[FakeDevice], Program]:
+def load_program(
+    made: World, *methods: Method, depths: Depths = TIGHT, late: bool = False
+) -> Callable[[FakeDevice], Program]:
     """The engine uses the blocks late for something else, and reads them as soon as they are loaded."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
         transfer, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
+        batches = made.cut()
+        first = 1 if late else len(batches)
 
         def main() -> None:
             device.compute.push("writes blocks", lambda: made.put(LATE), lambda: made.spans(True))
-            jobs.append(transfer.load(made.cut()))
-            device.agent = "load"
-            lanes["load"].run()
+            jobs.append(transfer.load(batches[:first]))
+            _drive(device, transfer._load, lanes["load"], jobs, late)
+
+        def submit() -> None:
+            jobs.append(transfer.load(batches[first:]))
 
         def see() -> None:
             device.watch.join("engine", device.watch.now("load"))
@@ -250,7 +285,10 @@ def load_program(made: World, *methods: Method, depths: Depths = TIGHT) -> Calla
 
         return Program(
             main,
-            [Step("reads blocks", lambda: bool(jobs) and jobs[0].done(), see)],
+            [
+                *([Step("submits more", lambda: bool(jobs), submit)] if late else []),
+                Step("reads blocks", _all(jobs, late, lambda job: job.done()), see),
+            ],
             lambda end: _load_complaints(made, jobs) if end else [],
             [made.arena.bytes, made.bytes, made.observed],
         )
@@ -264,8 +302,7 @@ def _load_complaints(made: World, jobs: list[Job]) -> list[str]:
         out.append("the engine read wrong blocks")
     if not np.array_equal(made.bytes, made.loaded):
         out.append("blocks are wrong")
-    if jobs[0].error is not None or jobs[0].ok.tolist() != made.ok:
-        out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
+    out += _verdict(jobs, made.ok)
     states = made.arena.headers["state"][made.batch.slots]
     if ((states == SlotState.BAD) == made.ok).any():
         out.append("the wrong slots are BAD")

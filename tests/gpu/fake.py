@@ -54,9 +54,22 @@ class FakeEvent:
     done: bool = False
 
     def query(self) -> bool:
+        if self.device.agent != "engine":
+            return self._poll()
         with self.device.lock:
             found = self.device.kept(self.name, "engine") is False or self.done
             if found and self.device.kept(self.name, "engine"):
+                self.device.watch.join(self.device.agent, self.clock)
+            return found
+
+    def _poll(self) -> bool:
+        """A lane's thread asks, and would ask again."""
+        kept, arrived = self.device.kept(self.name, "host"), self.device.arrived
+        self.device.point(f"ask {self.name}", lambda: arrived is None or self.done or not kept or arrived())
+        with self.device.lock:
+            found = self.done or not kept
+            self.device.seen.append(bytes([found]))
+            if found and kept:
                 self.device.watch.join(self.device.agent, self.clock)
             return found
 
@@ -217,6 +230,9 @@ class FakeDevice:
         self.shifts: Callable[[int], int] = lambda address: 0
         self.node: int | None = None
         self.fail_at: tuple[str, int] | None = None  # (name of an operation, how many there are until one fails)
+        # What ends a thread's polling beside the event: until then, asking again changes nothing, and a search takes it for
+        # one wait. None: every question is answered at once.
+        self.arrived: Callable[[], bool] | None = None
         self.points = 0
         self.seen: list[bytes] = []  # what the host has read
         self.held: list[ctypes.Array[ctypes.c_char]] = []  # what copies have read and not written yet

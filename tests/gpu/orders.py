@@ -1,10 +1,10 @@
 """Who runs next on a fake device: chance, or every order there is.
 
 The search runs a program again and again, each time with other choices (stateless: Godefroid 1997). At a point where more
-than one can go it takes a fingerprint of all memory, of how far each stream is and of all the host has read so far. Two runs
-with the same fingerprint have the same future, so the second one stops there. That needs no claim about which operations are
-independent, and leaves one run for each edge of the graph of states instead of one for each of its paths; the paths are
-counted all the same.
+than one can go it takes a fingerprint of all memory, of how far each stream and the host are and of all that the host has
+read or been told so far. Two runs with the same fingerprint have the same future, so the second one stops there. That needs
+no claim about which operations are independent, and leaves one run for each edge of the graph of states instead of one for
+each of its paths; the paths are counted all the same.
 
 The host's points are those where it touches shared memory or asks the device. Enqueuing needs none: whatever a stream could
 do before it, it can do after it with the same result.
@@ -93,11 +93,13 @@ class _Script:
         self._choices, self._prefix = list[int](), prefix
         self._came: tuple[bytes, int] | None = None  # state and choice before this
         self._steps = 0
+        self._label = ""
         self._over = False
 
     def point(self, device: FakeDevice, label: str, ready: Callable[[], bool]) -> None:
         if self._over:
             raise Pruned
+        self._label = label
         self._look(device, False)
         while True:
             options = self._options(device, ready)
@@ -172,7 +174,8 @@ class _Script:
         assert self.program is not None
         digest = hashlib.blake2b(digest_size=16)
         progress = [(s.ran, len(s.queue)) for s in device.streams.values()]
-        digest.update(repr((progress, device.points, self._steps, len(device.seen), len(device.held))).encode())
+        at = (self._label, device.points, self._steps)  # how far host and engine are
+        digest.update(repr((progress, at, len(device.seen), len(device.held))).encode())
         for memory in (*device.memories, *self.program.memories, *device.seen, *device.held):
             digest.update(memory)
         return digest.digest()
@@ -195,6 +198,7 @@ def search(
         if came is not None:
             script.came_from(*came)
         device = FakeDevice(script, drop, Watch(enabled=True), early_reads)
+        device.arrived = lambda: False
         script.program = build(device)
         known = set(script.graph)
         found.runs += 1
@@ -246,6 +250,7 @@ def one_run(build: Callable[[FakeDevice], Program], seed: int, drop: Iterable[Ed
     watch = Watch(enabled=True)
     script = _Chance(seed)
     device = FakeDevice(script, drop, watch)
+    device.arrived = lambda: False
     script.program = build(device)
     script.program.main()
     script.finish(device)

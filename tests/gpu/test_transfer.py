@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,60 +274,6 @@ def test_close_ends_what_is_under_way(tmp_path: Path) -> None:
         assert job.ok.all()
 
 
-def _closed(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    bench.transfer.close()
-    return RuntimeError
-
-
-def _broken(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    def computed() -> None:
-        raise DeviceError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(bench.device, "computed", computed)
-    return DeviceError
-
-
-def _ending(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    """Python begins to end in the middle of a submission: of 8 turns 3 are taken."""
-    for executor in (bench.transfer._stores, bench.transfer._loads):
-        taken, submit = iter(range(3)), executor.submit
-
-        def some(*args: Any, taken: Any = taken, submit: Any = submit) -> Any:
-            if next(taken, None) is None:
-                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-            return submit(*args)
-
-        monkeypatch.setattr(executor, "submit", some)
-    return RuntimeError
-
-
-@pytest.mark.parametrize("fault", [_closed, _broken, _ending])
-def test_a_submission_that_is_refused_is_an_error_of_its_job(
-    tmp_path: Path, fault: Callable[..., type[Exception]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine's thread hears nothing of it, no piece is left without an end, and what was to be loaded is dropped."""
-    ids = np.arange(12).reshape(4, 3)
-    with rig(tmp_path, [flash()], choosing(Method.STAGED, piece_nbytes=1)) as bench:
-        bench.put("a", ids)
-        lease, read = bench.leased("a", ids)
-        reserved, write = bench.reserve("b", ids)
-        with monkeypatch.context() as patch:
-            kind = fault(bench, patch)
-            jobs = [bench.transfer.store([write]), bench.transfer.load([read])]
-        for job in jobs:
-            assert job.wait(10).done()
-            assert isinstance(job.error, kind)
-            assert job.ok.tolist() == [False] * 4
-            assert job.released()
-            assert job.seconds > 0
-        assert (bench.arena.headers["state"][read.slots] == SlotState.BAD).all()
-        assert bench.cache.release(lease) == 4
-        assert bench.cache.commit(reserved) == 0
-        if fault is not _closed:
-            bench.put("c", ids)
-            assert bench.read("c", ids) == ([True] * 4, 0)
-
-
 def test_a_job_of_nothing(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         for submit in (bench.transfer.store, bench.transfer.load):
@@ -342,37 +286,6 @@ def test_a_job_of_nothing(tmp_path: Path) -> None:
         assert (job.done(), job.ok.tolist()) == (True, [False, False])
         bench.transfer.self_test()
         assert bench.transfer.num_blocks == 32
-
-
-def test_blocks_are_free_before_the_bytes_have_crossed(tmp_path: Path) -> None:
-    """`released` after the gathers, `done` not before the copies."""
-
-    class CopiesHang(Random):
-        def __init__(self) -> None:
-            super().__init__(0)
-            self.go = threading.Event()
-
-        def point(self, device: FakeDevice, label: str, ready: Callable[[], bool]) -> None:
-            copies = device.streams.get("store.copies")
-            while not ready():
-                with device.lock:
-                    able = [s for s in device.enabled() if s is not copies or self.go.is_set()]
-                    if able:
-                        device.run(able[0])
-
-    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
-        bench.device.order = order = CopiesHang()
-        _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
-        job = bench.transfer.store([batch])
-        for _ in range(10_000):
-            if job.released():
-                break
-            threading.Event().wait(1e-3)
-        assert job.released()
-        assert not job.done()
-        job.help()  # nothing to help with
-        order.go.set()
-        assert job.wait(60).ok.all()
 
 
 def test_without_one_alias_kernels_keep_off_the_slots(tmp_path: Path) -> None:
