@@ -173,7 +173,8 @@ class Reader:
         try:
             while True:
                 while whole and at < len(keys) and len(under_way) < READS_AHEAD and asked.waits():
-                    window = keys[at : at + self._window(self._speeds.read_s)]
+                    usual, left = self._window(self._speeds.read_s), len(keys) - at
+                    window = keys[at : at + (left if 2 * left < 3 * usual else usual)]  # no small one at the end
                     wait = self._read_wait(asked, len(window), len(keys) - at)
                     at += len(window)
                     over = loop.create_future()
