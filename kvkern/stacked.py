@@ -275,6 +275,8 @@ class HbmCache:
     def close(self) -> None:
         """End the move that is under way. What only HBM has is gone; DRAM's manager is its owner's to close."""
         self._closed.set()
+        with suppress(RuntimeError):  # closed before
+            self._pool.submit(self._rows.close)
         self._pool.shutdown(wait=True)
 
     # -- leases of both ------------------------------------------------------------------------------------------------

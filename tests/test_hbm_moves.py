@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,6 +35,7 @@ class Parts:
         self.slots = HbmSlots(geometry, np.zeros((hbm, geometry.part_stride), dtype=np.uint8))
         self.hbm, self.dram = HbmManager(HbmTier(self.slots)), Cache(DramTier(self.arena, LRU()))
         self.rows = HostRows(self.slots, self.arena)
+        self.closed: list[str] = []  # by which thread
         self.during: Callable[[], object] = lambda: None  # called while a copy is under way
         self.cache = HbmCache(self.hbm, self.slots, self.dram, self.arena, self)
         self.cache.spare = 0
@@ -46,6 +48,9 @@ class Parts:
     def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         self.during()
         self.rows.up(hbm, dram)
+
+    def close(self) -> None:
+        self.closed.append(threading.current_thread().name)
 
     def put(self, chain: list[bytes]) -> int:
         reservation: Any = self.cache.reserve(chain, chain, SHAPE)
@@ -70,6 +75,7 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     parts = Parts(tmp_path)
     yield parts
     parts.cache.close()
+    assert [name.rpartition("_")[0] for name in parts.closed] == ["kvkern-spill"]  # a thread that moves has a context
     parts.arena.close()
 
 

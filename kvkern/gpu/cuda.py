@@ -39,7 +39,7 @@ class CudaStream:
 
     def __init__(self, driver: Driver, index: int) -> None:
         self._driver = driver
-        self._handle = driver.stream()
+        self._handle: int | None = driver.stream()
         self._stream = torch.cuda.ExternalStream(self._handle, device=index)
 
     def record(self, name: str) -> Event:
@@ -71,7 +71,13 @@ class CudaStream:
             end.synchronize()
             return float(begin.elapsed_time(end)) / 1e3
 
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._driver.destroy(handle)
+
     def copy(self, runs: Runs, direction: Direction) -> None:
+        assert self._handle is not None, "the stream is closed"
         self._driver.copy(runs, direction, self._handle)
 
     def gather(

@@ -57,6 +57,9 @@ class Stream(Protocol):
     def synchronize(self) -> None:
         """Block until the stream is empty."""
 
+    def close(self) -> None:
+        """Give the stream back, when it is empty and nobody enqueues any more. Idempotent. Raises DeviceError."""
+
     def copy(self, runs: Runs, direction: Direction) -> None:
         """Copy runs between device memory and pinned or registered host memory, in any order among themselves.
 

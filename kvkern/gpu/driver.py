@@ -104,6 +104,10 @@ class Driver:
         self._check(code, "cuStreamCreateWithPriority")
         return int(handle.value or 0)
 
+    def destroy(self, stream: int) -> None:
+        """Give a stream back."""
+        self._check(self._lib.cuStreamDestroy_v2(_PTR(stream)), "cuStreamDestroy")
+
     def register(self, address: int, nbytes: int) -> None:
         """Pin and map pages, for every context."""
         flags = ctypes.c_uint(_REGISTER_PORTABLE | _REGISTER_MAPPED)

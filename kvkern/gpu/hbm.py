@@ -7,6 +7,7 @@ DmaRows           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,12 +21,14 @@ from ..kernels.paged_copy import PagedTensors
 from ..slots import SlotGeometry
 from ..tiers.hbm import HbmSlots
 from ..transfer import ChunkBatch, Copier, Job
-from .device import Device
+from .device import Device, DeviceError
 from .dma import Runs
 from .planner import MAX_PIECE_NBYTES, MAX_RELAYOUT_CTAS, MIN_PIECE_NBYTES, Choice, Method
 from .rings import Depths
 from .table import Direction
 from .transfer import GpuTransfer
+
+logger = logging.getLogger("kvkern")
 
 MOVED = "moved"  # an event: slots have been copied between the tiers
 
@@ -65,13 +68,16 @@ class Resident:
 
 
 def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, device: Device) -> Copier:
-    """Between paged blocks and slots on the same device: one kernel, and nothing over the link but ids and checksums."""
+    """Between paged blocks and slots on the same device: one kernel, and nothing over the link but ids and checksums.
+
+    Nothing is staged, so beside the slots it takes device memory for ids and checksums only: some 100 KiB, at most a few MiB.
+    """
     resident, arena = cast(Device, Resident(device)), cast(Arena, slots)
 
     def choose(direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
         return Choice(Method.ZERO_COPY, MAX_RELAYOUT_CTAS, MAX_PIECE_NBYTES)
 
-    return GpuTransfer([group], arena, 0, blocks_per_chunk, resident, choose, Depths(staging=1))
+    return GpuTransfer([group], arena, 0, blocks_per_chunk, resident, choose, Depths(staging=1, rows=False))
 
 
 class DmaRows:
@@ -91,13 +97,24 @@ class DmaRows:
         """See Rows."""
         self._copy(self._addresses(self._hbm, hbm), self._addresses(self._dram, dram), Direction.H2D)
 
+    def close(self) -> None:
+        """See Rows. What the driver refuses is left to the process's end."""
+        try:
+            self._attach()
+            self._stream.close()
+        except DeviceError as error:
+            logger.warning("kvkern: the stream between HBM and DRAM stays: %s", error)
+
+    def _attach(self) -> None:
+        if not hasattr(self._attached, "yes"):
+            self._device.attach()
+            self._attached.yes = True
+
     def _addresses(self, rows: npt.NDArray[np.uint8], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return rows.ctypes.data + at * rows.strides[0]
 
     def _copy(self, to: npt.NDArray[np.int64], at: npt.NDArray[np.int64], direction: Direction) -> None:
-        if not hasattr(self._attached, "yes"):
-            self._device.attach()
-            self._attached.yes = True
+        self._attach()
         step = max(1, MIN_PIECE_NBYTES // self._nbytes)
         for begin in range(0, len(at), step):
             rows = slice(begin, begin + step)

@@ -38,6 +38,9 @@ class HostStream:
     def synchronize(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def copy(self, runs: Runs, direction: Direction) -> None:
         for dst, src, nbytes in zip(runs.dst, runs.src, runs.nbytes, strict=True):
             ctypes.memmove(int(dst), int(src), int(nbytes))

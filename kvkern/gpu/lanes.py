@@ -18,6 +18,7 @@ turns, so that they can drive it without threads, through every order that strea
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -34,11 +35,13 @@ from ..errors import LayoutError
 from ..kernels.paged_copy import PagedTensors
 from ..nvtx import span
 from ..transfer import ChunkBatch, Job, Parts
-from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, Event
+from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, DeviceError, Event
 from .dma import Runs, merged
 from .planner import Choice, Method
 from .rings import Rings, Staging, Table
 from .table import Direction
+
+logger = logging.getLogger("kvkern")
 
 MIN_PAUSE_S, MAX_PAUSE_S = (
     50e-6,
@@ -146,6 +149,14 @@ class Lane(ABC):
         self._waiting: deque[Piece] = deque()
         self._arrived = threading.Event()  # since a turn last looked at what waits
         self._flying: deque[tuple[Work, Event]] = deque()
+
+    def close(self) -> None:
+        """Give the streams back, when all turns are done. Idempotent; what the driver refuses is left to the process's end."""
+        for stream in (self._kernels, self._copies):
+            try:
+                stream.close()
+            except DeviceError as error:
+                logger.warning("kvkern: a stream of the %s lane stays: %s", self.name, error)
 
     def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:
         """Queue pieces, and two turns for each: one begins it, one ends it. All or nothing; raises what the executor raises.

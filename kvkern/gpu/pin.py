@@ -73,7 +73,15 @@ class Pinned:
             progress(_nearness(node, numa_pages(base)))
 
     def close(self) -> None:
-        """Unregister, the last piece first. Idempotent; what the driver refuses is logged and left to the process's end."""
+        """Unregister, the last piece first. Idempotent; what the driver refuses is logged and left to the process's end.
+
+        The thread is on the device from then on: without a context the driver refuses each piece.
+        """
+        if self._registered:
+            try:
+                self._device.attach()
+            except DeviceError as error:
+                logger.warning("kvkern: %s", error)
         while self._registered:
             try:
                 self._device.unregister(self._registered.pop())

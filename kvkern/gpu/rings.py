@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .device import UPLOADED, Device, Event, Stream
+from .device import UPLOADED, Device, DeviceError, Event, Stream
 from .dma import Runs
 from .table import Direction
 
@@ -32,8 +32,9 @@ _ALIGN = 16  # of every argument: for an address that is less aligned Triton com
 class Depths:
     """How many pieces share what. A lane's window is wider than its buffers: the device never waits for the host."""
 
-    staging_nbytes: int = MAX_STAGING_NBYTES
+    staging_nbytes: int = MAX_STAGING_NBYTES  # of payload a piece
     staging: int = 2
+    rows: bool = True  # False: no room for payload, for a transfer that only ever chooses ZERO_COPY
     tables: int = 2
     window: int = 4  # pieces enqueued and not ended
 
@@ -71,12 +72,14 @@ class Table:
 class Staging:
     """A buffer on the device. See above."""
 
-    memory: torch.Tensor  # [bytes of rows] uint8
+    memory: torch.Tensor | None  # [bytes of rows] uint8; None: nothing is staged
     sums_memory: torch.Tensor  # [bytes of sums] uint8
     free: Event | None = None  # after it nobody uses the buffer
 
     def rows(self, n: int, part_nbytes: int) -> torch.Tensor:
         """[n, part_nbytes] uint8"""
+        if self.memory is None:
+            raise DeviceError("a piece is to be staged where no memory was taken for that")
         return self.memory[: n * part_nbytes].view(n, part_nbytes)
 
     def sums(self, n: int, planes: int) -> torch.Tensor:
@@ -93,7 +96,8 @@ class Rings:
             Table(device.host(table_nbytes), device.memory(table_nbytes)) for _ in range(depths.tables)
         )
         self._staging = deque(
-            Staging(device.memory(depths.staging_nbytes), device.memory(sums_nbytes)) for _ in range(depths.staging)
+            Staging(device.memory(depths.staging_nbytes) if depths.rows else None, device.memory(sums_nbytes))
+            for _ in range(depths.staging)
         )
         self.sums = deque(device.host(sums_nbytes) for _ in range(depths.window))  # those that no piece has taken
 

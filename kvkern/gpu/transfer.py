@@ -13,6 +13,7 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -78,13 +79,16 @@ class GpuTransfer(Copier):
         rings = [Rings(device, depths, chunks, blocks_per_chunk, planes) for _ in Direction]
         self._pinned = Pinned(arena, device, progress)
         self._mapped = None if self._pinned.shift is None else _mapped(self._parts.rows, self._pinned.shift)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._pinned.close)
             self._store = StoreLane("store", device, self._parts, self._mapped, rings[0])
+            undo.callback(self._store.close)
             self._load = LoadLane("load", device, self._parts, self._mapped, rings[1])
-            self._stores, self._loads = executor("store", device.attach), executor("load", device.attach)
-        except BaseException:
-            self._pinned.close()
-            raise
+            undo.callback(self._load.close)
+            self._stores = executor("store", device.attach)
+            undo.callback(self._stores.shutdown)
+            self._loads = executor("load", device.attach)
+            undo.pop_all()
 
     def self_test(self) -> None:
         """See `Copier.self_test`. Proves layouts and kernels; checksums prove every transfer after it."""
@@ -100,10 +104,20 @@ class GpuTransfer(Copier):
         return self._submit(Direction.H2D, batches, self._load, self._loads)
 
     def close(self) -> None:
-        """Wait for what is under way, end the threads and unregister the arena. Idempotent."""
-        for executor in (self._stores, self._loads):
-            executor.shutdown(wait=True)
+        """Wait for what is under way, end the threads, unregister the arena and give the streams back. Idempotent.
+
+        The last two by the stores' thread, which is on the device: the caller's may be on another, or on none.
+        """
+        self._loads.shutdown(wait=True)
+        with suppress(RuntimeError):  # closed before, or Python ends and its threads have
+            self._stores.submit(self._give_back)
+        self._stores.shutdown(wait=True)
+        self._give_back()  # what that thread could not
+
+    def _give_back(self) -> None:
         self._pinned.close()
+        self._store.close()
+        self._load.close()
 
     def _submit(self, direction: Direction, batches: Sequence[ChunkBatch], lane: Lane, executor: Executor) -> GpuJob:
         job = GpuJob(self._parts.nbytes(batches), np.zeros(sum(len(b.slots) for b in batches), dtype=np.bool_))

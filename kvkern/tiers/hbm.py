@@ -35,6 +35,9 @@ class Rows(Protocol):
     def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         """The other way."""
 
+    def close(self) -> None:
+        """Nothing is moved any more. By a thread that has moved, or may."""
+
 
 class HostRows:
     """`Rows` where the host reads both tiers."""
@@ -50,6 +53,9 @@ class HostRows:
     def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         """See Rows."""
         self._copy(self._dram, dram, self._hbm, hbm)
+
+    def close(self) -> None:
+        """See Rows."""
 
     def _copy(
         self,

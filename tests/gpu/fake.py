@@ -89,10 +89,12 @@ class FakeStream:
     last: str = ""  # operation that was enqueued
     before_last: FakeEvent | None = None
     since_last: list[FakeEvent] = field(default_factory=list)  # that it waits for
+    closed: bool = False
 
     def record(self, name: str) -> FakeEvent:
         with self.device.lock:
             self.device.inject(f"{self.name}: record {name}")
+            assert not self.closed, f"{self.name} is closed"
             event = FakeEvent(self.device, name, self.device.watch.enqueue(self.device.agent, self.name))
             self.queue.append(event)
             self.device.settle()
@@ -113,6 +115,15 @@ class FakeStream:
         event = FakeEvent(self.device, "mark", self.device.watch.now(self.name))
         self.queue.append(event)
         return event
+
+    def close(self) -> None:
+        with self.device.lock:
+            if self.closed:
+                return
+            if self.queue:
+                self.device.faults.append(f"{self.name} is given back with work on it")
+            self.device.unattached(f"{self.name} is given back")
+            self.closed = True
 
     def synchronize(self) -> None:
         kept = self.device.kept(self.name, "drain")
@@ -191,6 +202,7 @@ class FakeStream:
         """Enqueue a closure and what it touches."""
         with self.device.lock:
             label = f"{self.name}: {name}"
+            assert not self.closed, f"{self.name} is closed"
             if after is None:
                 self.device.inject(label)
             beside = (self.last, label) in self.device.drop
@@ -236,7 +248,7 @@ class FakeDevice:
         self.points = 0
         self.seen: list[bytes] = []  # what the host has read
         self.held: list[ctypes.Array[ctypes.c_char]] = []  # what copies have read and not written yet
-        self._agent = threading.local()
+        self._agent, self._maker = threading.local(), threading.get_ident()
         self.compute = self.stream("compute")
 
     @property
@@ -249,6 +261,11 @@ class FakeDevice:
 
     def attach(self) -> None:
         self.agent = threading.current_thread().name
+
+    def unattached(self, what: str) -> None:
+        """Note what is done by a thread without a context, if this one has none. The thread that made the device has one."""
+        if not hasattr(self._agent, "name") and threading.get_ident() != self._maker:
+            self.faults.append(f"{what} by a thread without a context")
 
     def stream(self, name: str) -> FakeStream:
         return self.streams.setdefault(name, FakeStream(self, name))
@@ -285,6 +302,7 @@ class FakeDevice:
         self.registered[address] = nbytes
 
     def unregister(self, address: int) -> None:
+        self.unattached("memory is unregistered")
         del self.registered[address]
 
     def alias(self, address: int) -> int:

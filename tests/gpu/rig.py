@@ -105,6 +105,7 @@ def rig(
     assert device.registered == {}
     assert device.faults == []
     assert device.idle()
+    assert all(device.streams[f"{lane}.{kind}"].closed for lane in ("store", "load") for kind in ("kernels", "copies"))
     arena.close()
 
 

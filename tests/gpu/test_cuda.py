@@ -108,6 +108,16 @@ def test_the_device_s_clock_starts_when_all_is_enqueued(log: list[Any], monkeypa
     assert log == [("use", STREAM), ("sleep", True), *timed]
 
 
+def test_a_stream_is_given_back_once(log: list[Any]) -> None:
+    device = cuda.CudaDevice(DEVICE)
+    stream = device.stream("any")
+    stream.close()
+    stream.close()
+    assert device._driver._lib.calls == [f"destroy {STREAM:#x}"]
+    with pytest.raises(AssertionError, match="closed"):
+        stream.copy(Runs.of(0, 0, 8), Direction.D2H)
+
+
 def test_a_device_without_a_number_is_the_current_one(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As the benches and the tests on a GPU name it: `torch.device("cuda")`."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

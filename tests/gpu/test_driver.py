@@ -65,6 +65,10 @@ class Libcuda:
         stream._obj.value = STREAM
         return self._fail
 
+    def cuStreamDestroy_v2(self, stream: Any) -> int:
+        self.calls.append(f"destroy {stream.value:#x}")
+        return self._fail
+
     def cuDeviceGet(self, device: Any, index: Any) -> int:
         device._obj.value = index.value
         return self._fail
@@ -160,6 +164,8 @@ def test_registration_and_streams() -> None:
     assert lib.calls == ["register 0x7000 8192 3", "unregister 0x7000"]  # portable and mapped
     assert driver.alias(0x7000) == 0x7010
     assert driver.stream() == STREAM
+    driver.destroy(STREAM)
+    assert lib.calls[2:] == [f"destroy {STREAM:#x}"]
     assert driver.attribute(16, 2) == 162
     assert driver.host_pointers(2)
     assert driver.bus_id(2) == "0000:3b:02.0"
@@ -177,6 +183,7 @@ def test_every_refusal_is_named() -> None:
         lambda: driver.unregister(4096),
         lambda: driver.alias(4096),
         driver.stream,
+        lambda: driver.destroy(STREAM),
         lambda: driver.attribute(91, 0),
         lambda: driver.bus_id(0),
     ):

@@ -18,7 +18,7 @@ from kvkern.assemble import put_hbm_above
 from kvkern.cache import Cache
 from kvkern.config import Config
 from kvkern.gpu.device import DeviceError
-from kvkern.gpu.hbm import DmaRows, device_slots
+from kvkern.gpu.hbm import DmaRows, device_copier, device_slots
 from kvkern.gpu.planner import Method
 from kvkern.gpu.rings import Depths
 from kvkern.gpu.transfer import GpuTransfer
@@ -32,6 +32,8 @@ from kvkern.tiers.dram import DramTier
 from tests.gpu.cases import choosing
 from tests.gpu.fake import FakeDevice, FakeStream
 from tests.gpu.orders import Random
+from tests.gpu.rig import flash
+from tests.gpu.rig import rig as rig_of_lanes
 from tests.support import guarded, make_arena
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 48, 4, 2
@@ -115,6 +117,9 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     cache.close()
     assert device.faults == []
     assert device.registered == {}  # the arena's; HBM was never registered
+    assert all(
+        stream.closed for stream in device.streams.values() if "," not in stream.name and stream.name != "compute"
+    )
     arena.close()
 
 
@@ -146,6 +151,31 @@ def test_hbm_needs_no_registration(rig: Rig) -> None:
     inside = [a for a in rig.device.registered if memory.ctypes.data <= a < memory.ctypes.data + memory.nbytes]
     assert inside == []
     assert rig.device.registered  # the arena
+
+
+def test_hbm_takes_no_more_than_its_slots(tmp_path: Path) -> None:
+    """Beside them some memory for ids and checksums: nothing is staged on the way between blocks and slots."""
+    tensors = [guarded(2 * NUM_BLOCKS * 256, i)[0].view(torch.bfloat16).view(SHAPE) for i in range(2)]
+    layout = flash_attention(tensors)
+    arena = make_arena(tmp_path, slots=1, part_nbytes=layout.part_nbytes(PER_CHUNK), planes=len(layout.planes))
+    device = FakeDevice(Random(0))
+    slots = device_slots(arena.spec.geometry, 6, device)
+    device.memories.clear()
+    copier = device_copier(PagedTensors.bind(layout, tensors), slots, PER_CHUNK, device)
+    assert sum(memory.nbytes for memory in device.memories) < 2 << 20  # pinned memory included
+    copier.close()
+    arena.close()
+
+
+def test_a_piece_is_not_staged_where_there_is_no_room_for_it(tmp_path: Path) -> None:
+    """An error of the job, should it ever be chosen."""
+    paged = flash()
+    depths = Depths(staging_nbytes=1 << 16, rows=False)
+    with rig_of_lanes(tmp_path, [paged], choosing(Method.STAGED), depths) as bench:
+        _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
+        job = bench.transfer.store([batch]).wait(60)
+        assert isinstance(job.error, DeviceError)
+        assert not job.ok.any()
 
 
 def test_a_copy_that_the_driver_refuses_is_counted(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def test_the_whole_arena_is_registered_and_given_back(tmp_path: Path) -> None:
     pinned.close()
     pinned.close()
     assert device.registered == {}
+
+
+def test_it_is_given_back_by_a_thread_that_is_on_the_device(tmp_path: Path) -> None:
+    """Whichever thread closes: the driver refuses one without a context (CUDA error 201), a piece after the other."""
+    arena, device = make_arena(tmp_path, slots=5), FakeDevice(Random(0))
+    pinned = Pinned(arena, device)
+    thread = threading.Thread(target=pinned.close)
+    thread.start()
+    thread.join()
+    assert device.registered == {}
+    assert device.faults == []
 
 
 def test_half_a_registration_is_undone_and_says_why(tmp_path: Path) -> None:

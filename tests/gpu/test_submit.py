@@ -17,7 +17,7 @@ from kvkern.gpu.rings import Depths
 from kvkern.slots import SlotState
 from kvkern.transfer import Job
 from tests.gpu.cases import choosing
-from tests.gpu.fake import FakeDevice, FakeEvent
+from tests.gpu.fake import FakeDevice, FakeEvent, FakeStream
 from tests.gpu.orders import Random
 from tests.gpu.rig import Rig, flash, rig
 
@@ -100,6 +100,36 @@ def test_a_thread_that_waits_asks_rarely(tmp_path: Path, monkeypatch: pytest.Mon
         assert seen <= most
         assert (seen > 0) == (most > 0)
         asked.clear()
+
+
+def test_whoever_closes_what_is_given_back_is_by_a_lane(tmp_path: Path) -> None:
+    """A thread that is on no device, or on another one, leaves as it came; the fixture looks at what is left."""
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
+        attached: list[str] = []
+        attach = bench.device.attach
+        bench.device.attach = lambda: (attached.append(threading.current_thread().name), attach())[1]  # type: ignore[method-assign]
+        job = bench.transfer.store([batch])
+        thread = threading.Thread(target=bench.transfer.close, name="closes")
+        thread.start()
+        thread.join()
+        assert job.ok.all()
+        assert bench.device.registered == {}
+        assert "closes" not in attached
+
+
+def test_streams_that_the_driver_keeps_do_not_stop_a_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(stream: FakeStream) -> None:
+        raise DeviceError("cuStreamDestroy: CUDA_ERROR_ILLEGAL_ADDRESS (700)")
+
+    with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeStream, "close", refuses)
+            bench.transfer.close()
+        assert "stream of the store lane stays" in caplog.text
+        assert bench.device.registered == {}
 
 
 def test_an_event_that_cannot_be_asked_fails_its_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
