@@ -1,6 +1,6 @@
 """Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
 
-    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (release order)
+    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see Parts.publish)
     load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
 
 Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
@@ -150,7 +150,13 @@ class Parts:
         rows: npt.NDArray[np.int64],
         sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of payload that every process sees by now
     ) -> None:
-        """Write sealed checksums, then WRITTEN for this rank. In this order: who sees WRITTEN sees the rest."""
+        """Write sealed checksums, then WRITTEN for this rank: numpy's plain stores, in this order, and no barrier.
+
+        On x86 stores are seen in the order they are made: who sees WRITTEN sees the rest. Elsewhere (aarch64: Grace) another
+        core may see WRITTEN first, until both sides have gone through a lock or a socket. The manager has: it asks for WRITTEN
+        when it has heard that the job is done, and others find a chunk only after it is READY. Who looked earlier would find
+        checksums that do not fit: a miss, never wrong bytes. A fence here would need its partner in every reader, in Python.
+        """
         headers, slots, generations = self.arena.headers, batch.slots[rows], batch.generations[rows]
         planes = sums.shape[1]
         headers["checksum"][slots, self.rank, :planes] = sums ^ seal(batch.keys[rows], generations)[:, None]

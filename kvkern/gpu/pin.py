@@ -2,6 +2,9 @@
 
 Pieces end between slots, so that no copy crosses two registrations, and have at most 64 GiB: one call for 512 GiB fails
 (vLLM issue 51080). Exact size, unlike an allocator's pinned memory, which doubles to powers of two. Takes about 0.1 s a GB.
+
+Of several ranks each registers all of it, though it moves only its own parts: they lie in every slot, a slot's length apart, so
+they would be as many registrations as slots. Pages that are pinned twice are not taken twice.
 """
 
 from __future__ import annotations
