@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -88,6 +89,13 @@ class Job:
         """Run pieces in this thread until all have been begun. Raises what one of them raises; `wait` in any case."""
         while self.run_piece():
             pass
+
+    def refuse(self, error: BaseException) -> None:
+        """End the pieces that nobody has begun: nobody will."""
+        while self.unclaimed:
+            with suppress(IndexError):  # taken meanwhile
+                self.unclaimed.popleft()[0].set_exception(error)
+        self.finished = max(self.finished, time.perf_counter())
 
     def wait(self, timeout_s: float | None = None) -> Job:
         """Block until done, or for `timeout_s`."""
@@ -278,8 +286,11 @@ class Transfer(Copier):
         job.futures += [future for future, _ in job.unclaimed]
         if not job.futures:
             job.finished = job.started
-        for _ in job.futures:
-            self._pool.submit(job.run_piece)
+        try:
+            for _ in job.futures:
+                self._pool.submit(job.run_piece)
+        except RuntimeError as error:  # closed, or Python ends
+            job.refuse(error)
         return job
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:

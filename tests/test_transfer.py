@@ -390,3 +390,14 @@ def test_what_a_helped_piece_raises_reaches_helper_and_job(bench: Bench, monkeyp
     assert job.done()
     assert isinstance(job.error, ZeroDivisionError)
     assert not job.ok.any()
+
+
+def test_a_job_for_threads_that_have_ended_is_its_error(bench: Bench) -> None:
+    reservation = bench.reserve("a", 2)
+    bench.ranks[0].close()
+    batch = bench.batch([0, 1, 2, 3], reservation.keys, reservation.slots, reservation.generations)
+    for submit in (bench.ranks[0].store, bench.ranks[0].load):
+        job = submit([batch])  # the engine's thread hears nothing
+        assert job.done()
+        assert isinstance(job.error, RuntimeError)
+        assert not job.ok.any()

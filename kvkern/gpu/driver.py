@@ -18,10 +18,8 @@ from .table import Direction
 _BATCH_VERSION = 12080  # of CUDA: the signature with failIdx, which later drivers go on answering to
 MAX_BATCH = 4096  # copies of a call: 50,000 have ended a process (vLLM issue 49276)
 _BLACKWELL = 10  # compute capability
-_CAPABILITY, _HOST_POINTERS = (
-    75,
-    91,
-)  # CU_DEVICE_ATTRIBUTE_: COMPUTE_CAPABILITY_MAJOR, CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+# CU_DEVICE_ATTRIBUTE_: COMPUTE_CAPABILITY_MAJOR, CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+_CAPABILITY, _HOST_POINTERS = 75, 91
 _STREAM_NON_BLOCKING = 1  # no order with the legacy default stream
 _REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2
 # Who may read the source when: D2H after what is before it in the stream; H2D any time, the host has finished with it.

@@ -43,10 +43,8 @@ from .table import Direction
 
 logger = logging.getLogger("kvkern")
 
-MIN_PAUSE_S, MAX_PAUSE_S = (
-    50e-6,
-    1e-3,
-)  # between two questions; an eighth of the time waited so far, so that few are asked
+# Between two questions whether a piece has run: an eighth of the time waited so far, so that few are asked.
+MIN_PAUSE_S, MAX_PAUSE_S = 50e-6, 1e-3
 
 
 @dataclass
