@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -17,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
+MARK = "pytest.mark." + "gpu"
 SCRIPTS = ("gpu", "gpu_copy", "gpu_paths", "gpu_interference", "gpu_keys")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU")
 
@@ -122,6 +124,15 @@ def test_make_bench_leaves_them_out() -> None:
     recipe = makefile[makefile.index("\nbench:") :]
     assert "*/gpu*) continue" in recipe[: recipe.index("\ngpu:")]
     assert all(path.name.startswith(("gpu", "_gpu")) for path in BENCH.glob("*gpu*.py"))
+
+
+def test_make_gpu_runs_every_test_that_needs_a_gpu() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (given,) = re.findall(r"-n 0 -m gpu (.*)", makefile)
+    runs = ["tests/kernels", *given.split()]
+    marked = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py") if MARK in path.read_text()]
+    assert len(marked) > 3
+    assert [name for name in marked if not any(name == run or name.startswith(f"{run}/") for run in runs)] == []
 
 
 def test_arithmetic(shared: ModuleType) -> None:
