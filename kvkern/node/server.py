@@ -156,10 +156,11 @@ class Server:
         for connection in list(self.connections):
             connection.close("is let go: the daemon ends")
         await asyncio.sleep(0)
-        await asyncio.to_thread(self._end_remote, max(0.0, deadline - time.monotonic()))
-        await self._learned.close()
-        if self._arena is not None:
-            self._arena.close()
+        async with self._making:  # an engine that was let in just before may be getting its arena still
+            await asyncio.to_thread(self._end_remote, max(0.0, deadline - time.monotonic()))
+            await self._learned.close()
+            if self._arena is not None:
+                self._arena.close()
 
     def _end_remote(self, drain_s: float = 0.0) -> None:
         if self._remote is not None:
