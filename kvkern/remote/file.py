@@ -112,7 +112,10 @@ class FileStore:
         there: list[bool | None] = [None] * len(keys)
 
         def look(row: int) -> None:
-            there[row] = self._folder.size(file_name(keys[row])) is not None
+            found = self._folder.size(file_name(keys[row])) is not None
+            if not found and False not in there:
+                self._folder.check_root()  # below the mount point of what is gone nothing is found
+            there[row] = found
 
         errors = await self._each(self._lookers, len(keys), look, timeout_s, -(-len(keys) // _STATS_A_THREAD))
         return answered(there, errors)
@@ -124,9 +127,11 @@ class FileStore:
         def read(row: int) -> None:
             nonlocal end
             if row < end:
-                got[row] = self._folder.read(file_name(keys[row]), into[row])
-                if got[row] == Got.MISS:
+                outcome = self._folder.read(file_name(keys[row]), into[row])
+                if outcome is Got.MISS:
+                    self._folder.check_root()
                     end = min(end, row)
+                got[row] = outcome
 
         return answered_get(got, await self._each(self._readers, len(keys), read, timeout_s))
 

@@ -156,7 +156,7 @@ class Folder:
         try:
             fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
-            self._check_root()
+            self.check_root()
             folder = path.rpartition("/")[0]
             for directory in (self._root, folder.rpartition("/")[0], folder):
                 with suppress(FileExistsError):
@@ -201,7 +201,7 @@ class Folder:
                 with suppress(FileNotFoundError):
                     os.unlink(path)
 
-    def _check_root(self) -> None:
+    def check_root(self) -> None:
         """What was mounted has to be mounted still: else values would fill the disk below the mount point."""
         try:
             os.stat(self._root)
