@@ -46,10 +46,7 @@ _SHORT_RUNS = (64, 512)  # 8 MiB: 1.3 ms at 6.5 GB/s
 SHORT_RUN_NBYTES = 16 << 10  # clearly below SHORT_NBYTES
 _LEAST_S, _LEAST_SLOPE_S = 1e-9, 1e-15  # below these a clock has seen nothing
 _SPREAD = 0.25
-HOST_NBYTES, DEVICE_NBYTES = (
-    16 << 20,
-    64 << 20,
-)  # what these need: of pinned memory, and of device memory on either side
+HOST_NBYTES, DEVICE_NBYTES = 16 << 20, 64 << 20  # that these need: pinned, and on the device on either side
 LOCK_WAIT_S = 60.0  # for another process that measures: most of it is compiling
 
 

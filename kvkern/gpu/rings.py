@@ -20,9 +20,7 @@ from .device import UPLOADED, Device, DeviceError, Event, Stream
 from .dma import Runs
 from .table import Direction
 
-MAX_STAGING_NBYTES = (
-    32 << 20
-)  # of a buffer: with a launch a buffer, the engine's kernels and copies wait that long at most
+MAX_STAGING_NBYTES = 32 << 20  # of a buffer, which is a launch: the engine waits that long at most
 MAX_LAUNCH_NBYTES = 64_000_000  # one launch of more starved decode for half a second: pegaflow pull request 422
 MAX_PIECE_CHUNKS = 4096
 _ALIGN = 16  # of every argument: for an address that is less aligned Triton compiles anew, in the middle of a transfer

@@ -74,9 +74,7 @@ class HbmSlots:
     def __init__(
         self,
         geometry: SlotGeometry,
-        rows: npt.NDArray[
-            np.uint8
-        ],  # [num_slots, part_stride] uint8; of a GPU's memory an address that no host may read
+        rows: npt.NDArray[np.uint8],  # [num_slots, part_stride] uint8; on a GPU for its address: no host may read it
         owner: object = None,  # kept as long as the rows are needed
     ) -> None:
         self.spec = ArenaSpec(geometry, len(rows))
