@@ -218,12 +218,11 @@ class RemoteTier:
         for last in (False, True):
             try:
                 there = await self._calls.exists(keys)
-                wanted = [key for key, is_there in zip(keys, there, strict=True) if not is_there]
                 missing = [
-                    key for key, is_there in zip(keys, there, strict=True) if is_there is not None and not is_there
+                    key for key, is_there in zip(keys, there, strict=True) if not is_there and is_there is not None
                 ]
                 written = await self._put_missing(missing, slots)
-                self.outbox.dropped(len(wanted) - written)  # no room, or not answered
+                self.outbox.dropped(there.count(None) + len(missing) - written)  # not answered, or no room
                 return written
             except RemoteError:
                 if last or self.breaker.is_open or self._closing:
