@@ -64,7 +64,7 @@ demo: $(VENV)/.stamp
 	@$(PY) -m kvkern demo $(ARGS)
 
 demo-remote: $(VENV)/.stamp
-	@$(PY) -m kvkern.demo.redis_server $(ARGS)
+	@$(PY) -m kvkern.demo_remote $(ARGS)
 
 # Three phases: unit tests on two processes; Triton kernels in its interpreter, which only the environment can choose; engines, which
 # want every core, one at a time. Pytest's 5, nothing collected, is no failure as long as some phase ran a test. A -m of your own makes
@@ -108,7 +108,7 @@ gpu:
 	@$(GPU_PYTHON) bench/gpu.py --check
 	@n=$$($(GPU_PYTHON) -c 'import torch; print(4 if torch.cuda.get_device_properties(0).total_memory >= 40e9 else 1)'); \
 	$(GPU_PYTHON) -m pytest -n $$n -m gpu tests/kernels
-	@$(GPU_PYTHON) -m pytest -n 0 -m gpu tests/gpu tests/test_attention_contract.py tests/test_paged_engine.py tests/test_nvtx.py
+	@$(GPU_PYTHON) -m pytest -n 0 -m gpu tests/transfer/gpu tests/test_attention_contract.py tests/test_paged_engine.py tests/transfer/test_nvtx.py
 	@$(GPU_PYTHON) bench/gpu.py $(ARGS)
 
 # Not part of `bench`: it installs other people's software, in environments of its own.

@@ -24,7 +24,7 @@ import numba
 import numpy as np
 
 from kvkern.policy import grit, grit_model, grit_store, grit_trie
-from kvkern.replay.cells import MIN, Cell, Result, run_cell
+from kvkern.replay.grid import MIN, Cell, Result, run_cell
 
 CAPACITIES = {  # trace -> where MIN is a point or more above LRU
     "agents-miniswe": ("3%", "5%"), "chat-mooncake": ("1%", "3%", "10%", "30%"),

@@ -21,8 +21,8 @@ try:
     import _common
     import torch
 
-    from kvkern.gpu.device import Device
-    from kvkern.kernels.paged_copy import PagedTensors
+    from kvkern.kernels.paged_tensors import PagedTensors
+    from kvkern.transfer.gpu.device import Device
 except ModuleNotFoundError as error:
     raise SystemExit(f"the GPU benches need a package that is not installed here: {error}; see docs/gpu.md") from error
 
@@ -94,7 +94,7 @@ class CudaRig(Rig):
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def device(self) -> Device:
-        from kvkern.gpu.cuda import CudaDevice
+        from kvkern.transfer.gpu.cuda_device import CudaDevice
 
         return CudaDevice(torch.device("cuda"))
 
@@ -128,9 +128,9 @@ class DryRig(Rig):
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def device(self) -> Device:
-        from kvkern.gpu.host import HostDevice
+        from kvkern.transfer.gpu.dry_run_device import DryRunDevice
 
-        return HostDevice()
+        return DryRunDevice()
 
     def copy(
         self, op: str, paged: PagedTensors, ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
@@ -239,7 +239,7 @@ def device_facts(rig: Rig) -> dict[str, object] | None:
     """Of the GPU and its link; None in a dry run."""
     if rig.dry:
         return None
-    from kvkern.gpu.cuda import CudaDevice
+    from kvkern.transfer.gpu.cuda_device import CudaDevice
 
     found, info = torch.cuda.get_device_properties(0), CudaDevice(torch.device("cuda")).info
     facts: dict[str, object] = {

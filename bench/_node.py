@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvkern.arena import Arena
-from kvkern.cache import Cache
+from kvkern.arena.file import Arena
+from kvkern.arena.slots import PAGE, SlotGeometry
+from kvkern.cache.manager import Cache
 from kvkern.kernels import layout as L
-from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.node import protocol
-from kvkern.node.client import NodeClient
-from kvkern.node.operator import Operator
-from kvkern.slots import PAGE, SlotGeometry
+from kvkern.node.client.admin_client import AdminClient
+from kvkern.node.client.cache_client import NodeClient
 from kvkern.tiers.base import ChunkShape
-from kvkern.transfer import ChunkBatch, Transfer
+from kvkern.transfer.base import ChunkBatch
+from kvkern.transfer.host import HostCopier
 
 CHUNKS = 128  # of a sequence
 BLOCK_TOKENS, HEADS, HEAD_DIM = 16, 8, 128  # Llama-3.1-8B; a chunk is a block, 64 KiB a layer
@@ -58,7 +59,7 @@ class Daemon:
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def stat(self) -> dict[str, Any]:
-        with Operator(self.path) as operator:
+        with AdminClient(self.path) as operator:
             return operator.ask(protocol.Stat(1))[0]
 
 
@@ -166,7 +167,7 @@ class Engine:
 
     def __init__(self, cache: Cache | NodeClient, arena: Arena, pages: Pages, threads: int) -> None:
         self.cache = cache
-        self._transfer = Transfer([pages.paged], arena, 0, 1, threads)
+        self._transfer = HostCopier([pages.paged], arena, 0, 1, threads)
 
     def close(self) -> None:
         self._transfer.close()

@@ -21,9 +21,9 @@ from urllib.request import Request, urlopen
 import numpy as np
 import numpy.typing as npt
 
-from kvkern.arena import Arena
+from kvkern.arena.file import Arena
 from kvkern.kernels.paged_copy_numba import checksum_planes
-from kvkern.remote.value import slot_parts
+from kvkern.remote.value_format import slot_parts
 
 GIVE_UP_S = 60.0
 CONCURRENCY = 64  # requests at a time to an object store, ours and raw

@@ -22,7 +22,7 @@ from itertools import count, groupby
 from pathlib import Path
 from statistics import fmean
 
-from kvkern.replay.cells import MIN, POLICIES, Cell, run
+from kvkern.replay.grid import MIN, POLICIES, Cell, run
 
 SEEDS = range(1, 6)
 CAPACITIES = ("1%", "3%", "10%", "30%")

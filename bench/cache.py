@@ -24,12 +24,12 @@ from _common import print_row, write_json
 
 import kvkern
 from kvkern.api import PagedCache
+from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import build_cache, open_arena
-from kvkern.cache import Cache
+from kvkern.cache.manager import Cache
 from kvkern.config import Config
 from kvkern.kernels.chunk_keys import chunk_keys
 from kvkern.keys import split_keys
-from kvkern.slots import SlotGeometry
 from kvkern.tiers.base import ChunkShape
 
 CHUNK_TOKENS = 16

@@ -18,7 +18,7 @@ import torch
 from _gpu import Rig, Row, arguments, ceilings, gb_s, in_turns, open_rig, percent, print_row, write_json
 
 from kvkern.kernels.layout import from_pages
-from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.kernels.paged_tensors import PagedTensors
 
 RUNS = (256, 656, 2 << 10, 8 << 10, 18 << 10, 32 << 10, 64 << 10, 128 << 10, 512 << 10, 2 << 20)
 CTAS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

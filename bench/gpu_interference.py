@@ -22,8 +22,8 @@ from _gpu import Rig, Row, arguments, gb_s, open_rig, print_row, quantile, write
 from gpu_paths import CTAS, Copies, calibration
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvkern.gpu.planner import Method
-from kvkern.gpu.table import Direction
+from kvkern.transfer.gpu.link_table import Direction
+from kvkern.transfer.gpu.planner import Method
 
 UNCAPPED_CTAS = 1024
 RUN_NBYTES, CHUNKS = 32 << 10, 16

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from _gpu import Rig, Row, arguments, in_turns, open_rig, print_row, write_json
 
-from kvkern.kernels.chunk_keys import Backend, ChainState, extend_batch
+from kvkern.kernels.chain_state import ChainState
+from kvkern.kernels.chunk_keys import Backend, extend_batch
 
 CHUNK_TOKENS = 16
 BATCHES = ((1, 2048), (1, 131_072), (64, 2048), (256, 8192))  # sequences, tokens each

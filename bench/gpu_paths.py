@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from _gpu import Rig, Row, arguments, ceilings, gb_s, open_rig, percent, print_row, write_json
 
+from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import build_cache, open_arena
 from kvkern.config import Config
-from kvkern.gpu import planner
-from kvkern.gpu.calibrate import calibrate
-from kvkern.gpu.device import Device
-from kvkern.gpu.dma import merged
-from kvkern.gpu.planner import Choice, Method
-from kvkern.gpu.table import Abilities, Calibration, Direction, Link, seeds
-from kvkern.gpu.transfer import GpuTransfer
 from kvkern.kernels.layout import from_pages
-from kvkern.kernels.paged_copy import PagedTensors
-from kvkern.slots import SlotGeometry
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.tiers.base import ChunkShape
-from kvkern.transfer import ChunkBatch, Job
+from kvkern.transfer.base import ChunkBatch, Job
+from kvkern.transfer.gpu import planner
+from kvkern.transfer.gpu.calibrate import calibrate
+from kvkern.transfer.gpu.copier import GpuCopier
+from kvkern.transfer.gpu.device import Device
+from kvkern.transfer.gpu.dma import merged
+from kvkern.transfer.gpu.link_table import Abilities, Calibration, Direction, HostLink, seeds
+from kvkern.transfer.gpu.planner import Choice, Method
 
 RUNS = (2 << 10, 8 << 10, 18 << 10, 32 << 10, 64 << 10, 128 << 10, 2 << 20)
 BATCHES = (1, 8, 64)  # chunks of 2 MiB
@@ -61,7 +61,7 @@ class Copies:
         self.ctas = 0  # of `how`; 0: its usual ones
         self.chosen: Choice | None = None
         self._table = table
-        self.transfer = GpuTransfer([self.paged], self.arena, 0, per_chunk, device, self._choose)
+        self.transfer = GpuCopier([self.paged], self.arena, 0, per_chunk, device, self._choose)
         cache = build_cache(self.arena)
         keys = [i.to_bytes(32, "little") for i in range(chunks)]
         reservation = cache.reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
@@ -173,11 +173,11 @@ def measure(
 def calibration(rig: Rig, device: Device) -> Calibration:
     """This device's, measured now; a dry run has seeds."""
     if rig.dry:
-        return seeds(Link())
-    from kvkern.gpu.stopwatch import Stopwatch
+        return seeds(HostLink())
+    from kvkern.transfer.gpu.stopwatch import Stopwatch
 
     able = Abilities(device.batch_api, device.host_pointers)
-    start = seeds(Link() if device.info is None else device.info.link, able)
+    start = seeds(HostLink() if device.info is None else device.info.link, able)
     return calibrate(Stopwatch(device, able.batch_api, able.host_pointers), start, budget_s=0.2)
 
 

@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from _common import print_row, write_json
 
+from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import build_cache, build_transfer, open_arena
 from kvkern.config import Config
 from kvkern.kernels import layout as L
 from kvkern.kernels.layout import PagedLayout
-from kvkern.kernels.paged_copy import PagedTensors
-from kvkern.slots import SlotGeometry
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.tiers.base import ChunkShape
-from kvkern.transfer import ChunkBatch, Transfer
+from kvkern.transfer.base import ChunkBatch
+from kvkern.transfer.host import HostCopier
 
 MIN_RATIO_LONG, MIN_RATIO_SHORT, LONG_RUN_NBYTES = 0.95, 0.50, 18 << 10
 MEMCPY_NBYTES = 256 << 20
@@ -102,7 +103,7 @@ class Copies:
         geometry = SlotGeometry(self.layout.part_nbytes(case.blocks_per_chunk), len(self.layout.planes))
         config = Config(4096 + self.num_chunks * geometry.slot_nbytes, threads=threads)
         self.arena = open_arena(config, geometry, f"bench-copy-{time.time_ns()}", expected=1)
-        self.transfer: Transfer = build_transfer(config, self.arena, [self.paged], 0, case.blocks_per_chunk)
+        self.transfer: HostCopier = build_transfer(config, self.arena, [self.paged], 0, case.blocks_per_chunk)
         keys = [i.to_bytes(32, "little") for i in range(self.num_chunks)]
         reservation = build_cache(self.arena).reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
         order = np.random.default_rng(0).permutation(blocks)[: self.num_chunks * case.blocks_per_chunk]

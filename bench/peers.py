@@ -38,7 +38,7 @@ from _peers.busy import Others
 from _peers.children import PeerFailed
 from _peers.rows import Row, Verdict, with_ratios
 
-from kvkern.demo import model, need, run
+from kvkern.demo import model, preconditions, run
 
 LEVELS = ("engine", "library")
 SYSTEMS = tuple(dict.fromkeys((*engines.SYSTEMS, *libraries.SYSTEMS)))
@@ -120,7 +120,7 @@ def bench(args: argparse.Namespace) -> Bench:
     result = Bench(args.workdir)
     args.workdir.mkdir(parents=True, exist_ok=True)
     if args.level != "library":
-        need.require_packages()
+        preconditions.require_packages()
         folder = args.model or model.ensure(model.ModelConfig(), run.default_workdir())
         plan = engines.reserving(QUICK_ENGINES if args.quick else engines.Plan(), args.reserved_cpus)
         for name in (name for name in args.systems if name in engines.SYSTEMS):
@@ -138,7 +138,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         result = bench(args)
-    except need.NotReadyError as failure:
+    except preconditions.NotReadyError as failure:
         print(f"peers: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

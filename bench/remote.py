@@ -29,15 +29,16 @@ import numpy as np
 from _common import print_row, write_json
 from _remote import MissingError, Raw, place, verify
 
-from kvkern.arena import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.assemble import back_with_remote, build_cache
-from kvkern.cache import Cache
+from kvkern.cache.manager import Cache
 from kvkern.config import RemoteConfig
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
 from kvkern.policy.base import Use
-from kvkern.remote import speeds
-from kvkern.remote.base import RemoteUrl, make_store
-from kvkern.slots import SlotGeometry, seal
+from kvkern.remote import cost_model
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
 from kvkern.tiers.base import ChunkShape, Reservation
 
 KINDS = ("file", "file_cached", "redis", "mooncake", "s3")
@@ -50,7 +51,7 @@ GIVE_UP_S = 120.0
 PLACES, WARM_UPS = 3, 2
 
 Row = dict[str, object]
-speeds.LEAST_WAIT_S = GIVE_UP_S  # a busy machine makes the figures worse, and does not end the run
+cost_model.LEAST_WAIT_S = GIVE_UP_S  # a busy machine makes the figures worse, and does not end the run
 
 
 def sequence(name: str, chunks: int) -> list[bytes]:

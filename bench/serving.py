@@ -29,10 +29,10 @@ from typing import Any
 import msgspec
 from _common import print_row, write_json
 
-from kvkern.demo import model, process, run
+from kvkern.demo import engine_process, model, run
 from kvkern.demo.engine import connector, engine_kwargs
-from kvkern.demo.prompts import Library
-from kvkern.demo.wire import EngineSpec
+from kvkern.demo.messages import EngineSpec
+from kvkern.demo.prompts import PromptLibrary
 
 CASES = {"vllm": None, "vllm_kvkern": "2GiB"}  # capacity
 MIN_RATIO_THROUGHPUT = 0.97
@@ -57,7 +57,7 @@ class Load:
     def total_tokens(self) -> int:
         return self.requests_per_client * (self.clients * self.prompt_tokens + sum(self.replies()))
 
-    def prompts(self, library: Library) -> list[list[list[int]]]:
+    def prompts(self, library: PromptLibrary) -> list[list[list[int]]]:
         """Return, per client, the prompts it sends one after the other; no two alike."""
         return [library.documents(self.requests_per_client, self.prompt_tokens) for _ in range(self.clients)]
 
@@ -138,7 +138,9 @@ class Server:
         del self._engine  # its __del__ needs modules that are gone when Python ends
 
 
-async def measure(servers: Sequence[Server], load: Load, library: Library, num_rounds: int) -> list[dict[str, Turn]]:
+async def measure(
+    servers: Sequence[Server], load: Load, library: PromptLibrary, num_rounds: int
+) -> list[dict[str, Turn]]:
     """Return one dict of case -> turn per round, after one round that does not count."""
     rounds = []
     for index in range(num_rounds + 1):
@@ -200,7 +202,7 @@ def parse() -> argparse.Namespace:
 
 
 async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
-    library = Library.from_model(folder)
+    library = PromptLibrary.from_model(folder)
     servers: list[Server] = []
     try:
         for case, capacity in CASES.items():
@@ -214,7 +216,7 @@ async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
 
 def main() -> None:
     args = parse()
-    os.environ.update(process.environment(verbose=False))  # before anything imports vllm
+    os.environ.update(engine_process.environment(verbose=False))  # before anything imports vllm
     load = Load(clients=2, requests_per_client=1, reply_tokens=8) if args.quick else Load()
     folder = args.model or model.ensure(model.ModelConfig(), run.default_workdir())
     measured = asyncio.run(bench(folder, load, 1 if args.quick else args.rounds))

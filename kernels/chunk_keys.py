@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import array as array_module
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from . import chunk_keys_ref
+from .chain_state import ChainState
 from .errors import LayoutError
 
 Tokens = npt.NDArray[np.integer] | Sequence[int]
@@ -21,23 +21,6 @@ Backend = Literal["numba", "triton", "ref"]
 BACKENDS: tuple[Backend, ...] = ("numba", "triton", "ref")
 Extras = Mapping[int, bytes]  # chunk index in the sequence -> 32-byte BLAKE3 of its non-text items
 EXTRA_NBYTES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class ChainState:
-    """Where a sequence's keys stand: enough to go on with its next chunk."""
-
-    root: bytes  # 32 bytes, of the namespace
-    num_chunks: int
-    chain: bytes  # c of the last chunk, 32 bytes; unused when num_chunks is 0
-    segment_end: bytes  # key of the last chunk of the last whole segment; the root in segment 0
-
-    @classmethod
-    def start(cls, root: bytes) -> ChainState:
-        """State before the first chunk."""
-        if len(root) != 32:
-            raise LayoutError(f"root has {len(root)} bytes, expected 32")
-        return cls(root, 0, bytes(32), root)
 
 
 def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:

@@ -10,17 +10,14 @@ Only inputs of at most one BLAKE3 chunk (1024 bytes: chunk_tokens <= 256, no ext
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from . import chunk_keys_ref
 from .blake3_numba import LANES, MAX_WORDS, SCRATCH_WORDS, chunks_scratch_words, hash_chunks, hash_rows
+from .chain_state import ChainState
 from .chunk_keys_ref import segment_key
-
-if TYPE_CHECKING:
-    from .chunk_keys import ChainState
 
 _BLOCK_WORDS = 16
 _ENGINE_KEY_NBYTES = 36  # a SHA-256 and the KV group
@@ -47,7 +44,7 @@ def extend(
         words,  # state
         keys, np.empty(chunks_scratch_words(count), dtype=np.uint32),  # outputs, scratch
     )  # fmt: skip
-    end = type(state)(state.root, state.num_chunks + count, words[1].tobytes(), words[2].tobytes())
+    end = ChainState(state.root, state.num_chunks + count, words[1].tobytes(), words[2].tobytes())
     return keys[:count].view(np.uint8), end
 
 

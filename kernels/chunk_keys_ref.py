@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-if TYPE_CHECKING:
-    from .chunk_keys import ChainState
+from .chain_state import ChainState
 
 SEGMENT_CHUNKS = 128
 
@@ -50,7 +48,7 @@ def extend(
         if index % SEGMENT_CHUNKS == SEGMENT_CHUNKS - 1:
             parent = keys[-1]
     out = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32)
-    return out, type(state)(state.root, state.num_chunks + len(keys), chain, parent)
+    return out, ChainState(state.root, state.num_chunks + len(keys), chain, parent)
 
 
 def adopt(root: bytes, engine_keys: list[bytes]) -> list[bytes]:

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .chunk_keys import ChainState
+from .chain_state import ChainState
 from .chunk_keys_ref import SEGMENT_CHUNKS, segment_key
 from .errors import LayoutError
 from .target import register_limit, require_current, require_device

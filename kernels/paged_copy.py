@@ -6,59 +6,36 @@ Knows layouts, tensors and byte slots; knows nothing of keys, tiers or engines. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import LayoutError
-from .layout import PagedLayout
-
-if TYPE_CHECKING:
-    import torch
+from .paged_tensors import PagedTensors
 
 Backend = Literal["numba", "triton", "ref"]
 BACKENDS: tuple[Backend, ...] = ("numba", "triton", "ref")
 
 
-@dataclass(frozen=True)
-class PagedTensors:
-    """A layout bound to the tensors it describes. Keeps them alive; owns nothing of them."""
+class CopyBackend(Protocol):
+    """A module that copies and sums. Its arguments are checked already; see `gather_chunks` and `scatter_chunks`."""
 
-    layout: PagedLayout
-    tensors: tuple[torch.Tensor, ...]
-    bases: npt.NDArray[np.int64]  # [planes] int64 addresses
-    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    def copy_chunks(
+        self,
+        to_slots: bool,  # gather, else scatter
+        paged: PagedTensors,
+        block_ids: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.uint8],
+        slot_ids: npt.NDArray[np.int64],
+        checksums: npt.NDArray[np.uint64],
+    ) -> None:
+        """Copy every chunk and checksum each plane of it."""
 
-    def plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What a backend works out once of this layout and `key`, and keeps here."""
-        found = self._plans.get(key)
-        return self._plans.setdefault(key, make()) if found is None else found
-
-    @property
-    def device(self) -> str:
-        """Where the tensors are, "cpu" or such."""
-        return str(self.tensors[0].device)
-
-    @classmethod
-    def bind(cls, layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> PagedTensors:
-        """Check that every byte the layout can address lies inside the tensors' storages."""
-        for i, plane in enumerate(layout.planes):
-            if plane.tensor >= len(tensors):
-                raise LayoutError(f"plane {i} is in tensor {plane.tensor}, but only {len(tensors)} tensors were given")
-            tensor = tensors[plane.tensor]
-            last = (
-                (layout.num_blocks - 1) * plane.stride_block
-                + (plane.num_tokens - 1) * plane.stride_token
-                + (plane.num_heads - 1) * plane.stride_head
-                + plane.head_nbytes
-            )
-            room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size() - plane.offset
-            if last > room:
-                raise LayoutError(f"plane {i} reaches byte {last} of tensor {plane.tensor}, which has {room} bytes")
-        return cls(layout, tuple(tensors), layout.bases(tensors))
+    def checksum_chunks(
+        self, paged: PagedTensors, block_ids: npt.NDArray[np.int32], checksums: npt.NDArray[np.uint64]
+    ) -> None:
+        """The checksums of a gather, without the copy."""
 
 
 def _check_blocks(
@@ -113,7 +90,7 @@ def gather_chunks(
     thread and process. Releases the GIL (numba). Raises LayoutError on any mismatch, before a byte is written.
     """
     _check(paged, block_ids, slots, slot_ids, checksums)
-    _backend(backend, paged).gather_chunks(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend, paged).copy_chunks(True, paged, block_ids, slots, slot_ids, checksums)
 
 
 def scatter_chunks(
@@ -129,7 +106,7 @@ def scatter_chunks(
     The blocks are written before the checksum can be judged: until the caller has compared it, the blocks hold nothing.
     """
     _check(paged, block_ids, slots, slot_ids, checksums)
-    _backend(backend, paged).scatter_chunks(paged, block_ids, slots, slot_ids, checksums)
+    _backend(backend, paged).copy_chunks(False, paged, block_ids, slots, slot_ids, checksums)
 
 
 def checksum_chunks(
@@ -146,7 +123,7 @@ def checksum_chunks(
     _backend(backend, paged).checksum_chunks(paged, block_ids, checksums)
 
 
-def _backend(name: Backend, paged: PagedTensors):  # type: ignore[no-untyped-def]  # modules are the registry's values
+def _backend(name: Backend, paged: PagedTensors) -> CopyBackend:
     if name == "numba":
         if paged.device != "cpu":
             raise LayoutError(f"the tensors are on {paged.device}; the numba backend copies host memory only")

@@ -8,17 +8,13 @@ What proves the kernels and moves little. Who moves much keeps buffers and strea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .errors import LayoutError
+from .paged_tensors import PagedTensors
 from .target import require_device
-
-if TYPE_CHECKING:
-    from .paged_copy import PagedTensors
 
 
 def check_device(device: str) -> None:
@@ -32,14 +28,15 @@ def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(writable).to(device)
 
 
-def _run(
-    to_slots: bool,
+def copy_chunks(
+    to_slots: bool,  # gather, else scatter
     paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],
-    slots: npt.NDArray[np.uint8],
-    slot_ids: npt.NDArray[np.int64],
-    checksums: npt.NDArray[np.uint64],
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8
+    slot_ids: npt.NDArray[np.int64],  # [n] int64
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
+    """See `paged_copy.CopyBackend`."""
     from . import paged_copy_triton
 
     if not len(slot_ids):
@@ -61,31 +58,9 @@ def _run(
     checksums[:] = sums.cpu().numpy()
 
 
-def gather_chunks(
-    paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, its bytes become zeros
-    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
-    slot_ids: npt.NDArray[np.int64],  # [n] int64, distinct rows of `slots`
-    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
-) -> None:
-    """See `paged_copy.gather_chunks`."""
-    _run(True, paged, block_ids, slots, slot_ids, checksums)
-
-
-def scatter_chunks(
-    paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: the engine's block is left alone
-    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
-    slot_ids: npt.NDArray[np.int64],  # [n] int64
-    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
-) -> None:
-    """See `paged_copy.scatter_chunks`."""
-    _run(False, paged, block_ids, slots, slot_ids, checksums)
-
-
 def checksum_chunks(
     paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
     """See `paged_copy.checksum_chunks`."""

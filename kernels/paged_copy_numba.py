@@ -12,7 +12,7 @@ single-threaded; the caller splits chunks over its own threads (numba's `prange`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_WEIGHT
-
-if TYPE_CHECKING:
-    from .paged_copy import PagedTensors
+from .paged_tensors import PagedTensors
 
 _U64 = np.uint64
 _ROW = 64
@@ -303,14 +301,15 @@ def _tables(paged: PagedTensors, blocks_per_chunk: int) -> tuple[npt.NDArray[np.
     return paged.plan(("numba", blocks_per_chunk), make)  # type: ignore[no-any-return]
 
 
-def _run(
-    to_slots: bool,
+def copy_chunks(
+    to_slots: bool,  # gather, else scatter
     paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],
-    slots: npt.NDArray[np.uint8],
-    slot_ids: npt.NDArray[np.int64],
-    checksums: npt.NDArray[np.uint64],
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
+    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8
+    slot_ids: npt.NDArray[np.int64],  # [n] int64
+    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
+    """See `paged_copy.CopyBackend`. Slots whose rows are 64-byte aligned are written past the cache."""
     if block_ids.size == 0:
         return
     geometry, offsets = _tables(paged, block_ids.shape[1])
@@ -322,31 +321,9 @@ def _run(
     )  # fmt: skip
 
 
-def gather_chunks(
-    paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, its bytes become zeros
-    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
-    slot_ids: npt.NDArray[np.int64],  # [n] int64, distinct rows of `slots`
-    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
-) -> None:
-    """See `paged_copy.gather_chunks`. Slots whose rows are 64-byte aligned are written past the cache."""
-    _run(True, paged, block_ids, slots, slot_ids, checksums)
-
-
-def scatter_chunks(
-    paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: leave the engine's block alone
-    slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
-    slot_ids: npt.NDArray[np.int64],  # [n] int64
-    checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
-) -> None:
-    """See `paged_copy.scatter_chunks`."""
-    _run(False, paged, block_ids, slots, slot_ids, checksums)
-
-
 def checksum_chunks(
     paged: PagedTensors,
-    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32; -1: absent, counts as zeros
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
     """See `paged_copy.checksum_chunks`. Takes a plane of scratch memory where runs are no multiple of 64 bytes."""

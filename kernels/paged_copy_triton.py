@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,8 @@ import triton.language as tl
 
 from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_NBYTES, ROW_WEIGHT
 from .errors import LayoutError
+from .paged_tensors import PagedTensors
 from .target import register_limit, require_current, warp_size
-
-if TYPE_CHECKING:
-    from .paged_copy import PagedTensors
 
 MAX_CTAS = 32  # a copy that takes the whole GPU stalls decode: +47 % inter-token latency at p99, pegaflow issue 408
 VECTOR_NBYTES = 16

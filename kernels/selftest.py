@@ -12,7 +12,8 @@ import torch
 
 from .errors import LayoutError
 from .layout import Plane, plane_views
-from .paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+from .paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
+from .paged_tensors import PagedTensors
 
 
 def _block_bytes(view: torch.Tensor, plane: Plane, block: int) -> npt.NDArray[np.uint8]:

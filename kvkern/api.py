@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .arena import Arena
+from .arena.file import Arena
+from .arena.slots import SlotGeometry
 from .assemble import back_with_remote, build_cache, build_transfer, open_arena, put_hbm_above
-from .cache import Cache, ChunkCache
+from .cache.base import ChunkCache
+from .cache.manager import Cache
 from .config import Config
 from .errors import ConfigError, KvkernError, LayoutError
 from .kernels.chunk_keys import Tokens, chunk_keys
 from .kernels.layout import PagedLayout
-from .kernels.paged_copy import PagedTensors
+from .kernels.paged_tensors import PagedTensors
 from .keys import Namespace, split_keys
-from .node.client import NodeClient
+from .node.client.cache_client import NodeClient
 from .policy.base import Use
-from .slots import SlotGeometry
 from .tiers.base import ChunkShape, Lease
-from .transfer import ChunkBatch, Copier, Job
+from .transfer.base import ChunkBatch, Copier, Job
 
 if TYPE_CHECKING:
     import torch

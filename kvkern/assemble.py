@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .arena import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
-from .cache import Cache
+from .arena.file import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
+from .arena.slots import SlotGeometry
+from .cache.manager import Cache
 from .config import DEFAULT_POLICY, Config, RemoteConfig, format_nbytes, user_cache_dir
 from .errors import LayoutError, UnsupportedError
 from .policy import policy_maker
-from .policy.persist import persist_mode
-from .policy.shares import Shares
-from .slots import SlotGeometry
+from .policy.namespace_shares import NamespaceShares
+from .policy.persist_modes import persist_mode
 from .tiers.dram import DramTier
 
 if TYPE_CHECKING:  # a daemon assembles a cache without torch
-    from .gpu.cuda import CudaDevice
-    from .kernels.paged_copy import PagedTensors
+    from .cache.hbm_over_dram import HbmCache
+    from .kernels.paged_tensors import PagedTensors
     from .policy.grit_model import GritModel
-    from .remote.opened import Opened
+    from .remote.store_thread import StoreThread
     from .remote.tier import RemoteTier
-    from .stacked import HbmCache
-    from .transfer import Copier
+    from .transfer.base import Copier
+    from .transfer.gpu.cuda_device import CudaDevice
 
 logger = logging.getLogger("kvkern")
 
@@ -58,11 +58,11 @@ def build_cache(
     policy that nobody knows.
     """
     make = policy_maker(policy, arena.spec.num_slots, model)
-    return Cache(DramTier(arena, Shares(make) if shares else make()))
+    return Cache(DramTier(arena, NamespaceShares(make) if shares else make()))
 
 
 def back_with_remote(
-    cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: Opened | None = None
+    cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: StoreThread | None = None
 ) -> RemoteTier | None:
     """Put a remote store behind the cache, and open it, unless it is given `opened`: it is the tier's from then on.
 
@@ -70,7 +70,8 @@ def back_with_remote(
     """
     if config is None:
         return None
-    from .remote.base import RemoteUrl, make_store
+    from .remote.stores.registry import make_store
+    from .remote.stores.url import RemoteUrl
     from .remote.tier import RemoteTier
 
     url = RemoteUrl.parse(config.url)
@@ -92,16 +93,17 @@ def back_with_remote(
     return tier
 
 
-def open_remote(config: RemoteConfig) -> Opened | None:
+def open_remote(config: RemoteConfig) -> StoreThread | None:
     """The store, for `back_with_remote`, before there is an arena. None: it does not answer, and is opened when it is needed.
 
     Raises ConfigError for what the user has to mend.
     """
-    from .remote.base import RemoteUrl, make_store
-    from .remote.opened import Opened
+    from .remote.store_thread import StoreThread
+    from .remote.stores.registry import make_store
+    from .remote.stores.url import RemoteUrl
 
     url = RemoteUrl.parse(config.url)
-    opened = Opened(make_store(url))
+    opened = StoreThread(make_store(url))
     opened.open(config.timeout_s)
     if not opened.failure:
         return opened
@@ -121,11 +123,11 @@ def put_hbm_above(
     """
     import numpy as np
 
-    from .gpu.device import DeviceError
-    from .gpu.hbm import DmaRows, StackedCopier, device_copier, device_slots
-    from .stacked import HbmCache, HbmManager
+    from .cache.hbm_over_dram import HbmCache, HbmManager
     from .tiers.hbm import HbmSlots, HbmTier, HostRows, Rows, count_slots
-    from .transfer import Transfer
+    from .transfer.gpu.device import DeviceError
+    from .transfer.gpu.hbm_over_dram_copier import DmaRows, HbmOverDramCopier, device_copier, device_slots
+    from .transfer.host import HostCopier
 
     geometry = arena.spec.geometry
     count = count_slots(geometry, config.hbm_nbytes)
@@ -141,16 +143,16 @@ def put_hbm_above(
             raise UnsupportedError(f"hbm: kvkern cannot keep {wanted} of chunks on {group.device}: {error}") from error
     else:
         slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
-        rows, above = HostRows(slots, arena), Transfer([group], slots, 0, blocks_per_chunk, config.copy_threads)
+        rows, above = HostRows(slots, arena), HostCopier([group], slots, 0, blocks_per_chunk, config.copy_threads)
     cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, rows)
-    return cache, StackedCopier(copier, above, cache.first_slot, cache.close)
+    return cache, HbmOverDramCopier(copier, above, cache.first_slot, cache.close)
 
 
 def _cuda(name: str) -> CudaDevice:
     """The GPU of that name, made in the engine's thread."""
     import torch
 
-    from .gpu.cuda import CudaDevice
+    from .transfer.gpu.cuda_device import CudaDevice
 
     return CudaDevice(torch.device(name))
 
@@ -170,9 +172,9 @@ def build_transfer(
     if device.startswith("cuda"):
         transfer = _gpu_transfer(device, arena, groups, rank, blocks_per_chunk)
     else:
-        from .transfer import Transfer
+        from .transfer.host import HostCopier
 
-        transfer = Transfer(groups, arena, rank, blocks_per_chunk, config.copy_threads)
+        transfer = HostCopier(groups, arena, rank, blocks_per_chunk, config.copy_threads)
     try:
         transfer.self_test()
     except BaseException:
@@ -182,14 +184,14 @@ def build_transfer(
 
 
 def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
-    from .gpu.calibrate import calibrated
-    from .gpu.device import DeviceError
-    from .gpu.numa import process_nodes
-    from .gpu.planner import choose
-    from .gpu.saved import DeviceId
-    from .gpu.stopwatch import Stopwatch
-    from .gpu.table import Abilities, Link
-    from .gpu.transfer import GpuTransfer
+    from .transfer.gpu.calibrate import calibrated
+    from .transfer.gpu.calibration_file import DeviceId
+    from .transfer.gpu.copier import GpuCopier
+    from .transfer.gpu.device import DeviceError
+    from .transfer.gpu.link_table import Abilities, HostLink
+    from .transfer.gpu.numa import process_nodes
+    from .transfer.gpu.planner import choose
+    from .transfer.gpu.stopwatch import Stopwatch
 
     logger.warning(
         "kvkern: the KV cache is on %s. This path is proven without a GPU and has not run on one yet: compare answers with and "
@@ -198,11 +200,11 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
     try:
         device = _cuda(name)
         info = device.info
-        unseen = DeviceId(device.name, "unknown", Link(0, 0), cpu_nodes=process_nodes())
+        unseen = DeviceId(device.name, "unknown", HostLink(0, 0), cpu_nodes=process_nodes())
         identity = unseen if info is None else DeviceId.here(info)
         able = Abilities(device.batch_api, device.host_pointers)
         watch = partial(Stopwatch, device, able.batch_api, able.host_pointers)
         table = calibrated(watch, identity, able, user_cache_dir())
-        return GpuTransfer(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
+        return GpuCopier(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
     except DeviceError as error:
         raise UnsupportedError(f"kvkern cannot copy to and from {name}: {error}") from error

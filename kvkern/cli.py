@@ -59,9 +59,9 @@ def demo(
     """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 6 minutes."""
     import signal
 
-    from .demo import process, run
+    from .demo import engine_process, run
 
-    process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)
+    engine_process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)
     options = run.Options(
         model=model,
         workdir=workdir or run.default_workdir(),
@@ -108,8 +108,8 @@ def serve(
     import logging
 
     from .config import parse_nbytes
-    from .node import server
-    from .node.sessions import Quotas
+    from .node.daemon import server
+    from .node.daemon.sessions import Quotas
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
     with _errors():
@@ -202,11 +202,11 @@ def record(
     seconds: Annotated[float | None, typer.Option(min=0, help="End after so long. Default: on Ctrl-C.")] = None,
 ) -> None:
     """Record the requests of a daemon's engines as a trace for `kvkern replay`. It holds no keys and no tokens."""
-    from .node import record
+    from .node.client import trace_recorder
 
     with _errors():
         typer.echo(f"kvkern: recording into {out}", err=True)
-        writer, why = record.record(socket, out, requests, seconds)
+        writer, why = trace_recorder.record(socket, out, requests, seconds)
         typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
 
 
@@ -281,7 +281,7 @@ def replay(
     from rich.console import Console
 
     from .config import parse_nbytes
-    from .policy.persist import Costs
+    from .policy.persist_modes import Costs
     from .replay import run
 
     with _errors():
@@ -305,9 +305,9 @@ def replay(
 
 
 def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
-    from .node.operator import Operator
+    from .node.client.admin_client import AdminClient
 
-    with _errors(), Operator(socket) as daemon:
+    with _errors(), AdminClient(socket) as daemon:
         return daemon.ask(request)
     raise AssertionError("_errors leaves by typer.Exit")
 

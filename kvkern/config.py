@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .policy import checked_policy
-from .policy.persist import checked_persist
+from .policy.persist_modes import checked_persist
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from kvkern.cache import Cache
+from kvkern.cache.manager import Cache
 from kvkern.kernels.target import interpreted
 from kvkern.policy.lru import LRU
 from kvkern.tiers.dram import DramTier

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvkern.arena import Arena, ArenaSpec, create_or_attach
-from kvkern.cache import Cache
-from kvkern.slots import SlotGeometry
+from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.slots import SlotGeometry
+from kvkern.cache.manager import Cache
 from kvkern.tiers.base import ChunkShape, Reservation
 from kvkern.tiers.dram import DramTier
 

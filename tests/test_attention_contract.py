@@ -25,7 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import kvkern
 from kvkern.kernels import layout as L
-from kvkern.kernels.paged_copy import Backend, PagedTensors, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import Backend, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_tensors import PagedTensors
 
 LAYERS, BLOCKS_PER_CHUNK = 2, 3
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16

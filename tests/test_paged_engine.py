@@ -14,11 +14,11 @@ import torch
 
 import kvkern
 from kvkern.api import PagedCache
+from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import build_cache, build_transfer, open_arena
 from kvkern.config import Config
 from kvkern.kernels.layout import PagedLayout
-from kvkern.kernels.paged_copy import PagedTensors
-from kvkern.slots import SlotGeometry
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.tiers.base import ChunkShape
 from tests.paged_engine import VOCAB, PagedEngine
 

@@ -14,7 +14,7 @@ import torch
 
 import kvkern
 from kvkern.api import PagedCache
-from kvkern.cache import Cache
+from kvkern.cache.manager import Cache
 from kvkern.errors import LayoutError
 from kvkern.kernels.chunk_keys import chunk_keys
 from kvkern.policy.lru import LRU

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kvkern import __version__
-from kvkern.demo import need, process
+from kvkern.demo import engine_process, preconditions
 from kvkern.demo.engine import engine_kwargs
-from kvkern.demo.prompts import Library
-from kvkern.demo.wire import EngineSpec
+from kvkern.demo.messages import EngineSpec
+from kvkern.demo.prompts import PromptLibrary
 
 from . import venvs
 from .children import Child, PeerFailed, wait_until
@@ -53,7 +53,7 @@ class Plan:
 
     def job(self, model: Path) -> dict[str, Any]:
         """Return the part of the child's job that is the same for every system."""
-        library = Library.from_model(model)
+        library = PromptLibrary.from_model(model)
         warm_up = library.document(WARM_UP_TOKENS)
         lengths = [library.documents(self.documents, tokens) for tokens in self.prompt_tokens]
         return {
@@ -68,7 +68,7 @@ class Plan:
         """Return one step per prompt: ExampleConnector stores only what a prompt's first step computes."""
         longest = max(self.prompt_tokens)
         pool_blocks = 2 * -(-longest // BLOCK_TOKENS) + 1
-        nbytes = pool_blocks * BLOCK_TOKENS * need.kv_nbytes_per_token(model, dtype_nbytes=2)
+        nbytes = pool_blocks * BLOCK_TOKENS * preconditions.kv_nbytes_per_token(model, dtype_nbytes=2)
         return EngineSpec(
             model=str(model),
             kv_pool_nbytes=nbytes,
@@ -78,7 +78,7 @@ class Plan:
         )
 
     def environment(self) -> dict[str, str]:
-        env = process.environment(verbose=False) | QUIET
+        env = engine_process.environment(verbose=False) | QUIET
         if self.reserved_cpus is not None:
             env["VLLM_CPU_NUM_OF_RESERVED_CPU"] = str(self.reserved_cpus)
         return env
@@ -161,7 +161,7 @@ def _lmcache_mp(workdir: Path, say: Callable[[str], None]) -> Iterator[Ready]:
     }  # fmt: skip
     words = [str(word) for pair in arguments.items() for word in pair]
     command = [python, str(HERE / "lmcache_server_child.py"), *words, "--no-l1-use-lazy"]
-    env = process.environment(verbose=False) | QUIET  # its log level stays INFO: one line per load, the witness
+    env = engine_process.environment(verbose=False) | QUIET  # its log level stays INFO: one line per load, the witness
     transfer = {
         "kv_connector": "LMCacheMPConnector",
         "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",

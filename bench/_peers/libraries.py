@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kvkern import __version__
-from kvkern.demo import process
+from kvkern.demo import engine_process
 
 from . import venvs
 from .children import Child
@@ -47,7 +47,7 @@ def measure(name: str, plan: Plan, workdir: Path, say: Callable[[str], None]) ->
     rival = SYSTEMS[name]
     python = venvs.ensure(rival, workdir, say) if rival else Path(sys.executable)
     script = HERE / f"library_{name.removesuffix('_inproc')}_child.py"
-    env = process.environment(verbose=False) | QUIET | LIBRARY_ENV
+    env = engine_process.environment(verbose=False) | QUIET | LIBRARY_ENV
     version = rival.version if rival else __version__
     rows: list[Row] = []
     for pages in PAGES[name]:

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _gpu import open_rig
 from gpu_paths import Copies
 
-from kvkern.gpu.planner import Method
-from kvkern.gpu.table import Direction, Link, seeds
-from kvkern.nvtx import span
+from kvkern.transfer.gpu.link_table import Direction, HostLink, seeds
+from kvkern.transfer.gpu.planner import Method
+from kvkern.transfer.nvtx import span
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     options(parser)
     args = parser.parse_args()
     rig = open_rig(args.device)
-    with closing(Copies(rig, rig.device(), args.run_nbytes, args.chunks, seeds(Link()))) as copies:
+    with closing(Copies(rig, rig.device(), args.run_nbytes, args.chunks, seeds(HostLink()))) as copies:
         copies.ctas = args.ctas
         for direction, name in ((Direction.D2H, "store"), (Direction.H2D, "load")):
             copies.run(direction, args.chunks, Method(args.method))  # compiles

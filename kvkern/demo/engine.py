@@ -9,7 +9,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
-from .wire import Answer, EngineSpec
+from .messages import Answer, EngineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,12 +22,12 @@ from typing import Protocol
 
 import msgspec
 
-from . import mixed, node
-from .prompts import Library
-from .wire import BLOCK_TOKENS, Answer, Plan, Progress
+from . import mixed_workload, supervised_daemon
+from .messages import BLOCK_TOKENS, Answer, Plan, Progress
+from .prompts import PromptLibrary
 
 
-class Asks(Protocol):
+class EngineVerbs(Protocol):
     """The part of `Engine` that phases need."""
 
     def ask(
@@ -41,13 +41,13 @@ Prompts = dict[str, list[int]]
 Turn = tuple[Answer, list[int]]  # and its prompt
 
 
-class Desk:
+class MeasuredEngine:
     """Asks an engine and passes every answer on."""
 
     def __init__(
         self,
-        engine: Asks,
-        library: Library,
+        engine: EngineVerbs,
+        library: PromptLibrary,
         plan: Plan,
         emit: Emit,
         socket: str | None = None,  # of the engine's daemon
@@ -88,7 +88,7 @@ class Desk:
         return {f"{kind}-{index}": self.library.document(num_tokens) for index in range(count)}
 
 
-def vllm_alone(desk: Desk) -> None:
+def vllm_alone(desk: MeasuredEngine) -> None:
     """What vLLM does without kvkern: every forgotten prompt is computed again."""
     desk.ask_all("recompute", desk.overcommit)
     desk.ask_all("overcommit_native", desk.overcommit)
@@ -96,7 +96,7 @@ def vllm_alone(desk: Desk) -> None:
     _converse(desk, "turn_vllm", forget=False)
 
 
-def vllm_with_kvkern(desk: Desk) -> None:
+def vllm_with_kvkern(desk: MeasuredEngine) -> None:
     """What is loaded instead, and the native hit of the same cached length beside it."""
     desk.ask_all("fill", desk.overcommit)
     for prompt_id, prompt in desk.overcommit.items():
@@ -108,7 +108,7 @@ def vllm_with_kvkern(desk: Desk) -> None:
     _converse(desk, "turn_kvkern", forget=True)
 
 
-def float32(desk: Desk) -> None:
+def float32(desk: MeasuredEngine) -> None:
     """In bf16 vLLM's own prefill differs from its own hits in the last bits; in float32 all three agree."""
     for prompt_id, prompt in list(desk.overcommit.items())[: desk.plan.float32_prompts]:
         desk.ask("recompute_float32", prompt_id, prompt)
@@ -118,35 +118,35 @@ def float32(desk: Desk) -> None:
         desk.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
 
 
-def first_of_node(desk: Desk) -> None:
+def first_of_node(desk: MeasuredEngine) -> None:
     """Computes what the others will load."""
     documents = _node_documents(desk)
     for prompt_id, prompt in documents.items():
         desk.ask("fill", prompt_id, prompt, 1)
     chunks = sum(len(prompt) // BLOCK_TOKENS for prompt in documents.values())
-    node.wait_for(desk.socket, lambda row: row.get("chunks", 0) >= chunks)
+    supervised_daemon.wait_for(desk.socket, lambda row: row.get("chunks", 0) >= chunks)
     desk.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
 
 
-def second_of_node(desk: Desk) -> None:
+def second_of_node(desk: MeasuredEngine) -> None:
     """Hits what the first has computed; then without a daemon; then with the restarted one."""
     documents = _node_documents(desk)
     _load_pairs(desk, documents, "second_engine", "second_engine_native", desk.plan.node_pairs)
-    sessions = node.kill(desk.socket)
+    sessions = supervised_daemon.kill(desk.socket)
     desk.engine.forget()
     prompt_id, prompt = next(iter(documents.items()))
     desk.ask("daemon_gone", prompt_id, prompt)
     desk.say("daemon killed with -9: the engine computes and goes on")
-    node.wait_for(desk.socket, lambda row: row.get("sessions", 0) >= sessions)
+    supervised_daemon.wait_for(desk.socket, lambda row: row.get("sessions", 0) >= sessions)
     _load_pairs(desk, documents, "daemon_restart", "daemon_restart_native", desk.plan.node_pairs)
 
 
-def again_on_node(desk: Desk) -> None:
+def again_on_node(desk: MeasuredEngine) -> None:
     """A restarted engine finds what its predecessors computed."""
     _load_pairs(desk, _node_documents(desk), "engine_restart", "engine_restart_native", desk.plan.node_pairs)
 
 
-def computed(desk: Desk) -> None:
+def computed(desk: MeasuredEngine) -> None:
     """What the documents cost who has nothing of them."""
     for prompt_id, prompt in _node_documents(desk).items():
         answers = []
@@ -157,10 +157,10 @@ def computed(desk: Desk) -> None:
         desk.say(f"recompute: {len(answers)} x {len(prompt):,} tokens, median {ttft_s:.2f} s to the first token")
 
 
-def other_node(desk: Desk) -> None:
+def other_node(desk: MeasuredEngine) -> None:
     """Loads what the first node has written to the remote store, and has nowhere else."""
     _load_pairs(desk, _node_documents(desk), "remote", "native_hit", desk.plan.node_pairs, partial(_from_remote, desk))
-    row = node.stat(desk.socket)
+    row = supervised_daemon.stat(desk.socket)
     if late := row["remote_late_chunks"]:
         desk.say(f"{late} chunks came when computing would have been done: the engine had gone on without them")
     if unasked := row["remote_unasked_chunks"]:
@@ -169,29 +169,29 @@ def other_node(desk: Desk) -> None:
         desk.say(f"{gated} chunks were left in the store: it takes longer than computing them")
 
 
-def _from_remote(desk: Desk, case: str, prompt_id: str, prompt: list[int]) -> Answer:
+def _from_remote(desk: MeasuredEngine, case: str, prompt_id: str, prompt: list[int]) -> Answer:
     """Ask when the daemon's memory is empty; the answer tells what the daemon has read from the store for it."""
-    node.clear(desk.socket)
-    before = node.stat(desk.socket)["remote_hit_chunks"]
+    supervised_daemon.clear(desk.socket)
+    before = supervised_daemon.stat(desk.socket)["remote_hit_chunks"]
     answer = desk.ask_quietly(case, prompt_id, prompt)
-    chunks = node.stat(desk.socket)["remote_hit_chunks"] - before
+    chunks = supervised_daemon.stat(desk.socket)["remote_hit_chunks"] - before
     answer = msgspec.structs.replace(answer, remote_tokens=chunks * BLOCK_TOKENS)
     desk.emit(answer)
     return answer
 
 
-def _node_documents(desk: Desk) -> Prompts:
+def _node_documents(desk: MeasuredEngine) -> Prompts:
     return desk.short | dict(list(desk.long.items())[:1])
 
 
-def _hit_pairs(desk: Desk, prompts: Prompts) -> None:
+def _hit_pairs(desk: MeasuredEngine, prompts: Prompts) -> None:
     for prompt_id, prompt in prompts.items():
         desk.ask("fill", prompt_id, prompt, 1)
     _load_pairs(desk, prompts, "kvkern_hit", "native_hit", desk.plan.pairs)
 
 
 def _load_pairs(
-    desk: Desk,
+    desk: MeasuredEngine,
     prompts: Prompts,
     case: str,
     native_case: str,
@@ -210,7 +210,7 @@ def _load_pairs(
         desk.say(f"{len(pairs)} x {len(prompt):,} tokens: {title} {ours_s:.3f} s, native hit {native_s:.3f} s")
 
 
-def _converse(desk: Desk, case: str, *, forget: bool) -> None:
+def _converse(desk: MeasuredEngine, case: str, *, forget: bool) -> None:
     history: list[int] = []
     for index, user_tokens in enumerate(desk.turns):
         history = history + user_tokens
@@ -225,11 +225,11 @@ def _converse(desk: Desk, case: str, *, forget: bool) -> None:
     desk.say(f"conversation: {len(desk.turns)} turns, {len(history):,} tokens")
 
 
-def overcommitted(desk: Desk, case: str) -> None:
+def overcommitted(desk: MeasuredEngine, case: str) -> None:
     """One token a reply: only the time counts, and what was loaded."""
     mix = desk.plan.mix
-    drawn = mixed.requests(mix)
-    texts = {source: desk.library.document(length) for source, length in mixed.lengths(drawn).items()}
+    drawn = mixed_workload.requests(mix)
+    texts = {source: desk.library.document(length) for source, length in mixed_workload.lengths(drawn).items()}
     held: dict[str, list[Turn]] = {}  # by source
     for request in drawn:
         desk.engine.forget()
@@ -259,7 +259,7 @@ def _num_loaded(turns: list[Turn]) -> int:
     return sum(answer.loaded_tokens > 0 for answer, _ in turns)
 
 
-def _hold_natively(desk: Desk, case: str, turns: list[Turn]) -> None:
+def _hold_natively(desk: MeasuredEngine, case: str, turns: list[Turn]) -> None:
     """The same turns with the same parts computed, as a tenant whom kvkern has nothing for."""
     salt = ""
     for answer, prompt in turns:
@@ -269,7 +269,7 @@ def _hold_natively(desk: Desk, case: str, turns: list[Turn]) -> None:
         desk.ask(case, answer.prompt_id, prompt, 1, salt)
 
 
-PHASES: dict[str, Callable[[Desk], None]] = {
+PHASES: dict[str, Callable[[MeasuredEngine], None]] = {
     "vllm": vllm_alone,
     "kvkern": vllm_with_kvkern,
     "float32": float32,

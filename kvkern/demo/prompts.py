@@ -19,7 +19,7 @@ class OutOfText(RuntimeError):
 
 
 @dataclass
-class Library:
+class PromptLibrary:
     """Hands out documents front to back; the same library in another process hands out the same ones."""
 
     tokens: list[int]  # the whole text
@@ -29,7 +29,7 @@ class Library:
     def from_model(
         cls,
         model: Path,  # a model folder with a tokenizer.json
-    ) -> "Library":
+    ) -> "PromptLibrary":
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         text = corpus.text(TEXT_CHARS)
         pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]

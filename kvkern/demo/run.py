@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from . import chart, checks, model, need, node, process, report, store
-from .wire import Answer, Done, EngineSpec, Event, Job, Mix, Plan, Progress, Ready
+from . import chart, engine_process, model, preconditions, remote_store, report, supervised_daemon, verdict
+from .messages import Answer, Done, EngineSpec, Event, Job, MixedWorkload, Plan, Progress, Ready
 
 EXIT_OK = 0
 EXIT_WRONG = 1  # tokens differ, or nothing was loaded
@@ -51,7 +51,7 @@ def default_workdir() -> Path:
     return Path(tempfile.gettempdir()) / f"kvkern-demo-{os.getuid()}"
 
 
-class Clock:
+class PhaseClock:
     """Prints lines with the seconds since the start."""
 
     def __init__(self, console: Console) -> None:
@@ -70,13 +70,13 @@ class Clock:
 
 def demo(options: Options, plan: Plan | None = None) -> int:
     """Run everything and return the exit code."""
-    clock = Clock(Console())
+    clock = PhaseClock(Console())
     try:
         return _demo(options, plan or Plan(), clock)
-    except need.NotReadyError as failure:
+    except preconditions.NotReadyError as failure:
         clock.fail(failure)
         return EXIT_NOT_READY
-    except process.EngineFailed as failure:
+    except engine_process.EngineFailed as failure:
         clock.fail(failure)
         return EXIT_ENGINE
     except KeyboardInterrupt:
@@ -84,13 +84,13 @@ def demo(options: Options, plan: Plan | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _demo(options: Options, plan: Plan, clock: Clock) -> int:
-    need.require_packages()
+def _demo(options: Options, plan: Plan, clock: PhaseClock) -> int:
+    preconditions.require_packages()
     if options.remote is not None:
-        store.check(options.remote)
+        remote_store.check(options.remote)
     options.workdir.mkdir(parents=True, exist_ok=True)
     folder = _model(options, clock)
-    logs = process.Logs(options.workdir, options.verbose)
+    logs = engine_process.Logs(options.workdir, options.verbose)
     if options.remote is not None:
         answers = _remote_answers(options.remote, folder, options.capacity, plan, logs, clock.say)
     else:
@@ -121,15 +121,15 @@ def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]
 
 
 def _node_answers(
-    folder: Path, capacity: str | None, plan: Plan, logs: process.Logs, say: Callable[[str], None]
+    folder: Path, capacity: str | None, plan: Plan, logs: engine_process.Logs, say: Callable[[str], None]
 ) -> list[Answer]:
     """Two engines at a time on one daemon, then a third."""
     answers: list[Answer] = []
-    with node.Daemon(capacity or default_capacity(folder), logs.path("daemon")) as daemon:
+    with supervised_daemon.Daemon(capacity or default_capacity(folder), logs.path("daemon")) as daemon:
         spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
         until = daemon.socket.with_name("enough")
         say("[bold]the node's daemon, and a first engine[/bold]: starting both")
-        with closing(process.run(Job("first", spec, plan, until=str(until)), logs)) as first:
+        with closing(engine_process.run(Job("first", spec, plan, until=str(until)), logs)) as first:
             answers += _until_ready(first, say)
             say("[bold]a second engine beside the first[/bold]: starting it")
             answers += _answers(Job("second", spec, plan), logs, say)
@@ -141,7 +141,7 @@ def _node_answers(
 
 
 def _remote_answers(
-    url: str, folder: Path, capacity: str | None, plan: Plan, logs: process.Logs, say: Callable[[str], None]
+    url: str, folder: Path, capacity: str | None, plan: Plan, logs: engine_process.Logs, say: Callable[[str], None]
 ) -> list[Answer]:
     """Two nodes one after the other, which have nothing in common but the store; nothing of theirs stays in it."""
     salt, keys = secrets.token_hex(8), list[bytes]()  # what is there from earlier runs is another tenant's
@@ -149,17 +149,19 @@ def _remote_answers(
     say("[bold]vLLM alone, bf16[/bold]: starting the engine (15 to 40 s)")
     answers = _answers(Job("computed", engine_spec(folder), plan, salt=salt), logs, say)
     try:
-        say(f"[bold]one node[/bold], which writes all it has to {store.name(url)}: starting its daemon and an engine")
+        say(
+            f"[bold]one node[/bold], which writes all it has to {remote_store.name(url)}: starting its daemon and an engine"
+        )
         writes = ("--remote", url, "--persist", "all", "--remote-queue", capacity)
-        with node.Daemon(capacity, logs.path("daemon-first"), "first", writes) as daemon:
+        with supervised_daemon.Daemon(capacity, logs.path("daemon-first"), "first", writes) as daemon:
             spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
             try:
                 answers += _answers(Job("first", spec, plan, salt=salt), logs, say)
                 _wait_until_written(daemon.socket, say)
             finally:
-                keys += node.keys(daemon.socket)
+                keys += supervised_daemon.keys(daemon.socket)
         say("[bold]another node[/bold]; the first one is gone, its memory too: starting a daemon and an engine")
-        with node.Daemon(capacity, logs.path("daemon-second"), "second", ("--remote", url)) as daemon:
+        with supervised_daemon.Daemon(capacity, logs.path("daemon-second"), "second", ("--remote", url)) as daemon:
             spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
             answers += _answers(Job("remote", spec, plan, salt=salt), logs, say)
     finally:
@@ -173,9 +175,9 @@ def _wait_until_written(socket: Path, say: Callable[[str], None]) -> None:
     def over(row: dict[str, int]) -> bool:
         return row.get("remote_written_chunks", 0) + row.get("remote_dropped_chunks", 0) >= row.get("chunks", 0)
 
-    row = node.wait_for(socket, over, WRITE_LIMIT_S)
+    row = supervised_daemon.wait_for(socket, over, WRITE_LIMIT_S)
     if row["remote_dropped_chunks"]:
-        raise process.EngineFailed(
+        raise engine_process.EngineFailed(
             f"the remote store took {row['remote_written_chunks']} of {row['chunks']} chunks of {row['slot_nbytes']:,} bytes "
             f"({row['remote_failures']} calls failed): see that it runs and has room"
         )
@@ -185,28 +187,28 @@ def _wait_until_written(socket: Path, say: Callable[[str], None]) -> None:
 
 def _leave_nothing(url: str, keys: list[bytes], say: Callable[[str], None]) -> None:
     try:
-        store.delete(url, keys)
-    except need.NotReadyError as failure:
+        remote_store.delete(url, keys)
+    except preconditions.NotReadyError as failure:
         say(f"up to {len(keys)} values of the demo stay in the store: {failure}")
 
 
 def engine_spec(folder: Path) -> EngineSpec:
     """Return vLLM alone with this model in bf16 and a pool of POOL_TOKENS."""
-    return EngineSpec(model=str(folder), kv_pool_nbytes=POOL_TOKENS * need.kv_nbytes_per_token(folder, 2))
+    return EngineSpec(model=str(folder), kv_pool_nbytes=POOL_TOKENS * preconditions.kv_nbytes_per_token(folder, 2))
 
 
 def default_capacity(folder: Path) -> str:
     """Return how many bytes kvkern gets for this model when the user does not say."""
-    return str(max(MIN_CAPACITY_NBYTES, CAPACITY_TOKENS * need.kv_nbytes_per_token(folder, 4)))
+    return str(max(MIN_CAPACITY_NBYTES, CAPACITY_TOKENS * preconditions.kv_nbytes_per_token(folder, 4)))
 
 
-def arena_capacity(folder: Path, mix: Mix) -> str:
+def arena_capacity(folder: Path, mix: MixedWorkload) -> str:
     """Return how many bytes hold `mix.arena_chunks` of this model in bf16; some chunks less of models above 64 layers."""
-    chunk_nbytes = mix.chunk_tokens * need.kv_nbytes_per_token(folder, 2)
+    chunk_nbytes = mix.chunk_tokens * preconditions.kv_nbytes_per_token(folder, 2)
     return str(4096 + mix.arena_chunks * (chunk_nbytes + SLOT_EXTRA_NBYTES))
 
 
-def _model(options: Options, clock: Clock) -> Path:
+def _model(options: Options, clock: PhaseClock) -> Path:
     if options.model is not None:
         clock.say(f"model: {options.model}")
         return options.model
@@ -215,8 +217,8 @@ def _model(options: Options, clock: Clock) -> Path:
     return model.ensure(config, options.workdir)
 
 
-def _answers(job: Job, logs: process.Logs, say: Callable[[str], None]) -> list[Answer]:
-    with closing(process.run(job, logs)) as events:
+def _answers(job: Job, logs: engine_process.Logs, say: Callable[[str], None]) -> list[Answer]:
+    with closing(engine_process.run(job, logs)) as events:
         return _until_ready(events, say)
 
 
@@ -236,14 +238,14 @@ def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[An
     return answers
 
 
-def _conclude(options: Options, answers: list[Answer], clock: Clock) -> int:
+def _conclude(options: Options, answers: list[Answer], clock: PhaseClock) -> int:
     shown = report.rows(answers)
     if options.remote is not None:
-        findings = checks.remote(answers)
+        findings = verdict.remote(answers)
         equal = findings[-1:]
     else:
-        equal = checks.judge(answers)
-        findings = [checks.loaded(answers), checks.policies(answers), *equal]
+        equal = verdict.judge(answers)
+        findings = [verdict.loaded(answers), verdict.policies(answers), *equal]
     clock.console.print()
     clock.console.print(report.table(shown))
     for finding in findings:
@@ -256,7 +258,7 @@ def _conclude(options: Options, answers: list[Answer], clock: Clock) -> int:
 
 
 def _write(
-    options: Options, shown: list[report.Row], findings: list[checks.Finding], tokens_equal: bool, clock: Clock
+    options: Options, shown: list[report.Row], findings: list[verdict.Finding], tokens_equal: bool, clock: PhaseClock
 ) -> None:
     meta = report.meta()
     chart_path = options.chart_path or options.workdir / ("demo.png" if options.remote is None else "demo-remote.png")

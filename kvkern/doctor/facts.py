@@ -14,15 +14,15 @@ import resource
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arena import available_memory
+from ..arena.free_memory import available_memory
 from ..config import user_cache_dir
-from ..gpu import saved
-from ..gpu.device import DeviceError
-from ..gpu.driver import load_libcuda, trusts_batches
-from ..gpu.numa import cpu_list
-from ..gpu.nvml import GpuInfo, read_gpus
-from ..gpu.saved import DeviceId
-from ..gpu.table import Abilities, Calibration, seeds
+from ..transfer.gpu import calibration_file
+from ..transfer.gpu.calibration_file import DeviceId
+from ..transfer.gpu.cuda_driver import load_libcuda, trusts_batches
+from ..transfer.gpu.device import DeviceError
+from ..transfer.gpu.link_table import Abilities, Calibration, seeds
+from ..transfer.gpu.numa import cpu_list
+from ..transfer.gpu.nvml import GpuInfo, read_gpus
 
 BATCH_API_CUDA = 12080  # cuMemcpyBatchAsync
 REQUIRED = ("blake3", "msgspec", "numba", "numpy", "prometheus_client", "rich", "typer")
@@ -136,7 +136,7 @@ def gather(
 def _gpu(info: GpuInfo, able: Abilities, cache_dir: Path) -> Gpu:
     batches = able.batch_api and trusts_batches(able.host_pointers, info.capability)
     start = seeds(info.link, replace(able, batch_api=batches))
-    table = saved.load(DeviceId.here(info), start, cache_dir)
+    table = calibration_file.load(DeviceId.here(info), start, cache_dir)
     return Gpu(info, table or start, table is not None)
 
 

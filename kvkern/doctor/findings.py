@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..config import format_nbytes
-from ..gpu.calibrate import unmeasured
-from ..gpu.table import Direction, seeds
+from ..transfer.gpu.calibrate import unmeasured
+from ..transfer.gpu.link_table import Direction, seeds
 from .facts import BATCH_API_CUDA, Facts, Gpu
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import format_nbytes
-from ..gpu.calibrate import rich_table
+from ..transfer.gpu.calibrate import rich_table
 from .facts import ENGINES, OPTIONAL, VECTORS, Facts, Gpu
 from .findings import Finding, Severity
 

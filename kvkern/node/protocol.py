@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from ..arena.slots import SlotGeometry
 from ..errors import ConfigError, KvkernError
 from ..keys import KEY_NBYTES
 from ..policy.base import Stop, Use
-from ..slots import SlotGeometry
 
 VERSION = 3
 MAX_FRAME_NBYTES = 4 << 20

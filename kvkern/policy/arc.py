@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .classic import Classic, Condemned
+from .textbook import Classic, Condemned
 
 _List = OrderedDict[bytes, None]
 

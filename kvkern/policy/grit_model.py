@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from ..bounded_dict import BoundedDict
 from ..errors import ConfigError
-from .recent import Recent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -227,8 +227,10 @@ class GritModel:
         self.ghosts = 0  # of all caches that share this
         self.members = 0
         self.numbers = count(1)  # of members; what follows is theirs, by (member, number)
-        self.requests: Recent[tuple[int, int], tuple[int, int]] = Recent(OPEN_REQUESTS)  # row and serial
-        self.sessions: Recent[tuple[int, int], tuple[int, float, float]] = Recent(OPEN_SESSIONS)  # turn, time, rhythm
+        self.requests: BoundedDict[tuple[int, int], tuple[int, int]] = BoundedDict(OPEN_REQUESTS)  # row and serial
+        self.sessions: BoundedDict[tuple[int, int], tuple[int, float, float]] = BoundedDict(
+            OPEN_SESSIONS
+        )  # turn, time, rhythm
         self._now: float | None = None
         self.fit(0.0)
 

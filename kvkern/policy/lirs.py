@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .classic import Classic, Condemned
+from .textbook import Classic, Condemned
 
 _HIR_SHARE = 0.05
 _GHOSTS_PER_SLOT = 10

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .classic import Classic, Condemned
+from .textbook import Classic, Condemned
 
 _MAX_USES = 3
 _GHOSTS_PER_SLOT = 32  # AIBrix drops none; with these the decisions are all but the same

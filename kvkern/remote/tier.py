@@ -20,22 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from ..arena import Arena
+from ..arena.file import Arena
 from ..metrics import CacheCounters
 from ..policy.base import Use
-from ..policy.persist import Persist
+from ..policy.persist_modes import Persist
 from ..tiers.base import Lease
-from ..tiers.headers import verify_slots
-from .base import RemoteError, RemoteStore
-from .breaker import Breaker
-from .calls import Calls
-from .fetch import Reader
-from .known import Known
-from .local import Asked, Local, Misses
-from .opened import Opened
-from .outbox import NO_SLOT, Entry, WriteBehind
-from .speeds import Speeds
-from .value import outgoing_parts
+from ..tiers.slot_headers import verify_slots
+from .cache_side import CacheSide, FaultsAsMisses
+from .circuit_breaker import CircuitBreaker
+from .cost_model import CostModel
+from .prefix_reader import PrefixReader
+from .presence_cache import PresenceCache
+from .store_calls import StoreCalls
+from .store_thread import StoreThread
+from .stores.base import RemoteError, RemoteStore
+from .value_format import outgoing_parts
+from .waiting_request import WaitingRequest
+from .write_behind import NO_SLOT, PendingWrite, WriteBehind
 
 WINDOW_S = 0.05  # what a call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
@@ -50,20 +51,20 @@ class RemoteTier:
         store: RemoteStore,
         name: str,  # for messages; no secrets
         arena: Arena,
-        local: Local,
+        local: CacheSide,
         counters: CacheCounters,
-        faults: Misses,
+        faults: FaultsAsMisses,
         mode: Persist,
         queue_nbytes: int,  # of what may wait to be written
         timeout_s: float,  # of a call
-        opened: Opened | None = None,  # the store's thread, if it is open already; the tier's from `start` on
+        opened: StoreThread | None = None,  # the store's thread, if it is open already; the tier's from `start` on
     ) -> None:
         self._store, self._name, self._arena, self._local = store, name, arena, local
-        self._opened = opened or Opened(store)
+        self._opened = opened or StoreThread(store)
         self._counters, self._faults = counters, faults
         geometry = arena.spec.geometry
-        self.breaker = Breaker(name)
-        self.speeds = Speeds(geometry.slot_nbytes)
+        self.breaker = CircuitBreaker(name)
+        self.speeds = CostModel(geometry.slot_nbytes)
         limit = max(1, queue_nbytes // geometry.slot_nbytes)
         self.spare = 0 if mode is Persist.HOT else min(limit, max(1, arena.spec.num_slots // 8))
         self.outbox = WriteBehind(
@@ -73,9 +74,9 @@ class RemoteTier:
         self._wake = asyncio.Event()
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._calls = Calls(store, self.breaker, counters, timeout_s)
-        self.known = Known(self.speeds)
-        self.reader = Reader(
+        self._calls = StoreCalls(store, self.breaker, counters, timeout_s)
+        self.known = PresenceCache(self.speeds)
+        self.reader = PrefixReader(
             arena, local, self._calls, self.breaker.allows, self.speeds, self.known, counters, faults, self._window,
             lambda: self.outbox.chunk_tokens,
         )  # fmt: skip
@@ -162,7 +163,7 @@ class RemoteTier:
 
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
         """A lease of what this one has and the store adds to it. Done at once if that is sure to be nothing."""
-        asked = Asked(list(keys), use, prefix, [lease])
+        asked = WaitingRequest(list(keys), use, prefix, [lease])
         with self._lock:
             if not self._closing and self.reader.takes(asked):
                 self._loop.call_soon_threadsafe(self._begin, asked)
@@ -170,7 +171,7 @@ class RemoteTier:
         asked.reply()
         return asked.answer
 
-    def _begin(self, asked: Asked) -> None:
+    def _begin(self, asked: WaitingRequest) -> None:
         self._spawn(self.reader.serve(asked))
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class RemoteTier:
                 await self._write_window(entries)
         self._writing = False
 
-    async def _write_window(self, entries: list[Entry]) -> None:
+    async def _write_window(self, entries: list[PendingWrite]) -> None:
         """Write those that the store lacks, and give everything back."""
         lease = self._local.lease([entry.key for entry in entries if entry.slot == NO_SLOT], prefix=False)
         owned = {entry.key: entry.slot for entry in entries if entry.slot != NO_SLOT}

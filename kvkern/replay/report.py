@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from .cells import MIN, Result
+from .grid import MIN, Result
 
 STYLES = {  # policy -> colour, line, width; others get what matplotlib gives them
     MIN: ("#52606d", "--", 1.4), "lru": ("#9aa5b1", "-", 1.4), "grit": ("#e4572e", "-", 2.2),

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..demo.report import write_json
 from ..errors import ConfigError
-from ..policy.persist import Costs
+from ..policy.persist_modes import Costs
 from . import report
-from .cells import MIN, Cell, Result, capacity_chunks, checked_policies, run
+from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run
 from .trace import trace_name
 from .two_tier import checked_mode, modes_of
 

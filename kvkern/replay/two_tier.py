@@ -15,9 +15,9 @@ import numpy.typing as npt
 from ..policy import make_policy
 from ..policy.base import Keys
 from ..policy.grit import Grit
-from ..policy.persist import Persist, persist_mode
-from .drive import Progress, requests
-from .remote import NEVER, LRURemote, OracleRemote
+from ..policy.persist_modes import Persist, persist_mode
+from .policy_driver import Progress, requests
+from .remote_models import NEVER, LRURemote, OracleRemote
 from .trace import Trace
 
 ORACLE = "oracle"  # beside the modes

@@ -21,14 +21,15 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..arena import Slots, process_start
+from ..arena.file import Slots
+from ..arena.process_identity import process_start
+from ..arena.slots import SlotState
 from ..errors import ConfigError
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
-from ..policy.shares import Shares
-from ..slots import SlotState
+from ..policy.namespace_shares import NamespaceShares
 from .base import Adopted, Changes, ChunkShape, Lease, Outbox, Reservation, prefix_length
-from .headers import begin_slots, verify_slots
+from .slot_headers import begin_slots, verify_slots
 
 _UNKNOWN = Use()
 
@@ -323,7 +324,7 @@ class DramTier:
     def trim(self, namespace: bytes, limit: int) -> tuple[int, bool]:
         """Evict chunks of a namespace until it has `limit` slots. Returns how many, without shares none, and whether leases
         keep it above."""
-        if not isinstance(self._policy, Shares):
+        if not isinstance(self._policy, NamespaceShares):
             return 0, False
         named = self._policy.victims_of(namespace, self._policy.size(namespace) - limit)
         return len(self._evict(named)), self._policy.size(namespace) > limit

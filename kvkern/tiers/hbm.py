@@ -16,12 +16,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..arena import ArenaSpec, Slots
+from ..arena.file import ArenaSpec, Slots
+from ..arena.slots import HEAD, IDENTITY, SlotGeometry, SlotState, seal
 from ..config import format_nbytes
 from ..errors import ArenaError, ConfigError
 from ..policy.base import Use
 from ..policy.lru import LRU
-from ..slots import HEAD, IDENTITY, SlotGeometry, SlotState, seal
 from .base import Lease
 from .dram import DramTier
 

@@ -21,12 +21,12 @@ from kvkern.doctor import facts as facts_module
 from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, gather
 from kvkern.doctor.findings import Severity, findings
 from kvkern.doctor.report import as_json, show
-from kvkern.gpu import saved
-from kvkern.gpu.device import DeviceError
-from kvkern.gpu.numa import cpu_list
-from kvkern.gpu.nvml import GpuInfo
-from kvkern.gpu.saved import DeviceId
-from kvkern.gpu.table import Calibration, seeds
+from kvkern.transfer.gpu import calibration_file
+from kvkern.transfer.gpu.calibration_file import DeviceId
+from kvkern.transfer.gpu.device import DeviceError
+from kvkern.transfer.gpu.link_table import Calibration, seeds
+from kvkern.transfer.gpu.numa import cpu_list
+from kvkern.transfer.gpu.nvml import GpuInfo
 
 INFO = GpuInfo("NVIDIA H100", "570.124", "0000:3b:00.0", 80 << 30, 5, 5, 5, 16, 16, 0, 0, False)
 TABLE = seeds(INFO.link)
@@ -206,7 +206,7 @@ def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = facts_module.read_gpus()
     monkeypatch.setattr(facts_module, "read_gpus", lambda sysfs: replace(found, gpus=(INFO,), cuda=12080))
     assert [g.is_saved for g in gather(cache_dir=tmp_path).gpus] == [False]
-    saved.save(DeviceId.here(INFO), GPU.table, tmp_path)
+    calibration_file.save(DeviceId.here(INFO), GPU.table, tmp_path)
     (with_table,) = gather(cache_dir=tmp_path).gpus
     assert (with_table.is_saved, with_table.table.d2h) == (True, GPU.table.d2h)
     assert with_table.table.abilities.batch_api

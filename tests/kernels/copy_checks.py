@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvkern.kernels import layout as L
 from kvkern.kernels.checksum import checksum
 from kvkern.kernels.layout import PagedLayout, Plane, plane_views
-from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_tensors import PagedTensors
 from tests.kernels.paged_cases import NUM_BLOCKS
 from tests.support import GUARD, guarded, storage_bytes, twin
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from kvkern.kernels import layout as L
-from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.kernels.paged_tensors import PagedTensors
 from tests.support import guarded
 
 NUM_BLOCKS = 7

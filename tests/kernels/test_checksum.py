@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvkern.kernels import layout as L
 from kvkern.kernels.checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_WEIGHT, checksum, splitmix64
-from kvkern.kernels.paged_copy import PagedTensors, gather_chunks
+from kvkern.kernels.paged_copy import gather_chunks
+from kvkern.kernels.paged_tensors import PagedTensors
 
 MASK = (1 << 64) - 1
 SIZES = [0, 1, 3, 63, 64, 65, 127, 128, 1000, 4096]

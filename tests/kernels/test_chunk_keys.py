@@ -19,7 +19,8 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkern.kernels.chunk_keys import Backend, ChainState, Tokens, adopt_keys, as_tokens, chunk_keys, extend
+from kvkern.kernels.chain_state import ChainState
+from kvkern.kernels.chunk_keys import Backend, Tokens, adopt_keys, as_tokens, chunk_keys, extend
 from kvkern.kernels.chunk_keys_ref import SEGMENT_CHUNKS
 from kvkern.kernels.errors import LayoutError
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from blake3 import blake3
 
-from kvkern.kernels.chunk_keys import ChainState, chunk_keys, extend, extend_batch
+from kvkern.kernels.chain_state import ChainState
+from kvkern.kernels.chunk_keys import chunk_keys, extend, extend_batch
 from kvkern.kernels.errors import LayoutError
 from kvkern.kernels.target import require_device
 

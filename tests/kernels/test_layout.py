@@ -10,7 +10,7 @@ import torch
 from kvkern.kernels import layout as L
 from kvkern.kernels.errors import KvkernError, LayoutError
 from kvkern.kernels.layout import PagedLayout, Plane
-from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.kernels.paged_tensors import PagedTensors
 
 BF16 = torch.bfloat16
 

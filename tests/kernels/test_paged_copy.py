@@ -12,7 +12,8 @@ from hypothesis import given, settings
 
 from kvkern.kernels import layout as L
 from kvkern.kernels.errors import LayoutError
-from kvkern.kernels.paged_copy import Backend, PagedTensors, checksum_chunks, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_tensors import PagedTensors
 from tests.kernels.copy_checks import (
     SENTINEL,
     Slots,

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 
 from kvkern.kernels import layout as L
 from kvkern.kernels.errors import LayoutError
-from kvkern.kernels.paged_copy import PagedTensors, gather_chunks, scatter_chunks
+from kvkern.kernels.paged_copy import gather_chunks, scatter_chunks
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.kernels.selftest import round_trip
 from kvkern.kernels.target import interpreted
 from tests.kernels.copy_checks import (

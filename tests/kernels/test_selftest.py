@@ -14,7 +14,8 @@ from kvkern.kernels import layout as L
 from kvkern.kernels import selftest
 from kvkern.kernels.errors import LayoutError
 from kvkern.kernels.layout import Plane
-from kvkern.kernels.paged_copy import Backend, PagedTensors
+from kvkern.kernels.paged_copy import Backend
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.kernels.selftest import round_trip
 from tests.kernels.paged_cases import CASES, noise
 from tests.support import storage_bytes

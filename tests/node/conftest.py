@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvkern.arena import Arena
+from kvkern.arena.file import Arena
+from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
-from kvkern.node import link as link_module
 from kvkern.node import protocol as p
-from kvkern.node.client import NodeClient
-from kvkern.node.operator import Operator
-from kvkern.node.server import NodeConfig, Server
-from kvkern.slots import SlotGeometry, seal
+from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client.admin_client import AdminClient
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.tiers.base import Lease, Reservation
 from tests.support import SHAPE
 
@@ -139,7 +139,7 @@ class Daemon:
 
     def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
         """An operator's question."""
-        with Operator(self.socket) as operator:
+        with AdminClient(self.socket) as operator:
             return operator.ask(request)
 
     def stat(self) -> dict[str, Any]:

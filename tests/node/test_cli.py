@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvkern.cli import app
-from kvkern.node import operator as operator_module
 from kvkern.node import protocol as p
-from kvkern.node.operator import Operator
+from kvkern.node.client import admin_client as operator_module
+from kvkern.node.client.admin_client import AdminClient
 from tests.node.conftest import ROOT, Daemon, MakeClient, MakeDaemon, eventually, write_payload
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
@@ -204,7 +204,7 @@ def test_a_daemon_that_hangs(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
     """It says that it ends; that is no answer, and no fault. While transfers are under way it still answers."""
     daemon = make_daemon(options=["--drain", "60"]).start()
-    with closing(daemon.client()) as client, Operator(daemon.socket) as operator:
+    with closing(daemon.client()) as client, AdminClient(daemon.socket) as operator:
         reservation = client.reserve(CHAIN, CHAIN, SHAPE)
         daemon.signal(signal.SIGTERM)
         eventually(lambda: not daemon.socket.exists())

@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvkern.arena import Arena
+from kvkern.arena.file import Arena
+from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.kernels.paged_copy_numba import checksum_planes
 from kvkern.node import protocol as p
-from kvkern.node.client import NodeClient
-from kvkern.node.operator import Operator
-from kvkern.node.server import NodeConfig, serve
-from kvkern.slots import SlotGeometry, seal
+from kvkern.node.client.admin_client import AdminClient
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon.server import NodeConfig, serve
 from kvkern.tiers.base import ChunkShape, Lease
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -209,7 +209,7 @@ def run_worker(socket: Path, name: str, number: int, seed: int, orders: Any, ans
 
 def run_checker(socket: Path, number: int, tally: Any) -> None:
     client = NodeClient.open(socket, f"checker-{number}", GEOMETRY, timeout_s=PATIENCE_S, prefault=False)
-    with Operator(socket) as operator:
+    with AdminClient(socket) as operator:
         keys = [bytes.fromhex(row["key"]) for row in operator.ask(p.List(1, b"", p.MAX_ROWS))]
     lease = client.acquire(keys, prefix=False)
     check_bytes(client.arena, lease.keys, lease.slots)
@@ -374,7 +374,7 @@ class Chaos:
         """The number of chunks, when nobody holds anything any more."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            with Operator(self.socket) as operator:
+            with AdminClient(self.socket) as operator:
                 (row,) = operator.ask(p.Stat(1))
             held = {name: row[name] for name in ("leases", "granted_slots", "quarantined_leases", "quarantined_slots")}
             if not any(held.values()):

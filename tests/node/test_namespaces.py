@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvkern.arena import Arena
+from kvkern.arena.file import Arena
 from kvkern.assemble import build_cache
-from kvkern.node.sessions import MAX_TOLD, Quotas, Session, Sessions
+from kvkern.node.daemon.sessions import MAX_TOLD, Quotas, Session, Sessions
 from kvkern.tiers.base import ChunkShape, Reservation
-from kvkern.tiers.headers import begin_slots
+from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena
 
@@ -124,7 +124,7 @@ def test_a_description_is_not_compared_with_all_others(node: Node) -> None:
 
 
 def test_those_used_longest_ago_are_forgotten(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvkern.node.sessions.MAX_NAMESPACES", 3)
+    monkeypatch.setattr("kvkern.node.daemon.sessions.MAX_NAMESPACES", 3)
     for number in (0, 1, 2, 0):
         node.describe(key(number), model=str(number), engine_hash="1")
     assert node.store(key(1), 1) == 1
@@ -136,7 +136,7 @@ def test_those_used_longest_ago_are_forgotten(node: Node, monkeypatch: pytest.Mo
 
 def test_a_quota_holds_however_many_namespaces_there_are(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them is described, used, forgotten, used again and described again."""
-    monkeypatch.setattr("kvkern.node.sessions.MAX_NAMESPACES", 2)
+    monkeypatch.setattr("kvkern.node.daemon.sessions.MAX_NAMESPACES", 2)
     slot_nbytes = arena.spec.geometry.slot_nbytes
     node = Node(arena, Quotas(models={"large": 6 * slot_nbytes}, tenant=3 * slot_nbytes))
     assert node.store(key("nobody has described it"), 8) == 3

@@ -297,7 +297,7 @@ def test_a_message_above_the_limit_is_not_sent() -> None:
 
 def test_the_largest_publish_fits_a_frame() -> None:
     """A reservation of MAX_PUBLISH chunks in a sequence of MAX_KEYS, with numbers as long as they may be."""
-    from kvkern.node.client import MAX_PUBLISH
+    from kvkern.node.client.cache_client import MAX_PUBLISH
 
     chain = KEY * p.MAX_KEYS
     slots, under = [(1 << 40) - 1] * MAX_PUBLISH, [(1 << 63) - 1] * MAX_PUBLISH

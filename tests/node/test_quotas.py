@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.arena import Arena, process_start
+from kvkern.arena.file import Arena
+from kvkern.arena.process_identity import process_start
 from kvkern.assemble import build_cache
-from kvkern.node.sessions import Quotas, Session, Sessions
+from kvkern.node.daemon.sessions import Quotas, Session, Sessions
 from kvkern.tiers.base import ChunkShape, Lease
-from kvkern.tiers.headers import begin_slots
+from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import chain_keys, key, make_arena
 

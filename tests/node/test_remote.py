@@ -13,21 +13,21 @@ from typing import Any
 
 import pytest
 
+from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import open_remote
-from kvkern.cache import Ended
+from kvkern.cache.base import RequestEnd
 from kvkern.config import RemoteConfig
 from kvkern.errors import ConfigError
-from kvkern.node import link as link_module
-from kvkern.node import server as server_module
-from kvkern.node.client import NodeClient
-from kvkern.node.server import NodeConfig, Server
+from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon import server as server_module
+from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
-from kvkern.remote import base
-from kvkern.remote import speeds as speeds_module
-from kvkern.remote.base import RemoteError
-from kvkern.slots import SlotGeometry
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote.stores import base
+from kvkern.remote.stores.base import RemoteError
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
-from tests.remote.memory import MemoryStore
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, chain_keys
 
 A, B = chain_keys("a", 6), chain_keys("b", 6)
@@ -106,7 +106,7 @@ def test_an_answer_that_takes_long_is_no_daemon_that_is_gone(
     store(one, A)
     eventually(lambda: len(values) == 6, "the write")
     store(two, B)
-    two.finish(Use(request=1), Ended(prefill_tokens_s=6 * 16 / 10))  # 10 s to compute A
+    two.finish(Use(request=1), RequestEnd(prefill_tokens_s=6 * 16 / 10))  # 10 s to compute A
     eventually(lambda: server._remote is not None and server._remote.speeds.prefill_tokens_s, "the speed")
     stores[-1].delay_s = 1.0
     began = time.monotonic()

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from kvkern.cache import Ended
-from kvkern.node.client import NodeClient
-from kvkern.node.server import NodeConfig, Server
+from kvkern.cache.base import RequestEnd
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, read_verified, store
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
-from tests.remote.need import need
+from tests.remote.required_servers import need
 from tests.support import NAMESPACE, chain_keys
 
 A, B = chain_keys("a", 6), chain_keys("b", 6)
@@ -81,7 +81,7 @@ def stores(client: NodeClient, chain: list[bytes]) -> int:
 def impatient(daemon: Daemon, client: NodeClient) -> None:
     """From now on a request for six chunks waits for PATIENCE_S."""
     assert stores(client, chain_keys(("own", daemon.socket), 1)) == 1
-    client.finish(Use(request=1), Ended(prefill_tokens_s=6 * 16 / PATIENCE_S))
+    client.finish(Use(request=1), RequestEnd(prefill_tokens_s=6 * 16 / PATIENCE_S))
     eventually(lambda: daemon.stat().get("prefill_tokens_s"), "the speed")
 
 
@@ -190,7 +190,7 @@ def test_transfers_and_writes_share_the_time_after_sigterm(tmp_path: Path, monke
 CLIENT = """
 import os, sys, time
 from pathlib import Path
-from kvkern.node.client import NodeClient
+from kvkern.node.client.cache_client import NodeClient
 from kvkern.policy.base import Use
 from tests.node.conftest import GEOMETRY
 from tests.support import NAMESPACE, chain_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from kvkern.node.sessions import MAX_NAMESPACES
+from kvkern.node.daemon.sessions import MAX_NAMESPACES
 from tests.node.conftest import Daemon, MakeClient, MakeDaemon, eventually, hits, store
 from tests.support import NAMESPACE, chain_keys
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.arena import ArenaSpec
+from kvkern.arena.file import ArenaSpec
+from kvkern.arena.slots import PAGE
 from kvkern.errors import ConfigError
-from kvkern.node import place as place_module
 from kvkern.node import protocol as p
-from kvkern.node.place import bind, only_one
-from kvkern.slots import PAGE
+from kvkern.node.daemon import socket_path as place_module
+from kvkern.node.daemon.socket_path import bind, only_one
 from tests.node.conftest import (
     GEOMETRY,
     Daemon,

@@ -22,7 +22,7 @@ from kvkern.policy import POLICIES, make_policy, policy_maker
 from kvkern.policy.base import EvictionPolicy, Stop, Use
 from kvkern.policy.grit import Grit
 from kvkern.policy.grit_model import GritModel
-from kvkern.policy.shares import Shares
+from kvkern.policy.namespace_shares import NamespaceShares
 
 SOAK = os.environ.get("KVKERN_SOAK_OPERATIONS")
 OPERATIONS = int(SOAK or 400_000)
@@ -162,9 +162,9 @@ def make(name: str) -> EvictionPolicy:
     if not name.startswith("shares"):
         return make_policy(name, CAPACITY) if SOAK or name != "grit" else Grit(CAPACITY, max_ghosts=FEW_GHOSTS)
     if SOAK:
-        return Shares(policy_maker("grit", CAPACITY))
+        return NamespaceShares(policy_maker("grit", CAPACITY))
     model = GritModel()
-    return Shares(lambda: Grit(CAPACITY, model, max_ghosts=FEW_GHOSTS))
+    return NamespaceShares(lambda: Grit(CAPACITY, model, max_ghosts=FEW_GHOSTS))
 
 
 @pytest.mark.timeout(3600)

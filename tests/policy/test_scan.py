@@ -8,8 +8,8 @@ from statistics import fmean
 import pytest
 
 from kvkern.policy import make_policy
-from kvkern.replay.drive import replay
 from kvkern.replay.oracle import min_hits
+from kvkern.replay.policy_driver import replay
 from kvkern.replay.trace import read_trace
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"

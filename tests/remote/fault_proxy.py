@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.remote.need import free_port
-from tests.remote.redis_servers import RedisServer, redis_server
+from tests.remote.required_servers import free_port
+from tests.remote.stores.redis.servers import RedisServer, redis_server
 
 Garble = Callable[[bytes], bytes]
 

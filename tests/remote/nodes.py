@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-from kvkern.arena import Arena, ArenaSpec, create_or_attach
-from kvkern.cache import Cache
+from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.slots import SlotGeometry, SlotState
+from kvkern.cache.manager import Cache
 from kvkern.policy.base import Use
 from kvkern.policy.grit import Grit
 from kvkern.policy.lru import LRU
-from kvkern.policy.persist import Persist
-from kvkern.remote.base import RemoteStore
+from kvkern.policy.persist_modes import Persist
+from kvkern.remote.stores.base import RemoteStore
 from kvkern.remote.tier import RemoteTier
-from kvkern.slots import SlotGeometry, SlotState
 from kvkern.tiers.base import Lease
 from kvkern.tiers.dram import DramTier
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
-from tests.remote.memory import MemoryStore
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)

@@ -19,15 +19,17 @@ from typing import Any
 
 import pytest
 
-from kvkern.remote import breaker as breaker_module
-from kvkern.remote import speeds as speeds_module
-from kvkern.remote.base import RemoteUrl, make_store, value_name
-from kvkern.remote.file_folder import file_name
-from kvkern.slots import SlotGeometry
+from kvkern.arena.slots import SlotGeometry
+from kvkern.remote import circuit_breaker as breaker_module
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote.stores.base import value_name
+from kvkern.remote.stores.file.value_files import file_name
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
 from tests.node.conftest import GEOMETRY, eventually
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
-from tests.remote.need import need
 from tests.remote.nodes import USE, A, B, C, Node
+from tests.remote.required_servers import need
 from tests.support import NAMESPACE, chain_keys
 
 PATIENCE_S, TIMEOUT_S = 0.3, 4.0  # of a request for six chunks; of a call

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import breaker as breaker_module
-from kvkern.remote import speeds as speeds_module
-from kvkern.remote.base import RemoteUrl, make_store, value_name
-from kvkern.remote.speeds import FOREVER_S
+from kvkern.remote import circuit_breaker as breaker_module
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote.cost_model import FOREVER_S
+from kvkern.remote.stores.base import value_name
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
 from tests.node.conftest import eventually
-from tests.remote.need import need
 from tests.remote.nodes import USE, Node
-from tests.remote.redis_servers import RedisCluster, redis_cluster, spread
+from tests.remote.required_servers import need
+from tests.remote.stores.redis.servers import RedisCluster, redis_cluster, spread
 from tests.support import chain_keys
 
 LONG = chain_keys("long", 24)

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import fetch as fetch_module
-from kvkern.remote import speeds as speeds_module
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import prefix_reader as fetch_module
 from kvkern.remote import tier as tier_module
-from kvkern.remote.base import RemoteError
-from kvkern.remote.breaker import FAILURES
-from kvkern.remote.local import Asked
+from kvkern.remote.circuit_breaker import FAILURES
+from kvkern.remote.stores.base import RemoteError
+from kvkern.remote.waiting_request import WaitingRequest
 from tests.node.conftest import GEOMETRY, eventually
-from tests.remote.memory import MemoryStore
 from tests.remote.nodes import USE, A, B, C, Node, node, nodes
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 LONG = chain_keys("long", 20)
@@ -151,9 +151,9 @@ def test_the_first_question_waits_for_a_share_of_computing(
 def test_questions_of_a_request_share_its_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it asks for lies on both sides of what somebody else is reading: it has to ask twice."""
     waits: list[float] = []
-    wait = Asked.wait
+    wait = WaitingRequest.wait
 
-    def noted(asked: Asked, seconds: float) -> None:
+    def noted(asked: WaitingRequest, seconds: float) -> None:
         waits.append(seconds)
         wait(asked, seconds)
 
@@ -164,7 +164,7 @@ def test_questions_of_a_request_share_its_wait(tmp_path: Path, store: Stuck, mon
         store.kind, store.hangs = "get", asyncio.Event()
         first = one.cache.acquire_soon(A, True, USE)
         eventually(lambda: ("get", 6) in store.calls, "the read of somebody else")
-        monkeypatch.setattr(Asked, "wait", noted)
+        monkeypatch.setattr(WaitingRequest, "wait", noted)
         store.kind, store.delay_s = "", 0.3
         second = one.cache.acquire_soon(B + A + C, True, USE)
         eventually(lambda: one.counters["remote_hit_chunks"] == 6, "its own first read")
@@ -329,7 +329,7 @@ def test_what_dram_has_of_a_prefix_tells_the_tokens_of_a_chunk(tmp_path: Path, s
         one.tier.outbox.chunk_tokens = 999  # of another namespace
         lease = one.cache._acquire(A, True, USE)
 
-        asked = Asked(list(A), USE, True, [lease])
+        asked = WaitingRequest(list(A), USE, True, [lease])
         assert one.tier.reader.takes(asked)
         assert asked.chunk_tokens == SHAPE.chunk_tokens
         one.tier.reader.waiting -= 1

@@ -27,20 +27,21 @@ from typing import Any
 import pytest
 
 from kvkern.policy.base import Use
-from kvkern.policy.persist import Persist
-from kvkern.remote import breaker as breaker_module
-from kvkern.remote import known as known_module
-from kvkern.remote import speeds as speeds_module
+from kvkern.policy.persist_modes import Persist
+from kvkern.remote import circuit_breaker as breaker_module
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import presence_cache as known_module
 from kvkern.remote import tier as tier_module
-from kvkern.remote.base import RemoteUrl, make_store
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
 from kvkern.tiers.base import ChunkShape, Lease
 from kvkern.tiers.dram import DramTier
 from tests.node import conftest as worker
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
 from tests.remote import nodes as nodes_module
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
-from tests.remote.need import need
 from tests.remote.nodes import Node
+from tests.remote.required_servers import need
 from tests.support import NAMESPACE, SHAPE, chain_keys, key
 
 SECONDS = float(os.environ.get("KVKERN_SOAK_SECONDS", "6"))

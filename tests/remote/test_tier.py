@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from kvkern.arena.slots import SlotGeometry, SlotState
 from kvkern.errors import ConfigError
 from kvkern.policy.base import Use
-from kvkern.policy.persist import Persist
-from kvkern.remote import speeds as speeds_module
+from kvkern.policy.persist_modes import Persist
+from kvkern.remote import cost_model as speeds_module
 from kvkern.remote import tier as tier_module
-from kvkern.remote.breaker import FAILURES
-from kvkern.slots import SlotGeometry, SlotState
+from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.tiers.base import ChunkShape
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
-from tests.remote.memory import MemoryStore
 from tests.remote.nodes import USE, Node, node, nodes
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from kvkern.errors import ConfigError
-from kvkern.policy.persist import Persist
-from kvkern.remote import speeds as speeds_module
+from kvkern.policy.persist_modes import Persist
+from kvkern.remote import cost_model as speeds_module
 from kvkern.remote import tier as tier_module
-from kvkern.remote.base import Got, Parts, RemoteError
+from kvkern.remote.stores.base import Got, Parts, RemoteError
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
-from tests.remote.memory import MemoryStore
 from tests.remote.nodes import USE, A, B, C, Node, node
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 Step = Callable[[Sequence[bytes]], Awaitable[None]]

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from kvkern.policy.base import Stop
-from kvkern.policy.persist import Persist
-from kvkern.remote import known as known_module
-from kvkern.remote import speeds as speeds_module
-from kvkern.remote.base import Got, Parts
-from kvkern.remote.speeds import FOREVER_S, Speeds
+from kvkern.policy.persist_modes import Persist
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import presence_cache as known_module
+from kvkern.remote.cost_model import FOREVER_S, CostModel
+from kvkern.remote.stores.base import Got, Parts
 from kvkern.replay import two_tier
-from kvkern.replay.drive import requests
+from kvkern.replay.policy_driver import requests
 from kvkern.replay.trace import Trace
 from tests.node.conftest import write_payload
-from tests.remote.memory import MemoryStore
 from tests.remote.nodes import node
+from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE
 
 DRAM, REMOTE, THRESHOLD = 210, 840, 0.3
@@ -92,9 +92,9 @@ def test_hits_and_writes_are_those_of_the_replay(
     monkeypatch.setattr(known_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
     monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 60.0)
     monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 60.0)
-    monkeypatch.setattr(Speeds, "note_gone", lambda self, age_s: None)
-    monkeypatch.setattr(Speeds, "note_there", lambda self, age_s: None)
-    monkeypatch.setattr(Speeds, "threshold", lambda self, tokens, hoped=False: THRESHOLD)
+    monkeypatch.setattr(CostModel, "note_gone", lambda self, age_s: None)
+    monkeypatch.setattr(CostModel, "note_there", lambda self, age_s: None)
+    monkeypatch.setattr(CostModel, "threshold", lambda self, tokens, hoped=False: THRESHOLD)
     trace = conversations(1)
     replayed = two_tier.replay(trace, "grit", DRAM, REMOTE, mode, THRESHOLD, hints=False)
     hits = 0

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import calls as calls_module
-from kvkern.remote import speeds as speeds_module
-from kvkern.remote.base import Got, Parts, RemoteError
-from kvkern.remote.breaker import FAILURES
-from kvkern.remote.speeds import FOREVER_S
+from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import store_calls as calls_module
+from kvkern.remote.circuit_breaker import FAILURES
+from kvkern.remote.cost_model import FOREVER_S
+from kvkern.remote.stores.base import Got, Parts, RemoteError
 from tests.node.conftest import eventually, read_verified
-from tests.remote.memory import MemoryStore
 from tests.remote.nodes import A, B, C, Node, node
+from tests.remote.stores.memory import MemoryStore
 from tests.support import chain_keys
 
 

@@ -16,9 +16,9 @@ from kvkern.cli import app
 from kvkern.errors import ConfigError
 from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import Stop, Use
-from kvkern.replay.cells import capacity_chunks
-from kvkern.replay.drive import replay, requests
+from kvkern.replay.grid import capacity_chunks
 from kvkern.replay.oracle import infinite_hits, min_hits
+from kvkern.replay.policy_driver import replay, requests
 from kvkern.replay.trace import Trace, read_trace
 
 Lines = list[dict[str, Any]]

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from kvkern.cli import app
 from kvkern.errors import ConfigError
 from kvkern.policy import make_policy
-from kvkern.policy.persist import Persist
-from kvkern.replay import drive
+from kvkern.policy.persist_modes import Persist
+from kvkern.replay import policy_driver
 from kvkern.replay.oracle import infinite_hits, min_hits
-from kvkern.replay.remote import FOREVER_S, NEVER, LRURemote, OracleRemote
+from kvkern.replay.remote_models import FOREVER_S, NEVER, LRURemote, OracleRemote
 from kvkern.replay.trace import Trace, read_trace
 from kvkern.replay.two_tier import TwoTier, checked_mode, modes_of, replay
 
@@ -64,7 +64,7 @@ def test_by_hand(tmp_path: Path, persist: Persist | None, expected: TwoTier) -> 
 @pytest.mark.parametrize("policy", ["lru", "grit"])
 def test_two_tiers_lie_between_one_and_the_optimum(tmp_path: Path, policy: str) -> None:
     trace = load(tmp_path, chats(1))
-    alone = drive.replay(trace, make_policy(policy, 60), 60)
+    alone = policy_driver.replay(trace, make_policy(policy, 60), 60)
     for mode in modes_of(policy):
         got = replay(trace, policy, 60, 200, checked_mode(mode, policy), 0.3)
         assert alone <= got.dram_hits + got.remote_hits <= min_hits(trace, 260) <= infinite_hits(trace)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvkern.arena import Arena
+from kvkern.arena.file import Arena
+from kvkern.arena.slots import MAGIC, VERSION, SlotState
 from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
-from kvkern.slots import MAGIC, VERSION, SlotState
 from kvkern.tiers.base import Lease, Reservation
 from kvkern.tiers.dram import DramTier
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena, put, write

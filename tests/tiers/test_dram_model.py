@@ -20,11 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvkern.arena.slots import SlotState
 from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import EvictionPolicy, Keys, Use
 from kvkern.policy.lru import LRU
-from kvkern.policy.shares import Shares
-from kvkern.slots import SlotState
+from kvkern.policy.namespace_shares import NamespaceShares
 from kvkern.tiers.base import Lease, Reservation
 from kvkern.tiers.dram import DramTier
 from tests.support import SHAPE, key, make_arena, put, write
@@ -275,7 +275,7 @@ def test_no_policy_is_told_or_says_what_the_protocol_forbids(name: str, shares: 
         return make_policy(name, SLOTS)
 
     class PolicyWalk(Walk):
-        make = staticmethod(lambda: Shares(one) if shares else one())
+        make = staticmethod(lambda: NamespaceShares(one) if shares else one())
 
     run_state_machine_as_test(PolicyWalk, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvkern.arena import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.slots import PAGE, SlotGeometry, SlotState
 from kvkern.kernels import layout as L
-from kvkern.kernels.paged_copy import PagedTensors
+from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.policy.lru import LRU
-from kvkern.slots import PAGE, SlotGeometry, SlotState
 from kvkern.tiers.base import Adopted, Changes, ChunkShape, Reservation
 from kvkern.tiers.dram import DramTier
-from kvkern.tiers.headers import begin_slots
-from kvkern.transfer import ChunkBatch, Transfer
+from kvkern.tiers.slot_headers import begin_slots
+from kvkern.transfer.base import ChunkBatch
+from kvkern.transfer.host import HostCopier
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena, write
 
 SLOTS, RANKS, PER_CHUNK, NUM_BLOCKS = 8, 2, 2, 24
@@ -74,7 +75,7 @@ class Engines:
         planes = max(len(group.layout.planes) for group in groups[0])
         self.arena = create_or_attach(ArenaSpec(SlotGeometry(part_nbytes, planes, RANKS), SLOTS), folder / "arena")
         self.tier = DramTier(self.arena, LRU())
-        self.transfers = [Transfer(groups[rank], self.arena, rank, PER_CHUNK, 1) for rank in range(RANKS)]
+        self.transfers = [HostCopier(groups[rank], self.arena, rank, PER_CHUNK, 1) for rank in range(RANKS)]
 
     def put(self, name: object, chunks: int, group: int = 0) -> Reservation:
         """Grant, name, store on every rank from blocks 0, 1, ..., publish."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from . import shim
-from .identity import namespace_of, resolve_weights
-from .jobs import SlotSpec, StepMetadata
 from .manager import KvkernManager
+from .namespace import namespace_of, resolve_weights
 from .options import fill_defaults, parse_options, refuse_unshareable, refuse_unsupported
-from .stops import tool_call_ids
+from .stop_reasons import tool_call_ids
+from .transfer_metadata import SlotSpec, StepMetadata
 from .worker import KvkernWorker
 
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load instead of polling for it

@@ -21,16 +21,16 @@ from itertools import islice
 
 from blake3 import blake3
 
-from ...cache import ChunkCache, Ended
+from ...cache.base import ChunkCache, RequestEnd
 from ...kernels.chunk_keys import adopt_keys
 from ...keys import Namespace
 from ...policy.base import Use
 from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
-from .hints import hinted
-from .jobs import GroupChunks, SlotSpec
-from .prefill import PrefillSpeed
-from .stops import stop_of
+from .prefill_speed import PrefillSpeed
+from .request_hints import hinted
+from .stop_reasons import stop_of
+from .transfer_metadata import GroupChunks, SlotSpec
 
 NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
@@ -185,7 +185,7 @@ class KvkernManager(shim.OffloadingManager):
         group_id, group = next(iter(self._groups.items()))
         prompt = state.chains.get(group_id, [])[: request.num_prompt_tokens // group.chunk_tokens]
         age_s = time.monotonic() - state.came_s
-        self._cache.finish(use, Ended(prompt, request.num_prompt_tokens, age_s, self.prefill.tokens_s))
+        self._cache.finish(use, RequestEnd(prompt, request.num_prompt_tokens, age_s, self.prefill.tokens_s))
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
         """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""

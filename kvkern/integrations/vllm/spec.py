@@ -8,15 +8,15 @@ from typing import Any
 
 from blake3 import blake3
 
-from ...arena import Arena
+from ...arena.file import Arena
+from ...arena.slots import SlotGeometry
 from ...assemble import back_with_remote, build_cache, build_transfer, open_arena
-from ...cache import ChunkCache
+from ...cache.base import ChunkCache
 from ...errors import UnsupportedError
 from ...kernels.checksum import ROW_NBYTES
 from ...kernels.layout import from_pages
-from ...kernels.paged_copy import PagedTensors
-from ...node.client import NodeClient
-from ...slots import SlotGeometry
+from ...kernels.paged_tensors import PagedTensors
+from ...node.client.cache_client import NodeClient
 from . import shim
 from .manager import Group, KvkernManager, metric_definitions
 from .options import OPTIONS_KEY, parse_options

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...transfer import Copier, Job
+from ...transfer.base import Copier, Job
 from . import shim
-from .jobs import SlotSpec, batches
+from .transfer_metadata import SlotSpec, batches
 
 
 class KvkernWorker(shim.OffloadingWorker):

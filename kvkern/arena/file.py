@@ -1,0 +1,368 @@
+"""One file of slots in shared memory, created by whoever comes first and mapped by all. Knows bytes, not tensors or keys.
+
+    file = header page | slot 0 | slot 1 | ...        slots as in slots.py
+    header page = sizes and identity, as in _FILE_HEADER; from byte 2048 on the processes a daemon has given the file to
+
+Life of the file: the first process creates and prefaults it under a record lock, the others wait for the lock and check
+that they mean the same geometry. Every process holds a shared flock while it maps the file, so a file nobody has locked
+is stale and is swept at the next start. With `expected` set (embedded mode) the last process to attach unlinks the name:
+the memory then dies with its mappings, even on kill -9.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import format_nbytes
+from ..errors import ArenaError, ConfigError
+from .free_memory import available_memory
+from .mapping import map_shared, populate
+from .slots import HEAD, IDENTITY, PAGE, SlotGeometry, SlotState, round_up
+
+Progress = Callable[[str], None]
+
+_FILE_MAGIC = b"KVKARENA"
+# magic, version, attached, slots, part bytes, planes, world size, identity
+_FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
+_FILE_VERSION = 2
+_PROCESSES_AT, MAX_PROCESSES = 2048, 128
+_PROCESS = np.dtype([("pid", "<u8"), ("start", "<u8")])
+_PIECE = 256 << 20
+_LOCK_WAIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSpec:
+    """What an arena file must look like for a process to attach to it."""
+
+    geometry: SlotGeometry
+    num_slots: int
+    identity: bytes = bytes(32)  # of the user: a layout fingerprint, say; processes with another are refused
+
+    @classmethod
+    def for_capacity(cls, geometry: SlotGeometry, capacity_nbytes: int, identity: bytes = bytes(32)) -> ArenaSpec:
+        """As many slots as fit. Raises ConfigError if that is none."""
+        slots = (capacity_nbytes - PAGE) // geometry.slot_nbytes
+        if slots < 1:
+            raise ConfigError(
+                f"capacity {format_nbytes(capacity_nbytes)} holds no slot: one chunk of this model needs "
+                f"{format_nbytes(geometry.slot_nbytes + PAGE)} (all layers, {geometry.world_size} rank(s)); "
+                f"raise the capacity or use fewer blocks per chunk"
+            )
+        return cls(geometry, slots, identity)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of the file."""
+        return round_up(PAGE + self.num_slots * self.geometry.slot_nbytes, PAGE)
+
+
+class Slots(Protocol):
+    """What tiers and copiers need of an arena: headers, and somewhere a part for each. `Arena`, or tiers.hbm.HbmSlots."""
+
+    spec: ArenaSpec
+    headers: npt.NDArray[np.void]  # [num_slots] of SlotGeometry.dtype
+    identities: npt.NDArray[np.void]  # [num_slots] V104: what the headers start with
+    heads: npt.NDArray[np.void]  # [num_slots] V of slots.HEAD
+
+    def parts(
+        self,
+        rank: int,
+    ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view
+        """See `Arena.parts`."""
+
+    def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """See `Arena.mark_bad`."""
+
+
+class Arena:
+    """A mapped arena. Use `create_or_attach`; `close` when no view of it is used any more."""
+
+    def __init__(self, spec: ArenaSpec, path: Path, fd: int, memory: npt.NDArray[np.uint8]) -> None:
+        self.spec = spec
+        self.path = path
+        self._fd = fd
+        # [num_slots] structured view of every slot's header, shared with every other process
+        self.headers = self._starts(spec.geometry.dtype, memory)
+        # [num_slots] views of what the headers start with: V104, see SlotGeometry.identities, and V152 of slots.HEAD
+        self.identities = self._starts(IDENTITY, memory)
+        self.heads = self._starts(np.dtype(f"V{HEAD.itemsize}"), memory)
+        self.bytes: npt.NDArray[np.uint8] = memory  # the whole file
+        # [MAX_PROCESSES] of (pid, start): who may be reading or writing slots; zeros where nobody. A daemon's record.
+        self.processes: npt.NDArray[np.void] = np.ndarray((MAX_PROCESSES,), _PROCESS, memory.data, offset=_PROCESSES_AT)
+
+    def _starts(self, dtype: np.dtype[np.void], memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+        shape, strides = (self.spec.num_slots,), (self.spec.geometry.slot_nbytes,)
+        return np.ndarray(shape, dtype, memory.data, offset=PAGE, strides=strides)
+
+    def parts(
+        self,
+        rank: int,
+    ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view: every slot's part of one rank
+        """What a rank's worker copies into and out of. Row i is slot i; rows are page-aligned."""
+        geometry = self.spec.geometry
+        if not 0 <= rank < geometry.world_size:
+            raise ArenaError(f"rank {rank} is outside [0, {geometry.world_size}) of arena {self.path}")
+        start = PAGE + geometry.header_nbytes + rank * geometry.part_stride
+        shape, strides = (self.spec.num_slots, geometry.part_stride), (geometry.slot_nbytes, 1)
+        return np.lib.stride_tricks.as_strided(self.bytes[start:], shape, strides)
+
+    def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """Called by a reader that holds a lease: these slots did not verify."""
+        self.headers["state"][slots] = SlotState.BAD
+
+    def descriptor(self) -> int:
+        """A descriptor of the file to pass to another process, opened anew: locks of this one do not travel with it."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def file_id(self) -> tuple[int, int]:
+        """Device and inode: two mappings of one memory have the same."""
+        found = os.fstat(self._fd)
+        return found.st_dev, found.st_ino
+
+    def close(self) -> None:
+        """Drop the mapping once its last view is gone, and the lock. The file stays unless it was unlinked."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def create_or_attach(
+    spec: ArenaSpec,
+    path: Path,
+    expected: int = 0,  # processes that will attach in all; the last one unlinks the name. 0: never unlinked here
+    prefault: bool = True,
+    progress: Progress = lambda line: None,
+) -> Arena:
+    """Map the arena at `path`, creating it if nobody has. Returns when every page is there (prefault).
+
+    Raises ArenaError if the file system has no room, if the file is another arena's, or if the creator does not finish.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _check_owner(fd, path)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            with _record_lock(fd, path):
+                if _still_named(fd, path):  # else: swept, unlinked or given up by its creator while this process waited
+                    return Arena(spec, path, fd, _map(fd, spec, path, expected, prefault, progress))
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _map(
+    fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress
+) -> npt.NDArray[np.uint8]:
+    """Create or attach, and unlink the name if this is the last process expected. Call under the record lock."""
+    created = os.fstat(fd).st_size == 0
+    memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
+    attached = int(struct.unpack_from("<I", memory.data, 12)[0]) + 1
+    struct.pack_into("<I", memory.data, 12, attached)
+    if expected and attached >= expected:
+        path.unlink(missing_ok=True)
+    return memory
+
+
+def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:
+    """Map an arena whose descriptor another process has passed. The arena owns `fd` from now on. Raises ArenaError."""
+    try:
+        return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_spec(path: Path) -> ArenaSpec | None:
+    """What the arena file at `path` holds, for a daemon to take it over; None if it is no finished arena.
+
+    Raises ArenaError if it is one of another version.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        _check_owner(fd, path)
+        raw = os.pread(fd, _FILE_HEADER.size, 0)
+        if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+            return None
+        _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+        if version != _FILE_VERSION:
+            raise ArenaError(
+                f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; when no engine uses it any more "
+                f"remove the file: what it holds is a cache"
+            )
+        spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
+        return spec if os.fstat(fd).st_size == spec.nbytes else None
+    finally:
+        os.close(fd)
+
+
+def unfinished(path: Path) -> bool:
+    """Whether an arena was begun at `path` and its header, which comes last, is missing. Raises OSError."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return not any(file.read(8))
+
+
+def _check_owner(fd: int, path: Path) -> None:
+    owner = os.fstat(fd).st_uid
+    if owner != os.getuid():
+        raise ArenaError(
+            f"arena {path} belongs to uid {owner}, this process is uid {os.getuid()}: its owner could read all of it; "
+            f"remove it, or use another arena_dir"
+        )
+
+
+def _still_named(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _record_lock(fd: int, path: Path) -> Iterator[None]:
+    """Exclusive lock between open files (also within a process), independent of the flock that proves liveness."""
+    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ArenaError(
+                    f"arena {path} is still being created by another process after {_LOCK_WAIT_S:.0f} s; "
+                    f"see whether that process hangs"
+                ) from error
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, PAGE, 0))
+
+
+def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> npt.NDArray[np.uint8]:
+    try:
+        _check_room(spec.nbytes, path)
+        os.ftruncate(fd, spec.nbytes)
+        memory = _map_file(fd, spec.nbytes, path)
+        if prefault:
+            _allocate(fd, memory, path, progress)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        os.ftruncate(fd, 0)
+        raise
+    geometry = spec.geometry
+    _FILE_HEADER.pack_into(
+        memory.data, 0,
+        _FILE_MAGIC, _FILE_VERSION, 0, spec.num_slots, geometry.part_nbytes, geometry.max_planes, geometry.world_size,
+        spec.identity,
+    )  # fmt: skip
+    return memory
+
+
+def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> npt.NDArray[np.uint8]:
+    raw = os.pread(fd, _FILE_HEADER.size, 0)
+    if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+        raise ArenaError(f"{path} exists but is no finished kvkern arena; if no engine uses it, remove it")
+    _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+    if version != _FILE_VERSION:
+        raise ArenaError(
+            f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; upgrade the older side"
+        )
+    found = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
+    if found != spec or os.fstat(fd).st_size != spec.nbytes:
+        differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
+        raise ArenaError(f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options")
+    memory = _map_file(fd, spec.nbytes, path)
+    if prefault:
+        populate(memory)
+    return memory
+
+
+def _map_file(fd: int, nbytes: int, path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return map_shared(fd, nbytes)
+    except OSError as error:
+        raise ArenaError(
+            f"arena {path} of {format_nbytes(nbytes)} cannot be mapped: {error.strerror}; "
+            f"lower `capacity`, or raise the limit on address space (ulimit -v)"
+        ) from error
+
+
+def _allocate(fd: int, memory: npt.NDArray[np.uint8], path: Path, progress: Progress) -> None:
+    """Reserve and touch the pages, so that a full file system is an error now and not a SIGBUS later."""
+    start, nbytes = time.monotonic(), len(memory)
+    for offset in range(0, nbytes, _PIECE):
+        try:
+            os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
+        except OSError as error:
+            raise ArenaError(_no_room(nbytes, path, f"the kernel says: {error.strerror}")) from error
+        done = min(offset + _PIECE, nbytes)
+        populate(memory[offset:done])
+        if done % (16 * _PIECE) == 0 or done == nbytes:
+            seconds = time.monotonic() - start
+            progress(f"arena: {format_nbytes(done)} of {format_nbytes(nbytes)} ready after {seconds:.1f} s")
+
+
+def _check_room(nbytes: int, path: Path) -> None:
+    fs = os.statvfs(path.parent)
+    room = fs.f_bavail * fs.f_frsize
+    if nbytes > room:
+        raise ArenaError(_no_room(nbytes, path, f"{format_nbytes(room)} are free there"))
+    memory = available_memory()
+    if nbytes > memory:
+        raise ArenaError(
+            _no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left")
+        )
+
+
+def _no_room(nbytes: int, path: Path, why: str) -> str:
+    return (
+        f"the arena needs {format_nbytes(nbytes)} in {path.parent}, but {why}. Lower `capacity`, or enlarge the mount "
+        f"(mount -o remount,size=..., docker run --shm-size=..., an emptyDir with medium: Memory in Kubernetes)"
+    )
+
+
+def sweep_stale(directory: Path, prefix: str) -> list[Path]:
+    """Unlink this user's arenas that no process has mapped any more. Returns what was removed."""
+    removed = []
+    for path in directory.glob(f"{prefix}*"):
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (FileNotFoundError, PermissionError):
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _still_named(fd, path):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        except BlockingIOError:
+            continue  # alive
+        finally:
+            os.close(fd)
+    return removed
+
+
+def arena_prefix(uid: int) -> str:
+    """Names of a user's arenas start with this: one arena per uid and trust domain."""
+    return f"kvkern-{uid}-"

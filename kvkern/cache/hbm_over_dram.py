@@ -1,0 +1,427 @@
+"""HBM above DRAM: a cache of chunks over both. Slots [0, n) are DRAM's, those from n on HBM's. Knows keys, not devices.
+
+    reserve    what nobody has: HBM's free slots first, in prefix order; the rest goes to DRAM at once. Nobody waits for room
+    acquire    each chunk from where it is, HBM first; the prefix ends where neither has one
+    spill      in the background, whenever fewer than an eighth of HBM is free: what is least recently used is copied down,
+               published there, and then dropped here: at no time is it in neither. What DRAM has already is only dropped,
+               and what it has no room for stays
+    promote    in the background, when a lease ends: what came from DRAM is copied up as far as there is room
+
+A chunk that moves is read under a lease. `clear` and the start of a move exclude each other: either the move finds its chunk
+gone, or the clear finds the slot that is being written, which is never published then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arena.file import Slots
+from ..arena.process_identity import process_start
+from ..arena.slots import SlotState
+from ..errors import KvkernError
+from ..metrics import CacheCounters
+from ..policy.base import Use
+from ..tiers.base import ChunkShape, Lease, Reservation
+from ..tiers.hbm import HbmTier, Rows, begin_moved, finish_moved
+from .base import NO_LEASE, NO_RESERVATION, Faults, RequestEnd
+from .manager import Cache
+
+logger = logging.getLogger("kvkern")
+
+MOVE_SLOTS = 32  # of one move: bounds how long its slots are held, not work
+_SPARE = 8  # one slot in so many is kept free
+
+
+@dataclass(frozen=True, slots=True)
+class HbmOverDramLease(Lease):
+    """Read rights to slots of both tiers."""
+
+    hbm: Lease = NO_LEASE
+    dram: Lease = NO_LEASE
+
+
+@dataclass(frozen=True, slots=True)
+class HbmOverDramReservation(Reservation):
+    """Write rights to slots of both tiers."""
+
+    hbm: Reservation = NO_RESERVATION
+    dram: Reservation = NO_RESERVATION
+
+
+@dataclass(slots=True)
+class HbmCounters:
+    """Counts of chunks."""
+
+    hbm_hit_chunks: int = 0  # of the hits, found in HBM
+    hbm_stored_chunks: int = 0  # of those stored, into HBM
+    hbm_spilled_chunks: int = 0  # copied down
+    hbm_promoted_chunks: int = 0  # copied up
+    hbm_lost_chunks: int = 0  # dropped from HBM, for the copy failed
+
+
+@dataclass(slots=True)
+class HbmOverDramCounters(CacheCounters):
+    """What the engine sees; what only DRAM and what is behind it count is added when read."""
+
+    others: tuple[CacheCounters, ...] = field(default=())
+
+    def snapshot(self) -> dict[str, int | float]:
+        """See CacheCounters."""
+        own = {found.name: getattr(self, found.name) for found in fields(CacheCounters)}
+        for name in own:
+            if name.startswith("remote_") or name == "faults":
+                own[name] += sum(getattr(other, name) for other in self.others)
+        return {**own, "hit_ratio": self.hit_ratio}
+
+
+class HbmManager(Cache):
+    """The manager of HBM's slots."""
+
+    def __init__(self, tier: HbmTier) -> None:
+        super().__init__(tier)
+        self._tier = tier
+
+    @property
+    def num_free(self) -> int:
+        """Slots nobody owns; may have changed since."""
+        return self._tier.num_free
+
+    def retire(self, count: int) -> Lease:
+        """See HbmTier.retire."""
+        with self._lock, self.faults.are_misses():
+            return self._tier.retire(count)
+        return NO_LEASE
+
+
+class HbmCache:
+    """`ChunkCache` of one engine with HBM above a cache of its own. Thread-safe."""
+
+    def __init__(
+        self,
+        hbm: HbmManager,
+        hbm_slots: Slots,
+        dram: Cache,
+        dram_slots: Slots,
+        rows: Rows,
+    ) -> None:
+        self._hbm, self._dram = hbm, dram
+        self._hbm_slots, self._dram_slots = hbm_slots, dram_slots
+        self._rows = rows
+        self.first_slot = dram_slots.spec.num_slots  # of HBM
+        self.spare = max(1, hbm_slots.spec.num_slots // _SPARE)
+        self.counters: CacheCounters = HbmOverDramCounters(others=(hbm.counters, dram.counters))
+        self.hbm_counters = HbmCounters()
+        self.faults: Faults = dram.faults
+        self._lock = threading.Lock()  # of counters and what follows
+        self._wanted: dict[bytes, None] = {}  # chunks to promote, the latest last; bounded by the slots
+        self._scheduled = False
+        self._closed = threading.Event()
+        self._moving = threading.Lock()  # see `clear`
+        self._owner = (os.getpid(), process_start(os.getpid()))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvkern-spill")
+
+    # -- what engines call ---------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """See ChunkCache."""
+        here = self._hbm.known(keys)
+        below = iter(range(self._dram.lookup([key for key in keys if key not in here])))
+        return next((i for i, key in enumerate(keys) if key not in here and next(below, None) is None), len(keys))
+
+    def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
+        """See ChunkCache."""
+        return self.acquire_soon(keys, prefix, use).result()
+
+    def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
+        """See ChunkCache."""
+        hbm = self._hbm.acquire(keys, prefix=False, use=use)
+        here = set(hbm.keys)
+        result: Future[Lease] = Future()
+
+        def joined(below: Future[Lease]) -> None:
+            if (error := below.exception()) is not None:
+                self._hbm.release(hbm)
+                result.set_exception(error)
+            else:
+                result.set_result(self._join(keys, prefix, hbm, below.result()))
+
+        try:
+            if here:
+                self._dram.touch(keys, use)  # its policy learns of the whole sequence
+            self._dram.acquire_soon([key for key in keys if key not in here], prefix, use).add_done_callback(joined)
+        except BaseException:
+            self._hbm.release(hbm)
+            raise
+        return result
+
+    def release(self, lease: Lease) -> int:
+        """See ChunkCache."""
+        if not isinstance(lease, HbmOverDramLease):
+            return 0
+        bad = self._hbm.release(lease.hbm) + self._dram.release(lease.dram)
+        with self._lock:
+            self.counters.bad_chunks += bad
+            if not bad:
+                self._want(lease.dram.keys)
+        self._wake()
+        return bad
+
+    def release_later(self, lease: Lease) -> None:
+        """See ChunkCache."""
+        if isinstance(lease, HbmOverDramLease):
+            self._hbm.release_later(lease.hbm)
+            self._dram.release_later(lease.dram)
+
+    def reserve(
+        self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
+    ) -> Reservation:
+        """See ChunkCache."""
+        have = self._hbm.known(wanted, writing=True) | self._dram.known(wanted, writing=True)
+        fresh = [key for key in dict.fromkeys(wanted) if key not in have]
+        hbm = self._hbm.reserve(chain, fresh[: self._hbm.num_free], shape, use)
+        here = self._hbm.known(fresh, writing=True)
+        rest = [key for key in fresh if key not in here]
+        try:
+            dram = self._dram.reserve(chain, rest, shape, use) if rest else NO_RESERVATION
+        except BaseException:
+            self._hbm.abort(hbm)
+            raise
+        with self._lock:
+            self.counters.dropped_chunks += dram.dropped
+            self.counters.declined_chunks += dram.declined
+            self.counters.evicted_chunks += len(dram.evicted)
+        return HbmOverDramReservation(
+            keys=(*hbm.keys, *dram.keys),
+            slots=(*(slot + self.first_slot for slot in hbm.slots), *dram.slots),
+            generations=(*hbm.generations, *dram.generations),
+            dropped=dram.dropped,
+            declined=dram.declined,
+            evicted=dram.evicted,
+            chain=tuple(chain),
+            hbm=hbm,
+            dram=dram,
+        )
+
+    def has_room(self, wanted: Sequence[bytes]) -> bool:
+        """Reserving here never has to wait."""
+        return True
+
+    def commit(self, reservation: Reservation) -> int:
+        """See ChunkCache."""
+        if not isinstance(reservation, HbmOverDramReservation):
+            return 0
+        above, below = self._hbm.commit(reservation.hbm), self._dram.commit(reservation.dram)
+        with self._lock:
+            self.counters.stored_chunks += above + below
+            self.counters.failed_chunks += len(reservation.slots) - above - below
+            self.hbm_counters.hbm_stored_chunks += above
+        self._wake()
+        return above + below
+
+    def commit_soon(self, reservation: Reservation) -> Future[int]:
+        """See ChunkCache; done at once."""
+        return _done(self.commit(reservation))
+
+    def finish(self, use: Use, ended: RequestEnd | None = None) -> None:
+        """See ChunkCache."""
+        self._hbm.finish(use)
+        self._dram.finish(use, ended)
+
+    def note_prefill(self, tokens_s: float) -> None:
+        """See ChunkCache."""
+        self._dram.note_prefill(tokens_s)
+
+    def clear(self, namespace: bytes | None = None) -> int:
+        """See ChunkCache. A chunk in both tiers counts once a tier."""
+        with self._moving:
+            count = self._hbm.clear(namespace) + self._dram.clear(namespace)
+        with self._lock:
+            self.counters.cleared_chunks += count
+        return count
+
+    def clear_soon(self, namespace: bytes) -> Future[int]:
+        """See ChunkCache; done at once."""
+        return _done(self.clear(namespace))
+
+    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+        """See ChunkCache."""
+        self._dram.describe(root, fields)
+
+    def usage(self) -> dict[str, int]:
+        """DRAM's slots, HBM's, and what went where."""
+        hbm = self._hbm.usage()
+        with self._lock:
+            moved = asdict(self.hbm_counters)
+        return {**self._dram.usage(), "hbm_slots": hbm["slots"], "hbm_free_slots": hbm["free_slots"], **moved}
+
+    @property
+    def shared(self) -> bool:
+        """It is one engine's."""
+        return False
+
+    def settle(self) -> None:
+        """Wait until nothing is left to spill or promote."""
+        while self._scheduled:
+            with suppress(RuntimeError):  # closed meanwhile
+                self._pool.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """End the move that is under way. What only HBM has is gone; DRAM's manager is its owner's to close."""
+        self._closed.set()
+        with suppress(RuntimeError):  # closed before
+            self._pool.submit(self._rows.close)
+        self._pool.shutdown(wait=True)
+
+    # -- leases of both ------------------------------------------------------------------------------------------------
+
+    def _join(self, keys: Sequence[bytes], prefix: bool, hbm: Lease, dram: Lease) -> HbmOverDramLease:
+        """One lease of two, in the order of `keys`. What HBM has behind the end of the prefix is released."""
+        here, there = set(hbm.keys), set(dram.keys)
+        from_hbm, from_dram = iter(hbm.slots), iter(dram.slots)
+        found: list[tuple[bytes, int]] = []
+        num_hbm = 0
+        for key in keys:
+            if key in here:
+                found.append((key, next(from_hbm) + self.first_slot))
+                num_hbm += 1
+            elif key in there and (slot := next(from_dram, None)) is not None:
+                found.append((key, slot))
+            elif prefix:
+                break
+        if num_hbm < len(hbm.slots):
+            self._hbm.release(Lease(hbm.keys[num_hbm:], hbm.slots[num_hbm:]))
+            hbm = Lease(hbm.keys[:num_hbm], hbm.slots[:num_hbm])
+        with self._lock:
+            self.counters.lookup_chunks += len(keys)
+            self.counters.hit_chunks += len(found)
+            self.hbm_counters.hbm_hit_chunks += num_hbm
+        return HbmOverDramLease(tuple(key for key, _ in found), tuple(slot for _, slot in found), hbm, dram)
+
+    # -- moves, on the thread of this object ---------------------------------------------------------------------------
+
+    def _want(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._wanted.pop(key, None)
+            self._wanted[key] = None
+        while len(self._wanted) > self._hbm_slots.spec.num_slots:
+            del self._wanted[next(iter(self._wanted))]
+
+    def _wake(self) -> None:
+        """Have the moves made that are due."""
+        with self._lock:
+            if self._scheduled or self._closed.is_set() or not (self._wanted or self._hbm.num_free < self.spare):
+                return
+            self._scheduled = True
+        with suppress(RuntimeError):  # closed meanwhile
+            self._pool.submit(self._work)
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            with self._lock:
+                wanted, self._wanted = list(self._wanted), {}
+            try:
+                with self.faults.are_misses():
+                    for at in range(0, len(wanted), MOVE_SLOTS):
+                        self._promote(wanted[at : at + MOVE_SLOTS])
+                with self.faults.are_misses():
+                    self._make_room()
+            except KvkernError as error:  # nobody waits here to see it
+                logger.warning("kvkern: chunks were not moved between HBM and DRAM: %s", error)
+                with self._lock:
+                    self.counters.faults += 1
+            with self._lock:
+                if not self._wanted:
+                    self._scheduled = False
+                    return
+
+    def _make_room(self) -> None:
+        """Spill until the spare slots are free, or nothing can go: the next release or commit comes back to that."""
+        while (short := self.spare - self._hbm.num_free) > 0 and not self._closed.is_set():
+            if not self._spill(min(short, MOVE_SLOTS)):
+                return
+
+    def _spill(self, count: int) -> bool:
+        """Make up to `count` slots of HBM free, and say whether any is. What DRAM has no room for stays."""
+        before = self._hbm.num_free
+        lease = self._hbm.retire(count)
+        moved, gone = 0, set(lease.keys)  # after a copy that failed all go: none is tried again and again
+        try:
+            moved = self._move(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
+            gone = self._dram.known(lease.keys)
+        except BaseException:
+            with self._lock:
+                self.hbm_counters.hbm_lost_chunks += len(gone - self._dram.known(lease.keys))
+            raise
+        finally:
+            self._hbm.drop([key for key in lease.keys if key in gone])
+            self._hbm.release(lease)
+            with self._lock:
+                self.hbm_counters.hbm_spilled_chunks += moved
+        return self._hbm.num_free > before
+
+    def _promote(self, keys: list[bytes]) -> None:
+        lease = self._dram.lease(keys[: self._hbm.num_free], prefix=False)
+        try:
+            moved = self._move(lease, self._dram_slots, self._hbm, self._hbm_slots, self._up)
+        finally:
+            self._dram.release(lease)
+        with self._lock:
+            self.hbm_counters.hbm_promoted_chunks += moved
+
+    def _down(self, at: npt.NDArray[np.int64], to: npt.NDArray[np.int64]) -> None:
+        self._rows.down(at, to)
+
+    def _up(self, at: npt.NDArray[np.int64], to: npt.NDArray[np.int64]) -> None:
+        self._rows.up(to, at)
+
+    def _move(
+        self,
+        lease: Lease,  # in `source`
+        source: Slots,
+        other: Cache,
+        target: Slots,  # of `other`
+        copy: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], None],
+    ) -> int:
+        """Copy to the other tier what it lacks and has room for, heads first. Returns how many chunks; cleared ones stay."""
+        with self._moving:
+            known = other.known(lease.keys)
+            slots = np.array(lease.slots, dtype=np.int64)
+            ready = (source.headers["state"][slots] == SlotState.READY).tolist()
+            at = slots[[ok and key not in known for key, ok in zip(lease.keys, ready, strict=True)]]
+            at = at[np.argsort(source.headers["position"][at], kind="stable")]  # heads first, as policies want
+            grant = other.grant(len(at))
+            count = len(grant.slots)
+            at = at[:count]
+            to, generations = np.array(grant.slots, dtype=np.int64), np.array(grant.generations, dtype=np.uint64)
+            begin_moved(source, at, target, to, generations, self._owner)
+        try:
+            copy(at, to)
+        except BaseException:
+            other.give_back(grant.slots)
+            raise
+        finish_moved(source, at, target, to, generations)
+        published = 0
+        namespaces = target.headers["namespace"][to]
+        for namespace in dict.fromkeys(bytes(root) for root in namespaces):
+            of = np.flatnonzero(namespaces == np.void(namespace))
+            keys = tuple(bytes(key) for key in target.headers["key"][to[of]])
+            part = Reservation(keys, tuple(to[of].tolist()), tuple(generations[of].tolist()))
+            published += sum(other.publish(part, namespace))
+        with self._lock:
+            self.counters.evicted_chunks += len(grant.evicted)
+        return published
+
+
+def _done(value: int) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future

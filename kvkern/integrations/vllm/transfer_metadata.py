@@ -1,0 +1,79 @@
+"""What scheduler and worker say to each other about a transfer. Plain data; vLLM carries it between the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...transfer.base import ChunkBatch
+from . import shim
+
+
+@dataclass(frozen=True)
+class GroupChunks:
+    """Chunks of one KV group in sequence order, leased (load) or reserved (store)."""
+
+    slots: npt.NDArray[np.int64]  # [n]
+    generations: npt.NDArray[np.uint64]  # [n]; empty in loads
+    keys: npt.NDArray[np.void]  # [n] V32
+
+    @classmethod
+    def of(cls, keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int] = ()) -> GroupChunks:
+        """From lists."""
+        return cls(
+            np.array(slots, dtype=np.int64),
+            np.array(generations, dtype=np.uint64),
+            np.frombuffer(b"".join(keys), dtype="V32"),
+        )
+
+
+@dataclass
+class StepMetadata(shim.OffloadingConnectorMetadata):
+    """A step's jobs, and whether the engine computes nothing in it: then a worker may wait for its loads."""
+
+    idle: bool = False
+
+
+@dataclass
+class SlotSpec(shim.LoadStoreSpec):
+    """The arena's side of a transfer. `ticket` names the lease or reservation it runs under."""
+
+    ticket: int
+    namespace: bytes  # 32-byte root
+    groups: tuple[GroupChunks, ...]  # in the order of the connector's KV groups
+
+
+def batches(
+    engine: shim.GPULoadStoreSpec, arena: SlotSpec, blocks_per_chunk: int, whole: bool
+) -> list[ChunkBatch] | None:
+    """Pair a job's engine blocks with its slots, group by group; None if they cannot be paired.
+
+    A group's blocks are consecutive from logical block `block_indices[g]` on, which may lie inside its first chunk.
+    With `whole` (stores) a chunk that lacks blocks is left out: it is never published, rather than published with holes.
+    """
+    result, begin = [], 0
+    block_ids: npt.NDArray[np.int32] = np.asarray(engine.block_ids, dtype=np.int32)
+    for index, chunks in enumerate(arena.groups):
+        count = int(engine.group_sizes[index])
+        skip = int(engine.block_indices[index]) % blocks_per_chunk
+        ids = block_ids[begin : begin + count]
+        begin += count
+        room = len(chunks.slots) * blocks_per_chunk
+        if whole and skip + count < room:
+            continue  # a chunk with gaps: its blocks cannot be told apart, so this group's chunks stay unpublished
+        if skip + count > room:
+            return None  # which block belongs to which chunk cannot be told
+        flat = np.full(room, -1, dtype=np.int32)
+        flat[skip : skip + count] = np.where(ids > 0, ids, -1)  # block 0 is vLLM's null block
+        table = flat.reshape(-1, blocks_per_chunk)
+        rows = np.flatnonzero((table >= 0).all(axis=1) if whole else (table >= 0).any(axis=1))
+        if len(rows):
+            generations = chunks.generations[rows] if whole else chunks.generations
+            block_rows = np.ascontiguousarray(table[rows])
+            result.append(
+                ChunkBatch(index, block_rows, chunks.slots[rows], generations, chunks.keys[rows], arena.namespace)
+            )
+    return result

@@ -1,0 +1,1 @@
+"""The engine's and the operator's side of the node's daemon."""

@@ -1,0 +1,1 @@
+"""The daemon's side: sockets, sessions, leases and quotas."""

@@ -1,0 +1,1 @@
+"""A directory as a remote store. `make` is in store.py."""

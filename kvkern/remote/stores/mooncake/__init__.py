@@ -1,0 +1,1 @@
+"""Mooncake Store as a remote store. `make` is in store.py."""

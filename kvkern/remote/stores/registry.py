@@ -1,0 +1,66 @@
+"""From a URL to a store: which module makes the stores of a scheme. To add a store, add its line to BUILT_IN."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from ...errors import ConfigError
+from .base import RemoteStore
+from .url import RemoteUrl
+
+ENTRY_POINTS = "kvkern.remotes"  # name: a URL scheme; object: a function of a RemoteUrl that makes a RemoteStore
+
+Maker = Callable[[RemoteUrl], RemoteStore]
+
+_REDIS = ("redis.store", "redis")
+_BUILT_IN: dict[str, tuple[str, str]] = {  # scheme -> (module of this package with a function `make(url)`, extra it needs)
+    "file": ("file.store", ""),
+    "redis": _REDIS, "rediss": _REDIS, "valkey": _REDIS, "valkeys": _REDIS,
+    "redis+cluster": _REDIS, "rediss+cluster": _REDIS, "valkey+cluster": _REDIS, "valkeys+cluster": _REDIS,
+    "mooncake": ("mooncake.store", "mooncake"),
+    "s3": ("object_storage", "objects"), "gs": ("object_storage", "objects"), "az": ("object_storage", "objects"),
+}  # fmt: skip
+
+
+def make_store(url: RemoteUrl) -> RemoteStore:
+    """The store of a URL, not yet connected. Raises ConfigError for an unknown scheme, option, or a missing package."""
+    return _maker_of(url.scheme)(url)
+
+
+@asynccontextmanager
+async def opened(url: RemoteUrl, timeout_s: float) -> AsyncIterator[RemoteStore]:
+    """The store of a URL, open in the block. Raises what `open` does, and TimeoutError; it is closed in any case."""
+    store = make_store(url)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await store.open()
+        yield store
+    finally:
+        await store.close()
+
+
+def _maker_of(scheme: str) -> Maker:
+    if scheme in _BUILT_IN:
+        module, extra = _BUILT_IN[scheme]
+        try:
+            maker: Maker = import_module(f"{__package__}.{module}").make
+        except ImportError as error:
+            raise ConfigError(
+                f"{scheme}:// needs a package that is not installed ({error}); pip install 'kvkern[{extra}]'"
+            ) from error
+        return maker
+    others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if scheme not in others:
+        known = ", ".join(sorted({*_BUILT_IN, *others}))
+        raise ConfigError(f"no remote store has the scheme {scheme!r}; known: {known}")
+    try:
+        other: Maker = others[scheme].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{scheme}:// is registered, but cannot be loaded ({error}); mend or remove its package"
+        ) from error
+    return other

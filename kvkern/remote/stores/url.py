@@ -1,0 +1,107 @@
+"""The URL of a remote store and its options. Its text never shows the password. Knows no store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from ...config import parse_nbytes, reject_unknown
+from ...errors import ConfigError
+
+EXAMPLES = "redis://host:6379, mooncake://host:50051, file:///path or s3://bucket"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteUrl:
+    """`scheme://user:password@host:port/path?option=value`. Its repr and str hide the password."""
+
+    scheme: str
+    host: str = ""
+    port: int | None = None
+    user: str = ""
+    password: str = field(default="", repr=False)
+    path: str = ""  # with the leading slash, unquoted
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> RemoteUrl:
+        """Raises ConfigError. `?password_file=PATH` takes the password from a file, now and not again."""
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+            pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        except ValueError:  # whose words may be the password's
+            raise ConfigError(
+                f"remote URL is malformed; expected {EXAMPLES}, in user and password %2F for / and %40 for @"
+            ) from None
+        if not parts.scheme or "://" not in text:
+            raise ConfigError(f"remote URL has no scheme; expected {EXAMPLES}")
+        if "@" in parts.path or "@" in parts.fragment:
+            raise ConfigError(
+                f"remote URL of {parts.scheme}:// has an @ behind its host; write / in a password as %2F, @ in a path as %40"
+            )
+        options = dict(pairs)
+        if len(options) < len(pairs):
+            raise ConfigError(f"remote URL of {parts.scheme}:// gives an option twice; give each once")
+        password = unquote(parts.password or "")
+        if "password_file" in options:
+            password = _secret(options.pop("password_file"))
+        return cls(
+            parts.scheme.lower(), _host(parts.netloc), port, unquote(parts.username or ""), password,
+            unquote(parts.path), options,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        address = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port is None else f":{self.port}"
+        return f"{self.scheme}://{address}{port}{self.path}"
+
+    def check_options(self, *known: str) -> None:
+        """Raises ConfigError for an option that the store does not know."""
+        reject_unknown(self.options, set(known), f"the options of {self}")
+
+    def text(self, name: str, default: str = "") -> str:
+        """An option."""
+        return self.options.get(name, default)
+
+    def integer(self, name: str, default: int, least: int, most: int) -> int:
+        """An option. Raises ConfigError if it is no integer within the limits."""
+        given = self.options.get(name)
+        if given is None:
+            return default
+        try:
+            value = int(given)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise ConfigError(f"{name} of {self} is {given!r}; expected an integer in {least}..{most}")
+        return value
+
+    def nbytes(self, name: str, default: int) -> int:
+        """An option such as 8GiB. Raises ConfigError."""
+        given = self.options.get(name)
+        return default if given is None else parse_nbytes(given, f"{name} of {self}")
+
+    def flag(self, name: str, default: bool) -> bool:
+        """An option that is yes or no. Raises ConfigError."""
+        given = self.options.get(name)
+        if given is None:
+            return default
+        if given not in ("yes", "no"):
+            raise ConfigError(f"{name} of {self} is {given!r}; expected yes or no")
+        return given == "yes"
+
+
+def _host(netloc: str) -> str:
+    """As it was given: names of containers and of nodes may tell cases apart, which `hostname` of urllib does not."""
+    address = netloc.rpartition("@")[2]
+    return address[1:].partition("]")[0] if address.startswith("[") else address.partition(":")[0]
+
+
+def _secret(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"password_file {path} of the remote URL cannot be read: {error}") from error

@@ -1,0 +1,91 @@
+"""A chunk's value in a remote store, version 1: a slot as it lies in the arena, its header and then the parts of all ranks.
+
+    offset            field
+    0                 the slot's header (slots.py): what the chunk is, its sizes, plane checksums sealed with key and generation
+    240               in what is reserved there: 16 bytes of BLAKE3 over the header but for these, owner and state
+    header_nbytes     part of rank 0, part of rank 1, ...; each at a multiple of 4 KiB
+
+A value travels from slot to store and back without a copy. On its way back the header goes to memory of its own, never
+into the slot: state, owner and generation there are the manager's, and a stale writer must not find its generation
+again. From the header that came the slot's own takes the checksums, sealed anew with the slot's generation, and then
+the whole payload is summed: all of it, for the header's own hash vouches for the sizes of its planes. State, owner and
+process of the value's header mean nothing to who reads it. Bytes of a part behind its planes are whatever was in the
+slot: a remote store belongs to the arena's trust domain. `codec` is 0, none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from ..arena.file import Arena
+from ..arena.slots import PAGE, SlotGeometry, seal
+from ..tiers.slot_headers import verify_slots
+from .stores.base import Parts
+
+_HASH = slice(240, 256)
+
+
+def slot_parts(arena: Arena, slot: int) -> Parts:
+    """A slot's memory in the pieces of a value."""
+    geometry = arena.spec.geometry
+    start = PAGE + slot * geometry.slot_nbytes
+    whole = arena.bytes.data[start : start + geometry.slot_nbytes]
+    return whole[: geometry.header_nbytes], whole[geometry.header_nbytes :]
+
+
+def outgoing_parts(arena: Arena, slots: Sequence[int]) -> list[Parts]:
+    """Values to write. The slots are complete, and leased or the caller's until they are written."""
+    parts = [slot_parts(arena, slot) for slot in slots]
+    for header, _ in parts:
+        header[_HASH] = _hash_of(header)
+    return parts
+
+
+def _hash_of(header: memoryview | npt.NDArray[np.uint8]) -> bytes:
+    """Without owner and state: they may change while a value is sent."""
+    return blake3(bytes(header[:112]) + bytes(header[132:240]) + bytes(header[256:])).digest(16)
+
+
+def new_headers(
+    geometry: SlotGeometry, count: int
+) -> npt.NDArray[np.uint8]:  # [count, header_nbytes] uint8, page-aligned
+    """Memory for headers that come."""
+    raw = np.zeros(count * geometry.header_nbytes + PAGE, dtype=np.uint8)
+    start = -raw.ctypes.data % PAGE
+    return raw[start : start + count * geometry.header_nbytes].reshape(count, geometry.header_nbytes)
+
+
+def incoming_parts(arena: Arena, headers: npt.NDArray[np.uint8], slots: Sequence[int]) -> list[Parts]:
+    """Where values are read to: row i of `headers`, and the payload of slot i."""
+    return [(memoryview(headers[row]), slot_parts(arena, slot)[1]) for row, slot in enumerate(slots)]
+
+
+def accept(
+    arena: Arena,
+    headers: npt.NDArray[np.uint8],  # [n, header_nbytes] as they came
+    slots: npt.NDArray[np.int64],  # [n] granted, their headers begun for these keys, payload read
+    keys: npt.NDArray[np.void],  # [n] V32, what was asked for
+    namespace: bytes,  # 32-byte root
+) -> npt.NDArray[np.bool_]:
+    """[n] bool: which values are what was asked for, bit for bit. Their slots are complete then, and can be published."""
+    if not len(slots):
+        return np.zeros(0, dtype=np.bool_)
+    geometry, mine = arena.spec.geometry, arena.headers
+    theirs = headers.reshape(-1).view(geometry.dtype)
+    identities = np.ascontiguousarray(headers[:, :104]).view("V104").reshape(-1)
+    good: npt.NDArray[np.bool_] = identities == geometry.identities(keys, np.void(namespace))
+    good &= np.array([_hash_of(header) == header[_HASH].tobytes() for header in headers], dtype=np.bool_)
+    good &= theirs["codec"] == 0
+    good &= (theirs["written"] == theirs["generation"][:, None]).all(axis=1)
+    generations: npt.NDArray[np.uint64] = mine["generation"][slots]
+    anew = seal(keys, theirs["generation"]) ^ seal(keys, generations)
+    mine["checksum"][slots] = theirs["checksum"] ^ anew[:, None, None]
+    for name in ("plane_nbytes", "group", "chunk_tokens", "position"):
+        mine[name][slots] = theirs[name]
+    mine["written"][slots] = np.where(good, generations, np.uint64(0))[:, None]
+    good[good] = verify_slots(arena, slots[good])
+    return good

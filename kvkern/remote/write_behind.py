@@ -1,0 +1,190 @@
+"""What is to be written, in order of its worth. Filled under the cache's lock, emptied by the tier's loop; bounded.
+
+    worth    P(use) where the policy predicts it, else nothing; among equals heads before tails, since a tail needs its heads
+    full     what is worth least is dropped, and counted
+
+An entry either is a chunk that is cached (modes all, hot: it is leased when its turn comes, if it is still there), or owns
+a slot that a chunk has been evicted from (modes evicted, predicted): the outbox gives such slots back unwritten when the
+tier needs them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from ..arena.file import Arena
+from ..metrics import CacheCounters
+from ..policy.base import EvictionPolicy, Keys
+from ..policy.persist_modes import Persist
+from .cost_model import PROBE_CHUNKS, CostModel
+
+NO_SLOT = -1
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A policy that knows how likely a chunk is used again."""
+
+    def chances(self, keys: Keys, horizon_s: float) -> list[float]:
+        """The probability of each to be used within so many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingWrite:
+    """A chunk to write."""
+
+    key: bytes
+    slot: int  # that is the outbox's, or NO_SLOT
+    worth: tuple[float, int]  # (chance, -position)
+
+
+class WriteBehind:
+    """`tiers.base.Outbox`."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        mode: Persist,
+        limit: int,  # chunks that may wait
+        speeds: CostModel,
+        counters: CacheCounters,
+        works: Callable[[], bool],  # whether the store takes anything now
+        wake: Callable[[], None],
+    ) -> None:
+        self._positions, self._private = arena.headers["position"], arena.headers["private"]
+        self._tokens, self._namespaces = arena.headers["chunk_tokens"], arena.headers["namespace"]
+        self._mode, self._limit, self._speeds, self._counters = mode, limit, speeds, counters
+        self._works, self._wake = works, wake
+        self._lock = threading.Lock()
+        self._entries: dict[bytes, PendingWrite] = {}
+        self._was_hit = np.zeros(arena.spec.num_slots, dtype=np.bool_)  # since the slot's chunk was stored
+        self._chances: dict[bytes, float] = {}  # of what was chosen last
+        self.chunk_tokens = 0  # of the chunks seen last
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # -- the tier's ----------------------------------------------------------------------------------------------------
+
+    def stored(self, keys: Keys, slots: Sequence[int]) -> None:
+        """See Outbox."""
+        if slots:
+            self.chunk_tokens = int(self._tokens[slots[0]])
+        self._was_hit[list(slots)] = False
+        if self._mode is Persist.ALL:
+            private = self._private[list(slots)].tolist()
+            stored = zip(keys, slots, private, strict=True)
+            self._add(self._entry(key, NO_SLOT, slot) for key, slot, is_private in stored if not is_private)
+
+    def hit(self, keys: Keys, slots: Sequence[int]) -> None:
+        """See Outbox."""
+        if slots:
+            self.chunk_tokens = int(self._tokens[slots[0]])
+        if self._mode is not Persist.HOT or not slots:
+            return
+        fresh = np.flatnonzero(~self._was_hit[list(slots)] & (self._private[list(slots)] == 0)).tolist()
+        self._was_hit[list(slots)] = True
+        self._add(self._entry(keys[row], NO_SLOT, slots[row]) for row in fresh)
+
+    def admit(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
+        """See Outbox."""
+        if self._mode is Persist.ALL:
+            return list(keys) if self._works() else []
+        return self.choose(keys, policy)
+
+    def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
+        """See Outbox."""
+        if self._mode not in (Persist.EVICTED, Persist.PREDICTED) or not keys:
+            return []
+        if not self._works():
+            self.dropped(len(keys))
+            return []
+        if self._mode is Persist.EVICTED or not isinstance(policy, Predicts):
+            self._chances = {}
+            return list(keys)
+        threshold = self._speeds.threshold(self.chunk_tokens)
+        chances = policy.chances(keys, self._speeds.residency_s)
+        self._chances = {key: chance for key, chance in zip(keys, chances, strict=True) if chance > threshold}
+        if not self._chances and self._speeds.probes_write():
+            hoped = self._speeds.threshold(self.chunk_tokens, hoped=True)
+            likely = heapq.nlargest(PROBE_CHUNKS, zip(chances, keys, strict=True))
+            self._chances = {key: chance for chance, key in likely if chance > hoped}
+        return list(self._chances)
+
+    def depart(self, keys: Keys, slots: Sequence[int]) -> list[int]:
+        """See Outbox."""
+        waiting = [key in self._entries for key in keys]  # it left a slot before, and has been computed again since
+        leaving = zip(keys, slots, waiting, strict=True)
+        self._add(self._entry(key, slot, slot) for key, slot, twice in leaving if not twice)
+        return [slot for slot, twice in zip(slots, waiting, strict=True) if twice]
+
+    def lost(self, keys: Keys) -> None:
+        """See Outbox."""
+        if self._mode in (Persist.EVICTED, Persist.PREDICTED):
+            self.dropped(len(keys))
+
+    def recall(self, count: int) -> list[int]:
+        """See Outbox."""
+        with self._lock:
+            idle = (entry for entry in self._entries.values() if entry.slot != NO_SLOT)
+            given_up = heapq.nsmallest(count, idle, key=_worth)
+            self._drop(given_up)
+        return [entry.slot for entry in given_up]
+
+    def forget(self, keys: Keys, namespace: bytes | None) -> list[int]:
+        """See Outbox."""
+        cleared = set(keys)
+
+        def is_gone(entry: PendingWrite) -> bool:
+            owned = entry.slot != NO_SLOT
+            alike = owned and (namespace is None or bytes(self._namespaces[entry.slot]) == namespace)
+            return alike or entry.key in cleared
+
+        with self._lock:
+            gone = [entry for entry in self._entries.values() if is_gone(entry)]
+            self._drop(gone)
+        return [entry.slot for entry in gone if entry.slot != NO_SLOT]
+
+    # -- the loop's ----------------------------------------------------------------------------------------------------
+
+    def take(self, count: int) -> list[PendingWrite]:
+        """Up to so many of the most worth, heads first; the caller's from now on."""
+        with self._lock:
+            taken = heapq.nlargest(count, self._entries.values(), key=_worth)
+            for entry in taken:
+                del self._entries[entry.key]
+        return taken
+
+    def dropped(self, count: int) -> None:
+        """So many are not written after all. From any thread."""
+        with self._lock:
+            self._counters.remote_dropped_chunks += count
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _entry(self, key: bytes, owned: int, slot: int) -> PendingWrite:
+        return PendingWrite(key, owned, (self._chances.get(key, 0.0), -int(self._positions[slot])))
+
+    def _add(self, entries: Iterable[PendingWrite]) -> None:
+        with self._lock:
+            for entry in entries:
+                self._entries.setdefault(entry.key, entry)
+            resident = [entry for entry in self._entries.values() if entry.slot == NO_SLOT]
+            if len(resident) > self._limit:
+                self._drop(heapq.nsmallest(len(resident) - self._limit, resident, key=_worth))
+        self._wake()
+
+    def _drop(self, entries: Iterable[PendingWrite]) -> None:
+        for entry in entries:
+            del self._entries[entry.key]
+            self._counters.remote_dropped_chunks += 1
+
+
+def _worth(entry: PendingWrite) -> tuple[float, int]:
+    return entry.worth

@@ -1,0 +1,303 @@
+"""Measures what a device's link can do, in about 20 ms at the first start. Knows timed operations, not CUDA; see `Timed`.
+
+    for round in 5:                    so that a slow device has every probe once before any has it twice
+      for probe in probes, most telling first:
+        for size in (small, large):    skipped if it would end behind the deadline
+          time it
+    least time of each size;  a line through the two:  slope = seconds a byte (or descriptor), what is left = seconds a call
+
+The least is right as noise only adds time; the slope is free of what every operation costs whatever its size. Beside the 20 ms
+are compiling and warming up, which come first. A descriptor has two costs: CPU until submitted (`descriptor_s`), and what it
+takes until done (`short_gb_s`), which on some GPUs is a multiple.
+
+A probe has measured nothing if it lacks a size, its slope is not above 0, or the two best rounds of a size are further apart
+than a quarter of what the slope is made of. Its seed stays then, the table says so, and later starts do not try again. The
+table is saved. Of the ranks of a host one measures at a time, and the others read what it has saved: they share its memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from . import calibration_file
+from .calibration_file import DeviceId
+from .link_table import GB, Abilities, Calibration, Costs, Direction, Rate, seeds
+from .planner import MAX_ZERO_COPY_CTAS, break_even_nbytes
+
+logger = logging.getLogger("kvkern")
+
+BUDGET_S = 0.02
+ROUNDS = 5
+ZERO_COPY_CTAS, RELAYOUT_CTAS = (4, 8, MAX_ZERO_COPY_CTAS), (16, 32)
+_COPY_NBYTES = (1 << 20, 8 << 20)
+_ZERO_COPY_NBYTES = (1 << 19, 2 << 20)
+_RELAYOUT_NBYTES = (32 << 20, 64 << 20)  # read and written: more than an H100's L2 of 50 MB
+_DESCRIPTORS = (2, 128)  # a batch of one is a plain copy
+_SHORT_RUNS = (64, 512)  # 8 MiB: 1.3 ms at 6.5 GB/s
+SHORT_RUN_NBYTES = 16 << 10  # clearly below SHORT_NBYTES
+_LEAST_S, _LEAST_SLOPE_S = 1e-9, 1e-15  # below these a clock has seen nothing
+_SPREAD = 0.25
+HOST_NBYTES, DEVICE_NBYTES = 16 << 20, 64 << 20  # that these need: pinned, and on the device on either side
+LOCK_WAIT_S = 60.0  # for another process that measures: most of it is compiling
+
+
+class Timed(Protocol):
+    """Operations on one GPU and registered host memory. Each runs once and returns the seconds it took.
+
+    "Submitted" is from the call until it has returned, by the host's clock; "done" from start to end, by the device's, which
+    no thread's waking up disturbs. Compiles and warms up before it is measured.
+    """
+
+    def copy(self, direction: Direction, nbytes: int) -> float:
+        """One plain copy, until done."""
+
+    def submit_copy(self, direction: Direction) -> float:
+        """One plain copy of a page, until submitted."""
+
+    def submit_batch(self, direction: Direction, count: int) -> float:
+        """One batch copy of `count` > 1 pages that do not touch, until submitted. Only asked where there is a batch API."""
+
+    def short_runs(self, direction: Direction, count: int) -> float:
+        """One batch copy of `count` > 1 runs of SHORT_RUN_NBYTES that do not touch, from its call until done. Likewise."""
+
+    def launch(self) -> float:
+        """One kernel, the way copies launch theirs, until submitted."""
+
+    def zero_copy(self, direction: Direction, ctas: int, nbytes: int) -> float:
+        """The kernel between paged blocks and host memory, until done, its launch left out. Only asked where it can be."""
+
+    def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
+        """The gather (D2H) or scatter (H2D) between paged blocks and HBM, until done, its launch left out."""
+
+
+@dataclass
+class _Probe:
+    """One operation at one or two sizes, and the times of each."""
+
+    name: str
+    direction: Direction
+    sizes: tuple[int, ...]
+    run: Callable[[int], float]
+    ctas: int = 0
+    times: dict[int, list[float]] = field(default_factory=dict)  # as told, ascending
+    took: dict[int, float] = field(default_factory=dict)  # all of it, waiting included; the least
+
+    def expected_s(self, size: int) -> float:
+        """About how long it will take; 0 before anything is known."""
+        if size in self.took:
+            return self.took[size]
+        return max((s * size / known for known, s in self.took.items() if known < size), default=0.0)
+
+    def measure(self, size: int, clock: Callable[[], float]) -> None:
+        """Once more."""
+        begin = clock()
+        seconds = self.run(size)
+        took = clock() - begin
+        self.took[size] = min(took, self.took.get(size, took))
+        self.times[size] = sorted([*self.times.get(size, []), seconds])
+
+    def line(self) -> tuple[float, float] | None:
+        """(seconds of each unit of size, seconds beside them), None if that was not measured or not well."""
+        if len(self.times) < len(self.sizes):
+            return None
+        small, large = self.sizes[0], self.sizes[-1]
+        least = {size: times[0] for size, times in self.times.items()}
+        if small == large:
+            return (0.0, least[small]) if least[small] > _LEAST_S else None
+        difference = least[large] - least[small]
+        slope = difference / (large - small)
+        spread = max(times[1] - times[0] if len(times) > 1 else 0.0 for times in self.times.values())
+        if slope <= _LEAST_SLOPE_S or spread > _SPREAD * difference:
+            return None
+        return slope, max(least[small] - slope * small, _LEAST_S)
+
+
+def calibrate(
+    device: Timed,
+    start: Calibration,  # seeds and abilities
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """`start` with what could be measured in `budget_s` in place of its seeds.
+
+    Takes longer only by one operation of a probe's least size, whose time nobody knows before. Raises what the device does.
+    """
+    deadline = clock() + budget_s
+    probes = list(_probes(device, start.abilities))
+    for _ in range(ROUNDS):
+        for probe in probes:
+            for size in probe.sizes:
+                now = clock()
+                if now >= deadline or now + probe.expected_s(size) > deadline:
+                    break
+                probe.measure(size, clock)
+    table = start
+    for direction in Direction:
+        mine = [probe for probe in probes if probe.direction is direction]
+        table = table.with_costs(direction, _fitted(table.costs(direction), mine))
+    return table
+
+
+def calibrated(
+    make: Callable[[], Timed],  # asked only where something is to be measured: it compiles and takes memory
+    identity: DeviceId,
+    abilities: Abilities,
+    folder: Path,  # the user's cache directory
+    budget_s: float = BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+    wait_s: float = LOCK_WAIT_S,
+) -> Calibration:
+    """The device's table: saved by an earlier start or another rank, or measured now and saved. Logged at INFO.
+
+    Where another process measures for longer than `wait_s`, estimates stand for this start: two at once would measure half.
+    """
+    start = seeds(identity.link, abilities)
+    table = calibration_file.load(identity, start, folder)
+    if table is None or untried(table):  # more can be measured than in the start that saved it
+        with calibration_file.locked(folder, wait_s) as alone:
+            found = calibration_file.load(identity, start, folder, warn=False)
+            if found is not None and not untried(found):
+                table = found
+            elif alone:
+                table = _measured(make, identity, start, folder, budget_s, clock)
+            else:
+                table = found or start
+                logger.warning(
+                    "kvkern: another process has measured its GPU for %.0f s; estimates stand for now", wait_s
+                )
+    logger.info("kvkern: %s\n%s", identity, text(table))
+    return table
+
+
+def _measured(
+    make: Callable[[], Timed], identity: DeviceId, start: Calibration, folder: Path, budget_s: float,
+    clock: Callable[[], float],
+) -> Calibration:  # fmt: skip
+    device, begin = make(), clock()
+    table = calibrate(device, start, budget_s, clock)
+    logger.info("kvkern: calibrated in %.0f ms", (clock() - begin) * 1e3)
+    if left := unmeasured(table):
+        logger.warning(
+            "kvkern: not measured well within %.0f ms, estimates stand: %s; delete %s to try again",
+            budget_s * 1e3, ", ".join(left), calibration_file.path_of(identity, folder),
+        )  # fmt: skip
+    for direction in Direction:
+        tried = tuple(name for d, name in map(str.split, left) if d == direction)
+        table = table.with_costs(direction, replace(table.costs(direction), tried=tried))
+    calibration_file.save(identity, table, folder)
+    return table
+
+
+def unmeasured(table: Calibration) -> list[str]:
+    """What could be measured on this device and is a seed still, such as "d2h copy_gb_s"."""
+    able = table.abilities
+    names = ["copy_gb_s", "copy_s"]
+    if able.pinned:
+        names += ["launch_s", "relayout"]
+    if able.pinned and able.batch_api:
+        names += ["descriptor_s", "call_s", "short_gb_s"]
+    if able.pinned and able.host_pointers:
+        names.append("zero_copy")
+    return [f"{d.value} {name}" for d in Direction for name in names if name not in table.costs(d).measured]
+
+
+def untried(table: Calibration) -> list[str]:
+    """Those of them that no start has tried to measure."""
+    tried = {f"{d.value} {name}" for d in Direction for name in table.costs(d).tried}
+    return [name for name in unmeasured(table) if name not in tried]
+
+
+def _probes(device: Timed, able: Abilities) -> Iterator[_Probe]:
+    def each(
+        name: str, sizes: tuple[int, ...], run: Callable[[Direction, int], float], ctas: int = 0
+    ) -> Iterator[_Probe]:
+        for direction in Direction:
+            yield _Probe(name, direction, sizes, lambda size, d=direction: run(d, size), ctas)  # type: ignore[misc]
+
+    yield from each("copy_gb_s", _COPY_NBYTES, device.copy)
+    yield from each("copy_s", (1,), lambda direction, _: device.submit_copy(direction))
+    if not able.pinned:
+        return
+    yield from each("launch_s", (1,), lambda direction, _: device.launch())
+    if able.batch_api:
+        yield from each("batch", _DESCRIPTORS, device.submit_batch)
+        yield from each("short_gb_s", _SHORT_RUNS, device.short_runs)
+    if able.host_pointers:
+        for ctas in ZERO_COPY_CTAS:
+            yield from each("zero_copy", _ZERO_COPY_NBYTES, lambda d, size, n=ctas: device.zero_copy(d, n, size), ctas)  # type: ignore[misc]
+    for ctas in RELAYOUT_CTAS:
+        yield from each("relayout", _RELAYOUT_NBYTES, lambda d, size, n=ctas: device.relayout(d, n, size), ctas)  # type: ignore[misc]
+
+
+def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
+    """These costs with what the probes of this direction have found."""
+    rates: dict[str, list[Rate]] = {}
+    values: dict[str, float] = {}
+    for probe in probes:
+        if (line := probe.line()) is None:
+            continue
+        slope, rest = line
+        if probe.ctas:
+            rates.setdefault(probe.name, []).append(Rate(probe.ctas, 1 / slope / GB))
+        elif probe.name == "copy_gb_s":
+            values["copy_gb_s"] = 1 / slope / GB
+        elif probe.name == "short_gb_s":
+            values["short_gb_s"] = SHORT_RUN_NBYTES / slope / GB
+        elif probe.name == "batch":
+            values |= {"descriptor_s": slope, "call_s": rest}
+        else:
+            values[probe.name] = rest
+    found = {**values, **{name: tuple(of) for name, of in rates.items()}}
+    return replace(costs, **found, measured=tuple(sorted(found)))  # type: ignore[arg-type]
+
+
+def text(table: Calibration, width: int = 100) -> str:
+    """The table as plain aligned text; seeds are marked."""
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(rich_table(table))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def rich_table(table: Calibration) -> Table:
+    """Aligned, for a terminal. `~` marks what is an estimate or published by others, not measured on this device."""
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    shown.add_column("")
+    for title in ("D2H (store)", "H2D (load)"):
+        shown.add_column(title, justify="right")
+
+    def row(name: str, field: str, cell: Callable[[Costs], str]) -> None:
+        marks = ["" if field in table.costs(d).measured else "~" for d in Direction]
+        shown.add_row(name, *(mark + cell(table.costs(d)) for mark, d in zip(marks, Direction, strict=True)))
+
+    able = table.abilities
+    row("copy engine, one large copy", "copy_gb_s", lambda costs: f"{costs.copy_gb_s:.1f} GB/s")
+    row("  a plain copy", "copy_s", lambda costs: f"{costs.copy_s * 1e6:.2f} us CPU")
+    if able.batch_api and able.pinned:
+        row("  a batch call", "call_s", lambda costs: f"{costs.call_s * 1e6:.2f} us CPU")
+        row("  a descriptor in it", "descriptor_s", lambda costs: f"{costs.descriptor_s * 1e6:.2f} us CPU")
+        row("  runs below 28 KiB, until done", "short_gb_s", lambda costs: f"{costs.short_gb_s:.1f} GB/s")
+    if able.pinned:
+        row("kernel launch", "launch_s", lambda costs: f"{costs.launch_s * 1e6:.2f} us CPU")
+        kinds = [("gather or scatter in HBM", "relayout")]
+        if able.host_pointers:
+            kinds.insert(0, ("zero-copy kernel", "zero_copy"))
+        for name, field in kinds:
+            for ctas in sorted({rate.ctas for d in Direction for rate in getattr(table.costs(d), field)}):
+                row(f"{name}, {ctas} thread blocks", field, lambda costs, f=field, n=ctas: _rate(costs, f, n))  # type: ignore[misc]
+    cells = [f"{break_even_nbytes(table, d) / 1e3:.1f} KB" for d in Direction]
+    shown.add_row("run whose submission takes as long as its transfer", *cells)
+    return shown
+
+
+def _rate(costs: Costs, field: str, ctas: int) -> str:
+    rates: dict[int, float] = {rate.ctas: rate.gb_s for rate in getattr(costs, field)}
+    return f"{rates[ctas]:.1f} GB/s" if ctas in rates else "-"

@@ -1,0 +1,105 @@
+"""Which bytes the copy engine moves, as (source, destination, size). Pure functions of layout, block ids and addresses.
+
+    run (chunk, plane, block b of the chunk, outer o, inner i)
+        page = base[plane] + block_ids[chunk, b] * stride_block + o * stride_outer + i * stride_inner
+        slot = part[chunk] + plane_offset[plane] + b * block_nbytes + (o * inner + i) * run_nbytes
+
+In slot order a run has one successor only, so one pass merges all that continue each other on both sides: the driver does
+not, and a descriptor costs it as much as 26 KB on the wire (vLLM issue 48434).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...kernels.paged_tensors import PagedTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Copies, in any order: `nbytes[i]` from `src[i]` to `dst[i]`. All [n] uint64."""
+
+    dst: npt.NDArray[np.uint64]
+    src: npt.NDArray[np.uint64]
+    nbytes: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, dst: npt.ArrayLike, src: npt.ArrayLike, nbytes: npt.ArrayLike) -> Runs:
+        """From addresses and sizes; scalars are one run, or the same size for all."""
+        to, from_ = (np.atleast_1d(np.asarray(a, dtype=np.uint64)) for a in (dst, src))
+        return cls(to, from_, np.broadcast_to(np.asarray(nbytes, dtype=np.uint64), to.shape).copy())
+
+    def __add__(self, other: Runs) -> Runs:
+        pairs = ((self.dst, other.dst), (self.src, other.src), (self.nbytes, other.nbytes))
+        return Runs(*(np.concatenate(pair) for pair in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """The runs of one chunk in slot order, but for its block ids and its slot. All [runs] int64."""
+
+    block: npt.NDArray[np.int64]  # place in the chunk
+    page: npt.NDArray[np.int64]  # address for block id 0
+    stride: npt.NDArray[np.int64]  # of block ids
+    slot: npt.NDArray[np.int64]  # offset in the part
+    nbytes: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, paged: PagedTensors, blocks_per_chunk: int) -> _Template:
+        rows = []
+        offsets = paged.layout.plane_offsets(blocks_per_chunk)
+        for plane, base, offset in zip(paged.layout.planes, paged.bases, offsets, strict=False):
+            outer, stride_outer, inner, stride_inner, run = plane.runs
+            block, o, i = (grid.ravel() for grid in np.indices((blocks_per_chunk, outer, inner)))
+            columns = np.empty((5, len(block)), dtype=np.int64)
+            columns[0] = block
+            columns[1] = base + o * stride_outer + i * stride_inner
+            columns[2] = plane.stride_block
+            columns[3] = offset + block * plane.block_nbytes + (o * inner + i) * run
+            columns[4] = run
+            rows.append(columns)
+        return cls(*np.concatenate(rows, axis=1))
+
+
+def merged(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32, none absent
+    parts: npt.NDArray[np.int64],  # [n] int64, addresses of the chunks' parts
+    to_slots: bool,
+) -> Runs:
+    """The fewest runs that move these chunks. Padding between planes is not moved: see `direct`."""
+    per_chunk = block_ids.shape[1]
+    t: _Template = paged.plan(("dma", per_chunk), lambda: _Template.of(paged, per_chunk))
+    pages = (t.page + block_ids[:, t.block].astype(np.int64) * t.stride).ravel()
+    slots = (parts[:, None] + t.slot).ravel()
+    nbytes = np.tile(t.nbytes, len(parts))
+    if len(pages) == 0:
+        return Runs.of([], [], [])
+    breaks = (pages[1:] != pages[:-1] + nbytes[:-1]) | (slots[1:] != slots[:-1] + nbytes[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    pages, slots, nbytes = pages[starts], slots[starts], np.add.reduceat(nbytes, starts)
+    return Runs.of(slots, pages, nbytes) if to_slots else Runs.of(pages, slots, nbytes)
+
+
+def count_runs(
+    paged: PagedTensors,
+    block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
+) -> int:
+    """How many runs `merged` would give, without making them; neighbours that only meet across planes count apart."""
+    n, per_chunk = block_ids.shape
+    neighbours = int((np.diff(block_ids.astype(np.int64), axis=1) == 1).sum())
+    count = 0
+    for plane in paged.layout.planes:
+        outer, _, inner, _, run = plane.runs
+        joined = neighbours if plane.stride_block == run == plane.block_nbytes else 0
+        count += n * per_chunk * outer * inner - joined
+    return count
+
+
+def direct(paged: PagedTensors, blocks_per_chunk: int) -> bool:
+    """Whether runs are all there is to a part: a plane that ends in padding needs somebody who writes the zeros."""
+    sizes = sum(plane.block_nbytes for plane in paged.layout.planes) * blocks_per_chunk
+    return sizes == paged.layout.part_nbytes(blocks_per_chunk)

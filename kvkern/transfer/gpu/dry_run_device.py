@@ -1,0 +1,102 @@
+"""A device that is this host: every operation runs at once, in the order of the calls. For dry runs, of benches and of tests.
+
+It shows that a script works from end to end. It shows nothing of orders (tests/transfer/gpu/fake.py does), and times nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
+from ...kernels.paged_tensors import PagedTensors
+from .dma import Runs
+from .link_table import Direction
+
+
+class DryRunEvent:
+    """Always past."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class DryRunStream:
+    """See kvkern.transfer.gpu.device.Stream."""
+
+    def record(self, name: str) -> DryRunEvent:
+        return DryRunEvent()
+
+    def wait(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def copy(self, runs: Runs, direction: Direction) -> None:
+        for dst, src, nbytes in zip(runs.dst, runs.src, runs.nbytes, strict=True):
+            ctypes.memmove(int(dst), int(src), int(nbytes))
+
+    def gather(
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        gather_chunks(paged, block_ids.numpy(), rows.numpy(), row_ids.numpy(), sums.numpy())
+
+    def scatter(
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        scatter_chunks(paged, block_ids.numpy(), rows.numpy(), row_ids.numpy(), sums.numpy())
+
+    def checksum(self, paged: PagedTensors, block_ids: torch.Tensor, sums: torch.Tensor, max_ctas: int) -> None:
+        checksum_chunks(paged, block_ids.numpy(), sums.numpy())
+
+
+class DryRunDevice:
+    """See kvkern.transfer.gpu.device.Device."""
+
+    backend: Backend = "numba"
+
+    def attach(self) -> None:
+        pass
+
+    def stream(self, name: str) -> DryRunStream:
+        return DryRunStream()
+
+    def computed(self) -> DryRunEvent:
+        return DryRunEvent()
+
+    def memory(self, nbytes: int) -> torch.Tensor:
+        return torch.from_numpy(self.host(nbytes))
+
+    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        raw = np.zeros(nbytes + 256, dtype=np.uint8)
+        return raw[-raw.ctypes.data % 256 :][:nbytes]
+
+    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+        out[:] = values
+
+    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return values.copy()
+
+    def register(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unregister(self, address: int) -> None:
+        pass
+
+    def alias(self, address: int) -> int:
+        return address
+
+    def numa_node(self) -> int | None:
+        return None

@@ -1,0 +1,232 @@
+"""Copies for a cache over two tiers: each chunk to or from the tier that its slot is in, and slots between the tiers.
+
+StackedCopier     paged blocks <-> slots: HBM's by the copier of the device, DRAM's by the one there was
+DmaRows           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds leases so long
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ...arena.file import Arena, Slots
+from ...arena.slots import SlotGeometry
+from ...kernels.paged_tensors import PagedTensors
+from ...tiers.hbm import HbmSlots
+from ..base import ChunkBatch, Copier, Job
+from .copier import GpuCopier
+from .device import Device, DeviceError
+from .dma import Runs
+from .link_table import Direction
+from .planner import MAX_PIECE_NBYTES, MAX_RELAYOUT_CTAS, MIN_PIECE_NBYTES, Choice, Method
+from .staging_rings import RingDepths
+
+logger = logging.getLogger("kvkern")
+
+MOVED = "moved"  # an event: slots have been copied between the tiers
+
+Part = tuple[Job, npt.NDArray[np.int64]]  # a job, and where its chunks are in the whole: [n] int64
+
+
+def device_slots(geometry: SlotGeometry, count: int, device: Device) -> HbmSlots:
+    """So many slots in the device's memory. Raises DeviceError if there is no room."""
+    memory = device.memory(count * geometry.part_stride)
+    seen = (ctypes.c_uint8 * memory.numel()).from_address(memory.data_ptr())
+    rows = np.ndarray((count, geometry.part_stride), np.uint8, memoryview(seen))
+    return HbmSlots(geometry, rows, owner=memory)
+
+
+class Resident:
+    """A device whose memory is to be reached where it is: nothing needs registering. All else is the device's."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+    def register(self, address: int, nbytes: int) -> None:
+        """See Device."""
+
+    def unregister(self, address: int) -> None:
+        """See Device."""
+
+    def alias(self, address: int) -> int:
+        """See Device."""
+        return address
+
+    def numa_node(self) -> int | None:
+        """See Device; no host memory's business."""
+        return None
+
+
+def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, device: Device) -> Copier:
+    """Between paged blocks and slots on the same device: one kernel, and nothing over the link but ids and checksums.
+
+    Nothing is staged, so beside the slots it takes device memory for ids and checksums only: some 100 KiB, at most a few MiB.
+    """
+    resident, arena = cast(Device, Resident(device)), cast(Arena, slots)
+
+    def choose(direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
+        return Choice(Method.ZERO_COPY, MAX_RELAYOUT_CTAS, MAX_PIECE_NBYTES)
+
+    return GpuCopier([group], arena, 0, blocks_per_chunk, resident, choose, RingDepths(staging=1, rows=False))
+
+
+class DmaRows:
+    """`Rows` by the copy engine, a piece at a time: the engine's own small copies wait for no more than one."""
+
+    def __init__(self, hbm: HbmSlots, dram: Slots, device: Device) -> None:
+        self._hbm, self._dram = hbm.parts(0), dram.parts(0)
+        self._nbytes = hbm.spec.geometry.part_nbytes
+        self._device, self._stream = device, device.stream("hbm")
+        self._attached = threading.local()
+
+    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See Rows."""
+        self._copy(self._addresses(self._dram, dram), self._addresses(self._hbm, hbm), Direction.D2H)
+
+    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See Rows."""
+        self._copy(self._addresses(self._hbm, hbm), self._addresses(self._dram, dram), Direction.H2D)
+
+    def close(self) -> None:
+        """See Rows. What the driver refuses is left to the process's end."""
+        try:
+            self._attach()
+            self._stream.close()
+        except DeviceError as error:
+            logger.warning("kvkern: the stream between HBM and DRAM stays: %s", error)
+
+    def _attach(self) -> None:
+        if not hasattr(self._attached, "yes"):
+            self._device.attach()
+            self._attached.yes = True
+
+    def _addresses(self, rows: npt.NDArray[np.uint8], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return rows.ctypes.data + at * rows.strides[0]
+
+    def _copy(self, to: npt.NDArray[np.int64], at: npt.NDArray[np.int64], direction: Direction) -> None:
+        self._attach()
+        step = max(1, MIN_PIECE_NBYTES // self._nbytes)
+        for begin in range(0, len(at), step):
+            rows = slice(begin, begin + step)
+            try:
+                self._stream.copy(Runs.of(to[rows], at[rows], self._nbytes), direction)
+            except BaseException:
+                self._stream.synchronize()  # what was submitted before it still runs
+                raise
+            self._stream.record(MOVED).synchronize()
+
+
+class JoinedJob(Job):
+    """Several jobs as one. `ok` is put together anew at every reading."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._jobs = [job for job, _ in parts]
+        self._places = [at for _, at in parts]
+        self.nbytes = sum(job.nbytes for job in self._jobs)
+        self.futures = [future for job in self._jobs for future in job.futures]
+        self.started = min(job.started for job in self._jobs)
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:  # type: ignore[override]
+        """[n] bool: final once `done()`."""
+        whole = np.zeros(sum(map(len, self._places)), dtype=np.bool_)
+        for job, at in zip(self._jobs, self._places, strict=True):
+            whole[at] = job.ok
+        return whole
+
+    @property
+    def finished(self) -> float:  # type: ignore[override]
+        """When the last one ended."""
+        return max(job.finished for job in self._jobs)
+
+    def released(self) -> bool:
+        """See Job."""
+        return all(job.released() for job in self._jobs)
+
+    def run_piece(self) -> bool:
+        """See Job."""
+        return any(job.run_piece() for job in self._jobs)
+
+
+class HbmOverDramCopier(Copier):
+    """Copies for one rank, whose slots from `first` on are HBM's."""
+
+    def __init__(
+        self,
+        dram: Copier,
+        hbm: Copier,
+        first: int,
+        end_moves: Callable[[], None],  # between the tiers, which need what the copiers have registered
+    ) -> None:
+        self.blocks_per_chunk = dram.blocks_per_chunk
+        self._dram, self._hbm, self._first, self._end_moves = dram, hbm, first, end_moves
+
+    @property
+    def num_blocks(self) -> int:
+        """See Copier."""
+        return self._dram.num_blocks
+
+    def self_test(self) -> None:
+        """See Copier. Both move the same tensors by the same kernels."""
+        self._dram.self_test()
+
+    def store(self, batches: Sequence[ChunkBatch]) -> Job:
+        """See Copier."""
+        below, above = self._split(batches)
+        return JoinedJob([(self._dram.store(below[0]), below[1]), (self._hbm.store(above[0]), above[1])])
+
+    def load(self, batches: Sequence[ChunkBatch]) -> Job:
+        """See Copier."""
+        below, above = self._split(batches)
+        return JoinedJob([(self._dram.load(below[0]), below[1]), (self._hbm.load(above[0]), above[1])])
+
+    def reject(self, slots: npt.NDArray[np.int64]) -> Job:
+        """See Copier."""
+        self._hbm.reject(slots[slots >= self._first] - self._first)
+        self._dram.reject(slots[slots < self._first])
+        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))
+        job.finished = job.started
+        return job
+
+    def close(self) -> None:
+        """See Copier. Moves end first."""
+        self._end_moves()
+        self._hbm.close()
+        self._dram.close()
+
+    def _split(
+        self, batches: Sequence[ChunkBatch]
+    ) -> tuple[tuple[list[ChunkBatch], npt.NDArray[np.int64]], tuple[list[ChunkBatch], npt.NDArray[np.int64]]]:
+        """(DRAM's batches and their places in the whole, HBM's)."""
+        parts: tuple[list[ChunkBatch], list[ChunkBatch]] = ([], [])
+        places: tuple[list[npt.NDArray[np.int64]], ...] = ([], [])
+        begin = 0
+        for batch in batches:
+            above = batch.slots >= self._first
+            for tier, (mine, first) in enumerate(((~above, 0), (above, self._first))):
+                parts[tier].append(_rows(batch, mine, first))
+                places[tier].append(begin + np.flatnonzero(mine))
+            begin += len(batch.slots)
+        below, above_all = (np.concatenate([np.zeros(0, dtype=np.int64), *at]) for at in places)
+        return (parts[0], below), (parts[1], above_all)
+
+
+def _rows(batch: ChunkBatch, mine: npt.NDArray[np.bool_], first: int) -> ChunkBatch:
+    """Those chunks of a batch, their slots counted from `first`. Loads give no generations."""
+    return replace(
+        batch,
+        block_ids=np.ascontiguousarray(batch.block_ids[mine]),
+        slots=batch.slots[mine] - first,
+        generations=batch.generations[mine] if len(batch.generations) else batch.generations,
+        keys=batch.keys[mine],
+    )

@@ -1,0 +1,408 @@
+"""The order of work on the device: one lane for stores, one for loads, each with two streams and one host thread.
+
+              kernel stream                                   copy stream                               host
+    store     ids up; wait COMPUTED, staging's former end     wait GATHERED; rows -> slots, sums down   wait STORED;
+              gather -> GATHERED: blocks are free             -> STORED                                 publish
+     zero copy     ...; gather into the slots -> GATHERED; sums down -> STORED
+     DMA      ids up; checksum -> SUMMED                      wait COMPUTED; blocks -> slots;
+                                                              wait SUMMED; sums down -> STORED: blocks are free
+    load      ids up; wait ARRIVED, COMPUTED; scatter;        wait staging's former end;                wait LOADED;
+              sums down -> LOADED                             slots -> rows -> ARRIVED                  compare
+     zero copy     ...; wait COMPUTED; scatter out of the slots; sums down -> LOADED
+     DMA      ids up; wait ARRIVED; checksum; sums down       wait COMPUTED; slots -> blocks
+              -> LOADED                                       -> ARRIVED
+
+Every wait above is needed: the tests take them away one at a time and find wrong bytes for each. A lane is a machine of small
+turns, so that they can drive it without threads, through every order that streams may take.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...errors import LayoutError
+from ...kernels.paged_tensors import PagedTensors
+from ..base import ChunkBatch, Job, Parts
+from ..nvtx import span
+from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, DeviceError, Event
+from .dma import Runs, merged
+from .link_table import Direction
+from .planner import Choice, Method
+from .staging_rings import DeviceTable, Rings, Staging
+
+logger = logging.getLogger("kvkern")
+
+# Between two questions whether a piece has run: an eighth of the time waited so far, so that few are asked.
+MIN_PAUSE_S, MAX_PAUSE_S = 50e-6, 1e-3
+
+
+@dataclass
+class GpuJob(Job):
+    """A transfer under way on the device. Its pieces are the lane's alone: `help` has nothing to do."""
+
+    pieces: tuple[Piece, ...] = ()
+
+    def released(self) -> bool:
+        """See `Job.released`: true as soon as the gathers have run, long before the bytes have crossed. Never blocks."""
+        return all(piece.released() for piece in self.pieces)
+
+
+@dataclass(slots=True)
+class Piece:
+    """Some chunks of a batch, moved by one launch or one submission."""
+
+    job: GpuJob
+    batch: ChunkBatch
+    rows: npt.NDArray[np.int64]  # [n] int64, of the batch
+    begin: int  # of the batch in the job's `ok`
+    choice: Choice
+    computed: Event  # the engine's stream when the job came
+    future: Future[None]
+    freed: Event | None = None  # a store's: its blocks have been read
+
+    def released(self) -> bool:
+        """Whether nothing reads its blocks any more."""
+        return self.future.done() or (self.freed is not None and self.freed.query())
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The last word on this piece: nothing of it runs any more."""
+        self.job.finished = max(self.job.finished, time.perf_counter())
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A piece and the memory it works in."""
+
+    piece: Piece
+    rows: npt.NDArray[np.int64]  # [m] int64, m > 0, of the batch: those the piece may touch
+    generations: npt.NDArray[np.uint64]  # [m] uint64
+    group: PagedTensors
+    part_nbytes: int
+    table: DeviceTable
+    staging: Staging
+    pinned: npt.NDArray[np.uint8]  # for the sums
+
+    @property
+    def block_ids(self) -> npt.NDArray[np.int32]:
+        """[m, blocks_per_chunk] int32"""
+        return self.piece.batch.block_ids[self.rows]
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """[m] int64"""
+        return self.piece.batch.slots[self.rows]
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """[m, part_nbytes] uint8 on the device"""
+        return self.staging.rows(len(self.rows), self.part_nbytes)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[m, planes] uint64 on the device"""
+        return self.staging.sums(len(self.rows), len(self.group.layout.planes))
+
+    @property
+    def sums_down(self) -> Runs:
+        """The copy of `sums` into `pinned`."""
+        return Runs.of(self.pinned.ctypes.data, self.sums.data_ptr(), self.sums.numel() * 8)
+
+    def fetch(self, device: Device) -> npt.NDArray[np.uint64]:
+        """[m, planes] uint64: `sums` as they came down."""
+        sums = device.fetch(self.pinned[: self.sums.numel() * 8]).view(np.uint64)
+        return sums.reshape(len(self.rows), -1)
+
+
+class Lane(ABC):
+    """One direction. `submit` from any thread; `turn` from one."""
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        parts: Parts,
+        mapped: torch.Tensor | None,  # `parts.rows` as kernels see them; None: they cannot
+        rings: Rings,
+    ) -> None:
+        self.name = name
+        self._device, self._parts, self._mapped, self._rings = device, parts, mapped, rings
+        self._kernels = device.stream(f"{name}.kernels")
+        self._copies = device.stream(f"{name}.copies")
+        self._queueing = threading.Lock()  # held for moments: the engine's thread takes it
+        self._waiting: deque[Piece] = deque()
+        self._arrived = threading.Event()  # since a turn last looked at what waits
+        self._flying: deque[tuple[Work, Event]] = deque()
+
+    def close(self) -> None:
+        """Give the streams back, when all turns are done. Idempotent; what the driver refuses is left to the process's end."""
+        for stream in (self._kernels, self._copies):
+            try:
+                stream.close()
+            except DeviceError as error:
+                logger.warning("kvkern: a stream of the %s lane stays: %s", self.name, error)
+
+    def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:
+        """Queue pieces, and two turns for each: one begins it, one ends it. All or nothing; raises what the executor raises.
+
+        Turns come first: those that it took before it refused find nothing to do, where a piece without them never ended.
+        """
+        with self._queueing:
+            for _ in range(2 * len(pieces)):
+                executor.submit(self.turn)
+            self._waiting.extend(pieces)
+        self._arrived.set()
+
+    def refuse(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
+        """These chunks are not moved: nothing of them was queued. Any thread."""
+
+    def turn(self) -> None:
+        """Begin the next piece or end the oldest one, whichever can be first. Raises what that raises.
+
+        With the window full nothing can begin before an end: the thread sleeps until that. Else it asks now and then
+        whether the oldest piece is past, and what arrives meanwhile begins at once.
+        """
+        since = time.perf_counter()
+        while True:
+            self._arrived.clear()
+            with self._queueing:  # a turn that is early waits for its piece
+                piece = self._waiting.popleft() if self._waiting and self._rings.sums else None
+            if piece is not None:
+                with span(f"kvkern gpu {self.name}: enqueue"):
+                    return self._begin(piece)
+            if not self._flying:
+                return None
+            with span(f"kvkern gpu {self.name}: wait, verify, publish"):
+                if not self._rings.sums or self._past(self._flying[0][1], since):
+                    return self._end(*self._flying.popleft())
+
+    def _past(self, end: Event, since: float) -> bool:
+        """Whether a piece has run. If not, a while has passed or a piece has arrived."""
+        try:
+            if end.query():
+                return True
+        except RuntimeError:  # who ends the piece hears it again
+            return True
+        waited = time.perf_counter() - since
+        self._arrived.wait(min(max(MIN_PAUSE_S, waited / 8), MAX_PAUSE_S))
+        return False
+
+    def _begin(self, piece: Piece) -> None:
+        pinned = self._rings.sums.popleft()
+        try:
+            self._check(piece)
+            rows, generations = self._select(piece)
+            if len(rows):
+                work = self._work(piece, rows, generations, pinned)
+                work.staging.free = end = self._enqueue(work)
+                self._flying.append((work, end))
+                return
+            self._settle(piece)
+        except BaseException as error:
+            self._fail(piece, pinned, error)
+            raise
+        self._rings.sums.append(pinned)
+        piece.finish()
+
+    def _end(self, work: Work, end: Event) -> None:
+        try:
+            end.synchronize()
+            self._conclude(work, work.fetch(self._device))
+            self._settle(work.piece)
+        except BaseException as error:
+            self._fail(work.piece, work.pinned, error)
+            raise
+        self._rings.sums.append(work.pinned)
+        work.piece.finish()
+
+    def _fail(self, piece: Piece, pinned: npt.NDArray[np.uint8], error: BaseException) -> None:
+        """What is on the streams ends first: until then it may touch the piece's blocks, slots and buffers."""
+        try:
+            self._kernels.synchronize()
+            self._copies.synchronize()
+        finally:
+            try:
+                self._settle(piece)
+            finally:
+                self._rings.sums.append(pinned)
+                piece.finish(error)
+
+    def _check(self, piece: Piece) -> None:
+        """Kernels check nothing: an id out of range would be an illegal access, and the end of the engine."""
+        ids, slots = piece.batch.block_ids[piece.rows], piece.batch.slots[piece.rows]
+        width, num_blocks = self._parts.blocks_per_chunk, self._parts.groups[piece.batch.group].layout.num_blocks
+        if ids.dtype != np.int32 or ids.shape[1:] != (width,):
+            raise LayoutError(f"block_ids is {ids.dtype} {ids.shape}, expected int32 [chunks, {width}]")
+        if int(ids.max()) >= num_blocks or int(ids.min()) < -1:
+            raise LayoutError(f"block ids are in [{ids.min()}, {ids.max()}], expected [-1, {num_blocks})")
+        if int(slots.max()) >= len(self._parts.rows) or int(slots.min()) < 0:
+            raise LayoutError(f"slots are in [{slots.min()}, {slots.max()}], expected [0, {len(self._parts.rows)})")
+
+    def _work(
+        self,
+        piece: Piece,
+        rows: npt.NDArray[np.int64],
+        generations: npt.NDArray[np.uint64],
+        pinned: npt.NDArray[np.uint8],
+    ) -> Work:
+        group, size = self._parts.groups[piece.batch.group], self._parts.sizes[piece.batch.group]
+        return Work(piece, rows, generations, group, size, self._rings.table(), self._rings.staging(), pinned)
+
+    def _ids(self, work: Work, row_ids: npt.NDArray[np.int64] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(block ids, row ids) on the device; rows of the staging buffer unless given."""
+        rows = np.arange(len(work.rows)) if row_ids is None else row_ids
+        return work.table.upload(self._device, self._kernels, work.block_ids, rows)
+
+    def _slots(self) -> torch.Tensor:
+        assert self._mapped is not None, "the transfer chooses ZERO_COPY only where kernels reach the slots"
+        return self._mapped
+
+    def _addresses(self, work: Work) -> npt.NDArray[np.int64]:
+        """[m] int64: where the parts start in host memory."""
+        return work.slots * self._parts.rows.strides[0] + self._parts.rows.ctypes.data
+
+    def _staged(self, work: Work) -> npt.NDArray[np.int64]:
+        """[m] int64: where the parts start in the staging buffer."""
+        return np.arange(len(work.rows)) * work.part_nbytes + work.buffer.data_ptr()
+
+    @abstractmethod
+    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """([m] int64 rows of the batch that the piece may move, [m] uint64 their generations)."""
+
+    @abstractmethod
+    def _enqueue(self, work: Work) -> Event:
+        """Put a piece on the streams. After the event nothing of it runs and its sums are in pinned memory."""
+
+    @abstractmethod
+    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+        """The device is done with the piece: say which of its chunks are ok."""
+
+    def _settle(self, piece: Piece) -> None:  # noqa: B027  # a store has nothing to say
+        """`ok` is final for this piece, also if it failed."""
+
+
+class StoreLane(Lane):
+    """Blocks to slots."""
+
+    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        rows = piece.rows[self._parts.writable(piece.batch, piece.rows)]
+        return rows, piece.batch.generations[rows]
+
+    def _enqueue(self, work: Work) -> Event:
+        match work.piece.choice.method:
+            case Method.STAGED:
+                return self._by_staging(work)
+            case Method.ZERO_COPY:
+                return self._by_kernel(work)
+            case Method.BATCH_DMA:
+                return self._by_dma(work)
+
+    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+        self._parts.publish(work.piece.batch, work.rows, sums)
+        work.piece.job.ok[work.piece.begin + work.rows] = True
+
+    def _by_staging(self, work: Work) -> Event:
+        ids, rows = self._ids(work)
+        self._before_kernel(work)
+        self._kernels.gather(work.group, ids, work.buffer, rows, work.sums, work.piece.choice.max_ctas)
+        work.piece.freed = self._kernels.record(GATHERED)
+        self._copies.wait(work.piece.freed)
+        payload = Runs.of(self._addresses(work), self._staged(work), work.part_nbytes)
+        self._copies.copy(payload + work.sums_down, Direction.D2H)
+        return self._copies.record(STORED)
+
+    def _by_kernel(self, work: Work) -> Event:
+        ids, rows = self._ids(work, work.slots)
+        self._before_kernel(work)
+        self._kernels.gather(work.group, ids, self._slots(), rows, work.sums, work.piece.choice.max_ctas)
+        work.piece.freed = self._kernels.record(GATHERED)
+        self._kernels.copy(work.sums_down, Direction.D2H)
+        return self._kernels.record(STORED)
+
+    def _by_dma(self, work: Work) -> Event:
+        ids, _ = self._ids(work)
+        self._before_kernel(work)
+        self._kernels.checksum(work.group, ids, work.sums, work.piece.choice.max_ctas)
+        summed = self._kernels.record(SUMMED)
+        self._copies.wait(work.piece.computed)
+        runs = merged(work.group, work.block_ids, self._addresses(work), to_slots=True)
+        self._copies.copy(runs, Direction.D2H)
+        self._copies.wait(summed)
+        self._copies.copy(work.sums_down, Direction.D2H)
+        work.piece.freed = self._copies.record(STORED)
+        return work.piece.freed
+
+    def _before_kernel(self, work: Work) -> None:
+        self._kernels.wait(work.piece.computed)
+        if work.staging.free is not None:
+            self._kernels.wait(work.staging.free)
+
+
+class LoadLane(Lane):
+    """Slots to blocks."""
+
+    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        good, generations = self._parts.readable(piece.batch, piece.rows)
+        return piece.rows[good], generations[good]  # a foreign slot reaches no block
+
+    def _enqueue(self, work: Work) -> Event:
+        match work.piece.choice.method:
+            case Method.STAGED:
+                self._by_staging(work)
+            case Method.ZERO_COPY:
+                self._by_kernel(work)
+            case Method.BATCH_DMA:
+                self._by_dma(work)
+        self._kernels.copy(work.sums_down, Direction.D2H)
+        return self._kernels.record(LOADED)
+
+    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+        good = self._parts.verified(work.piece.batch, work.rows, work.generations, sums)
+        work.piece.job.ok[work.piece.begin + work.rows] = good
+
+    def refuse(self, batches: Sequence[ChunkBatch]) -> None:
+        for batch in batches:
+            self._mark_bad(batch.slots)
+
+    def _settle(self, piece: Piece) -> None:
+        self._mark_bad(piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]])
+
+    def _mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
+        """Also after an exception: a retry must not meet them again."""
+        self._parts.arena.mark_bad(slots[(slots >= 0) & (slots < len(self._parts.rows))])
+
+    def _by_staging(self, work: Work) -> None:
+        ids, rows = self._ids(work)
+        if work.staging.free is not None:
+            self._copies.wait(work.staging.free)
+        self._copies.copy(Runs.of(self._staged(work), self._addresses(work), work.part_nbytes), Direction.H2D)
+        self._kernels.wait(self._copies.record(ARRIVED))
+        self._kernels.wait(work.piece.computed)
+        self._kernels.scatter(work.group, ids, work.buffer, rows, work.sums, work.piece.choice.max_ctas)
+
+    def _by_kernel(self, work: Work) -> None:
+        ids, rows = self._ids(work, work.slots)
+        self._kernels.wait(work.piece.computed)
+        self._kernels.scatter(work.group, ids, self._slots(), rows, work.sums, work.piece.choice.max_ctas)
+
+    def _by_dma(self, work: Work) -> None:
+        ids, _ = self._ids(work)
+        self._copies.wait(work.piece.computed)
+        runs = merged(work.group, work.block_ids, self._addresses(work), to_slots=False)
+        self._copies.copy(runs, Direction.H2D)
+        self._kernels.wait(self._copies.record(ARRIVED))
+        self._kernels.checksum(work.group, ids, work.sums, work.piece.choice.max_ctas)

@@ -1,0 +1,120 @@
+"""Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
+
+    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see Parts.publish)
+    load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
+
+Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
+else to do takes pieces too (`Job.help`). The caller keeps the engine's blocks unused until a job is done, and slots
+leased or reserved until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arena.file import Slots
+from ..kernels.paged_copy import gather_chunks, scatter_chunks
+from ..kernels.paged_tensors import PagedTensors
+from ..kernels.selftest import round_trip
+from ..kernels.warm import warm
+from .base import ChunkBatch, Copier, Job
+from .nvtx import span
+
+_MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
+
+
+def piece_chunks(
+    job_nbytes: int,
+    chunk_nbytes: int,
+    threads: int,
+) -> int:
+    """Chunks of a piece: two pieces a thread, but none below 4 MiB or above 32 MiB as far as whole chunks allow."""
+    nbytes = max(_MIN_PIECE_NBYTES, min(job_nbytes // (2 * threads), _MAX_PIECE_NBYTES))
+    return max(1, nbytes // max(1, chunk_nbytes))
+
+
+class HostCopier(Copier):
+    """Copies in host memory, on threads of its own."""
+
+    def __init__(
+        self,
+        groups: Sequence[PagedTensors],
+        arena: Slots,
+        rank: int,
+        blocks_per_chunk: int,
+        threads: int,
+    ) -> None:
+        super().__init__(groups, arena, rank, blocks_per_chunk)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy")
+        warm()
+
+    def self_test(self) -> None:
+        """See `Copier.self_test`."""
+        for group in self._groups:
+            round_trip(group, self.blocks_per_chunk)
+
+    def store(self, batches: Sequence[ChunkBatch]) -> Job:
+        """See `Copier.store`."""
+        return self._submit(batches, self._store_piece)
+
+    def load(self, batches: Sequence[ChunkBatch]) -> Job:
+        """See `Copier.load`."""
+        return self._submit(batches, self._load_piece)
+
+    def close(self) -> None:
+        """Wait for running pieces and end the threads."""
+        self._pool.shutdown(wait=True)
+
+    def _submit(self, batches: Sequence[ChunkBatch], piece) -> Job:  # type: ignore[no-untyped-def]
+        chunks = [len(batch.slots) for batch in batches]
+        nbytes = self._parts.nbytes(batches)
+        job = Job(nbytes, np.zeros(sum(chunks), dtype=np.bool_))
+        begin = 0
+        for batch, count in zip(batches, chunks, strict=True):
+            step = piece_chunks(nbytes, self._parts.sizes[batch.group], self._threads)
+            for at in range(0, count, step):
+                rows = slice(at, min(at + step, count))
+                ok = job.ok[begin + rows.start : begin + rows.stop]
+                job.unclaimed.append((Future(), partial(piece, batch, rows, ok)))
+            begin += count
+        job.futures += [future for future, _ in job.unclaimed]
+        if not job.futures:
+            job.finished = job.started
+        try:
+            for _ in job.futures:
+                self._pool.submit(job.run_piece)
+        except RuntimeError as error:  # closed, or Python ends
+            job.refuse(error)
+        return job
+
+    def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
+        with span("kvkern store"):
+            group = self._groups[batch.group]
+            current = self._parts.writable(batch, rows)
+            mine = np.flatnonzero(current) + rows.start
+            sums = np.empty((len(mine), len(group.layout.planes)), dtype=np.uint64)
+            gather_chunks(group, batch.block_ids[mine], self._parts.rows, batch.slots[mine], sums)
+            self._parts.publish(batch, mine, sums)
+            ok[:] = current
+
+    def _load_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:
+        try:
+            with span("kvkern load"):
+                ok[:] = self._scatter_verified(batch, rows)
+        finally:
+            self._arena.mark_bad(batch.slots[rows][~ok])  # also after an exception: a retry must not meet them again
+
+    def _scatter_verified(self, batch: ChunkBatch, rows: slice) -> npt.NDArray[np.bool_]:
+        """[rows] bool: whose header and payload are what they should be."""
+        group, slots = self._groups[batch.group], batch.slots[rows]
+        sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
+        good, generations = self._parts.readable(batch, rows)
+        read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
+        scatter_chunks(group, np.ascontiguousarray(read), self._parts.rows, slots, sums)
+        return good & self._parts.verified(batch, rows, generations, sums)

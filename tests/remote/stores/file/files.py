@@ -1,0 +1,55 @@
+"""What tests of the directory store look at: its files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
+from tests.remote.stores.conformance import MakeStore, key_of
+
+VALUE = 4096 + 8192  # bytes of the small values here
+
+
+def makes(path: Path, options: str = "") -> MakeStore:
+    return lambda: make_store(RemoteUrl.parse(f"file://{path}?{options}" if options else f"file://{path}"))
+
+
+def knows_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def values_in(path: Path) -> list[Path]:
+    return [p for p in path.glob("kvkern1/??/*") if len(p.name) == 64]
+
+
+def temporaries_in(path: Path) -> list[Path]:
+    return list(path.glob("kvkern1/*/.kvkern-*.tmp"))
+
+
+def nbytes_in(path: Path) -> int:
+    total = 0
+    for value in values_in(path):
+        with suppress(FileNotFoundError):  # evicted meanwhile
+            total += value.stat().st_size
+    return total
+
+
+def file_of(path: Path, number: int) -> Path:
+    name = key_of(number).hex()
+    return path / "kvkern1" / name[:2] / name
+
+
+def wait_for(what: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,242 @@
+"""Files of the directory store: changed, removed, in pieces, on disks that fail, are full, slow or gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkern.remote.stores.base import RemoteError
+from tests.remote.stores.conformance import HIT, MISS, TIMEOUT_S, UNKNOWN, WRONG_SIZE, Bench, key_of
+from tests.remote.stores.file.files import VALUE, file_of, makes, nbytes_in, temporaries_in, values_in, wait_for
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def bench(store_path: Path) -> Iterator[Bench]:
+    bench = Bench(makes(store_path), payload_nbytes=8192)
+    yield bench
+    bench.close()
+
+
+def test_rights_follow_the_directory(tmp_path: Path) -> None:
+    for name, mode, of_file, of_folder in (("own", 0o700, 0o600, 0o700), ("group", 0o770, 0o660, 0o770)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+        bench = Bench(makes(tmp_path / name), count=1, payload_nbytes=8192)
+        assert bench.put([key_of(1)], bench.values()) == [True]
+        value = file_of(tmp_path / name, 1)
+        assert (value.stat().st_mode & 0o777, value.parent.stat().st_mode & 0o777) == (of_file, of_folder)
+        bench.close()
+
+
+def test_files_that_were_changed(store_path: Path, bench: Bench) -> None:
+    keys = [key_of(i) for i in range(5)]
+    values = bench.values()
+    bench.put(keys, values[:5])
+    os.truncate(file_of(store_path, 0), VALUE - 1)
+    os.truncate(file_of(store_path, 1), 0)  # as a power cut leaves it
+    os.truncate(file_of(store_path, 2), VALUE + 4096)
+    file_of(store_path, 3).unlink()
+    file_of(store_path, 3).mkdir()
+    assert bench.get(keys[:3], bench.into()[:3]) == [WRONG_SIZE] * 3
+    assert bench.put(keys[:3], values[5:8]) == [True] * 3  # of another size: replaced
+    assert bench.get(keys[:3], bench.into()[:3]) == [HIT] * 3
+    assert bench.memory.holds(bench.count, values[5])
+    with pytest.raises(RemoteError, match="directory"):
+        bench.put(keys[3:4], values[3:4])
+    assert temporaries_in(store_path) == []
+    assert bench.get(keys[4:], bench.into()[:1]) == [HIT]
+
+
+def test_replaced_while_it_is_read(store_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader has the old one, whole."""
+    values = bench.values()
+    bench.put([key_of(1)], values[:1])
+    real = os.preadv
+
+    def late(*args: Any) -> int:
+        new = store_path / "new"
+        new.write_bytes(b"".join(values[1]))
+        new.rename(file_of(store_path, 1))
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", late)
+    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
+    assert bench.read(0)
+    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
+    assert bench.memory.holds(bench.count, values[1])
+
+
+def test_the_directory_is_removed(store_path: Path, bench: Bench) -> None:
+    keys = [key_of(i) for i in range(3)]
+    bench.put(keys, bench.values()[:3])
+    shutil.rmtree(store_path)
+    assert bench.get(keys, bench.into()[:3]) == [MISS] * 3
+    assert bench.exists(keys) == [False] * 3
+    bench.run(bench.store.delete(keys, TIMEOUT_S))
+    assert bench.put(keys, bench.values()[:3]) == [True] * 3
+    assert bench.get(keys, bench.into()[:3]) == [HIT] * 3
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """os.pwritev or os.preadv that fails now and then."""
+
+    def __init__(self, name: str, code: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real, self._code, self.times = getattr(os, name), code, times
+        monkeypatch.setattr(os, name, self)
+
+    def __call__(self, *args: Any) -> int:
+        if self.times > 0:
+            self.times -= 1
+            raise OSError(self._code, os.strerror(self._code))
+        return int(self._real(*args))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(store_path: Path, bench: Bench, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for(lambda: bench.store._space._complete)
+    faulty = Faulty("pwritev", code, 100, monkeypatch)
+    assert bench.put([key_of(0)], bench.values()[:1]) == [False]  # and nothing to evict
+    assert temporaries_in(store_path) == []
+    faulty.times = 0
+    assert bench.put([key_of(i) for i in range(1, 4)], bench.values()[:3]) == [True] * 3
+    faulty.times = 1
+    assert bench.put([key_of(4)], bench.values()[:1]) == [True]
+    assert bench.exists([key_of(i) for i in range(1, 5)]).count(False) == 1  # one has made room
+    assert bench.exists([key_of(4)]) == [True]
+    assert bench.store._space.used_nbytes == nbytes_in(store_path) == 3 * VALUE
+    assert temporaries_in(store_path) == []
+
+
+def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = [key_of(i) for i in range(8)], bench.values()
+    with monkeypatch.context() as patch:
+        Faulty("pwritev", errno.EIO, 1000, patch)
+        with pytest.raises(RemoteError, match=f"file://{store_path}: .*Input/output error"):
+            bench.put(keys, values)
+    assert temporaries_in(store_path) == values_in(store_path) == []
+    assert bench.put(keys, values) == [True] * 8
+    assert bench.store._space.used_nbytes == 8 * VALUE
+    with monkeypatch.context() as patch:
+        Faulty("preadv", errno.EIO, 1000, patch)
+        with pytest.raises(RemoteError, match="Input/output error"):
+            bench.get(keys, bench.into())
+    with monkeypatch.context() as patch:
+        Faulty("preadv", errno.ESTALE, 1, patch)  # replaced by another node: once is nothing
+        assert bench.get(keys[:1], bench.into()[:1]) == [HIT]
+        Faulty("preadv", errno.ESTALE, 2, patch)
+        with pytest.raises(RemoteError, match="Stale file handle"):
+            bench.get(keys[:1], bench.into()[:1])
+    assert bench.get(keys, bench.into()) == [HIT] * 8
+
+
+def test_one_file_of_many_that_fails(store_path: Path) -> None:
+    """What came before it is good; it and what is behind it is not known."""
+    bench = Bench(makes(store_path, "threads=1"), payload_nbytes=8192)
+    keys, values = [key_of(i) for i in range(8)], bench.values()
+    assert bench.put(keys, values) == [True] * 8
+    file_of(store_path, 3).unlink()
+    file_of(store_path, 3).mkdir()
+    file_of(store_path, 6).unlink()
+    assert bench.get(keys, bench.into()) == [HIT] * 3 + [UNKNOWN] * 5
+    assert all(bench.read(row) for row in range(3))
+    assert bench.get([*keys[4:], keys[3]], bench.into()[:5]) == [HIT, HIT, MISS, MISS, MISS]  # not read: behind a miss
+    assert bench.put(keys[:5], values[:5]) == [True] * 3 + [None] * 2
+    with pytest.raises(RemoteError, match="kvkern1"):
+        bench.get(keys[3:5], bench.into()[:2])
+    bench.close()
+
+
+@pytest.mark.parametrize(("direct", "most"), [("no", 3000), ("auto", 4096)])
+def test_transfers_in_pieces(store_path: Path, direct: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(makes(store_path, f"direct={direct}"), count=2, payload_nbytes=8192)
+    for name in ("pwritev", "preadv"):
+        real = getattr(os, name)
+
+        def short(fd: int, parts: list[memoryview], at: int, real: Any = real) -> int:
+            return int(real(fd, [parts[0][:most]], at))
+
+        monkeypatch.setattr(os, name, short)
+    assert bench.put([key_of(1)], bench.values()[:1]) == [True]
+    assert bench.get([key_of(1)], bench.into()[:1]) == [HIT]
+    assert bench.read(0)
+    bench.close()
+
+
+def test_a_slow_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has not begun when the time is over does not begin; the call ends with what is under way."""
+    real = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda *args: (time.sleep(0.2), real(*args))[1])
+    start = time.monotonic()
+    taken = list(bench.run(bench.store.put([key_of(i) for i in range(8)], bench.values(), 0.1)))
+    assert set(taken) == {True, None}
+    assert taken[7] is None
+    assert time.monotonic() - start < 1.0
+    assert bench.exists([key_of(7)]) == [False]
+
+
+def test_rights_that_are_lost(store_path: Path, bench: Bench) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("rights are not tested: this user is root and has them all")
+    bench.put([key_of(1)], bench.values()[:1])
+    file_of(store_path, 1).chmod(0)
+    with pytest.raises(RemoteError, match="Permission denied"):
+        bench.get([key_of(1)], bench.into()[:1])
+    store_path.joinpath("kvkern1").chmod(0o500)
+    with pytest.raises(RemoteError, match="Permission denied"):
+        bench.put([key_of(2)], bench.values()[:1])
+    store_path.joinpath("kvkern1").chmod(0o700)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a real full disk is not tested: no tmpfs can be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], capture_output=True)
+
+
+def test_a_small_disk(small_disk: Path) -> None:
+    bench = Bench(makes(small_disk, "capacity=256KiB"), count=8, payload_nbytes=28 << 10)
+    wait_for(lambda: bench.store._space._complete)
+    (small_disk / "ballast").write_bytes(bytes(96 << 10))  # somebody else's: the capacity is not to be had
+    for start in range(0, 40, 8):
+        assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 4
+    there = bench.exists([key_of(i) for i in range(40)])
+    assert 2 <= there.count(True) <= 5
+    assert bench.get([key_of(there.index(True))], bench.into()[:1]) == [HIT]
+    assert temporaries_in(small_disk) == []
+    bench.close()
+
+
+def test_a_disk_that_is_unmounted(small_disk: Path) -> None:
+    bench = Bench(makes(small_disk), count=2, payload_nbytes=8192)
+    assert bench.put([key_of(1)], bench.values()[:1]) == [True]
+    subprocess.run(["umount", "-l", str(small_disk)], check=True)
+    for call in (
+        lambda: bench.exists([key_of(1)]),  # nothing is absent: nobody knows
+        lambda: bench.get([key_of(1)], bench.into()[:1]),
+        lambda: bench.put([key_of(2)], bench.values()[1:]),
+    ):
+        with pytest.raises(RemoteError, match="its file system is not mounted any more"):
+            call()
+    assert list(small_disk.iterdir()) == []
+    bench.close()

@@ -1,0 +1,264 @@
+"""Redis servers for tests, single and as a cluster, certificates for them, and a proxy that breaks what goes through it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkern.errors import ConfigError
+from kvkern.remote.stores.base import RemoteError, RemoteStore
+from kvkern.remote.stores.registry import make_store
+from kvkern.remote.stores.url import RemoteUrl
+from tests.remote.required_servers import answers, free_port, running
+from tests.remote.stores.conformance import Bench, MakeStore
+
+NUM_SLOTS = 16384
+LATE_S = 1.0  # how much longer than its time a call may take on a busy machine
+
+
+@dataclass
+class RedisServer:
+    """A server that runs."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def client(self, **options: Any) -> Any:
+        """A plain client of its own, to look behind the store's back. Its connections end with it."""
+        import redis  # only where it is there
+
+        return redis.Redis(port=self.port, socket_timeout=10, **options)
+
+    def stop(self) -> None:
+        """It answers nothing any more, and its connections stay."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def redis_server(folder: Path, *options: str, port: int = 0, tls: bool = False) -> Iterator[RedisServer]:
+    """On 127.0.0.1, keeping nothing on disk."""
+    port = port or free_port()
+    listen = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
+    command = [
+        "redis-server", *listen, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder), *options,
+    ]  # fmt: skip
+    with running(command, folder / f"redis-{port}.log", lambda: answers(port)) as process:
+        yield RedisServer(port, process)
+
+
+@dataclass
+class RedisCluster:
+    """Three masters; the slots are divided evenly."""
+
+    servers: list[RedisServer]
+    ids: list[str] = field(default_factory=list)
+
+    def start_slots(self) -> list[int]:
+        return [NUM_SLOTS * i // len(self.servers) for i in range(len(self.servers) + 1)]
+
+    def owner(self, slot: int) -> int:
+        """Index of the server that has a slot at the start."""
+        return next(i for i, first in enumerate(self.start_slots()[1:]) if slot < first)
+
+    def wait(self, timeout_s: float = 20.0) -> None:
+        """Until all see the whole cluster."""
+        deadline = time.monotonic() + timeout_s
+        while not all(self._sees_all(server) for server in self.servers):
+            assert time.monotonic() < deadline, "the cluster does not come together"
+            time.sleep(0.05)
+
+    def _sees_all(self, server: RedisServer) -> bool:
+        with server.client() as client:
+            said = client.execute_command("CLUSTER INFO")
+            nodes = client.execute_command("CLUSTER NODES")
+        return (
+            said["cluster_state"] == "ok"
+            and int(said["cluster_slots_ok"]) == NUM_SLOTS
+            and len(nodes) == len(self.servers)
+        )
+
+
+@contextmanager
+def redis_cluster(folder: Path, count: int = 3) -> Iterator[RedisCluster]:
+    """Masters only, each of which answers for its slots also when another is gone."""
+    with ExitStack() as stack:
+        servers, bus = [], []
+        for index in range(count):
+            (folder / f"node{index}").mkdir()
+            bus.append(free_port())
+            options = (
+                "--cluster-enabled", "yes", "--cluster-port", str(bus[-1]), "--cluster-node-timeout", "15000",
+                "--cluster-require-full-coverage", "no",
+            )  # fmt: skip
+            servers.append(stack.enter_context(redis_server(folder / f"node{index}", *options)))
+        cluster = RedisCluster(servers)
+        slots = cluster.start_slots()
+        for index, server in enumerate(servers):
+            with server.client() as client:
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
+                client.execute_command("CLUSTER ADDSLOTSRANGE", slots[index], slots[index + 1] - 1)
+                cluster.ids.append(client.execute_command("CLUSTER MYID").decode())
+                if index:
+                    client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
+        cluster.wait()
+        yield cluster
+
+
+def make_certificates(folder: Path, host: str = "127.0.0.1") -> None:
+    """`ca.crt`, and signed by it `server.crt` and `server.key` for an address; `other.crt` is nobody's."""
+    openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-ca -keyout ca.key -out ca.crt")
+    openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other -keyout other.key -out other.crt")
+    openssl(folder, "req -newkey rsa:2048 -nodes -subj /CN=server -keyout server.key -out server.csr")
+    (folder / "names").write_text(f"subjectAltName=IP:{host}\n")
+    openssl(
+        folder,
+        "x509 -req -days 2 -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -extfile names -out server.crt",
+    )
+
+
+def openssl(folder: Path, arguments: str) -> None:
+    done = subprocess.run(["openssl", *arguments.split()], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class Proxy:
+    """Between a client and a server: lets replies through until it is told to break the next ones."""
+
+    def __init__(self, port: int) -> None:
+        self.connections = 0
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._left: int | None = None  # bytes of replies that still pass; None: all
+        self._then = b""  # is sent behind them
+        self._cut = False  # and then the connection ends; else it stays, silent
+        self._once = False  # what comes later passes again
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def break_after(self, nbytes: int, then: bytes = b"", cut: bool = False, once: bool = False) -> None:
+        """Replies pass for so many bytes more, counted over all connections."""
+        self._then, self._cut, self._once, self._left = then, cut, once, nbytes
+
+    def heal(self) -> None:
+        """All passes again, on new connections."""
+        self._left = None
+
+    def close(self) -> None:
+        for sock in (self._listener, *self._sockets):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._to))
+            self.connections += 1
+            self._sockets += [client, server]
+            for target, ends in ((self._requests, (client, server)), (self._replies, (server, client))):
+                thread = threading.Thread(target=target, args=ends)
+                self._threads.append(thread)
+                thread.start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 16):
+                server.sendall(data)
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _replies(self, server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := server.recv(1 << 16):
+                left = self._left
+                if left is None or left > len(data):
+                    self._left = None if left is None else left - len(data)
+                    client.sendall(data)
+                else:
+                    self._left = None if self._once else 0
+                    client.sendall(data[:left] + self._then)
+                    if self._cut:
+                        break
+                    return  # the rest of its replies goes nowhere
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+
+def spread(names: Sequence[bytes], cluster: RedisCluster) -> list[int]:
+    """Which server of the cluster has each of the values."""
+    with cluster.servers[0].client() as client:
+        return [cluster.owner(client.execute_command("CLUSTER KEYSLOT", name)) for name in names]
+
+
+# -- stores ------------------------------------------------------------------------------------------------------------
+
+
+def store_of(url: str) -> RemoteStore:
+    return make_store(RemoteUrl.parse(url))
+
+
+def fresh(url: str) -> MakeStore:
+    """Stores at a URL, with a prefix that nobody has used."""
+    full = f"{url}{'&' if '?' in url else '?'}prefix={secrets.token_hex(4)}/"
+    return lambda: store_of(full)
+
+
+@contextmanager
+def bench_of(make: MakeStore | str, count: int = 8, payload_nbytes: int = 70_000) -> Iterator[Bench]:
+    bench = Bench(fresh(make) if isinstance(make, str) else make, count, payload_nbytes)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def fails(bench: Bench, call: Any, timeout_s: float) -> str:
+    """What the call's RemoteError says. It comes soon after the time is up."""
+    began = time.monotonic()
+    with pytest.raises(RemoteError) as error:
+        bench.run(call)
+    assert time.monotonic() - began < timeout_s + LATE_S
+    return str(error.value)
+
+
+def refused(url: str) -> str:
+    """The ConfigError of making and opening a store. It tells no password."""
+
+    async def attempt() -> None:
+        store = store_of(url)
+        try:
+            await store.open()
+        finally:
+            await store.close()
+
+    with pytest.raises(ConfigError) as error:
+        asyncio.run(attempt())
+    assert "hush" not in str(error.value)
+    return str(error.value)

@@ -1,0 +1,131 @@
+"""Which copier a rank gets: by where its tensors are, proven before the first request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from kvkern import assemble
+from kvkern.config import Config
+from kvkern.errors import LayoutError, UnsupportedError
+from kvkern.kernels.paged_tensors import PagedTensors
+from kvkern.transfer.gpu import calibrate, cuda_device
+from kvkern.transfer.gpu.calibration_file import DeviceId
+from kvkern.transfer.gpu.copier import GpuCopier
+from kvkern.transfer.gpu.device import DeviceError
+from kvkern.transfer.gpu.link_table import Calibration, HostLink, seeds
+from kvkern.transfer.gpu.numa import process_nodes
+from kvkern.transfer.host import HostCopier
+from tests.kernels.paged_cases import CASES
+from tests.support import make_arena
+from tests.transfer.gpu.fake import FakeDevice
+from tests.transfer.gpu.orders import Random
+
+
+class Elsewhere(PagedTensors):
+    """Says that its tensors are on a GPU until the device that copies them is made."""
+
+    where = "cuda:0"
+
+    @property
+    def device(self) -> str:
+        return Elsewhere.where
+
+
+class Standin(FakeDevice):
+    """In the place of CudaDevice."""
+
+    batch_api, host_pointers, info, name = True, True, None, "Test GPU 80GB"
+    made: list[FakeDevice] = []  # noqa: RUF012  # of the test
+
+    def __init__(self, device: Any) -> None:
+        super().__init__(Random(0))
+        assert str(device) == "cuda:0"
+        Elsewhere.where = "cpu"
+        Standin.made.append(self)
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PagedTensors]:
+    monkeypatch.setattr(Elsewhere, "where", "cuda:0")
+    monkeypatch.setattr(Standin, "made", [])
+    monkeypatch.setattr(cuda_device, "CudaDevice", Standin)
+    monkeypatch.setattr(assemble, "user_cache_dir", lambda: tmp_path)
+    paged = CASES["FA bf16"]()
+    return [Elsewhere(paged.layout, paged.tensors, paged.bases)]
+
+
+def build(folder: Path, groups: list[PagedTensors]) -> Any:
+    arena = make_arena(folder, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
+    return assemble.build_transfer(Config(capacity_nbytes=1 << 20), arena, groups, rank=0, blocks_per_chunk=2)
+
+
+def test_tensors_on_a_gpu_get_the_gpus(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    transfer = build(tmp_path, groups)
+    assert type(transfer) is GpuCopier
+    assert Standin.made[0].registered
+    transfer.close()
+    assert not Standin.made[0].registered
+
+
+def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Homes are shared between hosts: two models must not meet in one file."""
+    seen = []
+
+    def table(make: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
+        seen.append(identity)
+        return seeds(identity.link, able)
+
+    monkeypatch.setattr(calibrate, "calibrated", table)
+    build(tmp_path, groups).close()
+    assert seen == [DeviceId("Test GPU 80GB", "unknown", HostLink(0, 0), cpu_nodes=process_nodes())]
+
+
+def test_tensors_in_host_memory_get_the_cpus(tmp_path: Path) -> None:
+    transfer = build(tmp_path, [CASES["FA bf16"]()])
+    assert type(transfer) is HostCopier
+    transfer.close()
+
+
+def test_a_layout_that_does_not_round_trip_gives_the_memory_back(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    other = CASES["FA bf16"]()
+    with pytest.raises(LayoutError, match="does not round-trip"):
+        build(tmp_path, [Elsewhere(groups[0].layout, groups[0].tensors, other.bases)])
+    assert not Standin.made[0].registered
+
+
+def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, nbytes: int) -> None:
+        raise DeviceError("no 32 MiB of GPU memory for staging")
+
+    monkeypatch.setattr(Standin, "memory", full)
+    with pytest.raises(UnsupportedError, match="cannot copy to and from cuda:0: no 32 MiB"):
+        build(tmp_path, groups)
+
+
+def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
+    tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = make_arena(tmp_path, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
+
+    def full(self: Any, nbytes: int) -> None:
+        raise DeviceError("no 1 MiB of GPU memory")
+
+    monkeypatch.setattr(Standin, "memory", full)
+    config, none = Config(capacity_nbytes=1 << 20, hbm_nbytes=1 << 20), cast(Any, None)
+    with pytest.raises(
+        UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"
+    ):
+        assemble.put_hbm_above(config, none, arena, none, groups[0], 2)
+    arena.close()
+
+
+def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    with pytest.raises(LayoutError, match="on cpu, cuda:0; one rank has one device"):
+        build(tmp_path, [*groups, CASES["FA bf16"]()])

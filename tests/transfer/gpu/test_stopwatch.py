@@ -1,0 +1,58 @@
+"""The calibration's operations run on a device and give a table that the planner can use."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvkern.transfer.gpu.calibrate import calibrate, unmeasured
+from kvkern.transfer.gpu.link_table import Abilities, Direction, HostLink, seeds
+from kvkern.transfer.gpu.planner import choose
+from kvkern.transfer.gpu.stopwatch import Stopwatch
+from tests.transfer.gpu.fake import POISON, FakeDevice, FakeStream
+from tests.transfer.gpu.orders import Random
+
+
+@pytest.mark.parametrize("able", [Abilities(), Abilities(batch_api=False, host_pointers=False)])
+def test_all_that_can_be_measured_is(able: Abilities) -> None:
+    device = FakeDevice(Random(0))
+    watch = Stopwatch(device, able.batch_api, able.host_pointers)
+    table = calibrate(watch, seeds(HostLink(), able), budget_s=30)
+    # a host's clock and two busy cores: what is asked is tested here, what is found on a GPU
+    assert {"copy_gb_s", "copy_s", "launch_s"} - {name.split()[1] for name in unmeasured(table)}
+    assert device.faults == []
+    assert device.idle()
+    for direction in Direction:
+        assert choose(table, direction, 1 << 15, 1000, 1000 << 15).piece_nbytes > 0
+
+
+def test_what_is_timed_moves_what_it_says() -> None:
+    device = FakeDevice(Random(0))
+    watch = Stopwatch(device, batch_api=True, host_pointers=True, warm_up=False)
+    host, rows, pages = device.memories
+    pages[:] = np.random.default_rng(0).integers(0, 256, len(pages), dtype=np.uint8)
+    assert watch.zero_copy(Direction.D2H, 4, 1 << 20) > 0
+    np.testing.assert_array_equal(host[: 1 << 20], pages[: 1 << 20])
+    assert (host[1 << 20 :] == POISON).all()
+    assert watch.relayout(Direction.D2H, 16, 4 << 20) > 0
+    np.testing.assert_array_equal(rows[: 4 << 20], pages[: 4 << 20])
+    assert watch.copy(Direction.D2H, 2 << 20) > 0
+    np.testing.assert_array_equal(host[: 2 << 20], rows[: 2 << 20])
+    assert watch.submit_batch(Direction.H2D, 128) > 0
+    rows[:] = POISON
+    host[:] = pages[: len(host)]
+    assert watch.short_runs(Direction.H2D, 512) > 0
+    runs = rows[: len(host)].reshape(512, 2, 16 << 10)
+    np.testing.assert_array_equal(runs[:, 0], host.reshape(runs.shape)[:, 0])
+    assert (runs[:, 1] == POISON).all()
+    assert device.faults == []
+
+
+def test_kernels_are_timed_behind_a_wait_and_batches_with_their_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python takes to launch is no part of a kernel's rate; what a batch takes to be submitted is part of the batch's."""
+    device, asked = FakeDevice(Random(0)), []
+    watch = Stopwatch(device, batch_api=True, host_pointers=True, warm_up=False)
+    monkeypatch.setattr(FakeStream, "seconds", lambda stream, work, behind_wait: asked.append(behind_wait) or 0.25)
+    assert watch.relayout(Direction.H2D, 16, 1 << 20) == watch.zero_copy(Direction.H2D, 4, 1 << 20) == 0.25
+    assert watch.copy(Direction.D2H, 1 << 20) == watch.short_runs(Direction.D2H, 2) == 0.25
+    assert asked == [True, True, False, False]
