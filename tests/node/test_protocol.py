@@ -110,6 +110,63 @@ def test_responses_go_round(message: p.Response) -> None:
     assert p.decode_response(body(message)) == message
 
 
+# The bytes on the wire, written down once: an array-like message that gains, loses or moves a field gives another frame.
+R, K = bytes(range(32)), bytes(range(32, 64))
+R_HEX, K_HEX = R.hex(), K.hex()
+FRAMES: list[tuple[Any, str]] = [
+    (p.Hello(3, "engine", p.Geometry(256, 2, 1), True), "11000000950103a6656e67696e6593cd01000201c3"),
+    (p.Hello(3), "06000000950103a0c0c2"),
+    (p.Describe(1, R, {"model": "m"}), f"2e000000940201c420{R_HEX}81a56d6f64656ca16d"),
+    (p.Acquire(2, K, True, R, 7, 5, Stop.TOOL_CALL, 11), f"4c000000990302c420{K_HEX}c3c420{R_HEX}0705010b"),
+    (p.Release([3, 4]), "050000009204920304"),
+    (p.Grant(5, 6), "0400000093050506"),
+    (
+        p.Publish(6, R, [7], [8], K, K + R, 7, 5, Stop.END_TURN, 11),
+        f"910000009b0606c420{R_HEX}91079108c420{K_HEX}c440{K_HEX}{R_HEX}0705020b",
+    ),
+    (p.GiveBack([9, 10]), "05000000920792090a"),
+    (p.Clear(7, R, [11]), f"27000000940807c420{R_HEX}910b"),
+    (p.Clear(7, None), "05000000940807c090"),
+    (p.Settle(), "020000009109"),
+    (p.Stat(8), "03000000920a08"),
+    (p.List(9, b"\x20", 100), "07000000940b09c4012064"),
+    (p.Evict(10, b"\x20\x21"), "07000000930c0ac4022021"),
+    (
+        p.Finish(K, 16, 0.5, 1000.0, 7, 5, Stop.TOOL_CALL, 11),
+        f"3b000000990dc420{K_HEX}10cb3fe0000000000000cb408f4000000000000705010b",
+    ),
+    (p.Record(), "02000000910e"),
+    (
+        p.Welcome(3, 1234, p.Geometry(256, 2, 1), 127, "/dev/shm/a", True),
+        "19000000974103cd04d293cd010002017faa2f6465762f73686d2f61c3",
+    ),
+    (p.Refused("no"), "050000009242a26e6f"),
+    (p.Described(11, "warning"), "0b00000093430ba77761726e696e67"),
+    (p.Acquired(12, 13, [0], [14]), "0800000095440c0d9100910e"),
+    (p.Granted(14, [15], [16], 17), "0800000095450e910f911011"),
+    (p.Published(15, [True, False]), "0600000093460f92c3c2"),
+    (p.Changed(K, R, True), f"470000009447c420{K_HEX}c420{R_HEX}c3"),
+    (
+        p.Answer(16, [{"chunks": 2, "ratio": 0.5, "arena": "a"}]),
+        "240000009348109183a66368756e6b7302a5726174696fcb3fe0000000000000a56172656e61a161",
+    ),
+    (p.Draining(), "020000009149"),
+    (p.Working(17), "03000000924b11"),
+    (p.Recorded(1000.5, K, 16, 5, Stop.END_TURN, 11), f"31000000974acb408f440000000000c420{K_HEX}1005020b"),
+]  # fmt: skip
+
+
+def test_every_message_has_a_written_frame() -> None:
+    assert {type(message) for message, _ in FRAMES} == {*get_args(p.Request), *get_args(p.Response)}
+
+
+@pytest.mark.parametrize(("message", "frame"), FRAMES, ids=lambda value: type(value).__name__)
+def test_the_bytes_of_a_frame(message: Any, frame: str) -> None:
+    assert p.encode(message).hex() == frame
+    decode = p.decode_request if isinstance(message, get_args(p.Request)) else p.decode_response
+    assert decode(bytes.fromhex(frame)[4:]) == message
+
+
 @pytest.mark.parametrize("message", [p.Stat(1), p.Draining()])
 def test_each_side_understands_only_the_other(message: Any) -> None:
     decode = p.decode_response if isinstance(message, p.Stat) else p.decode_request
