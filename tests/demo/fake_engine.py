@@ -147,7 +147,7 @@ def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Pro
     """All that a phase emits."""
     events: list[Answer | Progress] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "node", FakeNode(engine, caches=engine.kvkern))
+        patch.setattr(phases, "supervised_daemon", FakeNode(engine, caches=engine.kvkern))
         patch.setattr(phases, "BLOCK_TOKENS", BLOCK_TOKENS)
         phases.PHASES[phase](phases.MeasuredEngine(engine, PromptLibrary(list(range(50_000))), plan, events.append))
     return events

@@ -307,7 +307,7 @@ def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypat
     started: list[EngineSpec] = []
     kept: set[Prefix] = set()
     monkeypatch.setattr(FakeDaemon, "capacities", [])
-    monkeypatch.setattr(run.node, "Daemon", FakeDaemon)
+    monkeypatch.setattr(run.supervised_daemon, "Daemon", FakeDaemon)
     (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
 
     def fake(job: Job, logs: engine_process.Logs) -> Iterator[messages.Event]:

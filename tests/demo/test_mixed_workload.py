@@ -55,7 +55,7 @@ def test_other_seeds_give_other_requests() -> None:
 def test_the_arena_holds_the_chunks_that_the_requests_are_measured_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.need, "kv_nbytes_per_token", lambda folder, dtype_nbytes: 12 << 10)
+    monkeypatch.setattr(run.preconditions, "kv_nbytes_per_token", lambda folder, dtype_nbytes: 12 << 10)
     layers = model.ModelConfig().num_layers
     geometry = SlotGeometry(MIX.chunk_tokens * (12 << 10) + layers * ROW_NBYTES, layers)
     spec = ArenaSpec.for_capacity(geometry, int(run.arena_capacity(tmp_path, MIX)), bytes(32))

@@ -169,8 +169,8 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     kept: dict[str | None, set[Prefix]] = {}  # by salt
     monkeypatch.setattr(FakeDaemon, "seen", [], raising=False)
     monkeypatch.setattr(FakeDaemon, "running", set(), raising=False)
-    monkeypatch.setattr(run.node, "Daemon", FakeDaemon)
-    monkeypatch.setattr(run.node, "keys", lambda socket: [b"key of " + socket.name.encode()])
+    monkeypatch.setattr(run.supervised_daemon, "Daemon", FakeDaemon)
+    monkeypatch.setattr(run.supervised_daemon, "keys", lambda socket: [b"key of " + socket.name.encode()])
 
     def wait_for(socket: Path, condition: Callable[[dict[str, int]], bool], limit_s: float) -> dict[str, int]:
         assert not condition({"chunks": 5, "remote_written_chunks": 3, "remote_dropped_chunks": 1})
@@ -184,7 +184,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         yield from play(job.phase, FakeEngine(ours, kept=kept.setdefault(job.salt, set()) if ours else set()), job.plan)
         yield Done(start_s=0.0)
 
-    monkeypatch.setattr(run.node, "wait_for", wait_for)
+    monkeypatch.setattr(run.supervised_daemon, "wait_for", wait_for)
     monkeypatch.setattr(engine_process, "run", fake)
     monkeypatch.setattr(remote_store, "check", lambda url: None)
     monkeypatch.setattr(remote_store, "delete", lambda url, keys: made["deleted"].append((url, keys)))
