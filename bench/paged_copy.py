@@ -26,7 +26,7 @@ import torch
 from _common import print_row, write_json
 
 from kvkern.arena.slots import SlotGeometry
-from kvkern.assemble import build_cache, build_transfer, open_arena
+from kvkern.assemble import build_cache, build_copier, open_arena
 from kvkern.config import Config
 from kvkern.kernels import layout as L
 from kvkern.kernels.layout import PagedLayout
@@ -103,7 +103,7 @@ class Copies:
         geometry = SlotGeometry(self.layout.part_nbytes(case.blocks_per_chunk), len(self.layout.planes))
         config = Config(4096 + self.num_chunks * geometry.slot_nbytes, threads=threads)
         self.arena = open_arena(config, geometry, f"bench-copy-{time.time_ns()}", expected=1)
-        self.transfer: HostCopier = build_transfer(config, self.arena, [self.paged], 0, case.blocks_per_chunk)
+        self.transfer: HostCopier = build_copier(config, self.arena, [self.paged], 0, case.blocks_per_chunk)
         keys = [i.to_bytes(32, "little") for i in range(self.num_chunks)]
         reservation = build_cache(self.arena).reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
         order = np.random.default_rng(0).permutation(blocks)[: self.num_chunks * case.blocks_per_chunk]

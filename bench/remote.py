@@ -31,7 +31,7 @@ from _remote import MissingError, Raw, place, verify
 
 from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
 from kvkern.arena.slots import SlotGeometry, seal
-from kvkern.assemble import back_with_remote, build_cache
+from kvkern.assemble import attach_remote_tier, build_cache
 from kvkern.cache.manager import Cache
 from kvkern.config import RemoteConfig
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
@@ -84,7 +84,7 @@ class Bench:
     def __init__(self, kind: str, url: str, raw: Raw, arena: Arena, chunks: int) -> None:
         self.kind, self.raw, self.arena, self.chunks = kind, raw, arena, chunks
         self.cache: Cache = build_cache(arena, policy="lru")
-        tier = back_with_remote(self.cache, arena, RemoteConfig(url, "all", queue_nbytes=1 << 30), "lru")
+        tier = attach_remote_tier(self.cache, arena, RemoteConfig(url, "all", queue_nbytes=1 << 30), "lru")
         assert tier is not None
         self.tier, self.writer = tier, Writer(arena)
         self.slots = range(chunks, 2 * chunks)  # of the raw loops, as payload only

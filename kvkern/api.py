@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .arena.file import Arena
 from .arena.slots import SlotGeometry
-from .assemble import back_with_remote, build_cache, build_transfer, open_arena, put_hbm_above
+from .assemble import add_hbm_tier, attach_remote_tier, build_cache, build_copier, open_arena
 from .cache.base import ChunkCache
 from .cache.manager import Cache
 from .config import Config
@@ -111,7 +111,7 @@ class PagedCache:
         lease = match.lease
         if match.released:
             raise ConfigError("the match was released, its chunks may be gone; load before release, or match again")
-        table = self._rows(block_table, len(lease.slots))
+        table = self._table_rows(block_table, len(lease.slots))
         if start % self._block_tokens or not 0 <= start <= match.num_tokens:
             raise ConfigError(
                 f"start is {start}; it must be a multiple of the block size {self._block_tokens} "
@@ -120,8 +120,8 @@ class PagedCache:
         first = start // self.chunk_tokens
         table = table.copy()
         table.reshape(-1)[: start // self._block_tokens] = -1
-        job = self._transfer.load([self._batch(table[first:], lease.keys[first:], lease.slots[first:], ())])
-        self._finish(job)
+        job = self._transfer.load([self._chunk_batch(table[first:], lease.keys[first:], lease.slots[first:], ())])
+        self._wait_for_copies(job)
         good = int(job.ok.cumprod().sum())
         return start if good == 0 else (first + good) * self.chunk_tokens
 
@@ -139,7 +139,7 @@ class PagedCache:
         `match`, finding and storing count as one use of the sequence; without, the eviction policy takes them for two requests.
         """
         keys = self.keys(tokens, extras)
-        table = self._rows(block_table, len(keys))
+        table = self._table_rows(block_table, len(keys))
         if start < 0:
             raise ConfigError(f"start is {start}; it must be at least 0")
         use = Use(request=match.request if match is not None else next(_requests))
@@ -148,9 +148,9 @@ class PagedCache:
             return 0
         at = {key: i for i, key in enumerate(keys)}
         rows = table[[at[key] for key in reservation.keys]]
-        batch = self._batch(rows, reservation.keys, reservation.slots, reservation.generations)
+        batch = self._chunk_batch(rows, reservation.keys, reservation.slots, reservation.generations)
         try:
-            self._finish(self._transfer.store([batch]))
+            self._wait_for_copies(self._transfer.store([batch]))
         finally:  # whatever was not written is freed
             stored = self._cache.commit(reservation)
         return stored
@@ -171,7 +171,7 @@ class PagedCache:
         self._transfer.close()
         self._close()
 
-    def _finish(self, job: Job) -> None:
+    def _wait_for_copies(self, job: Job) -> None:
         """Copy along, then wait; bad input that a piece met is the caller's to see, anything else is a miss."""
         try:
             with self._cache.faults.are_misses():
@@ -188,7 +188,7 @@ class PagedCache:
     def _block_tokens(self) -> int:
         return self.chunk_tokens // self._transfer.blocks_per_chunk
 
-    def _rows(self, block_table: BlockTable, chunks: int) -> npt.NDArray[np.int32]:
+    def _table_rows(self, block_table: BlockTable, chunks: int) -> npt.NDArray[np.int32]:
         """[chunks, blocks_per_chunk] of the table's first blocks."""
         per_chunk = self._transfer.blocks_per_chunk
         table = np.asarray(block_table, dtype=np.int64).reshape(-1)
@@ -201,7 +201,7 @@ class PagedCache:
             raise LayoutError(f"block id {bad} is outside [0, {num_blocks}), the engine's blocks")
         return used.astype(np.int32).reshape(chunks, per_chunk)
 
-    def _batch(
+    def _chunk_batch(
         self, rows: npt.NDArray[np.int32], keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int]
     ) -> ChunkBatch:
         return ChunkBatch(
@@ -214,7 +214,7 @@ class PagedCache:
         )
 
 
-def _embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
+def _open_embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
     """(a cache of this process alone, what ends it)."""
     cache = build_cache(arena, policy=config.policy)
 
@@ -223,7 +223,7 @@ def _embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
         arena.close()
 
     try:
-        back_with_remote(cache, arena, config.remote_config, config.policy)
+        attach_remote_tier(cache, arena, config.remote_config, config.policy)
     except BaseException:
         arena.close()
         raise
@@ -269,15 +269,15 @@ def open_cache(
             prefault=config.prefault,
         )
         cache, arena, close = client, client.arena, client.close
-        client.describe(namespace.root, namespace.described())
+        client.describe_namespace(namespace.root, namespace.public_fields())
     else:
         arena = open_arena(config, geometry, name, expected=1)
-        cache, close = _embedded(arena, config)
+        cache, close = _open_embedded(arena, config)
     transfer: Copier | None = None
     try:
-        transfer = build_transfer(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
+        transfer = build_copier(config, arena, [paged], rank=0, blocks_per_chunk=blocks_per_chunk)
         if isinstance(cache, Cache) and config.hbm_nbytes:
-            cache, transfer = put_hbm_above(config, cache, arena, transfer, paged, blocks_per_chunk)
+            cache, transfer = add_hbm_tier(config, cache, arena, transfer, paged, blocks_per_chunk)
     except BaseException:
         if transfer is not None:
             transfer.close()

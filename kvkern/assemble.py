@@ -13,7 +13,7 @@ from .arena.slots import SlotGeometry
 from .cache.manager import Cache
 from .config import DEFAULT_POLICY, Config, RemoteConfig, format_nbytes, user_cache_dir
 from .errors import LayoutError, UnsupportedError
-from .policy import policy_maker
+from .policy import policy_factory
 from .policy.namespace_shares import NamespaceShares
 from .policy.persist_modes import persist_mode
 from .tiers.dram import DramTier
@@ -57,11 +57,11 @@ def build_cache(
     With `shares` every namespace has a policy of its own, and the largest gives way first. Raises ConfigError for a
     policy that nobody knows.
     """
-    make = policy_maker(policy, arena.spec.num_slots, model)
+    make = policy_factory(policy, arena.spec.num_slots, model)
     return Cache(DramTier(arena, NamespaceShares(make) if shares else make()))
 
 
-def back_with_remote(
+def attach_remote_tier(
     cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: StoreThread | None = None
 ) -> RemoteTier | None:
     """Put a remote store behind the cache, and open it, unless it is given `opened`: it is the tier's from then on.
@@ -89,12 +89,12 @@ def back_with_remote(
         opened,
     )
     tier.start()
-    cache.back(tier, tier.outbox, tier.spare)
+    cache.attach_remote(tier, tier.outbox, tier.spare)
     return tier
 
 
-def open_remote(config: RemoteConfig) -> StoreThread | None:
-    """The store, for `back_with_remote`, before there is an arena. None: it does not answer, and is opened when it is needed.
+def open_remote_store(config: RemoteConfig) -> StoreThread | None:
+    """The store, for `attach_remote_tier`, before there is an arena. None: it does not answer, and is opened when it is needed.
 
     Raises ConfigError for what the user has to mend.
     """
@@ -105,16 +105,16 @@ def open_remote(config: RemoteConfig) -> StoreThread | None:
     url = RemoteUrl.parse(config.url)
     opened = StoreThread(make_store(url))
     opened.open(config.timeout_s)
-    if not opened.failure:
+    if not opened.open_failure:
         return opened
     logger.warning(
-        "kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, opened.failure
+        "kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, opened.open_failure
     )
     opened.close()
     return None
 
 
-def put_hbm_above(
+def add_hbm_tier(
     config: Config, dram: Cache, arena: Arena, copier: Copier, group: PagedTensors, blocks_per_chunk: int
 ) -> tuple[HbmCache, Copier]:
     """(a cache over HBM and `dram`, a copier for both, which closes `copier` with it and before that the cache).
@@ -124,31 +124,31 @@ def put_hbm_above(
     import numpy as np
 
     from .cache.hbm_over_dram import HbmCache, HbmManager
-    from .tiers.hbm import HbmSlots, HbmTier, HostRows, Rows, count_slots
+    from .tiers.hbm import HbmSlots, HbmTier, HostSlotMover, SlotMover, count_slots
     from .transfer.gpu.device import DeviceError
-    from .transfer.gpu.hbm_over_dram_copier import DmaRows, HbmOverDramCopier, device_copier, device_slots
+    from .transfer.gpu.hbm_over_dram_copier import DmaSlotMover, HbmOverDramCopier, device_copier, device_slots
     from .transfer.host import HostCopier
 
     geometry = arena.spec.geometry
     count = count_slots(geometry, config.hbm_nbytes)
-    rows: Rows
+    mover: SlotMover
     above: Copier
     if group.device.startswith("cuda"):
         try:
-            device = _cuda(group.device)
+            device = _cuda_device(group.device)
             slots = device_slots(geometry, count, device)
-            rows, above = DmaRows(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
+            mover, above = DmaSlotMover(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
         except DeviceError as error:
             wanted = format_nbytes(config.hbm_nbytes)
             raise UnsupportedError(f"hbm: kvkern cannot keep {wanted} of chunks on {group.device}: {error}") from error
     else:
         slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
-        rows, above = HostRows(slots, arena), HostCopier([group], slots, 0, blocks_per_chunk, config.copy_threads)
-    cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, rows)
+        mover, above = HostSlotMover(slots, arena), HostCopier([group], slots, 0, blocks_per_chunk, config.copy_threads)
+    cache = HbmCache(HbmManager(HbmTier(slots)), slots, dram, arena, mover)
     return cache, HbmOverDramCopier(copier, above, cache.first_slot, cache.close)
 
 
-def _cuda(name: str) -> CudaDevice:
+def _cuda_device(name: str) -> CudaDevice:
     """The GPU of that name, made in the engine's thread."""
     import torch
 
@@ -157,7 +157,7 @@ def _cuda(name: str) -> CudaDevice:
     return CudaDevice(torch.device(name))
 
 
-def build_transfer(
+def build_copier(
     config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
 ) -> Copier:
     """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip.
@@ -170,7 +170,7 @@ def build_transfer(
         raise LayoutError(f"the groups' tensors are on {', '.join(sorted(devices))}; one rank has one device")
     device = devices.pop()
     if device.startswith("cuda"):
-        transfer = _gpu_transfer(device, arena, groups, rank, blocks_per_chunk)
+        transfer = _build_gpu_copier(device, arena, groups, rank, blocks_per_chunk)
     else:
         from .transfer.host import HostCopier
 
@@ -183,7 +183,9 @@ def build_transfer(
     return transfer
 
 
-def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int) -> Copier:
+def _build_gpu_copier(
+    name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
+) -> Copier:
     from .transfer.gpu.calibrate import calibrated
     from .transfer.gpu.calibration_file import DeviceId
     from .transfer.gpu.copier import GpuCopier
@@ -198,7 +200,7 @@ def _gpu_transfer(name: str, arena: Arena, groups: Sequence[PagedTensors], rank:
         "without kvkern before you rely on it, see docs/gpu.md", name,
     )  # fmt: skip
     try:
-        device = _cuda(name)
+        device = _cuda_device(name)
         info = device.info
         unseen = DeviceId(device.name, "unknown", HostLink(0, 0), cpu_nodes=process_nodes())
         identity = unseen if info is None else DeviceId.here(info)

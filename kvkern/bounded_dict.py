@@ -1,4 +1,4 @@
-"""A dict of what was put last. Knows nothing of policies."""
+"""A dict with a limit on its entries. Knows nothing of policies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ V = TypeVar("V")
 
 
 class BoundedDict(OrderedDict[K, V]):
-    """Forgets what was put longest ago once it has more than `limit` entries."""
+    """Keeps at most `limit` entries. Beyond that it drops the entry that was put longest ago."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self._limit = limit
 
     def put(self, key: K, value: V) -> None:
-        """Set, as the newest."""
+        """Set `key` to `value` and make it the newest entry."""
         self[key] = value
         self.move_to_end(key)
         if len(self) > self._limit:

@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for 
 
 
 @app.callback()
-def _root() -> None:
+def _keep_subcommands() -> None:
     """Keep subcommands even where there is only one."""
 
 
@@ -112,7 +112,7 @@ def serve(
     from .node.daemon.sessions import Quotas
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
-    with _errors():
+    with _exit_on_bad_input():
         config = server.NodeConfig(
             socket=socket.absolute(),
             capacity_nbytes=parse_nbytes(capacity),
@@ -122,13 +122,13 @@ def serve(
             uids=frozenset(allow_uid or ()),
             gids=frozenset(allow_gid or ()),
             quotas=Quotas(
-                models=dict(_quota(text) for text in quota or ()),
+                models=dict(_parse_quota(text) for text in quota or ()),
                 tenant=None if tenant_quota is None else parse_nbytes(tenant_quota, "tenant-quota"),
                 fair=fair,
             ),
             policy=policy,
             policy_state=None if policy_state is None else policy_state.absolute(),
-            remote=_remote(remote, persist, remote_queue, remote_timeout),
+            remote=_remote_config(remote, persist, remote_queue, remote_timeout),
             drain_s=drain,
         )
         server.serve(config, ready=lambda: typer.echo(f"kvkern: serving on {config.socket}"))
@@ -139,7 +139,7 @@ def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
     """Print a daemon's counters and what its clients hold."""
     from .node import protocol
 
-    (row,) = _ask(socket, protocol.Stat(1))
+    (row,) = _ask_daemon(socket, protocol.Stat(1))
     _print_json(row) if json else _print_table([{"what": name, "value": value} for name, value in row.items()])
 
 
@@ -153,7 +153,7 @@ def list_chunks(
     """List cached chunks."""
     from .node import protocol
 
-    rows = _ask(socket, protocol.List(1, _key_bytes("prefix", prefix, least=0), limit))
+    rows = _ask_daemon(socket, protocol.List(1, _key_bytes("prefix", prefix, least=0), limit))
     _print_json(rows) if json else _print_table(rows)
 
 
@@ -162,7 +162,7 @@ def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None
     """Show one chunk's header. Exit status 1 if it is not cached."""
     from .node import protocol
 
-    rows = _ask(socket, protocol.List(1, _key_bytes("key", key), 1))
+    rows = _ask_daemon(socket, protocol.List(1, _key_bytes("key", key), 1))
     if not rows:
         typer.echo(f"kvkern: no cached chunk's key starts with {key}", err=True)
         raise typer.Exit(1)
@@ -174,7 +174,7 @@ def evict(prefix: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) ->
     """Forget the chunks whose key starts with these hex digits."""
     from .node import protocol
 
-    _print_forgotten(_ask(socket, protocol.Evict(1, _key_bytes("prefix", prefix))), json)
+    _print_forgotten(_ask_daemon(socket, protocol.Evict(1, _key_bytes("prefix", prefix))), json)
 
 
 @app.command()
@@ -191,7 +191,7 @@ def clear(
     from .node import protocol
 
     root = None if namespace is None else _key_bytes("namespace", namespace, least=KEY_NBYTES)
-    _print_forgotten(_ask(socket, protocol.Clear(1, root)), json)
+    _print_forgotten(_ask_daemon(socket, protocol.Clear(1, root)), json)
 
 
 @app.command()
@@ -204,13 +204,13 @@ def record(
     """Record the requests of a daemon's engines as a trace for `kvkern replay`. It holds no keys and no tokens."""
     from .node.client import trace_recorder
 
-    with _errors():
+    with _exit_on_bad_input():
         typer.echo(f"kvkern: recording into {out}", err=True)
         writer, why = trace_recorder.record(socket, out, requests, seconds)
         typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
 
 
-def _remote(url: str | None, persist: str, queue: str, timeout_s: float) -> Any:
+def _remote_config(url: str | None, persist: str, queue: str, timeout_s: float) -> Any:
     from .config import RemoteConfig, parse_nbytes
     from .errors import ConfigError
 
@@ -223,7 +223,7 @@ def _remote(url: str | None, persist: str, queue: str, timeout_s: float) -> Any:
     return RemoteConfig(url, persist, parse_nbytes(queue, "remote-queue"), timeout_s)
 
 
-def _quota(text: str) -> tuple[str, int]:
+def _parse_quota(text: str) -> tuple[str, int]:
     from .config import parse_nbytes
     from .errors import ConfigError
 
@@ -243,7 +243,7 @@ def doctor(
     from .config import parse_nbytes
     from .doctor import facts, findings, report
 
-    with _errors():
+    with _exit_on_bad_input():
         found = facts.gather(parse_nbytes(capacity) if capacity else 0, arena_dir)
     judged = findings.findings(found)
     if json:
@@ -284,7 +284,7 @@ def replay(
     from .policy.persist_modes import Costs
     from .replay import run
 
-    with _errors():
+    with _exit_on_bad_input():
         chunk_nbytes = parse_nbytes(chunk_size, "chunk-size")
         speed = parse_nbytes(bandwidth, "bandwidth")
         costs = Costs(parse_nbytes(kv_size, "kv-size"), prefill, speed, speed)
@@ -304,12 +304,12 @@ def replay(
         )
 
 
-def _ask(socket: Path, request: Any) -> list[dict[str, Any]]:
+def _ask_daemon(socket: Path, request: Any) -> list[dict[str, Any]]:
     from .node.client.admin_client import AdminClient
 
-    with _errors(), AdminClient(socket) as daemon:
+    with _exit_on_bad_input(), AdminClient(socket) as daemon:
         return daemon.ask(request)
-    raise AssertionError("_errors leaves by typer.Exit")
+    raise AssertionError("_exit_on_bad_input leaves by typer.Exit")
 
 
 def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
@@ -317,7 +317,7 @@ def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
     from .errors import ConfigError
 
     even = re.fullmatch("(?:[0-9a-fA-F]{2})*", digits) is not None
-    with _errors():
+    with _exit_on_bad_input():
         if not even or not 2 * least <= len(digits) <= 64:
             expected = "64" if least == 32 else f"{2 * least} to 64, an even number"
             raise ConfigError(f"{name} is {digits!r}; expected hex digits, {expected}: `kvkern ls` shows them")
@@ -325,7 +325,7 @@ def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _exit_on_bad_input() -> Iterator[None]:
     """Bad input is a line on stderr and exit status 2, not a traceback."""
     from .errors import KvkernError
 

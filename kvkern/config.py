@@ -22,12 +22,12 @@ DEFAULT_POLICY = "grit"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
 # as users call them, and the fields
-_SIZES = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes", "hbm": "hbm_nbytes"}
-_KINDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # of fields: what a user may give, and its maker
+_SIZE_OPTIONS = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes", "hbm": "hbm_nbytes"}
+_FIELD_TYPES: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # of fields: what a user may give, and its maker
     "int": ((int,), int), "bool": ((bool,), bool), "str": ((str,), str), "float": ((int, float), float),
     "Path": ((str, Path), Path),
 }  # fmt: skip
-_OF_REMOTE = ("persist", "remote_queue", "remote_timeout")  # options that say nothing without `remote`
+_REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that say nothing without `remote`
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
@@ -71,7 +71,7 @@ def _default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
 
 
-def nvtx_asked() -> bool:
+def nvtx_requested() -> bool:
     """Whether KVKERN_NVTX asks for named ranges in profiles; see nvtx.py."""
     return os.environ.get("KVKERN_NVTX", "") not in ("", "0")
 
@@ -142,10 +142,10 @@ class Config:
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
         """Config of user options: `capacity` ('8GiB') or `socket`, and any other field by name."""
-        known = {found.name for found in fields(cls)} - set(_SIZES.values()) | set(_SIZES)
+        known = {found.name for found in fields(cls)} - set(_SIZE_OPTIONS.values()) | set(_SIZE_OPTIONS)
         reject_unknown(options, known, where)
         values: dict[str, Any] = {
-            field: parse_nbytes(options[name], name) for name, field in _SIZES.items() if name in options
+            field: parse_nbytes(options[name], name) for name, field in _SIZE_OPTIONS.items() if name in options
         }
         if options.get("socket"):
             if "capacity" in options:
@@ -155,7 +155,7 @@ class Config:
                     f"hbm and socket in {where}: what lies in one engine's HBM only, the node's other engines would not "
                     f"find; leave one out"
                 )
-            for name in ("policy", "remote", *_OF_REMOTE):
+            for name in ("policy", "remote", *_REMOTE_OPTIONS):
                 if name in options:
                     raise ConfigError(
                         f"{name} and socket in {where}: it is the daemon's, `kvkern serve --{name.replace('_', '-')}`; "
@@ -166,21 +166,21 @@ class Config:
                 f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB', "
                 f"or name the node's daemon, 'socket': '/run/kvkern.sock'"
             )
-        for name in _OF_REMOTE:
+        for name in _REMOTE_OPTIONS:
             if name in options and not options.get("remote"):
                 raise ConfigError(
                     f"{name} is {options[name]!r}, but there is no remote to write to; give one, or leave it out"
                 )
         for known_field in fields(cls):
             if known_field.name in options:
-                values[known_field.name] = _convert(
+                values[known_field.name] = _convert_option(
                     known_field.name, str(known_field.type), options[known_field.name], where
                 )
         return cls(**values)
 
 
-def _convert(name: str, kind: str, value: Any, where: str) -> Any:
-    accepted, make = _KINDS[kind]
+def _convert_option(name: str, kind: str, value: Any, where: str) -> Any:
+    accepted, make = _FIELD_TYPES[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
         raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}), expected {kind}")
     return make(value)

@@ -69,7 +69,7 @@ class Namespace:
         values = {name: getattr(self, name) for name in (*names, "engine_hash")}
         return {name: str(value) for name, value in values.items() if value is not None}
 
-    def described(self) -> dict[str, str]:
+    def public_fields(self) -> dict[str, str]:
         """The fields for people and logs: a salt is a secret, only whether two are equal may be seen."""
         fields = self.fields()
         if "salt" in fields:

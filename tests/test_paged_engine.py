@@ -15,7 +15,7 @@ import torch
 import kvkern
 from kvkern.api import PagedCache
 from kvkern.arena.slots import SlotGeometry
-from kvkern.assemble import build_cache, build_transfer, open_arena
+from kvkern.assemble import build_cache, build_copier, open_arena
 from kvkern.config import Config
 from kvkern.kernels.layout import PagedLayout
 from kvkern.kernels.paged_tensors import PagedTensors
@@ -156,7 +156,7 @@ class Shared:
         self.caches = []
         for engine, layout, space in zip(engines, layouts, spaces, strict=True):
             paged = PagedTensors.bind(layout, engine.kv_caches)
-            transfer = build_transfer(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
+            transfer = build_copier(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
             self.caches.append(PagedCache(cache, transfer, self.arena.close, space, shape))
 
 

@@ -157,14 +157,14 @@ def create_or_attach(
             fcntl.flock(fd, fcntl.LOCK_SH)
             with _record_lock(fd, path):
                 if _still_named(fd, path):  # else: swept, unlinked or given up by its creator while this process waited
-                    return Arena(spec, path, fd, _map(fd, spec, path, expected, prefault, progress))
+                    return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress))
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
 
 
-def _map(
+def _create_or_map(
     fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress
 ) -> npt.NDArray[np.uint8]:
     """Create or attach, and unlink the name if this is the last process expected. Call under the record lock."""
@@ -212,7 +212,7 @@ def read_spec(path: Path) -> ArenaSpec | None:
         os.close(fd)
 
 
-def unfinished(path: Path) -> bool:
+def is_unfinished_arena(path: Path) -> bool:
     """Whether an arena was begun at `path` and its header, which comes last, is missing. Raises OSError."""
     if not path.is_file():
         return False

@@ -72,7 +72,7 @@ class ChunkCache(Protocol):
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
 
-    def finish(self, use: Use, ended: RequestEnd | None = None) -> None:
+    def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """How the request `use.request` ended. Never blocks, and may be lost."""
 
     def note_prefill(self, tokens_s: float) -> None:
@@ -84,7 +84,7 @@ class ChunkCache(Protocol):
     def clear_soon(self, namespace: bytes) -> Future[int]:
         """Forget a namespace before anything that is asked later. Never blocks; the result is how many chunks it had."""
 
-    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+    def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
         """Say what a namespace root stands for."""
 
     def usage(self) -> dict[str, int]:
@@ -98,7 +98,7 @@ class ChunkCache(Protocol):
         """Nothing more will be asked."""
 
 
-class Backing(Protocol):
+class BackingTier(Protocol):
     """What stands behind DRAM: remote.tier.RemoteTier. Thread-safe; never blocks."""
 
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:

@@ -31,14 +31,14 @@ from ..errors import KvkernError
 from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..tiers.base import ChunkShape, Lease, Reservation
-from ..tiers.hbm import HbmTier, Rows, begin_moved, finish_moved
+from ..tiers.hbm import HbmTier, SlotMover, begin_moved_slots, finish_moved_slots
 from .base import NO_LEASE, NO_RESERVATION, Faults, RequestEnd
 from .manager import Cache
 
 logger = logging.getLogger("kvkern")
 
 MOVE_SLOTS = 32  # of one move: bounds how long its slots are held, not work
-_SPARE = 8  # one slot in so many is kept free
+_SLOTS_PER_SPARE = 8  # one slot in so many is kept free
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,10 @@ class HbmManager(Cache):
         """Slots nobody owns; may have changed since."""
         return self._tier.num_free
 
-    def retire(self, count: int) -> Lease:
-        """See HbmTier.retire."""
+    def pin_least_recent(self, count: int) -> Lease:
+        """See HbmTier.pin_least_recent."""
         with self._lock, self.faults.are_misses():
-            return self._tier.retire(count)
+            return self._tier.pin_least_recent(count)
         return NO_LEASE
 
 
@@ -111,18 +111,18 @@ class HbmCache:
         hbm_slots: Slots,
         dram: Cache,
         dram_slots: Slots,
-        rows: Rows,
+        mover: SlotMover,
     ) -> None:
         self._hbm, self._dram = hbm, dram
         self._hbm_slots, self._dram_slots = hbm_slots, dram_slots
-        self._rows = rows
+        self._mover = mover
         self.first_slot = dram_slots.spec.num_slots  # of HBM
-        self.spare = max(1, hbm_slots.spec.num_slots // _SPARE)
+        self.spare = max(1, hbm_slots.spec.num_slots // _SLOTS_PER_SPARE)
         self.counters: CacheCounters = HbmOverDramCounters(others=(hbm.counters, dram.counters))
         self.hbm_counters = HbmCounters()
         self.faults: Faults = dram.faults
         self._lock = threading.Lock()  # of counters and what follows
-        self._wanted: dict[bytes, None] = {}  # chunks to promote, the latest last; bounded by the slots
+        self._to_promote: dict[bytes, None] = {}  # chunks to promote, the latest last; bounded by the slots
         self._scheduled = False
         self._closed = threading.Event()
         self._moving = threading.Lock()  # see `clear`
@@ -133,7 +133,7 @@ class HbmCache:
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """See ChunkCache."""
-        here = self._hbm.known(keys)
+        here = self._hbm.present_keys(keys)
         below = iter(range(self._dram.lookup([key for key in keys if key not in here])))
         return next((i for i, key in enumerate(keys) if key not in here and next(below, None) is None), len(keys))
 
@@ -152,7 +152,7 @@ class HbmCache:
                 self._hbm.release(hbm)
                 result.set_exception(error)
             else:
-                result.set_result(self._join(keys, prefix, hbm, below.result()))
+                result.set_result(self._join_leases(keys, prefix, hbm, below.result()))
 
         try:
             if here:
@@ -171,8 +171,8 @@ class HbmCache:
         with self._lock:
             self.counters.bad_chunks += bad
             if not bad:
-                self._want(lease.dram.keys)
-        self._wake()
+                self._queue_for_promotion(lease.dram.keys)
+        self._schedule_moves()
         return bad
 
     def release_later(self, lease: Lease) -> None:
@@ -185,10 +185,10 @@ class HbmCache:
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
     ) -> Reservation:
         """See ChunkCache."""
-        have = self._hbm.known(wanted, writing=True) | self._dram.known(wanted, writing=True)
+        have = self._hbm.present_keys(wanted, writing=True) | self._dram.present_keys(wanted, writing=True)
         fresh = [key for key in dict.fromkeys(wanted) if key not in have]
         hbm = self._hbm.reserve(chain, fresh[: self._hbm.num_free], shape, use)
-        here = self._hbm.known(fresh, writing=True)
+        here = self._hbm.present_keys(fresh, writing=True)
         rest = [key for key in fresh if key not in here]
         try:
             dram = self._dram.reserve(chain, rest, shape, use) if rest else NO_RESERVATION
@@ -224,17 +224,17 @@ class HbmCache:
             self.counters.stored_chunks += above + below
             self.counters.failed_chunks += len(reservation.slots) - above - below
             self.hbm_counters.hbm_stored_chunks += above
-        self._wake()
+        self._schedule_moves()
         return above + below
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """See ChunkCache; done at once."""
         return _done(self.commit(reservation))
 
-    def finish(self, use: Use, ended: RequestEnd | None = None) -> None:
+    def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """See ChunkCache."""
         self._hbm.finish(use)
-        self._dram.finish(use, ended)
+        self._dram.finish(use, request_end)
 
     def note_prefill(self, tokens_s: float) -> None:
         """See ChunkCache."""
@@ -252,9 +252,9 @@ class HbmCache:
         """See ChunkCache; done at once."""
         return _done(self.clear(namespace))
 
-    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+    def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
         """See ChunkCache."""
-        self._dram.describe(root, fields)
+        self._dram.describe_namespace(root, fields)
 
     def usage(self) -> dict[str, int]:
         """DRAM's slots, HBM's, and what went where."""
@@ -268,7 +268,7 @@ class HbmCache:
         """It is one engine's."""
         return False
 
-    def settle(self) -> None:
+    def wait_for_moves(self) -> None:
         """Wait until nothing is left to spill or promote."""
         while self._scheduled:
             with suppress(RuntimeError):  # closed meanwhile
@@ -278,12 +278,12 @@ class HbmCache:
         """End the move that is under way. What only HBM has is gone; DRAM's manager is its owner's to close."""
         self._closed.set()
         with suppress(RuntimeError):  # closed before
-            self._pool.submit(self._rows.close)
+            self._pool.submit(self._mover.close)
         self._pool.shutdown(wait=True)
 
     # -- leases of both ------------------------------------------------------------------------------------------------
 
-    def _join(self, keys: Sequence[bytes], prefix: bool, hbm: Lease, dram: Lease) -> HbmOverDramLease:
+    def _join_leases(self, keys: Sequence[bytes], prefix: bool, hbm: Lease, dram: Lease) -> HbmOverDramLease:
         """One lease of two, in the order of `keys`. What HBM has behind the end of the prefix is released."""
         here, there = set(hbm.keys), set(dram.keys)
         from_hbm, from_dram = iter(hbm.slots), iter(dram.slots)
@@ -308,26 +308,26 @@ class HbmCache:
 
     # -- moves, on the thread of this object ---------------------------------------------------------------------------
 
-    def _want(self, keys: Iterable[bytes]) -> None:
+    def _queue_for_promotion(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            self._wanted.pop(key, None)
-            self._wanted[key] = None
-        while len(self._wanted) > self._hbm_slots.spec.num_slots:
-            del self._wanted[next(iter(self._wanted))]
+            self._to_promote.pop(key, None)
+            self._to_promote[key] = None
+        while len(self._to_promote) > self._hbm_slots.spec.num_slots:
+            del self._to_promote[next(iter(self._to_promote))]
 
-    def _wake(self) -> None:
+    def _schedule_moves(self) -> None:
         """Have the moves made that are due."""
         with self._lock:
-            if self._scheduled or self._closed.is_set() or not (self._wanted or self._hbm.num_free < self.spare):
+            if self._scheduled or self._closed.is_set() or not (self._to_promote or self._hbm.num_free < self.spare):
                 return
             self._scheduled = True
         with suppress(RuntimeError):  # closed meanwhile
-            self._pool.submit(self._work)
+            self._pool.submit(self._run_moves)
 
-    def _work(self) -> None:
+    def _run_moves(self) -> None:
         while not self._closed.is_set():
             with self._lock:
-                wanted, self._wanted = list(self._wanted), {}
+                wanted, self._to_promote = list(self._to_promote), {}
             try:
                 with self.faults.are_misses():
                     for at in range(0, len(wanted), MOVE_SLOTS):
@@ -339,7 +339,7 @@ class HbmCache:
                 with self._lock:
                     self.counters.faults += 1
             with self._lock:
-                if not self._wanted:
+                if not self._to_promote:
                     self._scheduled = False
                     return
 
@@ -352,14 +352,14 @@ class HbmCache:
     def _spill(self, count: int) -> bool:
         """Make up to `count` slots of HBM free, and say whether any is. What DRAM has no room for stays."""
         before = self._hbm.num_free
-        lease = self._hbm.retire(count)
+        lease = self._hbm.pin_least_recent(count)
         moved, gone = 0, set(lease.keys)  # after a copy that failed all go: none is tried again and again
         try:
-            moved = self._move(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
-            gone = self._dram.known(lease.keys)
+            moved = self._copy_between_tiers(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
+            gone = self._dram.present_keys(lease.keys)
         except BaseException:
             with self._lock:
-                self.hbm_counters.hbm_lost_chunks += len(gone - self._dram.known(lease.keys))
+                self.hbm_counters.hbm_lost_chunks += len(gone - self._dram.present_keys(lease.keys))
             raise
         finally:
             self._hbm.drop([key for key in lease.keys if key in gone])
@@ -371,19 +371,19 @@ class HbmCache:
     def _promote(self, keys: list[bytes]) -> None:
         lease = self._dram.lease(keys[: self._hbm.num_free], prefix=False)
         try:
-            moved = self._move(lease, self._dram_slots, self._hbm, self._hbm_slots, self._up)
+            moved = self._copy_between_tiers(lease, self._dram_slots, self._hbm, self._hbm_slots, self._up)
         finally:
             self._dram.release(lease)
         with self._lock:
             self.hbm_counters.hbm_promoted_chunks += moved
 
     def _down(self, at: npt.NDArray[np.int64], to: npt.NDArray[np.int64]) -> None:
-        self._rows.down(at, to)
+        self._mover.copy_down(at, to)
 
     def _up(self, at: npt.NDArray[np.int64], to: npt.NDArray[np.int64]) -> None:
-        self._rows.up(to, at)
+        self._mover.copy_up(to, at)
 
-    def _move(
+    def _copy_between_tiers(
         self,
         lease: Lease,  # in `source`
         source: Slots,
@@ -393,7 +393,7 @@ class HbmCache:
     ) -> int:
         """Copy to the other tier what it lacks and has room for, heads first. Returns how many chunks; cleared ones stay."""
         with self._moving:
-            known = other.known(lease.keys)
+            known = other.present_keys(lease.keys)
             slots = np.array(lease.slots, dtype=np.int64)
             ready = (source.headers["state"][slots] == SlotState.READY).tolist()
             at = slots[[ok and key not in known for key, ok in zip(lease.keys, ready, strict=True)]]
@@ -402,13 +402,13 @@ class HbmCache:
             count = len(grant.slots)
             at = at[:count]
             to, generations = np.array(grant.slots, dtype=np.int64), np.array(grant.generations, dtype=np.uint64)
-            begin_moved(source, at, target, to, generations, self._owner)
+            begin_moved_slots(source, at, target, to, generations, self._owner)
         try:
             copy(at, to)
         except BaseException:
             other.give_back(grant.slots)
             raise
-        finish_moved(source, at, target, to, generations)
+        finish_moved_slots(source, at, target, to, generations)
         published = 0
         namespaces = target.headers["namespace"][to]
         for namespace in dict.fromkeys(bytes(root) for root in namespaces):

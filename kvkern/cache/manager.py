@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from ..metrics import CacheCounters
 from ..policy.base import Use
-from ..tiers.base import Adopted, Changes, ChunkShape, Lease, Outbox, Reservation
+from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
 from ..tiers.dram import DramTier
-from .base import NO_LEASE, NO_RESERVATION, Backing, Faults, RequestEnd
+from .base import NO_LEASE, NO_RESERVATION, BackingTier, Faults, RequestEnd
 
 logger = logging.getLogger("kvkern")
 
@@ -39,20 +39,22 @@ class Cache:
         self._dram = dram
         self._clock = clock
         self._lock = threading.Lock()
-        self._late: deque[Lease] = deque()  # abandoned leases, see release_later
-        self._remote: Backing | None = None
-        self._grown: set[bytes] | None = None  # namespaces that may be above their quotas; None: there are none
+        self._late_leases: deque[Lease] = deque()  # abandoned leases, see release_later
+        self._remote: BackingTier | None = None
+        self._grown_namespaces: set[bytes] | None = (
+            None  # namespaces that may be above their quotas; None: there are none
+        )
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Length of the longest prefix of `keys` that could be acquired now. Pins and counts nothing."""
         with self._lock, self.faults.are_misses():
-            self._end_late()
+            self._end_late_leases()
             return self._dram.contains(keys)
         return 0
 
-    def back(self, remote: Backing, outbox: Outbox, spare: int) -> None:
+    def attach_remote(self, remote: BackingTier, outbox: Outbox, spare: int) -> None:
         """From now on chunks come from a remote store too, and go there; `spare` slots are kept for those that leave."""
         with self._lock:
             self._remote, self._dram.outbox, self._dram.spare = remote, outbox, spare
@@ -67,8 +69,8 @@ class Cache:
 
     def _acquire(self, keys: Sequence[bytes], prefix: bool, use: Use | None) -> Lease:
         with self._lock, self.faults.are_misses():
-            self._end_late()
-            lease = self._dram.acquire(keys, prefix, self._now(use))
+            self._end_late_leases()
+            lease = self._dram.acquire(keys, prefix, self._timed(use))
             self.counters.lookup_chunks += len(keys)
             self.counters.hit_chunks += len(lease.slots)
             return lease
@@ -94,17 +96,17 @@ class Cache:
 
     def release_later(self, lease: Lease) -> None:
         """For finalizers, which may run while this thread holds the lock: the next lookup or store ends the lease."""
-        self._late.append(lease)
+        self._late_leases.append(lease)
 
     def touch(self, keys: Sequence[bytes], use: Use | None = None) -> None:
         """The engine used these chunks from its own cache: they count as used here too."""
         with self._lock, self.faults.are_misses():
-            self._dram.touch(keys, self._now(use))
+            self._dram.touch(keys, self._timed(use))
 
-    def finish(self, use: Use, ended: RequestEnd | None = None) -> None:
+    def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """See ChunkCache."""
-        if ended is not None and ended.prefill_tokens_s:
-            self.note_prefill(ended.prefill_tokens_s)
+        if request_end is not None and request_end.prefill_tokens_s:
+            self.note_prefill(request_end.prefill_tokens_s)
         self.touch((), use)
 
     def note_prefill(self, tokens_s: float) -> None:
@@ -117,8 +119,8 @@ class Cache:
     ) -> Reservation:
         """Slots to write those of `wanted` into that nobody has. See DramTier.reserve."""
         with self._lock, self.faults.are_misses():
-            self._end_late()
-            reservation = self._dram.reserve(chain, wanted, shape, self._now(use))
+            self._end_late_leases()
+            reservation = self._dram.reserve(chain, wanted, shape, self._timed(use))
             self.counters.dropped_chunks += reservation.dropped
             self.counters.declined_chunks += reservation.declined
             self.counters.evicted_chunks += len(reservation.evicted)
@@ -162,7 +164,7 @@ class Cache:
         """See ChunkCache; done at once."""
         return _done(self.clear(namespace))
 
-    def describe(self, root: bytes, fields: dict[str, str]) -> None:
+    def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
         """An embedded cache serves one engine, which knows its namespaces."""
 
     @property
@@ -185,10 +187,10 @@ class Cache:
 
     # -- for a tier above ------------------------------------------------------------------------------------------------
 
-    def known(self, keys: Sequence[bytes], writing: bool = False) -> set[bytes]:
+    def present_keys(self, keys: Sequence[bytes], writing: bool = False) -> set[bytes]:
         """Those of these that are READY, or with `writing` on their way to it. Pins and counts nothing."""
         with self._lock, self.faults.are_misses():
-            return self._dram.known(keys, writing)
+            return self._dram.present_keys(keys, writing)
         return set()
 
     # -- for the remote tier ---------------------------------------------------------------------------------------------
@@ -204,26 +206,26 @@ class Cache:
     def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool, prefix: bool) -> Lease:
         """Publish what a remote store has given; the lease is its reader's, empty without `pin`."""
         with self._lock, self.faults.are_misses():
-            self._dram.publish(reservation, namespace, self._now(use), computed=False)
+            self._dram.publish(reservation, namespace, self._timed(use), computed=False)
             keys = reservation.keys if pin else ()
             lease = self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
             self.counters.hit_chunks += len(lease.keys)
-            if self._grown is not None:
-                self._grown.add(namespace)
+            if self._grown_namespaces is not None:
+                self._grown_namespaces.add(namespace)
             return lease
         return NO_LEASE
 
-    def departed(self, slots: Sequence[int]) -> None:
+    def free_departed(self, slots: Sequence[int]) -> None:
         """The outbox is done with these slots."""
         with self._lock, self.faults.are_misses():
-            self._dram.departed(slots)
+            self._dram.free_departed(slots)
 
     # -- for a daemon, whose clients are other processes --------------------------------------------------------------
 
     def grant(self, count: int) -> Reservation:
         """Slots for a client to fill and name. See DramTier.grant."""
         with self._lock, self.faults.are_misses():
-            self._end_late()
+            self._end_late_leases()
             reservation = self._dram.grant(count)
             self.counters.evicted_chunks += len(reservation.evicted)
             return reservation
@@ -232,7 +234,7 @@ class Cache:
     def publish(self, reservation: Reservation, namespace: bytes, use: Use | None = None) -> list[bool]:
         """Make granted slots READY. See DramTier.publish."""
         with self._lock, self.faults.are_misses():
-            published = self._dram.publish(reservation, namespace, self._now(use))
+            published = self._dram.publish(reservation, namespace, self._timed(use))
             self.counters.stored_chunks += sum(published)
             self.counters.failed_chunks += len(published) - sum(published)
             return published
@@ -243,24 +245,24 @@ class Cache:
         with self._lock, self.faults.are_misses():
             self._dram.give_back(slots)
 
-    def adopt(self, alive: Callable[[int, int], bool]) -> Adopted:
+    def adopt(self, alive: Callable[[int, int], bool]) -> AdoptionResult:
         """Take over an arena's chunks. See DramTier.adopt."""
         with self._lock:
-            return self._dram.adopt(alive, self._now(None))
+            return self._dram.adopt(alive, self._timed(None))
 
     def trim(self, namespace: bytes, limit: int) -> None:
         """Keep a namespace within `limit` slots. See DramTier.trim."""
         with self._lock, self.faults.are_misses():
             evicted, above = self._dram.trim(namespace, limit)
             self.counters.evicted_chunks += evicted
-            if above and self._grown is not None:
-                self._grown.add(namespace)
+            if above and self._grown_namespaces is not None:
+                self._grown_namespaces.add(namespace)
 
-    def take_grown(self) -> set[bytes]:
+    def take_grown_namespaces(self) -> set[bytes]:
         """Namespaces to trim: those that a remote store has added to since the last call, and those that leases kept above
         their limits."""
         with self._lock:
-            grown, self._grown = self._grown or set(), set()
+            grown, self._grown_namespaces = self._grown_namespaces or set(), set()
             return grown
 
     def pin_all(self) -> Lease:
@@ -269,26 +271,26 @@ class Cache:
             return self._dram.acquire_all()
         return NO_LEASE
 
-    def track(self) -> None:
+    def track_changes(self) -> None:
         """From now on `take_changes` tells what becomes cached and what is forgotten."""
         with self._lock:
-            self._dram.changes = Changes()
+            self._dram.changes = IndexChanges()
 
-    def take_changes(self) -> Changes:
+    def take_changes(self) -> IndexChanges:
         """Since the last call. The caller takes them often: they are kept until then."""
         with self._lock:
-            changes, self._dram.changes = self._dram.changes, Changes()
-            return changes or Changes()
+            changes, self._dram.changes = self._dram.changes, IndexChanges()
+            return changes or IndexChanges()
 
     def all_keys(self) -> list[bytes]:
         """All chunks that are cached."""
         with self._lock:
             return self._dram.all_keys()
 
-    def info(self, keys: Sequence[bytes]) -> list[dict[str, int | str]]:
+    def describe_chunks(self, keys: Sequence[bytes]) -> list[dict[str, int | str]]:
         """What the headers of cached chunks say, for operators."""
         with self._lock:
-            return self._dram.info(keys)
+            return self._dram.describe_chunks(keys)
 
     def usage(self) -> dict[str, int]:
         """Slots in all and free ones; the rest are READY or being written."""
@@ -296,16 +298,16 @@ class Cache:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
 
     @property
-    def still(self) -> AbstractContextManager[object]:
+    def locked(self) -> AbstractContextManager[object]:
         """A block of it in which nothing changes, for who reads what the policy has learned."""
         return self._lock
 
-    def _now(self, use: Use | None) -> Use:
+    def _timed(self, use: Use | None) -> Use:
         return replace(use or _UNKNOWN, now_s=self._clock())
 
-    def _end_late(self) -> None:
-        while self._late:
-            lease = self._late.popleft()
+    def _end_late_leases(self) -> None:
+        while self._late_leases:
+            lease = self._late_leases.popleft()
             self.counters.bad_chunks += self._dram.drop_bad(lease)
             self._dram.release(lease)
 

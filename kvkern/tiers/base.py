@@ -41,7 +41,7 @@ class ChunkShape:
 
 
 @dataclass(slots=True)
-class Changes:
+class IndexChanges:
     """What has become of an index since somebody took them: the last word on every key that came or went."""
 
     ready: dict[bytes, bool] = field(default_factory=dict)  # the last to change is last
@@ -64,7 +64,7 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted:
+class AdoptionResult:
     """What a restarted daemon found in its arena."""
 
     ready: int  # verified and served again

@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.namespace_shares import NamespaceShares
-from .base import Adopted, Changes, ChunkShape, Lease, Outbox, Reservation, prefix_length
+from .base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, prefix_length
 from .slot_headers import begin_slots, verify_slots
 
 _UNKNOWN = Use()
@@ -52,7 +52,7 @@ class DramTier:
         self._granted: set[int] = set()  # WRITING slots whose chunk only their header names
         self._stale: set[int] = set()  # WRITING slots that a clear has overtaken: never published
         self._owner = (os.getpid(), process_start(os.getpid()))
-        self.changes: Changes | None = None  # set: keys that become and cease to be READY are noted there
+        self.changes: IndexChanges | None = None  # set: keys that become and cease to be READY are noted there
         self.outbox: Outbox | None = None
         self.spare = 0  # slots that are kept free, or on their way to the outbox: what is evicted is written from them
         self._departing: set[int] = set()  # the outbox's
@@ -74,7 +74,7 @@ class DramTier:
         """Length of the longest READY prefix of `keys`. No side effect."""
         return prefix_length(keys, self._index)
 
-    def known(self, keys: Keys, writing: bool = False) -> set[bytes]:
+    def present_keys(self, keys: Keys, writing: bool = False) -> set[bytes]:
         """Those of these that are READY, or with `writing` on their way to it. No side effect."""
         return {key for key in keys if key in self._index or (writing and key in self._writing)}
 
@@ -105,7 +105,7 @@ class DramTier:
             dead = doomed.intersection(idle)
             doomed -= dead
             idle = [slot for slot in idle if slot not in dead]
-            self._recycle(list(dead))
+            self._free_slots(list(dead))
         self._num_leased -= len(idle)
         if idle:
             self._policy.unpin(self._keys_of(idle))
@@ -145,7 +145,7 @@ class DramTier:
         if granted:
             self._policy.pin(granted)
         slots = [self._free.pop() for _ in granted]
-        generations = self._begin(granted, slots, shape, chain)
+        generations = self._begin_writing(granted, slots, shape, chain)
         return Reservation(
             tuple(granted), tuple(slots), tuple(generations), dropped=len(missing) - len(granted) - len(declined),
             declined=len(declined), evicted=tuple(evicted), chain=tuple(chain),
@@ -161,10 +161,10 @@ class DramTier:
         ready = [slot for slot, ok in zip(reservation.slots, good, strict=True) if ok]
         keys = [key for key, ok in zip(reservation.keys, good, strict=True) if ok]
         self._make_ready(ready, keys)
-        self._unpin_written(keys, reservation.chain)
+        self._unpin_with_ancestors(keys, reservation.chain)
         if self.outbox is not None:
             self.outbox.stored(keys, ready)
-        self._recycle([slot for slot, ok in zip(reservation.slots, good, strict=True) if not ok])
+        self._free_slots([slot for slot, ok in zip(reservation.slots, good, strict=True) if not ok])
         return len(ready)
 
     def grant(self, count: int) -> Reservation:
@@ -211,7 +211,7 @@ class DramTier:
             result.append(fresh)
             if fresh:
                 self._granted.discard(slot)
-                self._overtake([self._writing[key]] if key in self._writing else [])
+                self._disown_writers([self._writing[key]] if key in self._writing else [])
                 self._make_ready([slot], [key])
             else:
                 self.give_back([slot])
@@ -227,17 +227,17 @@ class DramTier:
         """Granted slots that nobody can be writing any more are free again."""
         mine = self._granted.intersection(slots)
         self._granted -= mine
-        self._recycle(sorted(mine))
+        self._free_slots(sorted(mine))
 
     def abort(self, reservation: Reservation) -> None:
         """Give the slots back. Only when no writer can still be writing them."""
-        self._recycle(reservation.slots)
+        self._free_slots(reservation.slots)
 
     def drop_bad(self, lease: Lease) -> int:
         """Forget the slots of this lease that a reader marked BAD; they are freed with their last lease. Returns the count."""
         slots = np.array(lease.slots, dtype=np.int64)
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
-        return self._drop(bad)
+        return self._drop_slots(bad)
 
     def clear(self, namespace: bytes | None = None, fresh: Collection[int] = ()) -> int:
         """Forget everything, or a namespace. What is being written is never published, but for granted slots that are
@@ -245,16 +245,18 @@ class DramTier:
         """
         ready, writing = list(self._index.values()), list(self._writing.values())
         granted = self._granted.difference(fresh)
-        begun = list(granted.difference(self._of_namespace(list(granted), bytes(32))))  # the others name no chunk yet
+        begun = list(
+            granted.difference(self._slots_of_namespace(list(granted), bytes(32)))
+        )  # the others name no chunk yet
         if namespace is not None:
-            ready, writing, begun = (self._of_namespace(slots, namespace) for slots in (ready, writing, begun))
-        self._overtake(writing)  # a new writer of the same key gets a slot of its own
+            ready, writing, begun = (self._slots_of_namespace(slots, namespace) for slots in (ready, writing, begun))
+        self._disown_writers(writing)  # a new writer of the same key gets a slot of its own
         self._stale.update(begun)
         if self.outbox is not None:
-            self.departed(self.outbox.forget(self._keys_of(ready), namespace))
-        return len(writing) + self._drop(ready)
+            self.free_departed(self.outbox.forget(self._keys_of(ready), namespace))
+        return len(writing) + self._drop_slots(ready)
 
-    def _overtake(self, slots: Iterable[int]) -> None:
+    def _disown_writers(self, slots: Iterable[int]) -> None:
         """What is being written there is not the chunk's any more, and is never published."""
         for slot in slots:
             if (key := self._key_of[slot]) is not None:
@@ -263,7 +265,7 @@ class DramTier:
                 self._policy.remove([key])
             self._stale.add(slot)
 
-    def adopt(self, alive: Callable[[int, int], bool], use: Use = _UNKNOWN) -> Adopted:
+    def adopt(self, alive: Callable[[int, int], bool], use: Use = _UNKNOWN) -> AdoptionResult:
         """Take over what lies in an arena whose daemon is gone. Call once, before anything else.
 
         READY slots whose header and payload verify are served again; the rest is free, but for slots that may still be
@@ -300,9 +302,9 @@ class DramTier:
             found.setdefault(bytes(headers["namespace"][slot]), []).append(key)
         for namespace, keys in found.items():
             self._policy.insert(keys, replace(use, namespace=namespace))
-        return Adopted(len(keep), len(ready) - len(keep), unfinished, tuple(unserved))
+        return AdoptionResult(len(keep), len(ready) - len(keep), unfinished, tuple(unserved))
 
-    def info(self, keys: Keys) -> list[dict[str, int | str]]:
+    def describe_chunks(self, keys: Keys) -> list[dict[str, int | str]]:
         """What the headers of these chunks say, for operators; chunks that are not READY are left out."""
         names = ("generation", "group", "chunk_tokens", "position", "payload_nbytes")
         rows = []
@@ -331,7 +333,7 @@ class DramTier:
 
     def drop(self, keys: Keys) -> int:
         """Forget these chunks. Returns how many were READY."""
-        return self._drop([self._index[key] for key in dict.fromkeys(keys) if key in self._index])
+        return self._drop_slots([self._index[key] for key in dict.fromkeys(keys) if key in self._index])
 
     def _lease(self, keys: Keys) -> Lease:
         """Pin these. All are READY."""
@@ -350,13 +352,13 @@ class DramTier:
         """Pin those of these that are READY; nobody uses them by that."""
         return self._lease([key for key in keys if key in self._index])
 
-    def departed(self, slots: Iterable[int]) -> None:
+    def free_departed(self, slots: Iterable[int]) -> None:
         """The outbox is done with these."""
         mine = self._departing.intersection(slots)
         self._departing -= mine
-        self._recycle(sorted(mine))
+        self._free_slots(sorted(mine))
 
-    def _of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
+    def _slots_of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
         at = np.array(slots, dtype=np.int64)
         found: list[int] = at[self._arena.headers["namespace"][at] == np.void(namespace)].tolist()
         return found
@@ -372,7 +374,7 @@ class DramTier:
             self.changes.note(keys, ready=True)
         self._arena.headers["state"][list(slots)] = SlotState.READY
 
-    def _unpin_written(self, keys: Sequence[bytes], chain: Keys) -> None:
+    def _unpin_with_ancestors(self, keys: Sequence[bytes], chain: Keys) -> None:
         """Evictable from now on, and none before what hangs on it: what is idle of the sequence finds its place with them."""
         if not keys:
             return
@@ -383,7 +385,7 @@ class DramTier:
         written.update(idle)
         self._policy.unpin([key for key in order if key in written])
 
-    def _drop(self, slots: Iterable[int]) -> int:
+    def _drop_slots(self, slots: Iterable[int]) -> int:
         """READY slots leave the index now; pinned ones are freed with their last lease. Returns how many were in it."""
         count = 0
         for slot in slots:
@@ -393,14 +395,14 @@ class DramTier:
             count += 1
             self._policy.remove([key])
             if self._pins[slot]:
-                self._forget(key)
+                self._remove_from_index(key)
                 self._key_of[slot] = None
                 self._doomed.add(slot)
                 self._num_leased -= 1
                 # neither READY nor FREE: a restarted daemon must not serve it, nor give it away under its readers
                 self._arena.headers["state"][slot] = SlotState.WRITING
             else:
-                self._recycle([slot])
+                self._free_slots([slot])
         return count
 
     def _keys_of(self, slots: Iterable[int]) -> list[bytes]:
@@ -421,7 +423,7 @@ class DramTier:
             evicted = self._evict(named)
         short = wanted - len(declined) - len(self._free)
         if short > 0 and self.outbox is not None:
-            self.departed(self.outbox.recall(short))
+            self.free_departed(self.outbox.recall(short))
             if (short := wanted - len(declined) - len(self._free)) > 0:
                 named = self._policy.victims(short)
                 declined.update(set(named).intersection(offered))
@@ -443,21 +445,21 @@ class DramTier:
         if chosen and self.outbox is not None:
             slots = [index[key] for key in chosen]
             for key, slot in zip(chosen, slots, strict=True):
-                self._forget(key)
+                self._remove_from_index(key)
                 self._key_of[slot] = None
                 self._state[slot] = SlotState.WRITING
             self._arena.headers["state"][slots] = SlotState.WRITING  # a restarted daemon must not serve it
             self._departing.update(slots)
-            self.departed(self.outbox.depart(chosen, slots))
-        self._recycle([slot for key in keys if (slot := index.get(key)) is not None])
+            self.free_departed(self.outbox.depart(chosen, slots))
+        self._free_slots([slot for key in keys if (slot := index.get(key)) is not None])
         return keys
 
-    def _forget(self, key: bytes) -> None:
+    def _remove_from_index(self, key: bytes) -> None:
         del self._index[key]
         if self.changes is not None:
             self.changes.note([key], ready=False)
 
-    def _recycle(self, slots: Sequence[int]) -> None:
+    def _free_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
             key = self._key_of[slot]
             if key is not None:
@@ -465,14 +467,14 @@ class DramTier:
                     del self._writing[key]
                     self._policy.remove([key])
                 else:
-                    self._forget(key)
+                    self._remove_from_index(key)
                 self._key_of[slot] = None
             self._state[slot] = SlotState.FREE
         self._stale.difference_update(slots)
         self._arena.headers["state"][list(slots)] = SlotState.FREE
         self._free.extend(slots)
 
-    def _begin(self, keys: Sequence[bytes], slots: Sequence[int], shape: ChunkShape, chain: Keys) -> list[int]:
+    def _begin_writing(self, keys: Sequence[bytes], slots: Sequence[int], shape: ChunkShape, chain: Keys) -> list[int]:
         """Headers of new WRITING slots; the generation moves on, so a late writer of an old one changes nothing."""
         for key, slot in zip(keys, slots, strict=True):
             self._writing[key] = slot

@@ -1,7 +1,7 @@
 """The HBM tier: slots on the GPU, their headers on the host. Same states, index and leases as DRAM's; knows no device.
 
     FREE -> WRITING -> READY      as in DRAM, but nothing is evicted to make room: what finds none goes to DRAM at once
-    READY -> READY and pinned     retire: what is least recently used, for who copies it down
+    READY -> READY and pinned     pin_least_recent: what is least recently used, for who copies it down
     READY -> FREE                 dropped, when DRAM has it
 
 A chunk that moves between tiers keeps its header but for generation and owner. Its checksums are sealed anew, not summed
@@ -26,36 +26,36 @@ from .base import Lease
 from .dram import DramTier
 
 
-class Rows(Protocol):
+class SlotMover(Protocol):
     """Moves parts of slots between the tiers. Both return when the bytes are where they belong; any thread."""
 
-    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+    def copy_down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         """Copy the parts of slots `hbm[i]` to slots `dram[i]`."""
 
-    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+    def copy_up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         """The other way."""
 
     def close(self) -> None:
         """Nothing is moved any more. By a thread that has moved, or may."""
 
 
-class HostRows:
-    """`Rows` where the host reads both tiers."""
+class HostSlotMover:
+    """`SlotMover` where the host reads both tiers."""
 
     def __init__(self, hbm: Slots, dram: Slots) -> None:
         self._hbm, self._dram = hbm.parts(0), dram.parts(0)
         self._nbytes = hbm.spec.geometry.part_nbytes
 
-    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
-        """See Rows."""
+    def copy_down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See SlotMover."""
         self._copy(self._hbm, hbm, self._dram, dram)
 
-    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
-        """See Rows."""
+    def copy_up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See SlotMover."""
         self._copy(self._dram, dram, self._hbm, hbm)
 
     def close(self) -> None:
-        """See Rows."""
+        """See SlotMover."""
 
     def _copy(
         self,
@@ -119,7 +119,7 @@ class HbmTier(DramTier):
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots, LRU())
 
-    def retire(self, count: int) -> Lease:
+    def pin_least_recent(self, count: int) -> Lease:
         """Pin up to `count` chunks, the least recently used. They stay READY until who asked has dropped them."""
         idle = [key for key in self._policy.victims(count) if key in self._index and not self._pins[self._index[key]]]
         self._policy.insert(idle, Use())  # naming them has made the policy forget them
@@ -129,7 +129,7 @@ class HbmTier(DramTier):
         return [], set()
 
 
-def begin_moved(
+def begin_moved_slots(
     source: Slots,
     at: npt.NDArray[np.int64],  # [n] int64, READY and leased
     target: Slots,
@@ -144,9 +144,9 @@ def begin_moved(
     target.heads[to] = heads.view(target.heads.dtype)
 
 
-def finish_moved(
+def finish_moved_slots(
     source: Slots,
-    at: npt.NDArray[np.int64],  # as for begin_moved
+    at: npt.NDArray[np.int64],  # as for begin_moved_slots
     target: Slots,
     to: npt.NDArray[np.int64],
     generations: npt.NDArray[np.uint64],

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from ..config import nvtx_asked
+from ..config import nvtx_requested
 
 logger = logging.getLogger("kvkern")
 
@@ -30,4 +30,4 @@ def make_span(asked: bool) -> Span:
     return ranges
 
 
-span = make_span(nvtx_asked())
+span = make_span(nvtx_requested())

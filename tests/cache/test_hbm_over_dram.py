@@ -52,7 +52,7 @@ def payload(tensors: list[torch.Tensor], blocks: list[int]) -> list[npt.NDArray[
 
 def settled(cache: PagedCache) -> dict[str, int | float]:
     assert isinstance(cache._cache, HbmCache)
-    cache._cache.settle()
+    cache._cache.wait_for_moves()
     return cache.stats()
 
 
@@ -130,19 +130,19 @@ def test_used_again_is_promoted(tensors: list[torch.Tensor], tmp_path: Path) -> 
 def test_spoiled_bytes_are_a_miss(tensors: list[torch.Tensor], tmp_path: Path, where: str) -> None:
     """In either tier, and when they were spoiled before they were copied down: a spill seals, it does not sum anew."""
     with closing(open_cache(tensors, tmp_path, hbm=8, dram=40, policy="lru")) as cache:
-        stacked: Any = cache._cache
-        stacked._want = lambda keys: None  # a spoiled chunk may be promoted before anybody has read it
+        both: Any = cache._cache
+        both._queue_for_promotion = lambda keys: None  # a spoiled chunk may be promoted before anybody has read it
         cache.store(tokens(1, 6), table(0, 6))
         if where == "dram":
-            stacked._spill(8)
+            both._spill(8)
         lease = cache.match(tokens(1, 6))
         slot = lease.lease.slots[2]
-        assert (slot >= stacked.first_slot) == (where != "dram")
-        rows = stacked._hbm_slots.parts(0) if where != "dram" else stacked._dram_slots.parts(0)
-        rows[slot - stacked.first_slot * (where != "dram"), 5] ^= 1
+        assert (slot >= both.first_slot) == (where != "dram")
+        rows = both._hbm_slots.parts(0) if where != "dram" else both._dram_slots.parts(0)
+        rows[slot - both.first_slot * (where != "dram"), 5] ^= 1
         lease.release()
         if where == "spilled":
-            assert stacked._spill(8)
+            assert both._spill(8)
         assert loads(cache, tensors, 1, 0, 6) == 2
         settled(cache)
         assert cache.stats()["bad_chunks"] == 1

@@ -22,7 +22,7 @@ from kvkern.errors import ConfigError
 from kvkern.policy.lru import LRU
 from kvkern.tiers.base import Lease, Reservation
 from kvkern.tiers.dram import DramTier
-from kvkern.tiers.hbm import HbmSlots, HbmTier, HostRows
+from kvkern.tiers.hbm import HbmSlots, HbmTier, HostSlotMover
 from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, write
 
 
@@ -34,20 +34,20 @@ class Parts:
         geometry = self.arena.spec.geometry
         self.slots = HbmSlots(geometry, np.zeros((hbm, geometry.part_stride), dtype=np.uint8))
         self.hbm, self.dram = HbmManager(HbmTier(self.slots)), Cache(DramTier(self.arena, LRU()))
-        self.rows = HostRows(self.slots, self.arena)
+        self.rows = HostSlotMover(self.slots, self.arena)
         self.closed: list[str] = []  # by which thread
         self.during: Callable[[], object] = lambda: None  # called while a copy is under way
         self.cache = HbmCache(self.hbm, self.slots, self.dram, self.arena, self)
         self.cache.spare = 0
-        self.wake, self.cache._wake = self.cache._wake, lambda: None  # type: ignore[method-assign]  # a test says when
+        self.wake, self.cache._schedule_moves = self.cache._schedule_moves, lambda: None  # type: ignore[method-assign]  # a test says when
 
-    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+    def copy_down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         self.during()
-        self.rows.down(hbm, dram)
+        self.rows.copy_down(hbm, dram)
 
-    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+    def copy_up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         self.during()
-        self.rows.up(hbm, dram)
+        self.rows.copy_up(hbm, dram)
 
     def close(self) -> None:
         self.closed.append(threading.current_thread().name)
@@ -110,7 +110,7 @@ def test_what_is_cleared_does_not_come_back(parts: Parts, direction: str, when: 
     if when == "during":
         parts.during = lambda: parts.cache.clear(NAMESPACE)
     else:
-        tier, real = (parts.hbm, parts.hbm.retire) if direction == "spill" else (parts.dram, parts.dram.lease)
+        tier, real = (parts.hbm, parts.hbm.pin_least_recent) if direction == "spill" else (parts.dram, parts.dram.lease)
 
         def cleared(*args: Any, **kwargs: Any) -> Lease:
             lease = real(*args, **kwargs)
@@ -122,7 +122,7 @@ def test_what_is_cleared_does_not_come_back(parts: Parts, direction: str, when: 
         parts.cache._spill(4)
     else:
         parts.cache._promote(chain)
-    vars(parts.hbm).pop("retire", None)
+    vars(parts.hbm).pop("pin_least_recent", None)
     vars(parts.dram).pop("lease", None)
     parts.during = lambda: None
     assert parts.cache.lookup(chain) == 0
@@ -178,12 +178,12 @@ def test_a_copy_that_fails_loses_only_its_chunks(parts: Parts) -> None:
     parts.during = fail
     parts.cache.spare = 5
     parts.wake()
-    parts.cache.settle()
+    parts.cache.wait_for_moves()
     stats = parts.cache.counters.snapshot()
     assert stats["faults"] >= 1
     parts.during = lambda: None
     parts.wake()
-    parts.cache.settle()
+    parts.cache.wait_for_moves()
     assert parts.hbm.num_free >= 5
     assert parts.cache.usage()["free_slots"] + len(parts.dram.all_keys()) == 16  # nothing is left granted
     lease = parts.cache.acquire(chain)
@@ -200,7 +200,7 @@ def test_bad_input_while_moving_is_said_and_counted(parts: Parts, caplog: pytest
     parts.during = fail
     parts.cache.spare = 3
     parts.wake()
-    parts.cache.settle()
+    parts.cache.wait_for_moves()
     assert "no such row" in caplog.text
     assert parts.cache.counters.snapshot()["faults"] >= 1
 
@@ -221,7 +221,7 @@ def test_what_fails_below_leaves_nothing_held_above(parts: Parts, late: bool) ->
     parts.dram.acquire_soon = refuse  # type: ignore[method-assign]
     with pytest.raises(ConfigError):
         parts.cache.acquire(chain_keys("a", 5))
-    lease = parts.hbm.retire(8)
+    lease = parts.hbm.pin_least_recent(8)
     assert len(lease.keys) == 4  # none is pinned
     parts.hbm.release(lease)
     parts.dram.reserve = refuse  # type: ignore[assignment,method-assign]
@@ -258,7 +258,7 @@ def test_windows_take_what_there_is(parts: Parts) -> None:
     lease = parts.cache.acquire(chain)
     assert lease.keys == (chain[0],)
     parts.cache.release(lease)
-    assert parts.hbm.retire(8).keys  # the rest is not pinned any more
+    assert parts.hbm.pin_least_recent(8).keys  # the rest is not pinned any more
 
 
 def test_finalizers_end_leases(parts: Parts) -> None:
@@ -268,7 +268,7 @@ def test_finalizers_end_leases(parts: Parts) -> None:
     parts.cache.release_later(parts.cache.acquire(chain))
     parts.cache.lookup(chain)
     parts.cache.acquire([])
-    assert len(parts.hbm.retire(8).keys) == 2
+    assert len(parts.hbm.pin_least_recent(8).keys) == 2
 
 
 operations = st.lists(

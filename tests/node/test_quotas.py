@@ -109,7 +109,7 @@ def test_what_a_remote_store_gives_counts_too(arena: Arena) -> None:
     node.sessions.cache.release(lease)
     node.sessions.sweep()
     assert [node.held(name) for name in ("tenant-a", "tenant-b", "small", "big")] == [4, 4, 12, 2]
-    assert not node.sessions.cache.take_grown()
+    assert not node.sessions.cache.take_grown_namespaces()
     node.fetch("tenant-b", 7, pin=False)
     node.store("tenant-b", 1, start=9)
     assert node.held("tenant-b") <= 4

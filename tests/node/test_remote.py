@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvkern.arena.slots import SlotGeometry
-from kvkern.assemble import open_remote
+from kvkern.assemble import open_remote_store
 from kvkern.cache.base import RequestEnd
 from kvkern.config import RemoteConfig
 from kvkern.errors import ConfigError
@@ -23,7 +23,7 @@ from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import server as server_module
 from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote.stores import base
 from kvkern.remote.stores.base import RemoteError
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
@@ -45,8 +45,8 @@ def hits(client: NodeClient, chain: list[bytes]) -> int:
 @pytest.fixture(autouse=True)
 def remote_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_an_answer_that_takes_long_is_no_daemon_that_is_gone(
     eventually(lambda: len(values) == 6, "the write")
     store(two, B)
     two.finish(Use(request=1), RequestEnd(prefill_tokens_s=6 * 16 / 10))  # 10 s to compute A
-    eventually(lambda: server._remote is not None and server._remote.speeds.prefill_tokens_s, "the speed")
+    eventually(lambda: server._remote is not None and server._remote.costs.prefill_tokens_s, "the speed")
     stores[-1].delay_s = 1.0
     began = time.monotonic()
     assert hits(two, A) == 6
@@ -235,9 +235,9 @@ def test_a_store_that_neither_opens_nor_closes(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(base, "make_store", lambda url: Gone())
     if isinstance(why, ConfigError):
         with pytest.raises(ConfigError, match="wrong password"):
-            open_remote(RemoteConfig("memory://m"))
+            open_remote_store(RemoteConfig("memory://m"))
     else:
-        assert open_remote(RemoteConfig("memory://m")) is None
+        assert open_remote_store(RemoteConfig("memory://m")) is None
     assert "kvkern-remote" not in {thread.name for thread in threading.enumerate()}
 
 

@@ -23,7 +23,7 @@ def test_a_chunk_that_a_quota_evicts_at_once_is_not_believed_in(make_daemon: Mak
     daemon.start()
     client = daemon.client()
     try:
-        client.describe(NAMESPACE, {"model": "m"})
+        client.describe_namespace(NAMESPACE, {"model": "m"})
         for name in range(4):
             store(client, chain_keys(name, 6))
         assert client.usage()["known_chunks"] == daemon.stat()["chunks"] == 8
@@ -42,7 +42,7 @@ def test_who_came_earlier_gives_back_what_is_above_its_share(daemon: Daemon, mak
 
 def test_a_long_field_of_a_namespace_costs_no_connection(daemon: Daemon, make_client: MakeClient) -> None:
     client = make_client()
-    client.describe(NAMESPACE, {"model": "m" * 5000, "weights": "w"})
+    client.describe_namespace(NAMESPACE, {"model": "m" * 5000, "weights": "w"})
     chain = chain_keys("a", 2)
     assert store(client, chain) == 2
     eventually(lambda: daemon.stat()["namespaces"] == 1)
@@ -54,7 +54,7 @@ def test_many_tenants_are_described_again_and_nobody_waits(make_daemon: MakeDaem
     client = daemon.client()
     try:
         for tenant in range(MAX_NAMESPACES + 500):
-            client.describe(tenant.to_bytes(32, "little"), {"model": "m", "salt": str(tenant)})
+            client.describe_namespace(tenant.to_bytes(32, "little"), {"model": "m", "salt": str(tenant)})
         daemon.kill()
         daemon.start()
         eventually(lambda: client.connected, "the engine's reconnection")

@@ -42,7 +42,7 @@ class Node:
             queue_slots * geometry.slot_nbytes, timeout_s,
         )  # fmt: skip
         self.tier.start()
-        self.cache.back(self.tier, self.tier.outbox, self.tier.spare)
+        self.cache.attach_remote(self.tier, self.tier.outbox, self.tier.spare)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Node:
     def settle(self) -> None:
         """Until nothing is on its way any more."""
         eventually(lambda: self.tier.idle and not self.cache._dram._departing, "an empty outbox")
-        eventually(lambda: not any(self.cache._dram._pins) and not self.tier.reader.waiting, "no reader")
+        eventually(lambda: not any(self.cache._dram._pins) and not self.tier.reader.num_waiting, "no reader")
 
     def whole(self) -> bool:
         """Every slot is free or a chunk's that can be found, and nobody holds any: nothing leaks."""
@@ -87,7 +87,7 @@ class Node:
     def close(self) -> None:
         self.tier.close()
         assert self.whole()
-        left = [self.tier.reader._coming, self.tier._tasks, self.tier.reader.waiting, len(self.tier.outbox)]
+        left = [self.tier.reader._being_read, self.tier._tasks, self.tier.reader.num_waiting, len(self.tier.outbox)]
         assert not any(left), left
         self.arena.close()
 

@@ -14,7 +14,7 @@ from kvkern.arena.slots import PAGE, SlotGeometry, SlotState
 from kvkern.kernels import layout as L
 from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.policy.lru import LRU
-from kvkern.tiers.base import Adopted, Changes, ChunkShape, Reservation
+from kvkern.tiers.base import AdoptionResult, ChunkShape, IndexChanges, Reservation
 from kvkern.tiers.dram import DramTier
 from kvkern.tiers.slot_headers import begin_slots
 from kvkern.transfer.base import ChunkBatch
@@ -95,7 +95,7 @@ class Engines:
         assert self.tier.publish(granted, NAMESPACE) == [True] * chunks
         return granted
 
-    def restart(self, alive: Callable[[int, int], bool] = nobody) -> Adopted:
+    def restart(self, alive: Callable[[int, int], bool] = nobody) -> AdoptionResult:
         """A new daemon on the same arena."""
         self.tier = DramTier(self.arena, LRU())
         return self.tier.adopt(alive)
@@ -282,7 +282,7 @@ def test_drop_counts_what_was_there_and_waits_for_leases(tier: DramTier, arena: 
 
 def test_changes_tell_the_index_in_order(tier: DramTier, arena: Arena) -> None:
     tier.publish(grant(tier, arena, chain_keys("early", 1)), NAMESPACE)  # nobody has asked yet
-    tier.changes = Changes()
+    tier.changes = IndexChanges()
     chain = chain_keys("a", SLOTS - 1)
     tier.publish(grant(tier, arena, chain), NAMESPACE)
     evicted = tier.grant(1).evicted
@@ -298,12 +298,12 @@ def test_info_says_what_headers_say(tier: DramTier, arena: Arena) -> None:
     granted = grant(tier, arena, chain)
     tier.publish(granted, NAMESPACE)
     tier.acquire(chain[1:])
-    rows = tier.info([key("nobody's"), chain[1]])
+    rows = tier.describe_chunks([key("nobody's"), chain[1]])
     assert rows == [{
         "key": chain[1].hex(), "namespace": NAMESPACE.hex(), "slot": granted.slots[1], "generation": 1, "group": 0,
         "chunk_tokens": 16, "position": 1, "payload_nbytes": RANKS * 256, "leases": 1,
     }]  # fmt: skip
-    assert tier.info([]) == []
+    assert tier.describe_chunks([]) == []
 
 
 # -- adoption ------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_info_says_what_headers_say(tier: DramTier, arena: Arena) -> None:
 
 def test_an_arena_is_adopted_with_every_group_on_every_rank(engines: Engines) -> None:
     first, second = engines.put("a", 3), engines.put("b", 2, group=1)  # fewer planes than a slot has room for
-    assert engines.restart() == Adopted(5, 0, {}, ())
+    assert engines.restart() == AdoptionResult(5, 0, {}, ())
     assert engines.tier.acquire(chain_keys("a", 3)).slots == first.slots
     assert engines.tier.acquire(chain_keys("b", 2)).slots == second.slots
     assert (len(engines.tier), engines.tier.num_free) == (5, SLOTS - 5)
@@ -319,7 +319,7 @@ def test_an_arena_is_adopted_with_every_group_on_every_rank(engines: Engines) ->
 
 
 def test_a_new_arena_is_adopted(tier: DramTier) -> None:
-    assert tier.adopt(anybody) == Adopted(0, 0, {}, ())
+    assert tier.adopt(anybody) == AdoptionResult(0, 0, {}, ())
     assert tier.num_free == SLOTS
 
 
@@ -384,7 +384,7 @@ def odd_size(arena: Arena, slot: int, rank: int) -> None:
 def test_a_torn_chunk_is_not_adopted(engines: Engines, tear: Callable[[Arena, int, int], None], rank: int) -> None:
     granted = engines.put("a", 3)
     tear(engines.arena, granted.slots[1], rank)
-    assert engines.restart(anybody) == Adopted(2, 1, {}, ())
+    assert engines.restart(anybody) == AdoptionResult(2, 1, {}, ())
     assert engines.tier.contains(chain_keys("a", 3)) == 1
     assert engines.tier.num_free == SLOTS - 2
     assert states(engines.arena, granted.slots[1:2]) == {SlotState.FREE}
@@ -395,7 +395,7 @@ def test_a_chunk_that_lies_in_two_slots_is_adopted_once(engines: Engines) -> Non
     arena, size = engines.arena, engines.arena.spec.geometry.slot_nbytes
     at = [PAGE + slot * size for slot in (first.slots[0], second.slots[0])]
     arena.bytes[at[1] : at[1] + size] = arena.bytes[at[0] : at[0] + size]
-    assert engines.restart() == Adopted(1, 1, {}, ())
+    assert engines.restart() == AdoptionResult(1, 1, {}, ())
     assert engines.tier.num_free == SLOTS - 1
 
 
@@ -417,7 +417,7 @@ def test_unwritten_slots_stay_with_a_living_writer(tier: DramTier, arena: Arena)
     write(arena, named_slots, [0])
     new = DramTier(arena, LRU())
     adopted = new.adopt(lambda pid, start: (pid, start) == WRITER)
-    assert adopted == Adopted(0, 0, dict.fromkeys(sorted(named_slots.slots), WRITER), ())
+    assert adopted == AdoptionResult(0, 0, dict.fromkeys(sorted(named_slots.slots), WRITER), ())
     assert new.num_free == SLOTS - 2
     write(arena, named_slots)
     assert new.publish(named_slots, NAMESPACE) == [False, False]  # its reservation went with the daemon
@@ -428,7 +428,7 @@ def test_unwritten_slots_of_nobody_are_free(tier: DramTier, arena: Arena) -> Non
     begin(arena, named(tier.grant(2), chain_keys("a", 2)))
     tier.grant(1)
     new = DramTier(arena, LRU())
-    assert new.adopt(nobody) == Adopted(0, 0, {}, ())
+    assert new.adopt(nobody) == AdoptionResult(0, 0, {}, ())
     assert new.num_free == SLOTS
     assert states(arena, range(SLOTS)) == {SlotState.FREE}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvkern.config import nvtx_asked
+from kvkern.config import nvtx_requested
 from kvkern.transfer import nvtx
 from kvkern.transfer.gpu.planner import Method
 
@@ -21,7 +21,7 @@ def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch, value: str | None
     monkeypatch.delenv("KVKERN_NVTX", raising=False)
     if value is not None:
         monkeypatch.setenv("KVKERN_NVTX", value)
-    assert nvtx_asked() is asked
+    assert nvtx_requested() is asked
 
 
 def test_off_is_one_shared_nothing() -> None:

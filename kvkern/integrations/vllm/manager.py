@@ -343,7 +343,7 @@ class KvkernManager(shim.OffloadingManager):
                     )
                 return b""
             root = self._roots[salt] = namespace.root
-            self._cache.describe(root, namespace.described())
+            self._cache.describe_namespace(root, namespace.public_fields())
         return root
 
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from ...arena.file import Arena
 from ...arena.slots import SlotGeometry
-from ...assemble import back_with_remote, build_cache, build_transfer, open_arena
+from ...assemble import attach_remote_tier, build_cache, build_copier, open_arena
 from ...cache.base import ChunkCache
 from ...errors import UnsupportedError
 from ...kernels.checksum import ROW_NBYTES
@@ -71,7 +71,7 @@ class KvkernSpec(shim.OffloadingSpec):
             groups.append(PagedTensors.bind(from_pages(pages, group.tokens_per_block), pages))
         arena, close = self._open_arena()
         rank = self.config.parallel.rank
-        transfer = build_transfer(self.options, arena, groups, rank, self.blocks_per_chunk)
+        transfer = build_copier(self.options, arena, groups, rank, self.blocks_per_chunk)
         return KvkernWorker(transfer, self.blocks_per_chunk, close)
 
     def _open_cache(self) -> ChunkCache:
@@ -80,7 +80,7 @@ class KvkernSpec(shim.OffloadingSpec):
             return self._connect(index=True)
         arena = self._open_own_arena()
         cache = build_cache(arena, policy=self.options.policy)
-        back_with_remote(cache, arena, self.options.remote_config, self.options.policy)
+        attach_remote_tier(cache, arena, self.options.remote_config, self.options.policy)
         return cache
 
     def _open_arena(self) -> tuple[Arena, Callable[[], None]]:

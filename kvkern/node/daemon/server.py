@@ -17,10 +17,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...arena.file import Arena, ArenaSpec, create_or_attach, read_spec, unfinished
+from ...arena.file import Arena, ArenaSpec, create_or_attach, is_unfinished_arena, read_spec
 from ...arena.process_identity import process_alive, process_start
 from ...arena.slots import SlotGeometry
-from ...assemble import back_with_remote, build_cache, open_remote
+from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
 from ...config import DEFAULT_POLICY, RemoteConfig, format_nbytes
 from ...errors import ArenaError, ConfigError
@@ -116,7 +116,7 @@ class Server:
                 await asyncio.to_thread(self._learned.load)
             if self.config.remote is not None:
                 locks.callback(self._close_unused)
-                self._opened = await asyncio.to_thread(open_remote, self.config.remote)
+                self._opened = await asyncio.to_thread(open_remote_store, self.config.remote)
             await self._take_over()
             listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: ClientConnection(self), sock=bind(self.config.socket)
@@ -286,7 +286,7 @@ class Server:
         path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
         try:
             spec = read_spec(path)
-            if spec is None and unfinished(path):
+            if spec is None and is_unfinished_arena(path):
                 path.unlink()
         except OSError as error:
             raise ArenaError(
@@ -318,13 +318,13 @@ class Server:
         cache, path = await asyncio.to_thread(self._build_cache, arena), self.config.arena_path
         opened, self._opened = self._opened, None
         self._remote = await asyncio.to_thread(
-            back_with_remote, cache, arena, self.config.remote, self.config.policy, opened
+            attach_remote_tier, cache, arena, self.config.remote, self.config.policy, opened
         )
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
-        sessions.cache.track()
+        sessions.cache.track_changes()
         self._arena, self.sessions = arena, sessions
 
     def _build_cache(self, arena: Arena) -> Cache:
@@ -332,7 +332,7 @@ class Server:
         if self._learned.model is None:
             self._learned.load()
         cache = build_cache(arena, self.config.quotas.shares, self.config.policy, self._learned.model)
-        self._learned.still = cache.still
+        self._learned.still = cache.locked
         return cache
 
     # -- requests --------------------------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ class Server:
             return [{"chunks": state.clear(session, request.namespace, request.begun)}]
         found = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
         if isinstance(request, p.List):
-            return [dict(row) for row in state.cache.info(found[: request.limit])]
+            return [dict(row) for row in state.cache.describe_chunks(found[: request.limit])]
         return [{"chunks": state.cache.drop(found)}]
 
     def _stat(self) -> dict[str, int | float | str]:

@@ -118,7 +118,7 @@ class Sessions:
         self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
         self._limited = self._quotas.least() is not None
         if self._limited:
-            cache.take_grown()  # from now on it says so
+            cache.take_grown_namespaces()  # from now on it says so
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class Sessions:
                 self.cache.release(lease)
             self.cache.give_back(held.slots)
         self.quarantines = kept
-        for namespace in self.cache.take_grown() if self._limited else ():
+        for namespace in self.cache.take_grown_namespaces() if self._limited else ():
             if (limit := self._slots_of(namespace)) is not None:
                 self.cache.trim(namespace, limit)
 

@@ -1,7 +1,7 @@
 """Copies for a cache over two tiers: each chunk to or from the tier that its slot is in, and slots between the tiers.
 
 StackedCopier     paged blocks <-> slots: HBM's by the copier of the device, DRAM's by the one there was
-DmaRows           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds leases so long
+DmaSlotMover           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds leases so long
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, d
     return GpuCopier([group], arena, 0, blocks_per_chunk, resident, choose, RingDepths(staging=1, rows=False))
 
 
-class DmaRows:
-    """`Rows` by the copy engine, a piece at a time: the engine's own small copies wait for no more than one."""
+class DmaSlotMover:
+    """`SlotMover` by the copy engine, a piece at a time: the engine's own small copies wait for no more than one."""
 
     def __init__(self, hbm: HbmSlots, dram: Slots, device: Device) -> None:
         self._hbm, self._dram = hbm.parts(0), dram.parts(0)
@@ -89,16 +89,16 @@ class DmaRows:
         self._device, self._stream = device, device.stream("hbm")
         self._attached = threading.local()
 
-    def down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
-        """See Rows."""
+    def copy_down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See SlotMover."""
         self._copy(self._addresses(self._dram, dram), self._addresses(self._hbm, hbm), Direction.D2H)
 
-    def up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
-        """See Rows."""
+    def copy_up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
+        """See SlotMover."""
         self._copy(self._addresses(self._hbm, hbm), self._addresses(self._dram, dram), Direction.H2D)
 
     def close(self) -> None:
-        """See Rows. What the driver refuses is left to the process's end."""
+        """See SlotMover. What the driver refuses is left to the process's end."""
         try:
             self._attach()
             self._stream.close()

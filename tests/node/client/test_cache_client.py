@@ -198,9 +198,9 @@ def test_what_is_being_written_when_its_namespace_is_cleared_is_not_published(ma
 
 def test_mistaken_settings_are_told(make_client: MakeClient, caplog: pytest.LogCaptureFixture) -> None:
     one, two = make_client("one"), make_client("two")
-    one.describe(bytes(32), {"model": "m", "engine_hash": "seed 1"})
+    one.describe_namespace(bytes(32), {"model": "m", "engine_hash": "seed 1"})
     with caplog.at_level(logging.WARNING, "kvkern"):
-        two.describe(NAMESPACE, {"model": "m", "engine_hash": "seed 2"})
+        two.describe_namespace(NAMESPACE, {"model": "m", "engine_hash": "seed 2"})
         eventually(lambda: "PYTHONHASHSEED" in caplog.text)
 
 

@@ -59,7 +59,7 @@ def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PagedTensors
 
 def build(folder: Path, groups: list[PagedTensors]) -> Any:
     arena = make_arena(folder, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
-    return assemble.build_transfer(Config(capacity_nbytes=1 << 20), arena, groups, rank=0, blocks_per_chunk=2)
+    return assemble.build_copier(Config(capacity_nbytes=1 << 20), arena, groups, rank=0, blocks_per_chunk=2)
 
 
 def test_tensors_on_a_gpu_get_the_gpus(tmp_path: Path, groups: list[PagedTensors]) -> None:
@@ -122,7 +122,7 @@ def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
     with pytest.raises(
         UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"
     ):
-        assemble.put_hbm_above(config, none, arena, none, groups[0], 2)
+        assemble.add_hbm_tier(config, none, arena, none, groups[0], 2)
     arena.close()
 
 

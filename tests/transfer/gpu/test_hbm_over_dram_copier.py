@@ -14,7 +14,7 @@ import torch
 from kvkern import assemble
 from kvkern.api import PagedCache
 from kvkern.arena.file import Arena
-from kvkern.assemble import put_hbm_above
+from kvkern.assemble import add_hbm_tier
 from kvkern.cache.hbm_over_dram import HbmCache
 from kvkern.cache.manager import Cache
 from kvkern.config import Config
@@ -26,7 +26,7 @@ from kvkern.tiers.base import ChunkShape
 from kvkern.tiers.dram import DramTier
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.hbm_over_dram_copier import DmaRows, device_copier, device_slots
+from kvkern.transfer.gpu.hbm_over_dram_copier import DmaSlotMover, device_copier, device_slots
 from kvkern.transfer.gpu.planner import Method
 from kvkern.transfer.gpu.staging_rings import RingDepths
 from tests.support import guarded, make_arena
@@ -111,7 +111,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         [paged], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=2 * part)
     )
     config = Config(capacity_nbytes=1 << 20, hbm_nbytes=6 * 4096)
-    stacked, copier = put_hbm_above(config, dram, arena, below, group, PER_CHUNK)
+    stacked, copier = add_hbm_tier(config, dram, arena, below, group, PER_CHUNK)
     namespace = Namespace(model="m", weights="w", dtype="bfloat16", layout=layout.fingerprint, chunk_tokens=CHUNK)
     shape = ChunkShape(namespace.root, group=0, chunk_tokens=CHUNK)
     cache = PagedCache(stacked, copier, dram.close, namespace, shape)
@@ -128,11 +128,11 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 def test_stored_spilled_promoted_and_loaded(rig: Rig) -> None:
     for name in range(6):
         assert rig.cache.store(tokens(name, 3), table(name * 3, 3)) == 3
-        rig.stacked.settle()
+        rig.stacked.wait_for_moves()
     assert rig.cache.stats()["hbm_spilled_chunks"] > 0
     for name in (0, 5, 0, 3, 3):
         rig.comes_back(name, 3)
-        rig.stacked.settle()
+        rig.stacked.wait_for_moves()
     stats = rig.cache.stats()
     assert stats["hbm_promoted_chunks"] > 0
     assert stats["hbm_hit_chunks"] > 0
@@ -184,7 +184,7 @@ def test_a_copy_that_the_driver_refuses_is_counted(rig: Rig, caplog: pytest.LogC
     rig.device.fail_at = ("hbm: copy d2h", 1)
     for name in range(3):
         assert rig.cache.store(tokens(name, 3), table(name * 3, 3)) == 3
-        rig.stacked.settle()
+        rig.stacked.wait_for_moves()
     assert "launch failed" in caplog.text
     stats = rig.cache.stats()
     assert stats["faults"] == 1
@@ -199,18 +199,18 @@ def test_moves_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     device = FakeDevice(Random(0))
     device.registered[arena.bytes.ctypes.data] = len(arena.bytes)
     slots = device_slots(arena.spec.geometry, 8, device)
-    rows = DmaRows(slots, arena, device)
+    rows = DmaSlotMover(slots, arena, device)
     noise = np.random.default_rng(0).integers(0, 256, (8, 256), dtype=np.uint8)
     arena.parts(0)[:, :256] = noise
     sizes: list[int] = []
     real = rows._stream.copy
     monkeypatch.setattr(rows._stream, "copy", lambda runs, way: (sizes.append(int(runs.nbytes.sum())), real(runs, way)))
     to, at = np.array([7, 0, 3, 2, 5, 1, 6]), np.array([1, 2, 3, 4, 5, 6, 0])
-    rows.up(to, at)
+    rows.copy_up(to, at)
     assert sizes == [768, 768, 256]
     assert np.array_equal(slots.parts(0)[to, :256], noise[at])
     arena.parts(0)[:] = 0
-    rows.down(to, at)
+    rows.copy_down(to, at)
     assert np.array_equal(arena.parts(0)[at, :256], noise[at])
     assert not arena.parts(0)[7].any()
     arena.close()
