@@ -34,7 +34,7 @@ OTHER_CAPACITIES = ("1%", "3%", "10%")
 FULL = "GRIT"
 
 
-def put(name: str, value: object) -> None:
+def replace_in_grit(name: str, value: object) -> None:
     """Wherever GRIT has something of that name."""
     places = [module for module in (grit, grit_model, grit_store, grit_trie) if hasattr(module, name)]
     assert places, name
@@ -62,10 +62,10 @@ def rank_by(value: Callable[[float, float, float], float]) -> None:
                 alive *= miss
             index[cls, b] = ranked(hazard[cls, b], returns, returns / (seconds + least_s))
 
-    put("index_class", variant)
+    replace_in_grit("index_class", variant)
 
 
-def see(hide: Callable[..., tuple[Any, ...]]) -> None:
+def map_features(hide: Callable[..., tuple[Any, ...]]) -> None:
     """Features pass through `hide` before they make a class."""
     main_class, seen = grit_model.main_class, numba.njit(hide)
 
@@ -73,10 +73,10 @@ def see(hide: Callable[..., tuple[Any, ...]]) -> None:
     def variant(turn: int, new: int, gap: float, rhythm: float, length: int, output: int, stop: int) -> int:
         return main_class(*seen(turn, new, gap, rhythm, length, output, stop))  # type: ignore[no-any-return]
 
-    put("main_class", variant)
+    replace_in_grit("main_class", variant)
 
 
-def weigh_one() -> None:
+def weigh_chunks_equally() -> None:
     """Every chunk of a request counts as one observation."""
     add_row = grit_store.add_row
 
@@ -84,23 +84,25 @@ def weigh_one() -> None:
     def variant(rows: Any, state: Any, time: float, serial: int, weight: float, cls: int) -> int:
         return add_row(rows, state, time, serial, 1.0 if weight > 0.0 else 0.0, cls)  # type: ignore[no-any-return]
 
-    put("add_row", variant)
+    replace_in_grit("add_row", variant)
 
 
 VARIANTS: dict[str, Callable[[], None]] = {
     FULL: lambda: None,
-    "index: the hazard now": lambda: rank_by(lambda hazard, chance, density: hazard),
-    "index: total density, H = infinity": lambda: rank_by(lambda hazard, chance, density: density),
-    "index: P(return)": lambda: rank_by(lambda hazard, chance, density: chance),
-    "no least second": lambda: put("LEAST_S", 0.0),
-    "one class for all requests": lambda: see(lambda t, n, g, r, m, o, s: (1, 0, -1.0, -1.0, 0, -1, 0)),
-    "features: turn and new chunks only": lambda: see(lambda t, n, g, r, m, o, s: (t, n, -1.0, -1.0, 0, -1, 0)),
-    "without the reply's tokens": lambda: see(lambda t, n, g, r, m, o, s: (t, n, g, r, m, -1, s)),
-    "without stop reasons": lambda: see(lambda t, n, g, r, m, o, s: (t, n, g, r, m, o, 0)),
-    "without rhythm": lambda: see(lambda t, n, g, r, m, o, s: (t, n, g, -1.0, m, o, s)),
-    "no chunk counts as shared": lambda: put("_SHARED", 1 << 20),
-    "one age band": lambda: put("BAND", np.zeros_like(grit_model.BAND)),
-    "every chunk weighs 1": weigh_one,
+    "index: the hazard now": lambda: rank_by(lambda hazard, probability, density: hazard),
+    "index: total density, H = infinity": lambda: rank_by(lambda hazard, probability, density: density),
+    "index: P(return)": lambda: rank_by(lambda hazard, probability, density: probability),
+    "no least second": lambda: replace_in_grit("LEAST_S", 0.0),
+    "one class for all requests": lambda: map_features(lambda t, n, g, r, m, o, s: (1, 0, -1.0, -1.0, 0, -1, 0)),
+    "features: turn and new chunks only": lambda: map_features(
+        lambda t, n, g, r, m, o, s: (t, n, -1.0, -1.0, 0, -1, 0)
+    ),
+    "without the reply's tokens": lambda: map_features(lambda t, n, g, r, m, o, s: (t, n, g, r, m, -1, s)),
+    "without stop reasons": lambda: map_features(lambda t, n, g, r, m, o, s: (t, n, g, r, m, o, 0)),
+    "without rhythm": lambda: map_features(lambda t, n, g, r, m, o, s: (t, n, g, -1.0, m, o, s)),
+    "no chunk counts as shared": lambda: replace_in_grit("_MIN_SHARED_USES", 1 << 20),
+    "one age band": lambda: replace_in_grit("BAND", np.zeros_like(grit_model.BAND)),
+    "every chunk weighs 1": weigh_chunks_equally,
 }
 
 

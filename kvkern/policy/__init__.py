@@ -1,11 +1,12 @@
 """Eviction policies: one file each, behind the protocol in base.py. No I/O, no tensors, deterministic given the trace.
 
-`make_policy` makes one by name, and imports no other: only those that compile load numba.
+`make_policy` makes one by name and imports only that policy's module, so numba is loaded only for a policy that needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -15,45 +16,20 @@ if TYPE_CHECKING:
     from .grit_model import GritModel
 
 
-def _lru(capacity: int) -> EvictionPolicy:
-    from .lru import LRU
-
-    return LRU()
-
-
-def _arc(capacity: int) -> EvictionPolicy:
-    from .arc import Arc
-
-    return Arc(capacity)
-
-
-def _s3fifo(capacity: int) -> EvictionPolicy:
-    from .s3fifo import S3Fifo
-
-    return S3Fifo(capacity)
-
-
-def _lirs(capacity: int) -> EvictionPolicy:
-    from .lirs import Lirs
-
-    return Lirs(capacity)
-
-
-def _grit(capacity: int) -> EvictionPolicy:
-    from .grit import Grit
-
-    return Grit(capacity)
-
-
-_CREATORS: dict[str, Callable[[int], EvictionPolicy]] = {
-    "lru": _lru, "arc": _arc, "s3fifo": _s3fifo, "lirs": _lirs, "grit": _grit,
-}  # fmt: skip
-POLICIES = tuple(_CREATORS)
+# name -> (module of this package, its class), made with the number of chunks that the tier has room for
+_POLICIES: dict[str, tuple[str, str]] = {
+    "lru": ("lru", "LRU"),
+    "arc": ("arc", "Arc"),
+    "s3fifo": ("s3fifo", "S3Fifo"),
+    "lirs": ("lirs", "Lirs"),
+    "grit": ("grit", "Grit"),
+}
+POLICIES = tuple(_POLICIES)
 
 
 def checked_policy(name: str) -> str:
-    """`name`, if a policy has it. Raises ConfigError."""
-    if name not in _CREATORS:
+    """Return `name` if a policy has that name. Raises ConfigError otherwise."""
+    if name not in _POLICIES:
         raise ConfigError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
     return name
 
@@ -62,12 +38,14 @@ def make_policy(
     name: str,
     capacity: int,  # chunks that the tier has room for
 ) -> EvictionPolicy:
-    """A new policy of that name. Raises ConfigError."""
-    return _CREATORS[checked_policy(name)](capacity)
+    """Make a new policy of that name. Raises ConfigError if the name is unknown."""
+    module, class_name = _POLICIES[checked_policy(name)]
+    policy: EvictionPolicy = getattr(import_module(f".{module}", __package__), class_name)(capacity)
+    return policy
 
 
 def make_model(name: str) -> GritModel | None:
-    """What policies of that name learn, for `policy_maker`; None if they learn nothing that outlives them."""
+    """Make an empty model for `policy_factory`. Returns None if policies of that name learn nothing that outlives them."""
     if checked_policy(name) != "grit":
         return None
     from .grit_model import GritModel
@@ -75,12 +53,15 @@ def make_model(name: str) -> GritModel | None:
     return GritModel()
 
 
-def policy_maker(
+def policy_factory(
     name: str,
     capacity: int,  # chunks that the tier has room for
-    model: GritModel | None = None,  # of `make_model`, to go on with; None: a new one
+    model: GritModel | None = None,  # from `make_model`, to learn on from; None: a new one
 ) -> Callable[[], EvictionPolicy]:
-    """Makes policies for the shares of one tier, which learn together. What has to be compiled is, now. Raises ConfigError."""
+    """Return a function that makes policies for the shares of one tier. Its policies learn together in one model.
+
+    Compiles what the policy needs before it returns. Raises ConfigError if the name is unknown.
+    """
     if checked_policy(name) != "grit":
         return lambda: make_policy(name, capacity)
     from .grit import Grit, compile_kernels

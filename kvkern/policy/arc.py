@@ -1,6 +1,6 @@
-"""ARC (Megiddo and Modha, FAST '03), tail first: recency and frequency, weighed by what their ghosts would have hit.
+"""ARC (Megiddo and Modha, FAST '03), tail first. Balances recency and frequency by the hits their ghosts would have had.
 
-T1, T2: used once, used more often; B1, B2: their ghosts; p: how large T1 should be
+T1: chunks used once; T2: chunks used more often; B1, B2: ghosts of T1 and T2; p: the target size of T1; c: capacity
 hit:            to the newest end of T2
 miss in B1:     p += max(|B2| / |B1|, 1); replace; into T2
 miss in B2:     p -= max(|B1| / |B2|, 1); replace; into T2
@@ -15,20 +15,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .textbook import Classic, Condemned
+from .textbook import Condemned, TextbookPolicy
 
 _List = OrderedDict[bytes, None]
 
 
-class Arc(Classic):
-    """`EvictionPolicy`; ghosts are bounded by the capacity."""
+class Arc(TextbookPolicy):
+    """An `EvictionPolicy`. It remembers at most `capacity` ghosts."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(ArcTextbook(capacity), tail_first=True)
+        super().__init__(ArcAlgorithm(capacity), tail_first=True)
 
 
-class ArcTextbook:
-    """See Textbook."""
+class ArcAlgorithm:
+    """See TextbookAlgorithm."""
 
     def __init__(self, capacity: int) -> None:
         self._c = max(capacity, 1)
@@ -39,7 +39,7 @@ class ArcTextbook:
         self._b2: _List = OrderedDict()
 
     def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         t1, t2 = self._t1, self._t2
         for key in keys:
             if key in t2:
@@ -52,11 +52,11 @@ class ArcTextbook:
                 self._miss(key, condemned)
 
     def evict(self) -> bytes | None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         return self._replace(in_b2=False) if self._t1 or self._t2 else None
 
     def discard(self, key: bytes) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         self._t1.pop(key, None)
         self._t2.pop(key, None)
 
@@ -97,6 +97,6 @@ class ArcTextbook:
         else:
             key = t2.popitem(last=False)[0]
             self._b2[key] = None
-        if len(self._b1) + len(self._b2) > self._c:  # only where chunks leave by other ways
+        if len(self._b1) + len(self._b2) > self._c:  # happens only if chunks also left by `evict` or `discard`
             (self._b1 or self._b2).popitem(last=False)
         return key

@@ -1,9 +1,9 @@
 """What a tier asks of an eviction policy. Policies see keys in prefix order; they own no memory and take no locks.
 
-    a request:  access(chain)  ->  insert(what is written of it)  ->  victims(what no longer fits)  ->  remove or evict
+    a request:  access(chain)  ->  insert(its new chunks)  ->  victims(number of chunks over capacity)  ->  remove or evict
 
-A policy decides admission in the same breath: `victims` may name what has just been inserted, and a tier that asks
-before it copies then writes nothing. Time comes with the call, never from a clock, so that a trace has one outcome.
+A policy also decides admission: `victims` may name chunks that were just inserted. A tier that asks before it copies then
+never writes them. Time comes with the call, never from a clock, so that a trace always has the same outcome.
 """
 
 from __future__ import annotations
@@ -17,52 +17,59 @@ Keys = Sequence[bytes]  # 32 bytes each; keys[i] is an ancestor of keys[i + 1]
 
 
 class Stop(enum.IntEnum):
-    """Why a reply ended: what comes next is a tool's result, or a human's answer."""
+    """Why a reply ended. A tool's result follows TOOL_CALL, a human's answer follows END_TURN."""
 
     UNKNOWN = 0
     TOOL_CALL = 1
     END_TURN = 2
 
 
-STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}  # as traces and clients call them
+STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}  # the names that traces and clients use
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What is known of the request that uses a chain. All but the time may be unknown."""
+    """What is known about the request that uses a chain. Everything but the time may be unknown."""
 
-    now_s: float = 0.0  # seconds of any clock that does not run backwards, the same for all calls
-    request: int = 0  # calls with the same number belong to one request and count once; 0: each is one of its own
-    namespace: bytes = b""  # whose share of the tier this is; empty: the chain's known chunks say it
+    now_s: float = 0.0  # seconds; any clock that does not run backwards, the same clock for all calls
+    request: int = 0  # calls with the same number belong to one request and count once; 0: a request of its own
+    namespace: bytes = b""  # whose share of the tier this is; empty: that of the chain's known chunks
     output_tokens: int = -1  # of the reply; known at its end
     stop: Stop = Stop.UNKNOWN  # known at its end
-    session: int = 0  # equal numbers: one conversation; 0: the chain itself has to tell
+    session: int = 0  # equal numbers: one conversation; 0: unknown, the policy has to infer it from the chain
 
 
 class EvictionPolicy(Protocol):
     """Orders the chunks of a tier. Called with the tier's lock held; never blocks. Amortised O(1) a chunk.
 
-    A policy offers a tail before its head, so that what stays is a prefix.
+    A policy evicts a tail before its head, so that the chunks that stay form a prefix.
     """
 
     def access(self, chain: Keys, use: Use) -> None:
-        """A request uses this sequence, from its first chunk on; resident or not, pinned or not.
+        """A request uses this sequence from its first chunk on. The chunks may be resident or not, pinned or not.
 
-        Called again with the same `use.request` when more is known: a longer chain, or (with an empty one) how it ended.
+        The tier calls it again with the same `use.request` when it knows more: a longer chain, or how the request ended
+        (then with an empty chain).
         """
 
     def insert(self, keys: Keys, use: Use) -> None:
-        """These are resident and evictable from now on. `access` came first, but for what a restart has found: that comes
-        in the order of its depth, many sequences mixed."""
+        """These chunks are resident and evictable from now on. `access` was called with them before.
+
+        Chunks that a restart has found are the exception: they come without `access`, ordered by depth, with many
+        sequences mixed.
+        """
 
     def pin(self, keys: Keys) -> None:
-        """Not evictable until `unpin`, and no use. Each is resident and evictable before this call."""
+        """Make chunks not evictable until `unpin`. Does not count as a use. Each is resident and evictable before the call."""
 
     def unpin(self, keys: Keys) -> None:
-        """Evictable again. Each is resident and pinned before this call; ancestors may come with what was written."""
+        """Make chunks evictable again. Each is resident and pinned before the call. Ancestors may come with new chunks."""
 
     def remove(self, keys: Keys) -> None:
-        """Gone for another reason than eviction; pinned or not. Unknown keys are ignored."""
+        """Forget chunks that left for another reason than eviction, pinned or not. Unknown keys are ignored."""
 
     def victims(self, count: int) -> list[bytes]:
-        """Up to `count` evictable chunks to evict, the first to go first, and forget them; what was inserted last too."""
+        """Choose up to `count` evictable chunks, forget them, and return them in the order of eviction.
+
+        They may include chunks that were just inserted.
+        """

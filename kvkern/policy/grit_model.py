@@ -1,15 +1,17 @@
-"""GRIT's statistics: how soon chunks of a class come back, and what a slot spent on them is worth.
+"""GRIT's statistics: how soon chunks of a class come back, and how much a slot spent on them is worth.
 
     observe   e[class, bin] += w            a chunk came back at this age
               x[class, bin] += w * seconds  time spent waiting at this age, ended by a return or not
-              w = 2.4 / n^(3/4)             of a request's n chunks: they decide together, so n count as 2.4 n^(1/4)
+              w = 2.4 / n^(3/4)             weight of each of a request's n chunks: they return together,
+                                            so n chunks count as 2.4 n^(1/4)
     fit       l0[bin]      = (sum e + k) / (sum x + k * age / 0.2)                   the prior 0.2 / age is LRU
               r_f[level, band]  by iterative proportional fitting of   l(class, bin) = l0[bin] * prod_f r_f[level, band]
               lambda(class, bin) = (e + K) / (x + K / l(class, bin))                 shrunk to the model
     index     G(class, age) = max_H  P(return within H | age) / (E[min(return, H) | age] + 1 s)
 
-A class is a product of coarse features of a request (MAIN), or, for chunks that many sessions share, the chunk's own
-smoothed gap (TRUNK). G is the Gittins index of a slot: the most returns per chunk-second that keeping it can buy.
+A MAIN class is a product of coarse features of a request. A TRUNK class is for chunks that many sessions share: the octave
+of the chunk's own smoothed gap. G is the Gittins index of a slot: the most returns per chunk-second that keeping the chunk
+can buy.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def njit(function: F) -> F:
-    """Compiled on first use, kept in numba's disk cache; runs without the GIL, though its callers hold the tier's lock."""
+    """Compile on first use and keep the result in numba's disk cache.
+
+    The function runs without the GIL. Its callers still hold the tier's lock.
+    """
     return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
 
 
@@ -39,7 +44,9 @@ UNIT_S = 0.25
 NUM_BINS = 38  # half octaves of age: [0, sqrt 2), [sqrt 2, 2), ... units; the last is open above 26 h
 EDGES = UNIT_S * np.concatenate([[0.0], 2.0 ** (np.arange(1, NUM_BINS + 1) / 2)])
 NUM_BANDS = 6
-BAND = np.searchsorted([20.0, 60.0, 120.0, 240.0, 600.0], EDGES[1:])  # of each bin: its last second is at most that
+BAND = np.searchsorted(
+    [20.0, 60.0, 120.0, 240.0, 600.0], EDGES[1:]
+)  # [NUM_BINS] age band of each bin, by the bin's end in seconds
 
 SIZES = np.array([4, 4, 5, 4, 3, 6, 3])  # levels of turn, new, gap, rhythm, length, output, stop: see main_class
 NUM_MAIN = int(SIZES.prod())
@@ -50,27 +57,27 @@ LEVELS = np.stack(np.unravel_index(np.arange(NUM_MAIN), tuple(SIZES)), axis=1).a
 VERSION = 1  # of `GritModel.dump`
 _LAYOUT = [NUM_BINS, NUM_TRUNK, *SIZES.tolist()]
 
-HALF_LIFE_S = 86400.0  # of what was learned
+HALF_LIFE_S = 86400.0  # of all that was learned
 PRIOR = 0.2  # hazard * age before anything is known
 BASE_WEIGHT = 1.0  # k: events that the prior is worth in a bin
 CLASS_WEIGHT = 30.0  # K: events that the model is worth in a class and bin
-LEVEL_WEIGHT = 8.0  # of a factor of 1 for a level and band
+LEVEL_WEIGHT = 8.0  # events that a factor of 1 is worth in a level and band
 SWEEPS = 3
-OPEN_REQUESTS = 4096  # requests whose later calls are recognised
-OPEN_SESSIONS = 16384  # sessions that callers named and whose turns are counted
-LEAST_S = 1.0  # no decision to keep a chunk costs less: bursts within a second are worth no more than that
+OPEN_REQUESTS = 4096  # requests that are remembered, so that their later calls are recognised
+OPEN_SESSIONS = 16384  # sessions named by callers that are remembered, so that their turns are counted
+LEAST_S = 1.0  # least cost of a decision to keep a chunk: without it a burst within a second would look too valuable
 
 
 @njit
 def bin_of(age: float) -> int:
-    """The bin of an age in seconds."""
+    """Return the bin of an age in seconds."""
     if age < EDGES[1]:
         return 0
     return min(int(2.0 * np.log2(age / UNIT_S)), NUM_BINS - 1)
 
 
 @njit
-def expose(x: Any, cls: int, begin: float, end: float, weight: float) -> None:
+def add_exposure(x: Any, cls: int, begin: float, end: float, weight: float) -> None:
     """Add the time between two ages, in seconds, to the exposure of a class."""
     b = bin_of(begin)
     while begin < end:
@@ -82,7 +89,7 @@ def expose(x: Any, cls: int, begin: float, end: float, weight: float) -> None:
 
 @njit
 def _octaves(ratio: float) -> int:
-    """0 below 2, 1 below 4, and so on."""
+    """Return 0 for a ratio below 2, 1 below 4, and so on."""
     return int(np.log2(max(ratio, 1.0)))
 
 
@@ -96,7 +103,7 @@ def main_class(
     output_tokens: int,  # of the reply; -1: unknown
     stop: int,  # `Stop`
 ) -> int:
-    """The class of a request."""
+    """Return the class of a request."""
     t = 0 if turn <= 1 else 1 if turn == 2 else 2 if turn <= 4 else 3
     n = 0 if new <= 1 else 1 if new <= 4 else 2 if new <= 15 else 3
     g = 0 if gap_s < 0 else 1 if gap_s < 15 else 2 if gap_s < 60 else 3 if gap_s < 300 else 4
@@ -109,13 +116,13 @@ def main_class(
 
 @njit
 def trunk_class(gap_s: float) -> int:
-    """The class of a chunk that many sessions share, from its own smoothed gap in seconds."""
+    """Return the class of a chunk that many sessions share, from its own smoothed gap in seconds."""
     return NUM_MAIN + min(max(int(np.log2(max(gap_s, 1e-3)) + 1.0), 0), NUM_TRUNK - 1)
 
 
 @njit
-def _sweep(e: Any, x: Any, base: Any, rho: Any, active: Any) -> None:
-    """One round of iterative proportional fitting of `rho` [features, levels, bands] to the active classes."""
+def _fit_factors_once(e: Any, x: Any, base: Any, rho: Any, active: Any) -> None:
+    """Do one round of iterative proportional fitting of `rho` [features, levels, bands] to the active classes."""
     num = np.zeros(rho.shape[1:])
     den = np.zeros(rho.shape[1:])
     for f in range(len(SIZES)):
@@ -138,8 +145,8 @@ def _sweep(e: Any, x: Any, base: Any, rho: Any, active: Any) -> None:
 
 
 @njit
-def _model(base: Any, rho: Any, cls: int, out: Any) -> None:
-    """[NUM_BINS] hazard of a class before its own events count, 1/s."""
+def _model_hazard(base: Any, rho: Any, cls: int, out: Any) -> None:
+    """Write the hazard of a class before its own events count to `out`: [NUM_BINS], 1/s."""
     for b in range(NUM_BINS):
         age = 0.5 * (EDGES[b] + EDGES[b + 1])
         if cls < NUM_MAIN:
@@ -153,11 +160,11 @@ def _model(base: Any, rho: Any, cls: int, out: Any) -> None:
 
 @njit
 def index_class(e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, index: Any) -> None:
-    """hazard[cls] = lambda in every bin, 1/s; index[cls] = G at the begin of every bin, 1/s."""
+    """Compute hazard[cls], lambda in every bin, and index[cls], G at the begin of every bin. Both in 1/s."""
     rate = np.empty(NUM_BINS)
-    _model(base, rho, cls, rate)
+    _model_hazard(base, rho, cls, rate)
     miss = np.empty(NUM_BINS)  # probability of no return in a bin
-    wait = np.empty(NUM_BINS)  # expected seconds in it
+    wait = np.empty(NUM_BINS)  # expected seconds of waiting in a bin
     for b in range(NUM_BINS):
         l = max((e[cls, b] + CLASS_WEIGHT) / (x[cls, b] + CLASS_WEIGHT / rate[b]), 1e-12)
         hazard[cls, b] = l
@@ -177,15 +184,15 @@ def index_class(e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, inde
 def ensure_index(
     e: Any, x: Any, base: Any, rho: Any, cls: int, hazard: Any, index: Any, fitted: Any, epoch: int
 ) -> None:
-    """`index_class`, unless it is of this epoch."""
+    """Call `index_class`, unless the index of the class already is of this epoch."""
     if fitted[cls] != epoch:
         index_class(e, x, base, rho, cls, hazard, index)
         fitted[cls] = epoch
 
 
 @njit
-def chance(hazard: Any, cls: int, age: float, horizon: float) -> float:
-    """P(return within `horizon` seconds | not yet at `age`)."""
+def return_probability(hazard: Any, cls: int, age: float, horizon: float) -> float:
+    """P(return within `horizon` seconds | no return until `age`)."""
     risk, end, b = 0.0, age + horizon, bin_of(age)
     while age < end:
         stop = end if b == NUM_BINS - 1 else min(end, EDGES[b + 1])
@@ -209,11 +216,11 @@ def _fit(e: Any, x: Any, base: Any, rho: Any, active: Any, keep: float) -> None:
         base[b] = events / seconds
     main = active[active < NUM_MAIN]
     for _ in range(SWEEPS):
-        _sweep(e, x, base, rho, main)
+        _fit_factors_once(e, x, base, rho, main)
 
 
 class GritModel:
-    """The tables e, x and what is fitted to them; several caches may share one. Not thread-safe."""
+    """The tables e (events) and x (exposure), and what is fitted to them. Several caches may share one. Not thread-safe."""
 
     def __init__(self) -> None:
         self.events: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
@@ -222,12 +229,12 @@ class GritModel:
         self.rho: npt.NDArray[np.float64] = np.ones((len(SIZES), int(SIZES.max()), NUM_BANDS))
         self.hazard: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
         self.index: npt.NDArray[np.float64] = np.zeros((NUM_CLASSES, NUM_BINS))
-        self.fitted: npt.NDArray[np.int64] = np.full(NUM_CLASSES, -1)  # the epoch of each class's index; -1: never used
+        self.fitted: npt.NDArray[np.int64] = np.full(NUM_CLASSES, -1)  # epoch of each class's index; -1: never used
         self.epoch = 0
-        self.ghosts = 0  # of all caches that share this
-        self.members = 0
-        self.numbers = count(1)  # of members; what follows is theirs, by (member, number)
-        self.requests: BoundedDict[tuple[int, int], tuple[int, int]] = BoundedDict(OPEN_REQUESTS)  # row and serial
+        self.num_ghosts = 0  # ghosts of all caches that share this model
+        self.num_members = 0  # caches that share this model
+        self.member_numbers = count(1)  # numbers for new members; the next two have (member, number) as key
+        self.requests: BoundedDict[tuple[int, int], tuple[int, int]] = BoundedDict(OPEN_REQUESTS)  # row, serial
         self.sessions: BoundedDict[tuple[int, int], tuple[int, float, float]] = BoundedDict(
             OPEN_SESSIONS
         )  # turn, time, rhythm
@@ -235,20 +242,20 @@ class GritModel:
         self.fit(0.0)
 
     def fit(self, now_s: float) -> None:
-        """Fit the tables anew; classes get their index when they are next used. What is old fades."""
+        """Let old statistics fade and fit the tables anew. A class gets its new index when it is next used."""
         elapsed = max(now_s - (now_s if self._now is None else self._now), 0.0)
         self._now = now_s
         active = np.flatnonzero(self.fitted >= 0)
         _fit(self.events, self.exposure, self.base, self.rho, active, 0.5 ** (elapsed / HALF_LIFE_S))
         self.epoch += 1
 
-    def leave(self, ghosts: list[int]) -> None:
-        """A cache that shared this, with so many ghosts, is gone."""
-        self.members -= 1
-        self.ghosts -= ghosts[0]
+    def remove_member(self, ghosts: list[int]) -> None:
+        """Take out a cache that shared this model and its `ghosts[0]` ghosts. Called when the cache is finalized."""
+        self.num_members -= 1
+        self.num_ghosts -= ghosts[0]
 
     def dump(self) -> bytes:
-        """What was learned, for `load`: some 600 bytes for a class that was ever used."""
+        """Return what was learned as bytes for `load`: some 600 bytes for each class that was ever used."""
         used = np.flatnonzero(self.fitted >= 0)
         tables = _Tables(
             VERSION, _LAYOUT, used.astype("<i4").tobytes(),
@@ -258,18 +265,21 @@ class GritModel:
         return blake3(body).digest() + body
 
     def load(self, data: bytes) -> None:
-        """Start from what another model learned. Raises ConfigError, and changes nothing, if it is damaged or not ours."""
+        """Start from what another model learned.
+
+        Raises ConfigError and changes nothing if the data is damaged or has another version or layout.
+        """
         what = f"policy state of {len(data)} bytes"
         if len(data) < 32 or blake3(data[32:]).digest() != data[:32]:
-            raise ConfigError(f"{what}: its checksum does not match; delete the file, or copy it again")
+            raise ConfigError(f"{what}: its checksum does not match; delete the file or copy it again")
         try:
             tables = msgspec.msgpack.decode(data[32:], type=_Tables)
         except msgspec.DecodeError as error:
-            raise ConfigError(f"{what}: {error}; delete the file") from error
+            raise ConfigError(f"{what} cannot be decoded: {error}; delete the file") from error
         if tables.version != VERSION or tables.layout != _LAYOUT:
             raise ConfigError(
-                f"{what}: version {tables.version}, layout {tables.layout}; this kvkern reads version {VERSION}, layout "
-                f"{_LAYOUT}; delete the file, it is learned again within some hundred requests"
+                f"{what} has version {tables.version} and layout {tables.layout}; this kvkern reads version {VERSION} and "
+                f"layout {_LAYOUT}; delete the file: the policy learns again within some hundred requests"
             )
         used = np.frombuffer(tables.classes, dtype="<i4")
         parts = [np.frombuffer(part, dtype="<f8") for part in (tables.events, tables.exposure)]

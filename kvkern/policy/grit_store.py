@@ -1,9 +1,9 @@
 """GRIT's memory: nodes and cohorts in flat arrays, and a hash table from keys to nodes. Compiled.
 
     node    one chunk: 64 bytes with its key. A ghost is a node that is not resident
-    row     a cohort: the chunks that one request used and that are in one class; they age together
+    row     a cohort: chunks that one request used and that are in one class; they age together
 
-Callers see to it that the arrays have room.
+The functions do not grow the arrays: callers must make room first.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from .grit_model import bin_of, expose, njit
+from .grit_model import add_exposure, bin_of, njit
 
 NODE = np.dtype(
     [
         ("k0", "u8"), ("k1", "u8"), ("k2", "u8"), ("k3", "u8"),  # key
-        ("parent", "i4"),  # -1: none; counted there while the node is resident
+        ("parent", "i4"),  # -1: none; the parent counts this node while it is resident
         ("row", "i4"),  # -1: the node is free
-        ("leaf", "i4"),  # where in `leaves`; -1: not there
-        ("children", "i4"),  # resident ones
-        ("next", "i4"),  # in its hash chain, or in the list of free nodes
+        ("leaf", "i4"),  # position in `leaves`; -1: not a leaf
+        ("children", "i4"),  # resident children
+        ("next", "i4"),  # next node of the hash chain, or of the list of free nodes
         ("gap", "f4"),  # s, smoothed; 0: used once
         ("depth", "u4"), ("count", "u2"),
-        ("turn", "u1"),  # of the session that used it last
+        ("turn", "u1"),  # turn of the session that used it last
         ("flags", "u1"),
     ]
 )  # fmt: skip
 ROW = np.dtype(
     [
-        ("time", "f8"),  # of the request
-        ("counted", "f8"),  # the age up to which its exposure is in the tables
-        ("serial", "i8"),  # of the request
+        ("time", "f8"),  # of the request, s
+        ("counted", "f8"),  # age in s up to which its exposure is in the tables
+        ("serial", "i8"),  # of the request; -1: no request, or the row is free
         ("weight", "f4"), ("cls", "i4"), ("refs", "i4"), ("known", "i4"), ("turn", "i4"),
         ("gap", "f4"), ("rhythm", "f4"), ("length", "i4"),
     ]
@@ -43,12 +43,12 @@ RESIDENT, PINNED = 1, 2
 # state: [NUM_STATE] int64
 NODES, FREE_NODE, ROWS, FREE_ROW, LEAVES, HEAP, RESIDENTS, EVICTABLE, GHOSTS, EPOCH, NUM_STATE = range(11)
 
-_SHARED = 4  # uses from which on a chunk may belong to many sessions
+_MIN_SHARED_USES = 4  # a chunk with fewer uses does not count as shared
 
 
 @njit
-def find(nodes: Any, heads: Any, key: Any) -> int:
-    """The node of a key [4] uint64, or -1."""
+def find_node(nodes: Any, heads: Any, key: Any) -> int:
+    """Return the node of a key [4] uint64, or -1."""
     i = heads[key[0] & np.uint64(len(heads) - 1)]
     while i >= 0:
         n = nodes[i]
@@ -60,6 +60,7 @@ def find(nodes: Any, heads: Any, key: Any) -> int:
 
 @njit
 def add_node(nodes: Any, heads: Any, state: Any, key: Any, depth: int) -> int:
+    """Add a ghost for a key [4] uint64 that has no node yet. Returns the node; the caller sets its row."""
     i = state[FREE_NODE]
     if i >= 0:
         state[FREE_NODE] = nodes[i].next
@@ -78,6 +79,7 @@ def add_node(nodes: Any, heads: Any, state: Any, key: Any, depth: int) -> int:
 
 @njit
 def drop_node(nodes: Any, heads: Any, state: Any, i: int) -> None:
+    """Take a ghost out of the hash table and put its node on the free list."""
     n = nodes[i]
     bucket = n.k0 & np.uint64(len(heads) - 1)
     j = heads[bucket]
@@ -95,7 +97,7 @@ def drop_node(nodes: Any, heads: Any, state: Any, i: int) -> None:
 
 @njit
 def rehash(nodes: Any, heads: Any, num_nodes: int) -> None:
-    """Fill new `heads`; free nodes keep their list."""
+    """Fill a new hash table `heads` with the nodes in use. Free nodes stay on their list."""
     heads[:] = -1
     for i in range(num_nodes):
         if nodes[i].row >= 0:
@@ -106,6 +108,7 @@ def rehash(nodes: Any, heads: Any, num_nodes: int) -> None:
 
 @njit
 def add_row(rows: Any, state: Any, time: float, serial: int, weight: float, cls: int) -> int:
+    """Add a cohort without chunks and return its row."""
     i = state[FREE_ROW]
     if i >= 0:
         state[FREE_ROW] = rows[i].refs
@@ -119,7 +122,8 @@ def add_row(rows: Any, state: Any, time: float, serial: int, weight: float, cls:
 
 
 @njit
-def leave_row(rows: Any, state: Any, i: int, count: int) -> None:
+def release_row(rows: Any, state: Any, i: int, count: int) -> None:
+    """Take `count` references off a row. A row without references goes on the free list."""
     r = rows[i]
     r.refs -= count
     if r.refs == 0:
@@ -129,35 +133,36 @@ def leave_row(rows: Any, state: Any, i: int, count: int) -> None:
 
 
 @njit
-def returned(rows: Any, state: Any, e: Any, x: Any, row: int, count: int, now: float) -> None:
-    """`count` chunks of a cohort came back."""
+def record_return(rows: Any, state: Any, e: Any, x: Any, row: int, count: int, now: float) -> None:
+    """Count that `count` chunks of a cohort came back now: as events, with their exposure. They leave the cohort."""
     r = rows[row]
     age = max(now - r.time, 0.0)
     e[r.cls, bin_of(age)] += r.weight * count
-    expose(x, r.cls, r.counted, age, r.weight * count)
-    leave_row(rows, state, row, count)
+    add_exposure(x, r.cls, r.counted, age, r.weight * count)
+    release_row(rows, state, row, count)
 
 
 @njit
 def is_shared(count: int, turn: int) -> bool:
-    return count >= _SHARED and count > turn + 1
+    """Return whether a chunk with `count` uses, last used in this turn of a session, belongs to many sessions."""
+    return count >= _MIN_SHARED_USES and count > turn + 1
 
 
 @njit
-def flush(rows: Any, num_rows: int, x: Any, now: float) -> None:
-    """The exposure of cohorts that are still waiting, up to now."""
+def flush_exposure(rows: Any, num_rows: int, x: Any, now: float) -> None:
+    """Add the exposure up to now of all cohorts that are still waiting."""
     for i in range(num_rows):
         r = rows[i]
         if r.serial != -1 and r.refs > 0:
             age = now - r.time
             if age > r.counted:
-                expose(x, r.cls, r.counted, age, r.weight * r.refs)
+                add_exposure(x, r.cls, r.counted, age, r.weight * r.refs)
                 r.counted = age
 
 
 @njit
-def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, now: float) -> None:
-    """Drop about `count` ghosts, those that were used longest ago; none that a resident child needs."""
+def forget_ghosts(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, now: float) -> None:
+    """Drop about `count` ghosts, the least recently used first. A ghost with a resident child is kept."""
     times = np.array(
         [rows[nodes[i].row].time for i in range(state[NODES]) if nodes[i].row >= 0 and nodes[i].flags == 0]
     )
@@ -175,15 +180,18 @@ def forget(nodes: Any, heads: Any, rows: Any, state: Any, x: Any, count: int, no
         r = rows[n.row]
         if r.serial != -1:
             age = max(now - r.time, 0.0)
-            expose(x, r.cls, r.counted, age, r.weight)
-        leave_row(rows, state, n.row, 1)
+            add_exposure(x, r.cls, r.counted, age, r.weight)
+        release_row(rows, state, n.row, 1)
         drop_node(nodes, heads, state, i)
         done += 1
 
 
 @njit
 def compact(nodes: Any, rows: Any, state: Any, leaves: Any) -> Any:
-    """Move nodes and rows in use to the front; the hash table is to be refilled. [rows] int32, where each went, or -1."""
+    """Move the nodes and rows in use to the front of their arrays.
+
+    Returns [rows] int32: the new place of each row, or -1 for a free row. The caller must fill the hash table anew.
+    """
     num_nodes, num_rows = state[NODES], state[ROWS]
     node_to, row_to = np.full(num_nodes, -1, np.int32), np.full(num_rows, -1, np.int32)
     at = 0

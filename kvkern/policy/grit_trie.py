@@ -1,10 +1,11 @@
-"""GRIT's prefix tree of chunks, resident and ghosts, and which of them may go. Compiled; what grit.py calls.
+"""GRIT's prefix tree of resident chunks and ghosts, and the choice of victims. Compiled; grit.py calls it.
 
-    leaf    a node that may go now: resident, not pinned, without a resident child
-    heap    leaves by their index; entries that no longer hold are dropped when they are met
+    leaf    a node that can be evicted now: resident, not pinned, without a resident child
+    heap    leaves by their Gittins index; a stale entry is dropped when it reaches the top
 
-A parent counts its resident children, so it can be neither a leaf nor forgotten before them. A child lies deeper than
-its parent when they are joined and depths do not change meanwhile: chains that contradict each other form no cycle.
+A parent counts its resident children, so it is neither a leaf nor forgotten before they are gone. A child lies deeper than
+its parent when the two are joined, and depths do not change while they are joined. So chains that contradict each other
+form no cycle.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .grit_model import NUM_BINS, UNIT_S, chance, ensure_index, main_class, njit, trunk_class
+from .grit_model import NUM_BINS, UNIT_S, ensure_index, main_class, njit, return_probability, trunk_class
 from .grit_store import (
     EPOCH,
     EVICTABLE,
@@ -26,20 +27,20 @@ from .grit_store import (
     RESIDENTS,
     add_node,
     add_row,
-    find,
+    find_node,
     is_shared,
-    leave_row,
-    returned,
+    record_return,
+    release_row,
 )  # fmt: skip
 
-_TIE = 1e-13  # of the index, a request
+_TIE = 1e-13  # relative bonus of the index per request serial: breaks ties
 
 # -- leaves -----------------------------------------------------------------------------------------------------------
 
 
 @njit
 def _score(rows: Any, index: Any, row: int, now: float) -> float:
-    """The index now; among equals the older request's is less."""
+    """Return the index now. Among equal indexes that of the older request is lower."""
     r = rows[row]
     age = now - r.time
     if age < UNIT_S:
@@ -75,13 +76,13 @@ def _sift_down(heap: Any, size: int, i: int) -> None:
 
 
 @njit
-def _push(nodes: Any, rows: Any, state: Any, heap: Any, index: Any, i: int, now: float) -> None:
-    """Offer a leaf, if the heap is in use."""
+def _push_leaf(nodes: Any, rows: Any, state: Any, heap: Any, index: Any, i: int, now: float) -> None:
+    """Push a leaf onto the heap, if the heap is in use."""
     size = state[HEAP]
     if size < 0:
         return
     if size == len(heap):
-        state[HEAP] = -1  # mostly entries that no longer hold: built anew when it is needed
+        state[HEAP] = -1  # full, mostly of stale entries: `victims` rebuilds it when it needs it
         return
     row = nodes[i].row
     score = _score(rows, index, row, now)
@@ -101,11 +102,11 @@ def _add_leaf(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: 
     nodes[i].leaf = state[LEAVES]
     leaves[state[LEAVES]] = i
     state[LEAVES] += 1
-    _push(nodes, rows, state, heap, index, i, now)
+    _push_leaf(nodes, rows, state, heap, index, i, now)
 
 
 @njit
-def _cut_leaf(nodes: Any, state: Any, leaves: Any, i: int) -> None:
+def _remove_leaf(nodes: Any, state: Any, leaves: Any, i: int) -> None:
     at = nodes[i].leaf
     if at >= 0:
         state[LEAVES] -= 1
@@ -116,15 +117,16 @@ def _cut_leaf(nodes: Any, state: Any, leaves: Any, i: int) -> None:
 
 
 @njit
-def _may_go(n: Any) -> bool:
+def _is_leaf(n: Any) -> bool:
+    """Return whether a node is resident, not pinned, and without a resident child."""
     return bool(n.flags == RESIDENT and n.children == 0)
 
 
 @njit
-def _leave(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, i: int, now: float) -> None:
-    """A resident node becomes a ghost; its parent may become a leaf."""
+def _make_ghost(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, i: int, now: float) -> None:
+    """Turn a resident node into a ghost. Its parent may become a leaf."""
     n = nodes[i]
-    _cut_leaf(nodes, state, leaves, i)
+    _remove_leaf(nodes, state, leaves, i)
     if not n.flags & PINNED:
         state[EVICTABLE] -= 1
     n.flags = 0
@@ -134,11 +136,11 @@ def _leave(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any
     n.parent = -1
     if p >= 0:
         nodes[p].children -= 1
-        if _may_go(nodes[p]):
+        if _is_leaf(nodes[p]):
             _add_leaf(nodes, rows, state, leaves, heap, index, p, now)
 
 
-# -- the calls of grit.py ---------------------------------------------------------------------------------------------
+# -- called by grit.py ------------------------------------------------------------------------------------------------
 
 
 @njit
@@ -147,16 +149,19 @@ def access(
     e: Any, x: Any, base: Any, rho: Any, hazard: Any, index: Any, fitted: Any,  # the model
     keys: Any,  # [n, 4] uint64
     now: float, serial: int,
-    row: int,  # of this request, if it was here before and has one; or -1
+    row: int,  # the row that an earlier call of this request made; -1: none
     output_tokens: int, stop: int,
-    turn: int, gap: float, rhythm: float,  # of the session, if it is known; else 0
+    turn: int, gap: float, rhythm: float,  # of the session that the caller named; turn 0: none
 ) -> int:  # fmt: skip
-    """A request uses a chain. The caller made room for n nodes and n + 1 rows. Returns the request's row, -1 if empty."""
+    """A request uses a chain. The caller must have made room for n nodes and n + 1 rows.
+
+    Returns the request's row, or -1 if it has no chunks.
+    """
     n, epoch = len(keys), state[EPOCH]
     ids = np.empty(n, dtype=np.int32)
     known = n
     for i in range(n):
-        ids[i] = find(nodes, heads, keys[i])
+        ids[i] = find_node(nodes, heads, keys[i])
         if ids[i] < 0 and known == n:
             known = i
     if row < 0:
@@ -177,14 +182,14 @@ def access(
         r.cls = main_class(r.turn, r.length - r.known, r.gap, r.rhythm, r.length, output_tokens, stop)
         turn, cls = r.turn, r.cls
     ensure_index(e, x, base, rho, cls, hazard, index, fitted, epoch)
-    rows[row].refs += 1  # ours until the end
+    rows[row].refs += 1  # keep the row alive until the end of this call
     weight = rows[row].weight
     trunk_row, trunk_cls = -1, -1
     run_row, run = -1, 0
     for i in range(n):
         j = ids[i]
         if j < 0:
-            j = find(nodes, heads, keys[i])  # a key may be twice in a chain
+            j = find_node(nodes, heads, keys[i])  # a key may be twice in a chain
         if j < 0:
             j = add_node(nodes, heads, state, keys[i], i)
             node = nodes[j]
@@ -198,7 +203,7 @@ def access(
                 continue
             if old != run_row:
                 if run:
-                    returned(rows, state, e, x, run_row, run, now)
+                    record_return(rows, state, e, x, run_row, run, now)
                 run_row, run = old, 0
             run += 1
             age = max(now - rows[old].time, 1e-3)
@@ -216,15 +221,15 @@ def access(
             node.row = mine
             rows[mine].refs += 1
             if node.leaf >= 0:
-                _push(nodes, rows, state, heap, index, j, now)
+                _push_leaf(nodes, rows, state, heap, index, j, now)
         ids[i] = j
         if not node.flags & RESIDENT and node.children == 0:
             node.depth = i
             node.parent = ids[i - 1] if i > 0 else -1
     if run:
-        returned(rows, state, e, x, run_row, run, now)
+        record_return(rows, state, e, x, run_row, run, now)
     alive = rows[row].refs > 1
-    leave_row(rows, state, row, 1)
+    release_row(rows, state, row, 1)
     return row if alive else -1
 
 
@@ -232,10 +237,13 @@ def access(
 def insert(
     nodes: Any, heads: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, keys: Any, now: float, cls: int
 ) -> None:
-    """Chunks become resident. Room for n nodes and a row is the caller's, `cls` is for chunks that no request named."""
+    """Make chunks resident. The caller must have made room for n nodes and a row.
+
+    `cls` is the class of chunks that no request has accessed.
+    """
     lost = -1
     for i in range(len(keys)):
-        j = find(nodes, heads, keys[i])
+        j = find_node(nodes, heads, keys[i])
         if j < 0:
             if lost < 0:
                 lost = add_row(rows, state, now, -1, 0.0, cls)
@@ -253,7 +261,7 @@ def insert(
         if p >= 0:
             if nodes[p].row >= 0 and nodes[p].depth < node.depth:
                 nodes[p].children += 1
-                _cut_leaf(nodes, state, leaves, p)
+                _remove_leaf(nodes, state, leaves, p)
             else:
                 node.parent = -1
         if node.children == 0:
@@ -262,22 +270,22 @@ def insert(
 
 @njit
 def pin(nodes: Any, heads: Any, state: Any, leaves: Any, keys: Any) -> None:
-    """Resident nodes can not go."""
+    """Pin resident nodes: they cannot be evicted."""
     for i in range(len(keys)):
-        j = find(nodes, heads, keys[i])
+        j = find_node(nodes, heads, keys[i])
         if j >= 0 and nodes[j].flags == RESIDENT:
             nodes[j].flags = RESIDENT | PINNED
             state[EVICTABLE] -= 1
-            _cut_leaf(nodes, state, leaves, j)
+            _remove_leaf(nodes, state, leaves, j)
 
 
 @njit
 def unpin(
     nodes: Any, heads: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, keys: Any, now: float
 ) -> None:
-    """Pinned nodes can go again."""
+    """Unpin nodes: they can be evicted again."""
     for i in range(len(keys)):
-        j = find(nodes, heads, keys[i])
+        j = find_node(nodes, heads, keys[i])
         if j >= 0 and nodes[j].flags & PINNED:
             nodes[j].flags = RESIDENT
             state[EVICTABLE] += 1
@@ -289,16 +297,16 @@ def unpin(
 def remove(
     nodes: Any, heads: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, keys: Any, now: float
 ) -> None:
-    """Nodes that are resident become ghosts."""
+    """Turn resident nodes into ghosts."""
     for i in range(len(keys)):
-        j = find(nodes, heads, keys[i])
+        j = find_node(nodes, heads, keys[i])
         if j >= 0 and nodes[j].flags & RESIDENT:
-            _leave(nodes, rows, state, leaves, heap, index, j, now)
+            _make_ghost(nodes, rows, state, leaves, heap, index, j, now)
 
 
 @njit
-def _scan(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, now: float) -> None:
-    """All leaves by their index now."""
+def _rebuild_heap(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, now: float) -> None:
+    """Fill the heap with all leaves, by their index now."""
     size = state[LEAVES]
     for i in range(size):
         j = leaves[i]
@@ -313,18 +321,18 @@ def _scan(nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any,
 def victims(
     nodes: Any, rows: Any, state: Any, leaves: Any, heap: Any, index: Any, count: int, now: float, scan: bool
 ) -> Any:
-    """[up to count] int32 nodes, evicted in this order. `scan`: what the heap says is too old."""
+    """Evict up to `count` nodes. Returns them in the order of eviction, int32. `scan`: rebuild the heap, it is too old."""
     count = max(min(count, state[EVICTABLE]), 0)
     out = np.empty(count, dtype=np.int32)
     found = 0
     if scan or state[HEAP] < 0:
-        _scan(nodes, rows, state, leaves, heap, index, now)
+        _rebuild_heap(nodes, rows, state, leaves, heap, index, now)
     fresh = False
     while found < count and state[LEAVES] > 0:
         if state[HEAP] <= 0:
             if fresh:
                 break
-            _scan(nodes, rows, state, leaves, heap, index, now)
+            _rebuild_heap(nodes, rows, state, leaves, heap, index, now)
             fresh = True
             continue
         j, row = heap[0].node, heap[0].row
@@ -336,35 +344,35 @@ def victims(
         if nodes[j].leaf < 0 or nodes[j].row != row:
             continue
         fresh = False
-        _leave(nodes, rows, state, leaves, heap, index, j, now)
+        _make_ghost(nodes, rows, state, leaves, heap, index, j, now)
         out[found] = j
         found += 1
-    if found < count:  # what is left hangs below something pinned: the deepest go
+    if found < count:  # all others have a pinned chunk behind them: evict the deepest
         rest = np.array([i for i in range(state[NODES]) if nodes[i].row >= 0 and nodes[i].flags == RESIDENT])
         order = np.argsort(np.array([-float(nodes[i].depth) for i in rest]))
         for k in order[: count - found]:
-            _leave(nodes, rows, state, leaves, heap, index, rest[k], now)
+            _make_ghost(nodes, rows, state, leaves, heap, index, rest[k], now)
             out[found] = rest[k]
             found += 1
     return out[:found]
 
 
 @njit
-def reindex(
+def refresh_indexes(
     rows: Any, num_rows: int, e: Any, x: Any, base: Any, rho: Any, hazard: Any, index: Any, fitted: Any, epoch: int
 ) -> None:
-    """The index of every class that a cohort is in."""
+    """Compute the index of every class that a cohort is in."""
     for i in range(num_rows):
         ensure_index(e, x, base, rho, rows[i].cls, hazard, index, fitted, epoch)
 
 
 @njit
-def chances(nodes: Any, heads: Any, rows: Any, hazard: Any, keys: Any, now: float, horizon: float) -> Any:
-    """[n] float64: the chance of each chunk to be used within `horizon` seconds; 0 for unknown ones."""
+def return_probabilities(nodes: Any, heads: Any, rows: Any, hazard: Any, keys: Any, now: float, horizon: float) -> Any:
+    """Return [n] float64: the probability of each chunk to be used within `horizon` seconds; 0 for unknown chunks."""
     out = np.zeros(len(keys))
     for i in range(len(keys)):
-        j = find(nodes, heads, keys[i])
+        j = find_node(nodes, heads, keys[i])
         if j >= 0:
             r = rows[nodes[j].row]
-            out[i] = chance(hazard, r.cls, max(now - r.time, 0.0), horizon)
+            out[i] = return_probability(hazard, r.cls, max(now - r.time, 0.0), horizon)
     return out

@@ -1,12 +1,13 @@
-"""LIRS (Jiang and Zhang, SIGMETRICS '02), tail first: keeps what has the shortest time between its last two uses.
+"""LIRS (Jiang and Zhang, SIGMETRICS '02), tail first. Keeps the chunks with the shortest time between their last two uses.
 
-S: stack by recency of LIR, HIR and some ghosts; its bottom is always LIR. Q: queue of resident HIR
+LIR: chunks with a short reuse interval, always resident; HIR: all others
+S: stack of LIR, HIR and some ghosts by recency; its bottom is always LIR. Q: queue of resident HIR
 hit LIR:             to the top of S; prune
 hit HIR in S:        becomes LIR, to the top; S's bottom becomes HIR, to Q's end; prune
 hit HIR not in S:    to the top of S, to Q's end
-miss:                Q's oldest leaves (a ghost while it is in S); into S as LIR if there is room for one or it was a
-                     ghost (then S's bottom becomes HIR), else as HIR, to Q's end
-prune:               drop HIR from S's bottom
+miss:                Q's oldest is evicted; it is a ghost while it is in S. The new chunk goes into S as LIR if LIR has
+                     room or the chunk was a ghost (then S's bottom becomes HIR); else as HIR, to Q's end
+prune:               drop HIR and ghosts from S's bottom
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .textbook import Classic, Condemned
+from .textbook import Condemned, TextbookPolicy
 
 _HIR_SHARE = 0.05
 _GHOSTS_PER_SLOT = 10
 
 
-class Lirs(Classic):
-    """`EvictionPolicy`; ten ghosts a slot, the oldest are dropped."""
+class Lirs(TextbookPolicy):
+    """An `EvictionPolicy`. It remembers ten ghosts a slot and drops the oldest."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(LirsTextbook(capacity), tail_first=True)
+        super().__init__(LirsAlgorithm(capacity), tail_first=True)
 
 
-class LirsTextbook:
-    """See Textbook."""
+class LirsAlgorithm:
+    """See TextbookAlgorithm."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = max(capacity, 1)
@@ -40,7 +41,7 @@ class LirsTextbook:
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()  # in the stack, not resident
 
     def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         stack, lir, queue, ghosts = self._stack, self._lir, self._queue, self._ghosts
         for key in keys:
             if key in lir:
@@ -65,7 +66,7 @@ class LirsTextbook:
                 queue.move_to_end(key)
 
     def evict(self) -> bytes | None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         if not self._queue:
             if not self._lir:
                 return None
@@ -78,7 +79,7 @@ class LirsTextbook:
         return key
 
     def discard(self, key: bytes) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         if key in self._lir or key in self._queue:
             self._lir.discard(key)
             self._queue.pop(key, None)
@@ -99,7 +100,7 @@ class LirsTextbook:
         self._prune()
 
     def _prune(self) -> None:
-        """The bottom of a stack is LIR."""
+        """Drop entries from the bottom of the stack until the bottom is LIR."""
         stack = self._stack
         while stack and (key := next(iter(stack))) not in self._lir:
             del stack[key]

@@ -2,10 +2,10 @@
 
     order: evictable chunks, oldest first
     access, insert, unpin (a, b, c in prefix order):  move c, then b, then a to the newest end
-    insert of what was accessed last:                 then the whole sequence again, so its new tail is its oldest part
+    insert of chunks of the last accessed sequence:   then move that whole sequence again: its new tail is its oldest part
     victims(n):                                       take from the oldest end
 
-A whole sequence is used at once, its tail first, so an ancestor is always newer than its descendants and leaves last.
+A whole sequence is used at once, its tail first. So an ancestor is always newer than its descendants and is evicted last.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .base import Keys, Use
 
 
 class LRU:
-    """`EvictionPolicy` in one ordered dict; every operation is O(1) a chunk. Learns nothing from requests."""
+    """An `EvictionPolicy` in one ordered dict. Every operation is O(1) a chunk. It learns nothing from requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 0) -> None:  # the capacity is not needed: the tier says how many have to go
         self._order: OrderedDict[bytes, None] = OrderedDict()
-        self._latest: tuple[bytes, ...] = ()  # what was accessed last
+        self._last_chain: tuple[bytes, ...] = ()  # the sequence accessed last
 
     def __len__(self) -> int:
         return len(self._order)
@@ -29,14 +29,14 @@ class LRU:
     def access(self, chain: Keys, use: Use) -> None:
         """See EvictionPolicy."""
         if chain:
-            self._latest = tuple(chain)
-            self._renew()
+            self._last_chain = tuple(chain)
+            self._renew_last_chain()
 
     def insert(self, keys: Keys, use: Use) -> None:
         """See EvictionPolicy."""
         self.unpin(keys)
-        if not frozenset(keys).isdisjoint(self._latest):
-            self._renew()
+        if not frozenset(keys).isdisjoint(self._last_chain):
+            self._renew_last_chain()
 
     def pin(self, keys: Keys) -> None:
         """See EvictionPolicy."""
@@ -57,7 +57,7 @@ class LRU:
         self.remove(chosen)
         return chosen
 
-    def _renew(self) -> None:
-        """What is evictable of the sequence accessed last becomes the newest, its first chunk the very newest."""
+    def _renew_last_chain(self) -> None:
+        """Move the evictable chunks of the sequence accessed last to the newest end, its first chunk to the very end."""
         order = self._order
-        deque(map(order.move_to_end, filter(order.__contains__, reversed(self._latest))), maxlen=0)
+        deque(map(order.move_to_end, filter(order.__contains__, reversed(self._last_chain))), maxlen=0)

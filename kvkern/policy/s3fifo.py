@@ -1,10 +1,10 @@
-"""S3-FIFO (Yang et al., SOSP '23) as AIBrix sets it: a small queue filters what is used once. Head first.
+"""S3-FIFO (Yang et al., SOSP '23) with AIBrix's setting. A small queue filters out chunks used once. Head first.
 
-small (30 % of c), main: FIFO queues; ghost: keys that left small
-hit:          uses += 1, 3 at most
-miss:         into main if it is a ghost, else into small
-evict:        small is at its size: its oldest to main if it was used again, else to the ghosts and out
-              else main: its oldest goes round again with one use less, or, without any, out
+small (30 % of the capacity), main: FIFO queues; ghosts: keys evicted from small
+hit:     uses += 1, 3 at most
+miss:    into main if the chunk is a ghost, else into small
+evict:   if small has reached its size, take its oldest: move it to main if it was used again, else evict it to the ghosts
+         otherwise take main's oldest: move it to the end with one use less; if it has no uses, evict it
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .textbook import Classic, Condemned
+from .textbook import Condemned, TextbookPolicy
 
 _MAX_USES = 3
-_GHOSTS_PER_SLOT = 32  # AIBrix drops none; with these the decisions are all but the same
+_GHOSTS_PER_SLOT = 32  # AIBrix drops none; with 32 the decisions are almost the same
 
 
-class S3Fifo(Classic):
-    """`EvictionPolicy`; 32 ghosts a slot, the oldest are dropped."""
+class S3Fifo(TextbookPolicy):
+    """An `EvictionPolicy`. It remembers 32 ghosts a slot and drops the oldest."""
 
     def __init__(self, capacity: int, small: float = 0.3, threshold: int = 1) -> None:
-        super().__init__(S3FifoTextbook(capacity, small, threshold), tail_first=False)
+        super().__init__(S3FifoAlgorithm(capacity, small, threshold), tail_first=False)
 
 
-class S3FifoTextbook:
-    """See Textbook."""
+class S3FifoAlgorithm:
+    """See TextbookAlgorithm."""
 
     def __init__(
         self,
         capacity: int,
         small: float,  # share of the capacity
-        threshold: int,  # uses after the first that lead from small to main
+        threshold: int,  # uses after the first that move a chunk from small to main
     ) -> None:
         self._capacity = max(capacity, 1)
         self._small_size = max(int(capacity * small), 1)
@@ -43,7 +43,7 @@ class S3FifoTextbook:
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
     def use(self, keys: Iterable[bytes], condemned: Condemned) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         small, main, ghosts = self._small, self._main, self._ghosts
         for key in keys:
             if key in main:
@@ -63,7 +63,7 @@ class S3FifoTextbook:
                     small[key] = 0
 
     def evict(self) -> bytes | None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         small, main = self._small, self._main
         while small or main:
             if small and (len(small) >= self._small_size or not main):
@@ -82,6 +82,6 @@ class S3FifoTextbook:
         return None
 
     def discard(self, key: bytes) -> None:
-        """See Textbook."""
+        """See TextbookAlgorithm."""
         self._small.pop(key, None)
         self._main.pop(key, None)

@@ -48,7 +48,7 @@ def policies(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
         made.append(Noting())
         return made[-1]
 
-    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity, model: make)
+    monkeypatch.setattr(assemble, "policy_factory", lambda name, capacity, model: make)
     return made
 
 
@@ -130,7 +130,7 @@ def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="policy is 'fifo'; expected one of lru, "):
         replace(config, policy="fifo")
     asked: list[str] = []
-    monkeypatch.setattr(assemble, "policy_maker", lambda name, capacity, model: asked.append(name) or LRU)
+    monkeypatch.setattr(assemble, "policy_factory", lambda name, capacity, model: asked.append(name) or LRU)
     with served(replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
         assert store(one, CHAIN) == 3
     assert asked == ["arc"]

@@ -20,11 +20,11 @@ from kvkern.policy.grit_model import (
     LEAST_S,
     NUM_BINS,
     GritModel,
+    add_exposure,
     bin_of,
-    chance,
-    expose,
     index_class,
     main_class,
+    return_probability,
 )
 
 
@@ -225,8 +225,8 @@ def test_bins_cover_time_without_gaps() -> None:
 
 def test_exposure_adds_up() -> None:
     x = np.zeros((3, NUM_BINS))
-    expose(x, 1, 0.1, 5000.0, 2.0)
-    expose(x, 1, 5000.0, 1e7, 2.0)
+    add_exposure(x, 1, 0.1, 5000.0, 2.0)
+    add_exposure(x, 1, 5000.0, 1e7, 2.0)
     assert x.sum() == pytest.approx(2.0 * (1e7 - 0.1))
     assert x[1, 8] == pytest.approx(2.0 * (EDGES[9] - EDGES[8]))
 
@@ -237,12 +237,12 @@ def test_fit_finds_the_hazard_of_exponential_returns() -> None:
     model.fitted[cls] = 0
     for age in rng.exponential(40.0, size=20_000):
         model.events[cls, bin_of(age)] += 1
-        expose(model.exposure, cls, 0.0, age, 1.0)
+        add_exposure(model.exposure, cls, 0.0, age, 1.0)
     model.fit(0.0)
     index_class(model.events, model.exposure, model.base, model.rho, cls, model.hazard, model.index)
     well_seen = slice(4, 18)
     assert model.hazard[cls, well_seen] == pytest.approx(1 / 40, rel=0.1)
-    assert chance(model.hazard, cls, 10.0, 30.0) == pytest.approx(1 - np.exp(-30 / 40), rel=0.03)
+    assert return_probability(model.hazard, cls, 10.0, 30.0) == pytest.approx(1 - np.exp(-30 / 40), rel=0.03)
     sibling = main_class(2, 3, 20.0, 20.0, 30, 300, 2)  # never seen; one feature differs
     index_class(model.events, model.exposure, model.base, model.rho, sibling, model.hazard, model.index)
     assert model.hazard[sibling, 12] == pytest.approx(1 / 40, rel=0.3)
@@ -315,10 +315,10 @@ def test_caches_that_share_a_model_share_its_ghosts() -> None:
     for number in range(4000):
         policy = many[0] if number % 3 else many[number % 8]
         policy.access([key(number)], Use(float(number), number + 1))
-    assert 200 <= model.ghosts <= 640
-    assert model.ghosts >= sum(policy.num_chunks for policy in many) - 8
+    assert 200 <= model.num_ghosts <= 640
+    assert model.num_ghosts >= sum(policy.num_chunks for policy in many) - 8
     del many[1:], policy
-    assert (model.members, model.ghosts) == (1, many[0]._ghosts[0])
+    assert (model.num_members, model.num_ghosts) == (1, many[0]._ghosts[0])
 
 
 def test_arrays_shrink_and_keep_their_books_when_another_cache_takes_the_ghosts() -> None:
@@ -368,7 +368,7 @@ def test_what_idle_caches_hold_counts_too() -> None:
             policy.insert(chain, use)
         assert len(policy.victims(999)) == 999
     ghosts = [policy.num_chunks - 1 for policy in many]
-    assert model.ghosts == sum(ghosts)
+    assert model.num_ghosts == sum(ghosts)
     assert sum(ghosts) <= 1000 * (1 + sum(1 / (2 * members) for members in range(2, 41)))
     assert sum(policy.nbytes for policy in many) < 500 * sum(ghosts)
     assert Grit(1000, model).nbytes < 3000

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvkern.policy import POLICIES, make_policy, policy_maker
+from kvkern.policy import POLICIES, make_policy, policy_factory
 from kvkern.policy.base import EvictionPolicy, Stop, Use
 from kvkern.policy.grit import Grit
 from kvkern.policy.grit_model import GritModel
@@ -162,7 +162,7 @@ def make(name: str) -> EvictionPolicy:
     if not name.startswith("shares"):
         return make_policy(name, CAPACITY) if SOAK or name != "grit" else Grit(CAPACITY, max_ghosts=FEW_GHOSTS)
     if SOAK:
-        return NamespaceShares(policy_maker("grit", CAPACITY))
+        return NamespaceShares(policy_factory("grit", CAPACITY))
     model = GritModel()
     return NamespaceShares(lambda: Grit(CAPACITY, model, max_ghosts=FEW_GHOSTS))
 
