@@ -1,47 +1,35 @@
-"""Holds the import levels, and the rules that a syntax tree can show. Reads source; imports only in subprocesses.
+"""Holds the import levels of tests/import_graph.py, and the rules that a syntax tree can show.
 
-- The level of a module is that of the longest prefix of its name in LEVELS; a module under no prefix fails.
-- Imports go down or stay level, and make no cycle.
-- An import inside a function, or for types alone, counts like any other.
+- Imports go down or stay level, and make no cycle, neither of modules nor of rooms.
+- An import inside a function, for types alone, or by a registry's name counts like any other.
 """
+
+from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.import_graph import (
+    KERNELS,
+    LEVELS,
+    MODULES,
+    NAMES,
+    ROOT,
+    Module,
+    cycles,
+    known,
+    level,
+    module_imports,
+    room_imports,
+    source_files,
+    under,
+)
 
-KERNELS = "kvkern.kernels"
-LEVELS = {
-    KERNELS: 0,  # and it imports nothing of kvkern but itself
-    "kvkern.errors": 0,
-    "kvkern.bounded_dict": 0,
-    "kvkern.metrics": 0,
-    "kvkern.keys": 1,
-    "kvkern.policy": 1,
-    "kvkern.config": 1,
-    "kvkern.arena": 1,
-    "kvkern.transfer": 2,
-    "kvkern.tiers": 2,
-    "kvkern.remote": 2,
-    "kvkern.cache": 3,
-    "kvkern.assemble": 4,
-    "kvkern.node": 4,
-    "kvkern.api": 4,
-    "kvkern.integrations": 5,
-    "kvkern.demo": 5,
-    "kvkern.doctor": 5,
-    "kvkern.replay": 5,
-    "kvkern.cli": 6,
-    "kvkern.demo_remote": 6,
-}
-TOP = {"kvkern", "kvkern.__main__"}  # re-export and start: import anything, and only level 6 imports them
 # Beyond transfer a chunk is bytes: the manager and its daemon run where torch is not installed.
 TORCH_FREE = (
     *(m for m, n in LEVELS.items() if n in (1, 3)),
@@ -61,71 +49,7 @@ UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MAX_LINES = 500
 
 
-@dataclass(frozen=True)
-class Module:
-    path: Path
-
-    @cached_property
-    def rel(self) -> str:
-        return self.path.relative_to(ROOT).as_posix()
-
-    @cached_property
-    def name(self) -> str:
-        parts = list(self.path.relative_to(ROOT).with_suffix("").parts)
-        if parts[0] == "kernels":
-            parts.insert(0, "kvkern")
-        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-    @cached_property
-    def tree(self) -> ast.Module:
-        return ast.parse(self.path.read_text(encoding="utf-8"), filename=self.rel)
-
-    @cached_property
-    def package(self) -> str:
-        return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
-
-    def imports(self) -> Iterator[tuple[int, str]]:
-        """Yields (line, absolute dotted name); `from a import b` gives a.b, which `known` cuts back where b is no module."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                if node.level:
-                    up = self.package.split(".")
-                    base = ".".join([*up[: len(up) - node.level + 1], *([base] if base else [])])
-                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-
-
-def source_files(*folders: str) -> list[Path]:
-    """Python files under the folders; the link kvkern/kernels is left out, kernels/ being walked itself."""
-    link = ROOT / "kvkern" / "kernels"
-    files = (p for folder in folders for p in sorted((ROOT / folder).rglob("*.py")))
-    return [p for p in files if link not in p.parents]
-
-
-MODULES = [Module(p) for p in source_files("kernels", "kvkern")]
-NAMES = {m.name for m in MODULES}
 each_module = pytest.mark.parametrize("module", MODULES, ids=lambda m: m.rel)
-
-
-def known(dotted: str) -> str | None:
-    """The longest prefix that is a module of ours, or None for anybody else's."""
-    while dotted and dotted not in NAMES:
-        dotted = dotted.rpartition(".")[0]
-    return dotted or None
-
-
-def under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
-
-
-def level(name: str) -> int:
-    if name in TOP:
-        return 6
-    prefixes = [p for p in LEVELS if under(name, p)]
-    assert prefixes, f"{name} is in no level: place it in LEVELS of tests/test_imports.py"
-    return LEVELS[max(prefixes, key=len)]
 
 
 def test_both_trees_are_read() -> None:
@@ -153,22 +77,9 @@ def test_kernels_import_nothing_of_kvkern(module: Module) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def cycles(edges: dict[str, set[str]]) -> list[frozenset[str]]:
-    """Sets of modules of which each imports, perhaps through others, every other one."""
-    reached: dict[str, set[str]] = {}
-    for name in edges:
-        found, new = set[str](), [name]
-        while new:
-            targets = edges[new.pop()] - found
-            found |= targets
-            new += targets
-        reached[name] = found
-    return sorted({frozenset(b for b in reached[a] if a in reached[b]) for a in edges} - {frozenset()}, key=sorted)
-
-
-def test_no_cycles() -> None:
-    edges = {m.name: {t for _, d in m.imports() if (t := known(d)) and t != m.name} for m in MODULES}
-    found = [" <-> ".join(sorted(cycle)) for cycle in cycles(edges) if cycle not in CYCLES_ALLOWED]
+@pytest.mark.parametrize("read", [module_imports, room_imports])
+def test_no_cycles(read: Callable[[], dict[str, set[str]]]) -> None:
+    found = [" <-> ".join(sorted(cycle)) for cycle in cycles(read()) if cycle not in CYCLES_ALLOWED]
     assert not found, "these import each other:\n" + "\n".join(found)
 
 
