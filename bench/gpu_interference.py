@@ -80,7 +80,7 @@ class Background:
         self.error: BaseException | None = None
 
     def _run(self) -> None:
-        copies, submit = self._copies, self._copies.transfer
+        copies, submit = self._copies, self._copies.copier
         start = time.perf_counter()
         try:
             while not self._stop.is_set():

@@ -31,8 +31,8 @@ from kvkern.transfer.gpu import planner
 from kvkern.transfer.gpu.calibrate import calibrate
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import Device
-from kvkern.transfer.gpu.dma import merged
-from kvkern.transfer.gpu.link_table import Abilities, Calibration, Direction, HostLink, seeds
+from kvkern.transfer.gpu.dma import merged_runs
+from kvkern.transfer.gpu.link_table import Abilities, Calibration, Direction, HostLink, seed_calibration
 from kvkern.transfer.gpu.planner import Choice, Method
 
 RUNS = (2 << 10, 8 << 10, 18 << 10, 32 << 10, 64 << 10, 128 << 10, 2 << 20)
@@ -61,7 +61,7 @@ class Copies:
         self.ctas = 0  # of `how`; 0: its usual ones
         self.chosen: Choice | None = None
         self._table = table
-        self.transfer = GpuCopier([self.paged], self.arena, 0, per_chunk, device, self._choose)
+        self.copier = GpuCopier([self.paged], self.arena, 0, per_chunk, device, self._choose)
         cache = build_cache(self.arena)
         keys = [i.to_bytes(32, "little") for i in range(chunks)]
         reservation = cache.reserve(keys, keys, ChunkShape(NAMESPACE, 0, 16))
@@ -74,13 +74,13 @@ class Copies:
         self.run_nbytes, self.chunk_nbytes = run_nbytes, per_chunk * layers * run_nbytes
 
     def close(self) -> None:
-        self.transfer.close()
+        self.copier.close()
         self.arena.close()
 
     def _choose(self, direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
         if self.how is not None:
             return Choice(self.how, self.ctas or CTAS[self.how], PIECE_NBYTES)
-        self.chosen = planner.choose(self._table, direction, run_nbytes, count, nbytes)
+        self.chosen = planner.choose_method(self._table, direction, run_nbytes, count, nbytes)
         return self.chosen
 
     def batch(self, chunks: int) -> ChunkBatch:
@@ -92,7 +92,7 @@ class Copies:
         """(seconds until done, seconds until a store's blocks are free); raises where a chunk did not verify."""
         self.how = how
         self._rig.synchronize()
-        job: Job = (self.transfer.store if direction is Direction.D2H else self.transfer.load)([self.batch(chunks)])
+        job: Job = (self.copier.store if direction is Direction.D2H else self.copier.load)([self.batch(chunks)])
         while not job.released():
             time.sleep(2e-5)  # the copier's threads want the interpreter too
         released_s = time.perf_counter() - job.started
@@ -117,7 +117,7 @@ def vllm_tables(copies: Copies, direction: Direction, chunks: int) -> list[torch
     batch = copies.batch(chunks)
     parts = copies.arena.parts(0)
     at = batch.slots * parts.strides[0] + parts.ctypes.data
-    runs = merged(copies.paged, batch.block_ids, at, to_slots=direction is Direction.D2H)
+    runs = merged_runs(copies.paged, batch.block_ids, at, to_slots=direction is Direction.D2H)
     return [torch.from_numpy(column.view(np.int64)) for column in (runs.src, runs.dst, runs.nbytes)]
 
 
@@ -173,11 +173,11 @@ def measure(
 def calibration(rig: Rig, device: Device) -> Calibration:
     """This device's, measured now; a dry run has seeds."""
     if rig.dry:
-        return seeds(HostLink())
+        return seed_calibration(HostLink())
     from kvkern.transfer.gpu.stopwatch import Stopwatch
 
     able = Abilities(device.batch_api, device.host_pointers)
-    start = seeds(HostLink() if device.info is None else device.info.link, able)
+    start = seed_calibration(HostLink() if device.info is None else device.info.link, able)
     return calibrate(Stopwatch(device, able.batch_api, able.host_pointers), start, budget_s=0.2)
 
 

@@ -1,6 +1,6 @@
 """What moves chunks, whatever the device: a batch of chunks, a job under way, one rank's parts of the slots, a copier.
 
-    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see Parts.publish)
+    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see RankParts.publish)
     load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
 
 The caller keeps the engine's blocks unused until a job is done, and slots leased or reserved until then.
@@ -24,7 +24,7 @@ from ..arena.slots import seal
 from ..errors import LayoutError
 from ..kernels.paged_tensors import PagedTensors
 
-Rows = slice | npt.NDArray[np.int64]  # which chunks of a batch
+BatchRows = slice | npt.NDArray[np.int64]  # which chunks of a batch
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Job:
             raise
         return True
 
-    def help(self) -> None:
+    def run_unclaimed(self) -> None:
         """Run pieces in this thread until all have been begun. Raises what one of them raises; `wait` in any case."""
         while self.run_piece():
             pass
 
-    def refuse(self, error: BaseException) -> None:
+    def fail_unclaimed(self, error: BaseException) -> None:
         """End the pieces that nobody has begun: nobody will."""
         while self.unclaimed:
             with suppress(IndexError):  # taken meanwhile
@@ -105,7 +105,7 @@ class Job:
         return self.finished - self.started
 
 
-class Parts:
+class RankParts:
     """One rank's parts of the slots: which may be written, what seals them, and what a load must find. No copies here."""
 
     def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
@@ -129,7 +129,7 @@ class Parts:
             np.pad(np.diff(o), (0, geometry.max_planes - len(o) + 1)).astype(np.uint32) for o in offsets
         ]
 
-    def writable(self, batch: ChunkBatch, rows: Rows) -> npt.NDArray[np.bool_]:
+    def writable(self, batch: ChunkBatch, rows: BatchRows) -> npt.NDArray[np.bool_]:
         """[rows] bool: whose reservation is still the slot's. The others have a new owner: hands off."""
         current: npt.NDArray[np.bool_] = self.arena.headers["generation"][batch.slots[rows]] == batch.generations[rows]
         return current
@@ -153,7 +153,7 @@ class Parts:
         headers["plane_nbytes"][slots, self.rank] = self._plane_nbytes[batch.group]
         headers["written"][slots, self.rank] = generations
 
-    def readable(self, batch: ChunkBatch, rows: Rows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+    def readable(self, batch: ChunkBatch, rows: BatchRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
         """([rows] bool: whose header says it holds this chunk, written by this rank; [rows] uint64 generations)."""
         headers, slots = self.arena.headers, batch.slots[rows]
         good: npt.NDArray[np.bool_] = self.arena.identities[slots] == self.arena.spec.geometry.identities(
@@ -167,7 +167,7 @@ class Parts:
     def verified(
         self,
         batch: ChunkBatch,
-        rows: Rows,
+        rows: BatchRows,
         generations: npt.NDArray[np.uint64],  # [rows] uint64, from `readable`
         sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of what was read
     ) -> npt.NDArray[np.bool_]:
@@ -177,7 +177,7 @@ class Parts:
         equal: npt.NDArray[np.bool_] = (found == sealed).all(axis=1)
         return equal
 
-    def nbytes(self, batches: Sequence[ChunkBatch]) -> int:
+    def payload_nbytes(self, batches: Sequence[ChunkBatch]) -> int:
         """Payload of these chunks."""
         return sum(len(batch.slots) * self.sizes[batch.group] for batch in batches)
 
@@ -188,7 +188,7 @@ class Copier(ABC):
     def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
         self._arena = arena
         self.blocks_per_chunk = blocks_per_chunk
-        self._parts = Parts(groups, arena, rank, blocks_per_chunk)
+        self._parts = RankParts(groups, arena, rank, blocks_per_chunk)
         self._groups = self._parts.groups
 
     @property

@@ -1,10 +1,10 @@
 """Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
 
-    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see Parts.publish)
+    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see RankParts.publish)
     load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
 
 Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
-else to do takes pieces too (`Job.help`). The caller keeps the engine's blocks unused until a job is done, and slots
+else to do takes pieces too (`Job.run_unclaimed`). The caller keeps the engine's blocks unused until a job is done, and slots
 leased or reserved until then.
 """
 
@@ -20,15 +20,15 @@ import numpy.typing as npt
 from ..arena.file import Slots
 from ..kernels.paged_copy import gather_chunks, scatter_chunks
 from ..kernels.paged_tensors import PagedTensors
-from ..kernels.selftest import round_trip
-from ..kernels.warm import warm
+from ..kernels.selftest import check_round_trip
+from ..kernels.warm import compile_cpu_kernels
 from .base import ChunkBatch, Copier, Job
 from .nvtx import span
 
 _MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
 
 
-def piece_chunks(
+def chunks_per_piece(
     job_nbytes: int,
     chunk_nbytes: int,
     threads: int,
@@ -52,12 +52,12 @@ class HostCopier(Copier):
         super().__init__(groups, arena, rank, blocks_per_chunk)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvkern-copy")
-        warm()
+        compile_cpu_kernels()
 
     def self_test(self) -> None:
         """See `Copier.self_test`."""
         for group in self._groups:
-            round_trip(group, self.blocks_per_chunk)
+            check_round_trip(group, self.blocks_per_chunk)
 
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
         """See `Copier.store`."""
@@ -73,11 +73,11 @@ class HostCopier(Copier):
 
     def _submit(self, batches: Sequence[ChunkBatch], piece) -> Job:  # type: ignore[no-untyped-def]
         chunks = [len(batch.slots) for batch in batches]
-        nbytes = self._parts.nbytes(batches)
+        nbytes = self._parts.payload_nbytes(batches)
         job = Job(nbytes, np.zeros(sum(chunks), dtype=np.bool_))
         begin = 0
         for batch, count in zip(batches, chunks, strict=True):
-            step = piece_chunks(nbytes, self._parts.sizes[batch.group], self._threads)
+            step = chunks_per_piece(nbytes, self._parts.sizes[batch.group], self._threads)
             for at in range(0, count, step):
                 rows = slice(at, min(at + step, count))
                 ok = job.ok[begin + rows.start : begin + rows.stop]
@@ -90,7 +90,7 @@ class HostCopier(Copier):
             for _ in job.futures:
                 self._pool.submit(job.run_piece)
         except RuntimeError as error:  # closed, or Python ends
-            job.refuse(error)
+            job.fail_unclaimed(error)
         return job
 
     def _store_piece(self, batch: ChunkBatch, rows: slice, ok: npt.NDArray[np.bool_]) -> None:

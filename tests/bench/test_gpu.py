@@ -197,11 +197,11 @@ def test_vllm_is_given_the_same_bytes_to_move(shared: ModuleType) -> None:
     """Its tables, moved by hand, leave the slots as our own store did, and ours verifies what they load."""
     import gpu_paths
 
-    from kvkern.transfer.gpu.link_table import Direction, HostLink, seeds
+    from kvkern.transfer.gpu.link_table import Direction, HostLink, seed_calibration
     from kvkern.transfer.gpu.planner import Method
 
     rig = shared.DryRig()
-    with closing(gpu_paths.Copies(rig, rig.device(), 32 << 10, 2, seeds(HostLink()))) as copies:
+    with closing(gpu_paths.Copies(rig, rig.device(), 32 << 10, 2, seed_calibration(HostLink()))) as copies:
         copies.run(Direction.D2H, 2, Method.STAGED)
         slots = copies.arena.parts(0)
         stored = slots[:2].copy()

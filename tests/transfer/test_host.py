@@ -22,7 +22,7 @@ from kvkern.tiers.base import Reservation
 from kvkern.tiers.dram import DramTier
 from kvkern.transfer import host as transfer_module
 from kvkern.transfer.base import ChunkBatch
-from kvkern.transfer.host import HostCopier, piece_chunks
+from kvkern.transfer.host import HostCopier, chunks_per_piece
 from tests.support import NAMESPACE, SHAPE, chain_keys, guarded, make_arena, storage_bytes
 
 NUM_BLOCKS, PER_CHUNK = 24, 2
@@ -163,7 +163,7 @@ MIB = 1 << 20
     (0, 0, 1, 4 * MIB),
 ])  # fmt: skip
 def test_pieces_grow_with_the_job(job: int, chunk: int, threads: int, chunks: int) -> None:
-    assert piece_chunks(job, chunk, threads) == chunks
+    assert chunks_per_piece(job, chunk, threads) == chunks
 
 
 def test_a_lost_slot_costs_its_neighbours_nothing(bench: Bench) -> None:
@@ -373,7 +373,7 @@ def test_a_caller_that_helps_does_every_piece(bench: Bench, monkeypatch: pytest.
     reserved = bench.reserve("a", 3)
     job = transfer.store([bench.batch(range(1, 7), reserved.keys, reserved.slots, reserved.generations)])
     assert (len(job.futures), len(submitted), job.done()) == (3, 3, False)
-    job.help()
+    job.run_unclaimed()
     assert job.done()
     assert job.ok.all()
     assert job.seconds > 0
@@ -387,7 +387,7 @@ def test_what_a_helped_piece_raises_reaches_helper_and_job(bench: Bench, monkeyp
     reserved = bench.reserve("a", 1)
     job = transfer.store([bench.batch(range(1, 3), reserved.keys, reserved.slots, reserved.generations)])
     with pytest.raises(ZeroDivisionError):
-        job.help()
+        job.run_unclaimed()
     assert job.done()
     assert isinstance(job.error, ZeroDivisionError)
     assert not job.ok.any()

@@ -67,8 +67,8 @@ def test_pieces_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     _, reserved = store_late(engine, "a", 1)
     load_late(engine, "a", reserved)
     bad = engine.batch("a", np.full_like(engine.there, 9999), reserved.slots, reserved.generations)
-    assert engine.transfer.load([bad]).wait(60).error is not None
-    host = host.HostCopier(engine.transfer._groups, engine.arena, 0, engine.transfer.blocks_per_chunk, threads=1)
+    assert engine.copier.load([bad]).wait(60).error is not None
+    host = host.HostCopier(engine.copier._groups, engine.arena, 0, engine.copier.blocks_per_chunk, threads=1)
     batch = engine.batch("a", engine.here, reserved.slots, reserved.generations)
     assert host.load([batch]).wait(60).error is None
     assert host.store([batch]).wait(60).error is None

@@ -1,4 +1,4 @@
-"""Measures what a device's link can do, in about 20 ms at the first start. Knows timed operations, not CUDA; see `Timed`.
+"""Measures what a device's link can do, in about 20 ms at the first start. Knows timed operations, not CUDA; see `TimedOperations`.
 
     for round in 5:                    so that a slow device has every probe once before any has it twice
       for probe in probes, most telling first:
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from . import calibration_file
 from .calibration_file import DeviceId
-from .link_table import GB, Abilities, Calibration, Costs, Direction, Rate, seeds
+from .link_table import GB, Abilities, Calibration, Costs, Direction, Rate, seed_calibration
 from .planner import MAX_ZERO_COPY_CTAS, break_even_nbytes
 
 logger = logging.getLogger("kvkern")
@@ -50,7 +50,7 @@ HOST_NBYTES, DEVICE_NBYTES = 16 << 20, 64 << 20  # that these need: pinned, and 
 LOCK_WAIT_S = 60.0  # for another process that measures: most of it is compiling
 
 
-class Timed(Protocol):
+class TimedOperations(Protocol):
     """Operations on one GPU and registered host memory. Each runs once and returns the seconds it took.
 
     "Submitted" is from the call until it has returned, by the host's clock; "done" from start to end, by the device's, which
@@ -89,23 +89,23 @@ class _Probe:
     run: Callable[[int], float]
     ctas: int = 0
     times: dict[int, list[float]] = field(default_factory=dict)  # as told, ascending
-    took: dict[int, float] = field(default_factory=dict)  # all of it, waiting included; the least
+    wall_s: dict[int, float] = field(default_factory=dict)  # all of it, waiting included; the least
 
     def expected_s(self, size: int) -> float:
         """About how long it will take; 0 before anything is known."""
-        if size in self.took:
-            return self.took[size]
-        return max((s * size / known for known, s in self.took.items() if known < size), default=0.0)
+        if size in self.wall_s:
+            return self.wall_s[size]
+        return max((s * size / known for known, s in self.wall_s.items() if known < size), default=0.0)
 
     def measure(self, size: int, clock: Callable[[], float]) -> None:
         """Once more."""
         begin = clock()
         seconds = self.run(size)
         took = clock() - begin
-        self.took[size] = min(took, self.took.get(size, took))
+        self.wall_s[size] = min(took, self.wall_s.get(size, took))
         self.times[size] = sorted([*self.times.get(size, []), seconds])
 
-    def line(self) -> tuple[float, float] | None:
+    def fit_line(self) -> tuple[float, float] | None:
         """(seconds of each unit of size, seconds beside them), None if that was not measured or not well."""
         if len(self.times) < len(self.sizes):
             return None
@@ -122,7 +122,7 @@ class _Probe:
 
 
 def calibrate(
-    device: Timed,
+    device: TimedOperations,
     start: Calibration,  # seeds and abilities
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
@@ -147,8 +147,8 @@ def calibrate(
     return table
 
 
-def calibrated(
-    make: Callable[[], Timed],  # asked only where something is to be measured: it compiles and takes memory
+def load_or_calibrate(
+    make: Callable[[], TimedOperations],  # asked only where something is to be measured: it compiles and takes memory
     identity: DeviceId,
     abilities: Abilities,
     folder: Path,  # the user's cache directory
@@ -160,10 +160,10 @@ def calibrated(
 
     Where another process measures for longer than `wait_s`, estimates stand for this start: two at once would measure half.
     """
-    start = seeds(identity.link, abilities)
+    start = seed_calibration(identity.link, abilities)
     table = calibration_file.load(identity, start, folder)
     if table is None or untried(table):  # more can be measured than in the start that saved it
-        with calibration_file.locked(folder, wait_s) as alone:
+        with calibration_file.measuring_lock(folder, wait_s) as alone:
             found = calibration_file.load(identity, start, folder, warn=False)
             if found is not None and not untried(found):
                 table = found
@@ -174,12 +174,12 @@ def calibrated(
                 logger.warning(
                     "kvkern: another process has measured its GPU for %.0f s; estimates stand for now", wait_s
                 )
-    logger.info("kvkern: %s\n%s", identity, text(table))
+    logger.info("kvkern: %s\n%s", identity, table_text(table))
     return table
 
 
 def _measured(
-    make: Callable[[], Timed], identity: DeviceId, start: Calibration, folder: Path, budget_s: float,
+    make: Callable[[], TimedOperations], identity: DeviceId, start: Calibration, folder: Path, budget_s: float,
     clock: Callable[[], float],
 ) -> Calibration:  # fmt: skip
     device, begin = make(), clock()
@@ -216,7 +216,7 @@ def untried(table: Calibration) -> list[str]:
     return [name for name in unmeasured(table) if name not in tried]
 
 
-def _probes(device: Timed, able: Abilities) -> Iterator[_Probe]:
+def _probes(device: TimedOperations, able: Abilities) -> Iterator[_Probe]:
     def each(
         name: str, sizes: tuple[int, ...], run: Callable[[Direction, int], float], ctas: int = 0
     ) -> Iterator[_Probe]:
@@ -243,7 +243,7 @@ def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
     rates: dict[str, list[Rate]] = {}
     values: dict[str, float] = {}
     for probe in probes:
-        if (line := probe.line()) is None:
+        if (line := probe.fit_line()) is None:
             continue
         slope, rest = line
         if probe.ctas:
@@ -260,7 +260,7 @@ def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
     return replace(costs, **found, measured=tuple(sorted(found)))  # type: ignore[arg-type]
 
 
-def text(table: Calibration, width: int = 100) -> str:
+def table_text(table: Calibration, width: int = 100) -> str:
     """The table as plain aligned text; seeds are marked."""
     out = StringIO()
     Console(file=out, width=width, color_system=None).print(rich_table(table))

@@ -42,7 +42,7 @@ class DeviceId:
     cpu_nodes: tuple[int, ...] = ()  # those that this process runs on: pinned memory comes from there
 
     @classmethod
-    def here(cls, info: GpuInfo) -> DeviceId:
+    def for_this_process(cls, info: GpuInfo) -> DeviceId:
         """Of a GPU as this process reaches it."""
         return cls(info.name, info.driver, info.link, info.numa_node, process_nodes())
 
@@ -77,7 +77,7 @@ def path_of(device: DeviceId, folder: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, wait_s: float) -> Iterator[bool]:
+def measuring_lock(folder: Path, wait_s: float) -> Iterator[bool]:
     """Whether nobody else on this host measures, of any device, until the context ends. Waits `wait_s` for that.
 
     All devices have one lock, as they share the memory and often the link of one host; it ends with the process that holds it.
@@ -90,12 +90,12 @@ def locked(folder: Path, wait_s: float) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _lock(fd, time.monotonic() + wait_s)
+        yield _acquire_lock(fd, time.monotonic() + wait_s)
     finally:
         os.close(fd)
 
 
-def _lock(fd: int, deadline: float) -> bool:
+def _acquire_lock(fd: int, deadline: float) -> bool:
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,10 +24,10 @@ from ...arena.file import Arena, Progress
 from ...config import format_nbytes
 from ...errors import LayoutError
 from ...kernels.paged_tensors import PagedTensors
-from ...kernels.selftest import round_trip
+from ...kernels.selftest import check_round_trip
 from ..base import ChunkBatch, Copier, Job
 from .device import Device, Event
-from .dma import count_runs, direct
+from .dma import count_runs, is_unpadded
 from .lanes import GpuJob, Lane, LoadLane, Piece, StoreLane
 from .link_table import Direction
 from .pinned_arena import PinnedArena
@@ -35,10 +35,12 @@ from .planner import MAX_RELAYOUT_CTAS, Choice, Method
 from .staging_rings import MAX_LAUNCH_NBYTES, MAX_PIECE_CHUNKS, RingDepths, Rings
 
 DEPTHS = RingDepths()
-Choose = Callable[[Direction, int, int, int], Choice]  # direction, bytes of a run, runs, bytes in all: planner.choose
+Choose = Callable[
+    [Direction, int, int, int], Choice
+]  # direction, bytes of a run, runs, bytes in all: planner.choose_method
 
 
-def one_thread(name: str, initialise: Callable[[], None]) -> Executor:
+def start_lane_thread(name: str, initialise: Callable[[], None]) -> Executor:
     """What runs a lane. Raises what `initialise` raises in its thread: now, and not at the first transfer."""
     thread = ThreadPoolExecutor(1, f"kvkern-{name}")
     try:
@@ -62,7 +64,7 @@ class GpuCopier(Copier):
         choose: Choose,
         depths: RingDepths = DEPTHS,
         progress: Progress = lambda line: None,
-        executor: Callable[[str, Callable[[], None]], Executor] = one_thread,
+        executor: Callable[[str, Callable[[], None]], Executor] = start_lane_thread,
     ) -> None:
         """Take memory on the device and register the arena. Raises LayoutError, ArenaError or DeviceError."""
         super().__init__(groups, arena, rank, blocks_per_chunk)
@@ -78,12 +80,12 @@ class GpuCopier(Copier):
         chunks, planes = max(self._piece_chunks), max(len(group.layout.planes) for group in self._groups)
         rings = [Rings(device, depths, chunks, blocks_per_chunk, planes) for _ in Direction]
         self._pinned = PinnedArena(arena, device, progress)
-        self._mapped = None if self._pinned.shift is None else _mapped(self._parts.rows, self._pinned.shift)
+        self._device_rows = None if self._pinned.shift is None else _device_view(self._parts.rows, self._pinned.shift)
         with ExitStack() as undo:
             undo.callback(self._pinned.close)
-            self._store = StoreLane("store", device, self._parts, self._mapped, rings[0])
+            self._store = StoreLane("store", device, self._parts, self._device_rows, rings[0])
             undo.callback(self._store.close)
-            self._load = LoadLane("load", device, self._parts, self._mapped, rings[1])
+            self._load = LoadLane("load", device, self._parts, self._device_rows, rings[1])
             undo.callback(self._load.close)
             self._stores = executor("store", device.attach)
             undo.callback(self._stores.shutdown)
@@ -93,7 +95,7 @@ class GpuCopier(Copier):
     def self_test(self) -> None:
         """See `Copier.self_test`. Proves layouts and kernels; checksums prove every transfer after it."""
         for group in self._groups:
-            round_trip(group, self.blocks_per_chunk, self._device.backend)
+            check_round_trip(group, self.blocks_per_chunk, self._device.backend)
 
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
         """See `Copier.store`. The thread's current stream is the one that has written the blocks."""
@@ -110,28 +112,28 @@ class GpuCopier(Copier):
         """
         self._loads.shutdown(wait=True)
         with suppress(RuntimeError):  # closed before, or Python ends and its threads have
-            self._stores.submit(self._give_back)
+            self._stores.submit(self._release_device)
         self._stores.shutdown(wait=True)
-        self._give_back()  # what that thread could not
+        self._release_device()  # what that thread could not
 
-    def _give_back(self) -> None:
+    def _release_device(self) -> None:
         self._pinned.close()
         self._store.close()
         self._load.close()
 
     def _submit(self, direction: Direction, batches: Sequence[ChunkBatch], lane: Lane, executor: Executor) -> GpuJob:
-        job = GpuJob(self._parts.nbytes(batches), np.zeros(sum(len(b.slots) for b in batches), dtype=np.bool_))
+        job = GpuJob(self._parts.payload_nbytes(batches), np.zeros(sum(len(b.slots) for b in batches), dtype=np.bool_))
         try:
-            computed = self._device.computed()
+            computed = self._device.record_computed()
             pieces: list[Piece] = []
             begin = 0
             for batch in batches:
                 for choice, rows in self._plan(direction, batch):
-                    pieces += self._cut(job, batch, begin, choice, rows, computed)
+                    pieces += self._cut_into_pieces(job, batch, begin, choice, rows, computed)
                 begin += len(batch.slots)
             lane.submit(pieces, executor)
         except RuntimeError as error:  # the driver's, after a fault; the executor's, when it is closed or Python ends
-            lane.refuse(batches)
+            lane.fail_unqueued(batches)
             failed: Future[None] = Future()
             failed.set_exception(error)
             job.futures.append(failed)
@@ -155,16 +157,16 @@ class GpuCopier(Copier):
         choice = self._choose(direction, max(1, nbytes // count), count, nbytes)
         staged = replace(choice, method=Method.STAGED, max_ctas=choice.max_ctas or MAX_RELAYOUT_CTAS)
         match choice.method:
-            case Method.ZERO_COPY if self._mapped is None:
+            case Method.ZERO_COPY if self._device_rows is None:
                 return [(staged, rows)]
             case Method.BATCH_DMA:
-                whole = (batch.block_ids >= 0).all(axis=1) & direct(group, self.blocks_per_chunk)
+                whole = (batch.block_ids >= 0).all(axis=1) & is_unpadded(group, self.blocks_per_chunk)
                 by_dma = replace(choice, max_ctas=staged.max_ctas)  # of its checksums
                 return [(how, part) for how, part in ((by_dma, rows[whole]), (staged, rows[~whole])) if len(part)]
             case _:
                 return [(choice, rows)]
 
-    def _cut(
+    def _cut_into_pieces(
         self,
         job: GpuJob,
         batch: ChunkBatch,
@@ -178,7 +180,7 @@ class GpuCopier(Copier):
         return [Piece(job, batch, cut, begin, choice, computed, Future()) for cut in cuts]
 
 
-def _mapped(rows: npt.NDArray[np.uint8], shift: int) -> torch.Tensor:
+def _device_view(rows: npt.NDArray[np.uint8], shift: int) -> torch.Tensor:
     """[num_slots, part_stride] uint8: `rows` where the device sees them. For kernels only, unless shift is 0."""
     if not shift:
         return torch.from_numpy(rows)

@@ -126,7 +126,7 @@ class CudaDevice:
             self._index = torch.cuda.current_device() if index is None else index
         self.attach()
         self._driver = Driver(load_libcuda())
-        self._driver.choose_for(self._index)
+        self._driver.limit_to_device(self._index)
         self.info: GpuInfo | None = read_gpus().by_bus_id(self._driver.bus_id(self._index))
 
     @property
@@ -152,13 +152,13 @@ class CudaDevice:
     def stream(self, name: str) -> CudaStream:
         return CudaStream(self._driver, self._index)
 
-    def computed(self) -> Event:
+    def record_computed(self) -> Event:
         event = torch.cuda.Event(blocking=True)
         with _named():
             event.record(torch.cuda.current_stream(self._index))
         return event
 
-    def memory(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int) -> torch.Tensor:
         try:
             made = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{self._index}")
         except RuntimeError as error:
@@ -170,15 +170,15 @@ class CudaDevice:
             torch.cuda.current_stream(self._index).synchronize()
         return made
 
-    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+    def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         with _named():
             pinned: npt.NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
 
-    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+    def write_pinned(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
         out[:] = values
 
-    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def read_pinned(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return values.copy()
 
     def register(self, address: int, nbytes: int) -> None:
@@ -187,8 +187,8 @@ class CudaDevice:
     def unregister(self, address: int) -> None:
         self._driver.unregister(address)
 
-    def alias(self, address: int) -> int:
-        return self._driver.alias(address)
+    def device_address(self, address: int) -> int:
+        return self._driver.device_address(address)
 
     def numa_node(self) -> int | None:
         return None if self.info is None else self.info.numa_node

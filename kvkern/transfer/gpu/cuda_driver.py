@@ -74,7 +74,7 @@ class Driver:
         """Whether many copies go in one call (CUDA 12.8)."""
         return self._batch is not None
 
-    def choose_for(self, index: int) -> None:
+    def limit_to_device(self, index: int) -> None:
         """Do without batch copies from now on where a device cannot be trusted with them."""
         if not trusts_batches(self.host_pointers(index), self.attribute(_CAPABILITY, index)):
             self._batch = None
@@ -115,7 +115,7 @@ class Driver:
         """Undo it."""
         self._check(self._lib.cuMemHostUnregister(_PTR(address)), "cuMemHostUnregister")
 
-    def alias(self, address: int) -> int:
+    def device_address(self, address: int) -> int:
         """The device's address of registered memory."""
         found = ctypes.c_uint64()
         code = self._lib.cuMemHostGetDevicePointer_v2(ctypes.byref(found), _PTR(address), ctypes.c_uint(0))

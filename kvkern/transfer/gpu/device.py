@@ -71,7 +71,7 @@ class Stream(Protocol):
         self,
         paged: PagedTensors,
         block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device
-        rows: torch.Tensor,  # [num_rows, >= part_nbytes] uint8, on the device or an `alias` of registered memory
+        rows: torch.Tensor,  # [num_rows, >= part_nbytes] uint8, on the device or an `device_address` of registered memory
         row_ids: torch.Tensor,  # [n] int64 on the device
         sums: torch.Tensor,  # out: [n, planes] uint64 on the device
         max_ctas: int,
@@ -112,20 +112,20 @@ class Device(Protocol):
     def stream(self, name: str) -> Stream:
         """A new stream of low priority, never the default one."""
 
-    def computed(self) -> Event:
+    def record_computed(self) -> Event:
         """A new event in the calling thread's current stream: the engine's."""
 
-    def memory(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int) -> torch.Tensor:
         """[nbytes] uint8 on the device, aligned to 256. Raises DeviceError if there is no room."""
 
-    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+    def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """[nbytes] uint8 pinned host memory, aligned to 64. Raises DeviceError."""
 
-    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
-        """`out[:] = values`, by the host, into memory of `host`."""
+    def write_pinned(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+        """`out[:] = values`, by the host, into memory of `allocate_pinned`."""
 
-    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """A copy, by the host, out of memory of `host`."""
+    def read_pinned(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """A copy, by the host, out of memory of `allocate_pinned`."""
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin pages of this process, for copies and kernels. Raises DeviceError."""
@@ -133,7 +133,7 @@ class Device(Protocol):
     def unregister(self, address: int) -> None:
         """Undo a `register`. Raises DeviceError."""
 
-    def alias(self, address: int) -> int:
+    def device_address(self, address: int) -> int:
         """Where the device sees registered host memory; under WSL2 not at the host's address. Raises DeviceError."""
 
     def numa_node(self) -> int | None:

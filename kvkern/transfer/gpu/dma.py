@@ -38,7 +38,7 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Template:
+class _ChunkTemplate:
     """The runs of one chunk in slot order, but for its block ids and its slot. All [runs] int64."""
 
     block: npt.NDArray[np.int64]  # place in the chunk
@@ -48,7 +48,7 @@ class _Template:
     nbytes: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, paged: PagedTensors, blocks_per_chunk: int) -> _Template:
+    def of(cls, paged: PagedTensors, blocks_per_chunk: int) -> _ChunkTemplate:
         rows = []
         offsets = paged.layout.plane_offsets(blocks_per_chunk)
         for plane, base, offset in zip(paged.layout.planes, paged.bases, offsets, strict=False):
@@ -64,15 +64,15 @@ class _Template:
         return cls(*np.concatenate(rows, axis=1))
 
 
-def merged(
+def merged_runs(
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32, none absent
     parts: npt.NDArray[np.int64],  # [n] int64, addresses of the chunks' parts
     to_slots: bool,
 ) -> Runs:
-    """The fewest runs that move these chunks. Padding between planes is not moved: see `direct`."""
+    """The fewest runs that move these chunks. Padding between planes is not moved: see `is_unpadded`."""
     per_chunk = block_ids.shape[1]
-    t: _Template = paged.plan(("dma", per_chunk), lambda: _Template.of(paged, per_chunk))
+    t: _ChunkTemplate = paged.plan(("dma", per_chunk), lambda: _ChunkTemplate.of(paged, per_chunk))
     pages = (t.page + block_ids[:, t.block].astype(np.int64) * t.stride).ravel()
     slots = (parts[:, None] + t.slot).ravel()
     nbytes = np.tile(t.nbytes, len(parts))
@@ -88,7 +88,7 @@ def count_runs(
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
 ) -> int:
-    """How many runs `merged` would give, without making them; neighbours that only meet across planes count apart."""
+    """How many runs `merged_runs` would give, without making them; neighbours that only meet across planes count apart."""
     n, per_chunk = block_ids.shape
     neighbours = int((np.diff(block_ids.astype(np.int64), axis=1) == 1).sum())
     count = 0
@@ -99,7 +99,7 @@ def count_runs(
     return count
 
 
-def direct(paged: PagedTensors, blocks_per_chunk: int) -> bool:
+def is_unpadded(paged: PagedTensors, blocks_per_chunk: int) -> bool:
     """Whether runs are all there is to a part: a plane that ends in padding needs somebody who writes the zeros."""
     sizes = sum(plane.block_nbytes for plane in paged.layout.planes) * blocks_per_chunk
     return sizes == paged.layout.part_nbytes(blocks_per_chunk)

@@ -73,20 +73,20 @@ class DryRunDevice:
     def stream(self, name: str) -> DryRunStream:
         return DryRunStream()
 
-    def computed(self) -> DryRunEvent:
+    def record_computed(self) -> DryRunEvent:
         return DryRunEvent()
 
-    def memory(self, nbytes: int) -> torch.Tensor:
-        return torch.from_numpy(self.host(nbytes))
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.from_numpy(self.allocate_pinned(nbytes))
 
-    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+    def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         raw = np.zeros(nbytes + 256, dtype=np.uint8)
         return raw[-raw.ctypes.data % 256 :][:nbytes]
 
-    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+    def write_pinned(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
         out[:] = values
 
-    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def read_pinned(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return values.copy()
 
     def register(self, address: int, nbytes: int) -> None:
@@ -95,7 +95,7 @@ class DryRunDevice:
     def unregister(self, address: int) -> None:
         pass
 
-    def alias(self, address: int) -> int:
+    def device_address(self, address: int) -> int:
         return address
 
     def numa_node(self) -> int | None:

@@ -32,18 +32,18 @@ logger = logging.getLogger("kvkern")
 
 MOVED = "moved"  # an event: slots have been copied between the tiers
 
-Part = tuple[Job, npt.NDArray[np.int64]]  # a job, and where its chunks are in the whole: [n] int64
+PlacedJob = tuple[Job, npt.NDArray[np.int64]]  # a job, and where its chunks are in the whole: [n] int64
 
 
 def device_slots(geometry: SlotGeometry, count: int, device: Device) -> HbmSlots:
     """So many slots in the device's memory. Raises DeviceError if there is no room."""
-    memory = device.memory(count * geometry.part_stride)
+    memory = device.allocate(count * geometry.part_stride)
     seen = (ctypes.c_uint8 * memory.numel()).from_address(memory.data_ptr())
     rows = np.ndarray((count, geometry.part_stride), np.uint8, memoryview(seen))
     return HbmSlots(geometry, rows, owner=memory)
 
 
-class Resident:
+class UnregisteredDevice:
     """A device whose memory is to be reached where it is: nothing needs registering. All else is the device's."""
 
     def __init__(self, device: Device) -> None:
@@ -58,7 +58,7 @@ class Resident:
     def unregister(self, address: int) -> None:
         """See Device."""
 
-    def alias(self, address: int) -> int:
+    def device_address(self, address: int) -> int:
         """See Device."""
         return address
 
@@ -72,12 +72,12 @@ def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, d
 
     Nothing is staged, so beside the slots it takes device memory for ids and checksums only: some 100 KiB, at most a few MiB.
     """
-    resident, arena = cast(Device, Resident(device)), cast(Arena, slots)
+    resident, arena = cast(Device, UnregisteredDevice(device)), cast(Arena, slots)
 
     def choose(direction: Direction, run_nbytes: int, count: int, nbytes: int) -> Choice:
         return Choice(Method.ZERO_COPY, MAX_RELAYOUT_CTAS, MAX_PIECE_NBYTES)
 
-    return GpuCopier([group], arena, 0, blocks_per_chunk, resident, choose, RingDepths(staging=1, rows=False))
+    return GpuCopier([group], arena, 0, blocks_per_chunk, resident, choose, RingDepths(staging=1, payload=False))
 
 
 class DmaSlotMover:
@@ -129,7 +129,7 @@ class DmaSlotMover:
 class JoinedJob(Job):
     """Several jobs as one. `ok` is put together anew at every reading."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[PlacedJob]) -> None:
         self._jobs = [job for job, _ in parts]
         self._places = [at for _, at in parts]
         self.nbytes = sum(job.nbytes for job in self._jobs)
@@ -169,7 +169,7 @@ class HbmOverDramCopier(Copier):
         end_moves: Callable[[], None],  # between the tiers, which need what the copiers have registered
     ) -> None:
         self.blocks_per_chunk = dram.blocks_per_chunk
-        self._dram, self._hbm, self._first, self._end_moves = dram, hbm, first, end_moves
+        self._dram, self._hbm, self._first_hbm_slot, self._end_moves = dram, hbm, first, end_moves
 
     @property
     def num_blocks(self) -> int:
@@ -192,8 +192,8 @@ class HbmOverDramCopier(Copier):
 
     def reject(self, slots: npt.NDArray[np.int64]) -> Job:
         """See Copier."""
-        self._hbm.reject(slots[slots >= self._first] - self._first)
-        self._dram.reject(slots[slots < self._first])
+        self._hbm.reject(slots[slots >= self._first_hbm_slot] - self._first_hbm_slot)
+        self._dram.reject(slots[slots < self._first_hbm_slot])
         job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))
         job.finished = job.started
         return job
@@ -212,16 +212,16 @@ class HbmOverDramCopier(Copier):
         places: tuple[list[npt.NDArray[np.int64]], ...] = ([], [])
         begin = 0
         for batch in batches:
-            above = batch.slots >= self._first
-            for tier, (mine, first) in enumerate(((~above, 0), (above, self._first))):
-                parts[tier].append(_rows(batch, mine, first))
+            above = batch.slots >= self._first_hbm_slot
+            for tier, (mine, first) in enumerate(((~above, 0), (above, self._first_hbm_slot))):
+                parts[tier].append(_select_chunks(batch, mine, first))
                 places[tier].append(begin + np.flatnonzero(mine))
             begin += len(batch.slots)
         below, above_all = (np.concatenate([np.zeros(0, dtype=np.int64), *at]) for at in places)
         return (parts[0], below), (parts[1], above_all)
 
 
-def _rows(batch: ChunkBatch, mine: npt.NDArray[np.bool_], first: int) -> ChunkBatch:
+def _select_chunks(batch: ChunkBatch, mine: npt.NDArray[np.bool_], first: int) -> ChunkBatch:
     """Those chunks of a batch, their slots counted from `first`. Loads give no generations."""
     return replace(
         batch,

@@ -33,10 +33,10 @@ import torch
 
 from ...errors import LayoutError
 from ...kernels.paged_tensors import PagedTensors
-from ..base import ChunkBatch, Job, Parts
+from ..base import ChunkBatch, Job, RankParts
 from ..nvtx import span
 from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, DeviceError, Event
-from .dma import Runs, merged
+from .dma import Runs, merged_runs
 from .link_table import Direction
 from .planner import Choice, Method
 from .staging_rings import DeviceTable, Rings, Staging
@@ -49,7 +49,7 @@ MIN_PAUSE_S, MAX_PAUSE_S = 50e-6, 1e-3
 
 @dataclass
 class GpuJob(Job):
-    """A transfer under way on the device. Its pieces are the lane's alone: `help` has nothing to do."""
+    """A transfer under way on the device. Its pieces are the lane's alone: `run_unclaimed` has nothing to do."""
 
     pieces: tuple[Piece, ...] = ()
 
@@ -85,7 +85,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PieceWork:
     """A piece and the memory it works in."""
 
     piece: Piece
@@ -122,31 +122,31 @@ class Work:
         """The copy of `sums` into `pinned`."""
         return Runs.of(self.pinned.ctypes.data, self.sums.data_ptr(), self.sums.numel() * 8)
 
-    def fetch(self, device: Device) -> npt.NDArray[np.uint64]:
+    def read_sums(self, device: Device) -> npt.NDArray[np.uint64]:
         """[m, planes] uint64: `sums` as they came down."""
-        sums = device.fetch(self.pinned[: self.sums.numel() * 8]).view(np.uint64)
+        sums = device.read_pinned(self.pinned[: self.sums.numel() * 8]).view(np.uint64)
         return sums.reshape(len(self.rows), -1)
 
 
 class Lane(ABC):
-    """One direction. `submit` from any thread; `turn` from one."""
+    """One direction. `submit` from any thread; `take_turn` from one."""
 
     def __init__(
         self,
         name: str,
         device: Device,
-        parts: Parts,
-        mapped: torch.Tensor | None,  # `parts.rows` as kernels see them; None: they cannot
+        parts: RankParts,
+        device_rows: torch.Tensor | None,  # `parts.rows` as kernels see them; None: they cannot
         rings: Rings,
     ) -> None:
         self.name = name
-        self._device, self._parts, self._mapped, self._rings = device, parts, mapped, rings
+        self._device, self._parts, self._device_rows, self._rings = device, parts, device_rows, rings
         self._kernels = device.stream(f"{name}.kernels")
         self._copies = device.stream(f"{name}.copies")
         self._queueing = threading.Lock()  # held for moments: the engine's thread takes it
-        self._waiting: deque[Piece] = deque()
+        self._queued: deque[Piece] = deque()
         self._arrived = threading.Event()  # since a turn last looked at what waits
-        self._flying: deque[tuple[Work, Event]] = deque()
+        self._in_flight: deque[tuple[PieceWork, Event]] = deque()
 
     def close(self) -> None:
         """Give the streams back, when all turns are done. Idempotent; what the driver refuses is left to the process's end."""
@@ -163,14 +163,14 @@ class Lane(ABC):
         """
         with self._queueing:
             for _ in range(2 * len(pieces)):
-                executor.submit(self.turn)
-            self._waiting.extend(pieces)
+                executor.submit(self.take_turn)
+            self._queued.extend(pieces)
         self._arrived.set()
 
-    def refuse(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
+    def fail_unqueued(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
         """These chunks are not moved: nothing of them was queued. Any thread."""
 
-    def turn(self) -> None:
+    def take_turn(self) -> None:
         """Begin the next piece or end the oldest one, whichever can be first. Raises what that raises.
 
         With the window full nothing can begin before an end: the thread sleeps until that. Else it asks now and then
@@ -180,17 +180,17 @@ class Lane(ABC):
         while True:
             self._arrived.clear()
             with self._queueing:  # a turn that is early waits for its piece
-                piece = self._waiting.popleft() if self._waiting and self._rings.sums else None
+                piece = self._queued.popleft() if self._queued and self._rings.sums else None
             if piece is not None:
                 with span(f"kvkern gpu {self.name}: enqueue"):
                     return self._begin(piece)
-            if not self._flying:
+            if not self._in_flight:
                 return None
             with span(f"kvkern gpu {self.name}: wait, verify, publish"):
-                if not self._rings.sums or self._past(self._flying[0][1], since):
-                    return self._end(*self._flying.popleft())
+                if not self._rings.sums or self._has_ended(self._in_flight[0][1], since):
+                    return self._end(*self._in_flight.popleft())
 
-    def _past(self, end: Event, since: float) -> bool:
+    def _has_ended(self, end: Event, since: float) -> bool:
         """Whether a piece has run. If not, a while has passed or a piece has arrived."""
         try:
             if end.query():
@@ -204,25 +204,25 @@ class Lane(ABC):
     def _begin(self, piece: Piece) -> None:
         pinned = self._rings.sums.popleft()
         try:
-            self._check(piece)
-            rows, generations = self._select(piece)
+            self._check_ranges(piece)
+            rows, generations = self._select_rows(piece)
             if len(rows):
-                work = self._work(piece, rows, generations, pinned)
-                work.staging.free = end = self._enqueue(work)
-                self._flying.append((work, end))
+                work = self._assign_buffers(piece, rows, generations, pinned)
+                work.staging.free_after = end = self._enqueue(work)
+                self._in_flight.append((work, end))
                 return
-            self._settle(piece)
+            self._mark_failed(piece)
         except BaseException as error:
             self._fail(piece, pinned, error)
             raise
         self._rings.sums.append(pinned)
         piece.finish()
 
-    def _end(self, work: Work, end: Event) -> None:
+    def _end(self, work: PieceWork, end: Event) -> None:
         try:
             end.synchronize()
-            self._conclude(work, work.fetch(self._device))
-            self._settle(work.piece)
+            self._publish_or_verify(work, work.read_sums(self._device))
+            self._mark_failed(work.piece)
         except BaseException as error:
             self._fail(work.piece, work.pinned, error)
             raise
@@ -236,12 +236,12 @@ class Lane(ABC):
             self._copies.synchronize()
         finally:
             try:
-                self._settle(piece)
+                self._mark_failed(piece)
             finally:
                 self._rings.sums.append(pinned)
                 piece.finish(error)
 
-    def _check(self, piece: Piece) -> None:
+    def _check_ranges(self, piece: Piece) -> None:
         """Kernels check nothing: an id out of range would be an illegal access, and the end of the engine."""
         ids, slots = piece.batch.block_ids[piece.rows], piece.batch.slots[piece.rows]
         width, num_blocks = self._parts.blocks_per_chunk, self._parts.groups[piece.batch.group].layout.num_blocks
@@ -252,57 +252,61 @@ class Lane(ABC):
         if int(slots.max()) >= len(self._parts.rows) or int(slots.min()) < 0:
             raise LayoutError(f"slots are in [{slots.min()}, {slots.max()}], expected [0, {len(self._parts.rows)})")
 
-    def _work(
+    def _assign_buffers(
         self,
         piece: Piece,
         rows: npt.NDArray[np.int64],
         generations: npt.NDArray[np.uint64],
         pinned: npt.NDArray[np.uint8],
-    ) -> Work:
+    ) -> PieceWork:
         group, size = self._parts.groups[piece.batch.group], self._parts.sizes[piece.batch.group]
-        return Work(piece, rows, generations, group, size, self._rings.table(), self._rings.staging(), pinned)
+        return PieceWork(
+            piece, rows, generations, group, size, self._rings.next_table(), self._rings.next_staging(), pinned
+        )
 
-    def _ids(self, work: Work, row_ids: npt.NDArray[np.int64] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _upload_ids(
+        self, work: PieceWork, row_ids: npt.NDArray[np.int64] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(block ids, row ids) on the device; rows of the staging buffer unless given."""
         rows = np.arange(len(work.rows)) if row_ids is None else row_ids
         return work.table.upload(self._device, self._kernels, work.block_ids, rows)
 
-    def _slots(self) -> torch.Tensor:
-        assert self._mapped is not None, "the transfer chooses ZERO_COPY only where kernels reach the slots"
-        return self._mapped
+    def _slot_rows(self) -> torch.Tensor:
+        assert self._device_rows is not None, "the transfer chooses ZERO_COPY only where kernels reach the slots"
+        return self._device_rows
 
-    def _addresses(self, work: Work) -> npt.NDArray[np.int64]:
+    def _slot_addresses(self, work: PieceWork) -> npt.NDArray[np.int64]:
         """[m] int64: where the parts start in host memory."""
         return work.slots * self._parts.rows.strides[0] + self._parts.rows.ctypes.data
 
-    def _staged(self, work: Work) -> npt.NDArray[np.int64]:
+    def _staging_addresses(self, work: PieceWork) -> npt.NDArray[np.int64]:
         """[m] int64: where the parts start in the staging buffer."""
         return np.arange(len(work.rows)) * work.part_nbytes + work.buffer.data_ptr()
 
     @abstractmethod
-    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         """([m] int64 rows of the batch that the piece may move, [m] uint64 their generations)."""
 
     @abstractmethod
-    def _enqueue(self, work: Work) -> Event:
+    def _enqueue(self, work: PieceWork) -> Event:
         """Put a piece on the streams. After the event nothing of it runs and its sums are in pinned memory."""
 
     @abstractmethod
-    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+    def _publish_or_verify(self, work: PieceWork, sums: npt.NDArray[np.uint64]) -> None:
         """The device is done with the piece: say which of its chunks are ok."""
 
-    def _settle(self, piece: Piece) -> None:  # noqa: B027  # a store has nothing to say
+    def _mark_failed(self, piece: Piece) -> None:  # noqa: B027  # a store has nothing to say
         """`ok` is final for this piece, also if it failed."""
 
 
 class StoreLane(Lane):
     """Blocks to slots."""
 
-    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         rows = piece.rows[self._parts.writable(piece.batch, piece.rows)]
         return rows, piece.batch.generations[rows]
 
-    def _enqueue(self, work: Work) -> Event:
+    def _enqueue(self, work: PieceWork) -> Event:
         match work.piece.choice.method:
             case Method.STAGED:
                 return self._by_staging(work)
@@ -311,55 +315,55 @@ class StoreLane(Lane):
             case Method.BATCH_DMA:
                 return self._by_dma(work)
 
-    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+    def _publish_or_verify(self, work: PieceWork, sums: npt.NDArray[np.uint64]) -> None:
         self._parts.publish(work.piece.batch, work.rows, sums)
         work.piece.job.ok[work.piece.begin + work.rows] = True
 
-    def _by_staging(self, work: Work) -> Event:
-        ids, rows = self._ids(work)
+    def _by_staging(self, work: PieceWork) -> Event:
+        ids, rows = self._upload_ids(work)
         self._before_kernel(work)
         self._kernels.gather(work.group, ids, work.buffer, rows, work.sums, work.piece.choice.max_ctas)
         work.piece.freed = self._kernels.record(GATHERED)
         self._copies.wait(work.piece.freed)
-        payload = Runs.of(self._addresses(work), self._staged(work), work.part_nbytes)
+        payload = Runs.of(self._slot_addresses(work), self._staging_addresses(work), work.part_nbytes)
         self._copies.copy(payload + work.sums_down, Direction.D2H)
         return self._copies.record(STORED)
 
-    def _by_kernel(self, work: Work) -> Event:
-        ids, rows = self._ids(work, work.slots)
+    def _by_kernel(self, work: PieceWork) -> Event:
+        ids, rows = self._upload_ids(work, work.slots)
         self._before_kernel(work)
-        self._kernels.gather(work.group, ids, self._slots(), rows, work.sums, work.piece.choice.max_ctas)
+        self._kernels.gather(work.group, ids, self._slot_rows(), rows, work.sums, work.piece.choice.max_ctas)
         work.piece.freed = self._kernels.record(GATHERED)
         self._kernels.copy(work.sums_down, Direction.D2H)
         return self._kernels.record(STORED)
 
-    def _by_dma(self, work: Work) -> Event:
-        ids, _ = self._ids(work)
+    def _by_dma(self, work: PieceWork) -> Event:
+        ids, _ = self._upload_ids(work)
         self._before_kernel(work)
         self._kernels.checksum(work.group, ids, work.sums, work.piece.choice.max_ctas)
         summed = self._kernels.record(SUMMED)
         self._copies.wait(work.piece.computed)
-        runs = merged(work.group, work.block_ids, self._addresses(work), to_slots=True)
+        runs = merged_runs(work.group, work.block_ids, self._slot_addresses(work), to_slots=True)
         self._copies.copy(runs, Direction.D2H)
         self._copies.wait(summed)
         self._copies.copy(work.sums_down, Direction.D2H)
         work.piece.freed = self._copies.record(STORED)
         return work.piece.freed
 
-    def _before_kernel(self, work: Work) -> None:
+    def _before_kernel(self, work: PieceWork) -> None:
         self._kernels.wait(work.piece.computed)
-        if work.staging.free is not None:
-            self._kernels.wait(work.staging.free)
+        if work.staging.free_after is not None:
+            self._kernels.wait(work.staging.free_after)
 
 
 class LoadLane(Lane):
     """Slots to blocks."""
 
-    def _select(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         good, generations = self._parts.readable(piece.batch, piece.rows)
         return piece.rows[good], generations[good]  # a foreign slot reaches no block
 
-    def _enqueue(self, work: Work) -> Event:
+    def _enqueue(self, work: PieceWork) -> Event:
         match work.piece.choice.method:
             case Method.STAGED:
                 self._by_staging(work)
@@ -370,39 +374,41 @@ class LoadLane(Lane):
         self._kernels.copy(work.sums_down, Direction.D2H)
         return self._kernels.record(LOADED)
 
-    def _conclude(self, work: Work, sums: npt.NDArray[np.uint64]) -> None:
+    def _publish_or_verify(self, work: PieceWork, sums: npt.NDArray[np.uint64]) -> None:
         good = self._parts.verified(work.piece.batch, work.rows, work.generations, sums)
         work.piece.job.ok[work.piece.begin + work.rows] = good
 
-    def refuse(self, batches: Sequence[ChunkBatch]) -> None:
+    def fail_unqueued(self, batches: Sequence[ChunkBatch]) -> None:
         for batch in batches:
             self._mark_bad(batch.slots)
 
-    def _settle(self, piece: Piece) -> None:
+    def _mark_failed(self, piece: Piece) -> None:
         self._mark_bad(piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]])
 
     def _mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
         """Also after an exception: a retry must not meet them again."""
         self._parts.arena.mark_bad(slots[(slots >= 0) & (slots < len(self._parts.rows))])
 
-    def _by_staging(self, work: Work) -> None:
-        ids, rows = self._ids(work)
-        if work.staging.free is not None:
-            self._copies.wait(work.staging.free)
-        self._copies.copy(Runs.of(self._staged(work), self._addresses(work), work.part_nbytes), Direction.H2D)
+    def _by_staging(self, work: PieceWork) -> None:
+        ids, rows = self._upload_ids(work)
+        if work.staging.free_after is not None:
+            self._copies.wait(work.staging.free_after)
+        self._copies.copy(
+            Runs.of(self._staging_addresses(work), self._slot_addresses(work), work.part_nbytes), Direction.H2D
+        )
         self._kernels.wait(self._copies.record(ARRIVED))
         self._kernels.wait(work.piece.computed)
         self._kernels.scatter(work.group, ids, work.buffer, rows, work.sums, work.piece.choice.max_ctas)
 
-    def _by_kernel(self, work: Work) -> None:
-        ids, rows = self._ids(work, work.slots)
+    def _by_kernel(self, work: PieceWork) -> None:
+        ids, rows = self._upload_ids(work, work.slots)
         self._kernels.wait(work.piece.computed)
-        self._kernels.scatter(work.group, ids, self._slots(), rows, work.sums, work.piece.choice.max_ctas)
+        self._kernels.scatter(work.group, ids, self._slot_rows(), rows, work.sums, work.piece.choice.max_ctas)
 
-    def _by_dma(self, work: Work) -> None:
-        ids, _ = self._ids(work)
+    def _by_dma(self, work: PieceWork) -> None:
+        ids, _ = self._upload_ids(work)
         self._copies.wait(work.piece.computed)
-        runs = merged(work.group, work.block_ids, self._addresses(work), to_slots=False)
+        runs = merged_runs(work.group, work.block_ids, self._slot_addresses(work), to_slots=False)
         self._copies.copy(runs, Direction.H2D)
         self._kernels.wait(self._copies.record(ARRIVED))
         self._kernels.checksum(work.group, ids, work.sums, work.piece.choice.max_ctas)

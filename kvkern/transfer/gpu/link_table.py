@@ -114,7 +114,7 @@ _ZERO_COPY_CTAS = (4, 8, 12)
 _RELAYOUT = (Rate(16, 400.0),)
 
 
-def seeds(link: HostLink, abilities: Abilities = Abilities()) -> Calibration:
+def seed_calibration(link: HostLink, abilities: Abilities = Abilities()) -> Calibration:
     """The table before anything is measured. An unknown generation counts as 4, an unknown width as x16."""
     scale = 1.0 if link.c2c else min(1.0, (link.width or _LANES) / _LANES)
     generation = min(max(link.generation or 4, min(_PCIE)), max(_PCIE))

@@ -9,7 +9,7 @@ from pathlib import Path
 _SYSFS = Path("/sys/devices/system/node")
 
 
-def cpu_list(text: str) -> tuple[int, ...]:
+def parse_cpu_list(text: str) -> tuple[int, ...]:
     """Numbers of a list such as `0-3,8`."""
     ranges = [part.partition("-") for part in text.strip().split(",") if part]
     return tuple(n for low, _, high in ranges for n in range(int(low), int(high or low) + 1))
@@ -24,7 +24,7 @@ def process_nodes(cpus: Collection[int] | None = None, sysfs: Path = _SYSFS) -> 
     found = []
     for folder in sysfs.glob("node[0-9]*"):
         try:
-            theirs = cpu_list((folder / "cpulist").read_text())
+            theirs = parse_cpu_list((folder / "cpulist").read_text())
         except (OSError, ValueError):
             continue
         if mine.intersection(theirs):

@@ -25,7 +25,7 @@ MAX_REGION_NBYTES = 64 << 30
 logger = logging.getLogger("kvkern")
 
 
-def regions(
+def split_into_regions(
     num_slots: int,
     slot_nbytes: int,
     max_nbytes: int = MAX_REGION_NBYTES,
@@ -57,23 +57,23 @@ class PinnedArena:
         start, base = time.monotonic(), arena.bytes.ctypes.data
         whole = arena.spec.nbytes
         try:
-            for begin, nbytes in regions(arena.spec.num_slots, arena.spec.geometry.slot_nbytes, max_nbytes):
+            for begin, nbytes in split_into_regions(arena.spec.num_slots, arena.spec.geometry.slot_nbytes, max_nbytes):
                 device.register(base + begin, nbytes)
                 self._registered.append(base + begin)
                 seconds = time.monotonic() - start
                 progress(
                     f"gpu: {format_nbytes(begin + nbytes)} of {format_nbytes(whole)} registered after {seconds:.1f} s"
                 )
-            shifts = {device.alias(address) - address for address in self._registered}
+            shifts = {device.device_address(address) - address for address in self._registered}
         except DeviceError as error:
             self.close()
-            raise ArenaError(_refusal(whole, error)) from error
+            raise ArenaError(_refusal_message(whole, error)) from error
         except BaseException:
             self.close()
             raise
         self.shift = shifts.pop() if len(shifts) == 1 else None
         if (node := device.numa_node()) is not None:
-            progress(_nearness(node, numa_pages(base)))
+            progress(_nearness_line(node, pages_per_numa_node(base)))
 
     def close(self) -> None:
         """Unregister, the last piece first. Idempotent; what the driver refuses is logged and left to the process's end.
@@ -92,7 +92,7 @@ class PinnedArena:
                 logger.warning("kvkern: a piece of the arena stays registered: %s", error)
 
 
-def _refusal(nbytes: int, error: DeviceError) -> str:
+def _refusal_message(nbytes: int, error: DeviceError) -> str:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     words = "unlimited" if limit == resource.RLIM_INFINITY else format_nbytes(limit)
     return (
@@ -102,7 +102,7 @@ def _refusal(nbytes: int, error: DeviceError) -> str:
     )
 
 
-def numa_pages(address: int, numa_maps: Path = Path("/proc/self/numa_maps")) -> dict[int, int]:
+def pages_per_numa_node(address: int, numa_maps: Path = Path("/proc/self/numa_maps")) -> dict[int, int]:
     """{memory node: pages there} of the mapping that starts at this address; empty where the system does not say."""
     try:
         lines = numa_maps.read_text().splitlines()
@@ -116,7 +116,7 @@ def numa_pages(address: int, numa_maps: Path = Path("/proc/self/numa_maps")) -> 
     return {}
 
 
-def _nearness(node: int, pages: dict[int, int]) -> str:
+def _nearness_line(node: int, pages: dict[int, int]) -> str:
     if not pages:
         return f"gpu: the GPU is near memory node {node}; the system does not say where the arena is"
     near = pages.get(node, 0) / sum(pages.values())

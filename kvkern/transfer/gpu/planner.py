@@ -39,14 +39,14 @@ from enum import StrEnum
 
 from .link_table import GB, SHORT_NBYTES, Calibration, Costs, Direction, Rate
 
-__all__ = ["Choice", "Direction", "Estimate", "Method", "break_even_nbytes", "choose", "estimates"]
+__all__ = ["Choice", "Direction", "Estimate", "Method", "break_even_nbytes", "choose_method", "estimate_methods"]
 
 DEFAULT_ZERO_COPY_CTAS, MAX_ZERO_COPY_CTAS = 8, 12
 MIN_RELAYOUT_CTAS, MAX_RELAYOUT_CTAS = 16, 32  # full grids cost decode 47 % at p99: pegaflow issue 408
 MIN_PIECE_NBYTES, MAX_PIECE_NBYTES = 16 << 20, 32 << 20
 # A copy engine is first in, first out, and blind to priorities: the engine's own small copies wait for a piece.
-HOLD_S = 0.7e-3
-TIE = 1.25
+MAX_COPY_ENGINE_HOLD_S = 0.7e-3
+TIE_FACTOR = 1.25
 SMALL_NBYTES = 256 << 10
 CTA_PRICE = 1 / 4  # seconds of CPU that a second of a thread block is worth
 
@@ -85,7 +85,7 @@ class Estimate:
         return self.cpu_s + CTA_PRICE * self.cta_s
 
 
-def choose(
+def choose_method(
     table: Calibration,
     direction: Direction,
     run_nbytes: int,
@@ -97,17 +97,17 @@ def choose(
 
     Never a method that the table's abilities exclude. Deterministic; sizes of 0 are allowed.
     """
-    ways = list(estimates(table, direction, run_nbytes, count, nbytes, zero_copy_ctas))
+    ways = list(estimate_methods(table, direction, run_nbytes, count, nbytes, zero_copy_ctas))
     fastest = min(ways, key=lambda way: way.wall_s)
-    ties = [way for way in ways if way.wall_s <= TIE * fastest.wall_s]
+    ties = [way for way in ways if way.wall_s <= TIE_FACTOR * fastest.wall_s]
     if nbytes < SMALL_NBYTES:
         ties = [way for way in ties if way.method is fastest.method]
     best = min(ties, key=lambda way: (way.price_s, way.ctas))
-    fits = _seconds(MAX_PIECE_NBYTES, best.link_gb_s) <= HOLD_S
+    fits = _transfer_s(MAX_PIECE_NBYTES, best.link_gb_s) <= MAX_COPY_ENGINE_HOLD_S
     return Choice(best.method, best.ctas, MAX_PIECE_NBYTES if fits else MIN_PIECE_NBYTES)
 
 
-def estimates(
+def estimate_methods(
     table: Calibration,
     direction: Direction,
     run_nbytes: int,
@@ -120,15 +120,15 @@ def estimates(
     calls = max(1, math.ceil(nbytes / MAX_PIECE_NBYTES))
     relayout = [rate for rate in costs.relayout if MIN_RELAYOUT_CTAS <= rate.ctas <= MAX_RELAYOUT_CTAS]
     if not able.pinned:  # a copy from or to pageable memory holds its caller: nothing to overlap, nothing to stage for
-        yield _copies(costs, False, None, run_nbytes, count, nbytes)
+        yield _estimate_copies(costs, False, None, run_nbytes, count, nbytes)
         return
-    yield _copies(costs, able.batch_api, relayout[0] if relayout else None, run_nbytes, count, nbytes)
+    yield _estimate_copies(costs, able.batch_api, relayout[0] if relayout else None, run_nbytes, count, nbytes)
     for rate in relayout:
-        yield _staged(costs, rate, calls, nbytes)
+        yield _estimate_staged(costs, rate, calls, nbytes)
     if able.host_pointers:
         for rate in costs.zero_copy:
             if rate.ctas <= min(zero_copy_ctas, MAX_ZERO_COPY_CTAS):
-                wall_s = calls * costs.launch_s + _seconds(nbytes, rate.gb_s)
+                wall_s = calls * costs.launch_s + _transfer_s(nbytes, rate.gb_s)
                 cpu_s = calls * costs.launch_s
                 yield Estimate(Method.ZERO_COPY, rate.ctas, wall_s, cpu_s, rate.ctas * wall_s, rate.gb_s)
 
@@ -143,7 +143,9 @@ def break_even_nbytes(table: Calibration, direction: Direction) -> float:
     return (costs.descriptor_s if batch else costs.copy_s) * costs.copy_gb_s * GB
 
 
-def _copies(costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, count: int, nbytes: int) -> Estimate:
+def _estimate_copies(
+    costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, count: int, nbytes: int
+) -> Estimate:
     """`summing`: how fast the kernel beside it would gather; None: there is none."""
     runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes))  # of a piece; a run is never cut
     pieces = max(1, math.ceil(count / runs))
@@ -152,23 +154,23 @@ def _copies(costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, co
     ctas, cta_s = 0, 0.0
     if summing is not None:
         cpu_s += pieces * costs.launch_s
-        ctas, cta_s = summing.ctas, summing.ctas * _seconds(nbytes, 2 * summing.gb_s)
-    wall_s = _pipe(calls, cpu_s / calls, _seconds(nbytes, costs.copy_gb_s) / calls)
+        ctas, cta_s = summing.ctas, summing.ctas * _transfer_s(nbytes, 2 * summing.gb_s)
+    wall_s = _pipelined_s(calls, cpu_s / calls, _transfer_s(nbytes, costs.copy_gb_s) / calls)
     if batch and run_nbytes < SHORT_NBYTES:
-        wall_s = max(wall_s, _seconds(nbytes, costs.short_gb_s))
+        wall_s = max(wall_s, _transfer_s(nbytes, costs.short_gb_s))
     return Estimate(Method.BATCH_DMA, ctas, wall_s, cpu_s, cta_s, costs.copy_gb_s)
 
 
-def _staged(costs: Costs, rate: Rate, calls: int, nbytes: int) -> Estimate:
-    relayout_s, wire_s = _seconds(nbytes, rate.gb_s), _seconds(nbytes, costs.copy_gb_s)
+def _estimate_staged(costs: Costs, rate: Rate, calls: int, nbytes: int) -> Estimate:
+    relayout_s, wire_s = _transfer_s(nbytes, rate.gb_s), _transfer_s(nbytes, costs.copy_gb_s)
     cpu_s = calls * (costs.launch_s + costs.copy_s)
-    wall_s = _pipe(calls, costs.launch_s + relayout_s / calls, costs.copy_s + wire_s / calls)
+    wall_s = _pipelined_s(calls, costs.launch_s + relayout_s / calls, costs.copy_s + wire_s / calls)
     return Estimate(Method.STAGED, rate.ctas, wall_s, cpu_s, rate.ctas * relayout_s, costs.copy_gb_s)
 
 
-def _pipe(calls: int, first_s: float, second_s: float) -> float:
+def _pipelined_s(calls: int, first_s: float, second_s: float) -> float:
     return first_s + second_s + (calls - 1) * max(first_s, second_s)
 
 
-def _seconds(nbytes: int, gb_s: float) -> float:
+def _transfer_s(nbytes: int, gb_s: float) -> float:
     return nbytes / (gb_s * GB)

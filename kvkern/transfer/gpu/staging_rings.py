@@ -32,7 +32,7 @@ class RingDepths:
 
     staging_nbytes: int = MAX_STAGING_NBYTES  # of payload a piece
     staging: int = 2
-    rows: bool = True  # False: no room for payload, for a transfer that only ever chooses ZERO_COPY
+    payload: bool = True  # False: no room for payload, for a transfer that only ever chooses ZERO_COPY
     tables: int = 2
     window: int = 4  # pieces enqueued and not ended
 
@@ -59,7 +59,9 @@ class DeviceTable:
         if self.uploaded is not None:
             self.uploaded.synchronize()
         ids_bytes = np.ascontiguousarray(block_ids).reshape(-1).view(np.uint8)
-        device.fill(self.host[:nbytes], np.concatenate([row_ids.view(np.uint8), np.zeros(pad, np.uint8), ids_bytes]))
+        device.write_pinned(
+            self.host[:nbytes], np.concatenate([row_ids.view(np.uint8), np.zeros(pad, np.uint8), ids_bytes])
+        )
         stream.copy(Runs.of(self.device.data_ptr(), self.host.ctypes.data, nbytes), Direction.H2D)
         self.uploaded = stream.record(UPLOADED)
         ids = self.device[begin:nbytes].view(torch.int32).view(n, -1)
@@ -72,7 +74,7 @@ class Staging:
 
     memory: torch.Tensor | None  # [bytes of rows] uint8; None: nothing is staged
     sums_memory: torch.Tensor  # [bytes of sums] uint8
-    free: Event | None = None  # after it nobody uses the buffer
+    free_after: Event | None = None  # after it nobody uses the buffer
 
     def rows(self, n: int, part_nbytes: int) -> torch.Tensor:
         """[n, part_nbytes] uint8"""
@@ -91,20 +93,23 @@ class Rings:
     def __init__(self, device: Device, depths: RingDepths, chunks: int, blocks_per_chunk: int, planes: int) -> None:
         table_nbytes, sums_nbytes = chunks * (8 + 4 * blocks_per_chunk) + _ALIGN, chunks * planes * 8
         self._tables = deque(
-            DeviceTable(device.host(table_nbytes), device.memory(table_nbytes)) for _ in range(depths.tables)
+            DeviceTable(device.allocate_pinned(table_nbytes), device.allocate(table_nbytes))
+            for _ in range(depths.tables)
         )
         self._staging = deque(
-            Staging(device.memory(depths.staging_nbytes) if depths.rows else None, device.memory(sums_nbytes))
+            Staging(device.allocate(depths.staging_nbytes) if depths.payload else None, device.allocate(sums_nbytes))
             for _ in range(depths.staging)
         )
-        self.sums = deque(device.host(sums_nbytes) for _ in range(depths.window))  # those that no piece has taken
+        self.sums = deque(
+            device.allocate_pinned(sums_nbytes) for _ in range(depths.window)
+        )  # those that no piece has taken
 
-    def table(self) -> DeviceTable:
+    def next_table(self) -> DeviceTable:
         """The one not used for longest."""
         self._tables.rotate(-1)
         return self._tables[-1]
 
-    def staging(self) -> Staging:
+    def next_staging(self) -> Staging:
         """The one not used for longest."""
         self._staging.rotate(-1)
         return self._staging[-1]

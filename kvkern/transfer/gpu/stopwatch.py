@@ -21,9 +21,9 @@ from .device import Device, Stream
 from .dma import Runs
 from .link_table import Direction
 
-_PAGE = 32 << 10  # of L8B's K of a layer and 16 tokens: the usual run
-_PER_CHUNK = 16
-_PART = _PAGE * _PER_CHUNK
+_PAGE_NBYTES = 32 << 10  # of L8B's K of a layer and 16 tokens: the usual run
+_BLOCKS_PER_CHUNK = 16
+_PART_NBYTES = _PAGE_NBYTES * _BLOCKS_PER_CHUNK
 
 
 class TimedStream(Stream, Protocol):
@@ -44,61 +44,63 @@ class TimedDevice(Device, Protocol):
 
 
 class Stopwatch:
-    """See calibrate.Timed. Holds 128 MiB of device memory, as much as staging takes later, and 16 MiB pinned until dropped."""
+    """See calibrate.TimedOperations. Holds 128 MiB of device memory, as much as staging takes later, and 16 MiB pinned until dropped."""
 
     def __init__(self, device: TimedDevice, batch_api: bool, host_pointers: bool, warm_up: bool = True) -> None:
         self._device = device
         self._stream = device.stream("calibrate")
-        self._host = device.host(HOST_NBYTES)
-        self._rows = device.memory(DEVICE_NBYTES)
-        pages = device.memory(DEVICE_NBYTES).view(-1, _PAGE)
+        self._host = device.allocate_pinned(HOST_NBYTES)
+        self._rows = device.allocate(DEVICE_NBYTES)
+        pages = device.allocate(DEVICE_NBYTES).view(-1, _PAGE_NBYTES)
         self._paged = PagedTensors.bind(from_pages([pages], block_tokens=16), [pages])
-        chunks = DEVICE_NBYTES // _PART
+        chunks = DEVICE_NBYTES // _PART_NBYTES
         on = self._rows.device
-        self._ids = torch.arange(chunks * _PER_CHUNK, dtype=torch.int32, device=on).view(chunks, _PER_CHUNK)
+        self._ids = torch.arange(chunks * _BLOCKS_PER_CHUNK, dtype=torch.int32, device=on).view(
+            chunks, _BLOCKS_PER_CHUNK
+        )
         self._row_ids = torch.arange(chunks, device=on)
         self._sums = torch.empty((chunks, 1), dtype=torch.uint64, device=on)
-        self._stream.wait(device.computed())  # the ids are made on the current stream
+        self._stream.wait(device.record_computed())  # the ids are made on the current stream
         if warm_up:
             self._warm_up(batch_api, host_pointers)
 
     def copy(self, direction: Direction, nbytes: int) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         runs = self._runs(direction, 1, nbytes)
         return self._stream.seconds(lambda: self._stream.copy(runs, direction), behind_wait=False)
 
     def submit_copy(self, direction: Direction) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         runs = self._runs(direction, 1, 4096)
         return self._submitted(lambda: self._stream.copy(runs, direction))
 
     def submit_batch(self, direction: Direction, count: int) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         runs = self._runs(direction, count, 4096)
         return self._submitted(lambda: self._stream.copy(runs, direction))
 
     def short_runs(self, direction: Direction, count: int) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         runs = self._runs(direction, count, SHORT_RUN_NBYTES)
         return self._stream.seconds(lambda: self._stream.copy(runs, direction), behind_wait=False)
 
     def launch(self) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         ids, sums = self._ids[:1], self._sums[:1]
         return self._submitted(lambda: self._stream.checksum(self._paged, ids, sums, 1))
 
     def zero_copy(self, direction: Direction, ctas: int, nbytes: int) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         return self._kernel(direction, ctas, nbytes, torch.from_numpy(self._host))
 
     def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
-        """See Timed."""
+        """See TimedOperations."""
         return self._kernel(direction, ctas, nbytes, self._rows)
 
     def _kernel(self, direction: Direction, ctas: int, nbytes: int, rows: torch.Tensor) -> float:
-        n = max(1, nbytes // _PART)
+        n = max(1, nbytes // _PART_NBYTES)
         run = self._stream.gather if direction is Direction.D2H else self._stream.scatter
-        arguments = (self._paged, self._ids[:n], rows.view(-1, _PART), self._row_ids[:n], self._sums[:n], ctas)
+        arguments = (self._paged, self._ids[:n], rows.view(-1, _PART_NBYTES), self._row_ids[:n], self._sums[:n], ctas)
         return self._stream.seconds(lambda: run(*arguments), behind_wait=True)
 
     def _runs(self, direction: Direction, count: int, nbytes: int) -> Runs:
@@ -120,7 +122,7 @@ class Stopwatch:
             if batch_api:
                 self.submit_batch(direction, 2)
                 self.short_runs(direction, 2)
-            self.relayout(direction, 16, _PART)
+            self.relayout(direction, 16, _PART_NBYTES)
             if host_pointers:
-                self.zero_copy(direction, 4, _PART)
+                self.zero_copy(direction, 4, _PART_NBYTES)
         self.launch()

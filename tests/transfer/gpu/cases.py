@@ -174,7 +174,7 @@ TIGHT = RingDepths(staging_nbytes=PART, staging=1, tables=1, window=2)
 def _drive(device: FakeDevice, lane: Lane, manual: Manual, jobs: list[Job], late: bool) -> None:
     """Run a lane's turns. With `late` a second job comes whenever the engine likes: before, between or after them."""
     device.agent = lane.name
-    device.arrived = lambda: bool(lane._waiting)
+    device.arrived = lambda: bool(lane._queued)
     manual.run()
     if late:
         device.point(f"{lane.name}: idle", lambda: len(jobs) > 1)

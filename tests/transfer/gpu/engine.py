@@ -45,19 +45,19 @@ def make_device(kind: str, careless: bool = False) -> Device:
     from kvkern.transfer.gpu.cuda_device import CudaDevice
 
     class Poisoned(CudaDevice):
-        def memory(self, nbytes: int) -> torch.Tensor:
-            made = super().memory(nbytes).fill_(POISON)
+        def allocate(self, nbytes: int) -> torch.Tensor:
+            made = super().allocate(nbytes).fill_(POISON)
             torch.cuda.synchronize()
             return made
 
-        def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
-            made = super().host(nbytes)
+        def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+            made = super().allocate_pinned(nbytes)
             made[:] = POISON
             return made
 
-        def computed(self) -> Any:
+        def record_computed(self) -> Any:
             if not careless:
-                return super().computed()
+                return super().record_computed()
             event = torch.cuda.Event(blocking=True)
             event.record(torch.cuda.Stream())  # an idle one
             return event
@@ -79,7 +79,7 @@ class Engine:
         paged = PagedTensors.bind(flash_attention(self.tensors), self.tensors)
         device = make_device(kind, careless)
         choice = Choice(method, 4, 2 * PART)
-        self.transfer = GpuCopier([paged], self.arena, 0, PER_CHUNK, device, lambda *job: choice, depths)
+        self.copier = GpuCopier([paged], self.arena, 0, PER_CHUNK, device, lambda *job: choice, depths)
         self._stream = torch.cuda.Stream() if kind == "cuda" else None
         if self._stream is not None:
             torch.cuda.synchronize()
@@ -88,7 +88,7 @@ class Engine:
         self.here, self.there = ids[: 2 * CHUNKS * PER_CHUNK].reshape(2, CHUNKS, PER_CHUNK)
 
     def close(self) -> None:
-        self.transfer.close()
+        self.copier.close()
         if self._stream is not None:
             torch.cuda.synchronize()
             torch.cuda.set_stream(torch.cuda.default_stream())
@@ -163,7 +163,7 @@ def store_late(engine: Engine, name: object, seed: int) -> tuple[list[torch.Tens
     engine.spoil(index)
     reserved, batch = engine.reserve(name, engine.here)
     engine.late(lambda: engine.write(index, want))
-    job = engine.transfer.store([batch])
+    job = engine.copier.store([batch])
     until(job.released)
     engine.spoil(index)
     assert job.wait(60).error is None
@@ -181,7 +181,7 @@ def load_late(
     engine.settle()  # what is late is the reader alone
     seen, got = engine.noise(0), engine.noise(0)
     engine.late(lambda: engine.read(index, seen))
-    job = engine.transfer.load([engine.batch(name, engine.there, reserved.slots, reserved.generations)])
+    job = engine.copier.load([engine.batch(name, engine.there, reserved.slots, reserved.generations)])
     assert job.wait(60).error is None
     engine.read(index, got)
     return old, seen, got, job.ok

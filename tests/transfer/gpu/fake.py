@@ -271,25 +271,25 @@ class FakeDevice:
     def stream(self, name: str) -> FakeStream:
         return self.streams.setdefault(name, FakeStream(self, name))
 
-    def computed(self) -> FakeEvent:
+    def record_computed(self) -> FakeEvent:
         return self.compute.record(COMPUTED)
 
-    def memory(self, nbytes: int) -> torch.Tensor:
-        return torch.from_numpy(self.host(nbytes))
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.from_numpy(self.allocate_pinned(nbytes))
 
-    def host(self, nbytes: int) -> npt.NDArray[np.uint8]:
+    def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         raw = np.full(nbytes + 256, POISON, dtype=np.uint8)
         memory = raw[-raw.ctypes.data % 256 :][:nbytes]
         self.memories.append(memory)
         return memory
 
-    def fill(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+    def write_pinned(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
         self.point("fill", lambda: True)
         with self.lock:
             self.watch.host(self.agent, "fill", _array(out, True))
             out[:] = values
 
-    def fetch(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def read_pinned(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         self.point("fetch", lambda: True)
         with self.lock:
             self.watch.host(self.agent, "fetch", _array(values, False))
@@ -306,7 +306,7 @@ class FakeDevice:
         self.unattached("memory is unregistered")
         del self.registered[address]
 
-    def alias(self, address: int) -> int:
+    def device_address(self, address: int) -> int:
         return address + self.shifts(address)
 
     def numa_node(self) -> int | None:

@@ -39,12 +39,12 @@ class Rig:
     cache: Cache
     paged: list[PagedTensors]
     device: FakeDevice
-    transfer: GpuCopier
+    copier: GpuCopier
 
     def batch(self, ids: npt.ArrayLike, keys: Any, slots: Any, generations: Any = (), group: int = 0) -> ChunkBatch:
         return ChunkBatch(
             group=group,
-            block_ids=np.ascontiguousarray(ids, dtype=np.int32).reshape(-1, self.transfer.blocks_per_chunk),
+            block_ids=np.ascontiguousarray(ids, dtype=np.int32).reshape(-1, self.copier.blocks_per_chunk),
             slots=np.array(slots, dtype=np.int64),
             generations=np.array(generations, dtype=np.uint64),
             keys=np.frombuffer(b"".join(keys), dtype="V32"),
@@ -65,7 +65,7 @@ class Rig:
 
     def put(self, name: object, ids: npt.NDArray[np.int64]) -> None:
         reserved, batch = self.reserve(name, ids)
-        job = self.transfer.store([batch]).wait(60)
+        job = self.copier.store([batch]).wait(60)
         self.seen_done()
         assert job.error is None
         assert job.ok.all()
@@ -78,7 +78,7 @@ class Rig:
     def read(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[list[bool], int]:
         """(ok of each chunk, chunks dropped as BAD at the release)."""
         lease, batch = self.leased(name, ids)
-        job = self.transfer.load([batch]).wait(60)
+        job = self.copier.load([batch]).wait(60)
         assert job.error is None
         return job.ok.tolist(), self.cache.release(lease)
 

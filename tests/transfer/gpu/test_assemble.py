@@ -15,7 +15,7 @@ from kvkern.transfer.gpu import calibrate, cuda_device
 from kvkern.transfer.gpu.calibration_file import DeviceId
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.link_table import Calibration, HostLink, seeds
+from kvkern.transfer.gpu.link_table import Calibration, HostLink, seed_calibration
 from kvkern.transfer.gpu.numa import process_nodes
 from kvkern.transfer.host import HostCopier
 from tests.kernels.paged_cases import CASES
@@ -78,9 +78,9 @@ def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
 
     def table(make: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
         seen.append(identity)
-        return seeds(identity.link, able)
+        return seed_calibration(identity.link, able)
 
-    monkeypatch.setattr(calibrate, "calibrated", table)
+    monkeypatch.setattr(calibrate, "load_or_calibrate", table)
     build(tmp_path, groups).close()
     assert seen == [DeviceId("Test GPU 80GB", "unknown", HostLink(0, 0), cpu_nodes=process_nodes())]
 
@@ -104,7 +104,7 @@ def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
     def full(self: Any, nbytes: int) -> None:
         raise DeviceError("no 32 MiB of GPU memory for staging")
 
-    monkeypatch.setattr(Standin, "memory", full)
+    monkeypatch.setattr(Standin, "allocate", full)
     with pytest.raises(UnsupportedError, match="cannot copy to and from cuda:0: no 32 MiB"):
         build(tmp_path, groups)
 
@@ -117,7 +117,7 @@ def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
     def full(self: Any, nbytes: int) -> None:
         raise DeviceError("no 1 MiB of GPU memory")
 
-    monkeypatch.setattr(Standin, "memory", full)
+    monkeypatch.setattr(Standin, "allocate", full)
     config, none = Config(capacity_nbytes=1 << 20, hbm_nbytes=1 << 20), cast(Any, None)
     with pytest.raises(
         UnsupportedError, match=r"hbm: kvkern cannot keep 1 MiB of chunks on .*: no 1 MiB of GPU memory"
@@ -127,5 +127,5 @@ def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
 
 
 def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:
-    with pytest.raises(LayoutError, match="on cpu, cuda:0; one rank has one device"):
+    with pytest.raises(LayoutError, match="tensors are on 2 devices: cpu, cuda:0. Give each rank tensors of one device."):
         build(tmp_path, [*groups, CASES["FA bf16"]()])

@@ -14,12 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkern.transfer.gpu import calibration_file
-from kvkern.transfer.gpu.calibrate import BUDGET_S, DEVICE_NBYTES, calibrate, calibrated, text, unmeasured, untried
+from kvkern.transfer.gpu.calibrate import (
+    BUDGET_S,
+    DEVICE_NBYTES,
+    calibrate,
+    load_or_calibrate,
+    table_text,
+    unmeasured,
+    untried,
+)
 from kvkern.transfer.gpu.calibration_file import DeviceId
-from kvkern.transfer.gpu.link_table import GB, Abilities, Calibration, Costs, Direction, HostLink, Rate, seeds
+from kvkern.transfer.gpu.link_table import (
+    GB,
+    Abilities,
+    Calibration,
+    Costs,
+    Direction,
+    HostLink,
+    Rate,
+    seed_calibration,
+)
 
 DEVICE = DeviceId("Test GPU 80GB", "570.1", HostLink(5, 16))
-SEEDS = seeds(DEVICE.link)
+SEEDS = seed_calibration(DEVICE.link)
 
 
 def parameters(scale: float = 1.0) -> Costs:
@@ -179,7 +196,7 @@ def test_a_clock_that_sees_nothing_measures_nothing(stopped: float) -> None:
 ])  # fmt: skip
 def test_what_cannot_be_is_not_asked(able: Abilities, never: set[str]) -> None:
     device = Synthetic()
-    table = calibrate(device, seeds(DEVICE.link, able), clock=device.clock)
+    table = calibrate(device, seed_calibration(DEVICE.link, able), clock=device.clock)
     assert never.isdisjoint(what for what, _ in device.asked)
     assert unmeasured(table) == []
     assert table.abilities == able
@@ -189,7 +206,7 @@ def test_what_cannot_be_is_not_asked(able: Abilities, never: set[str]) -> None:
 
 
 def start(device: Synthetic, folder: Path, able: Abilities = SEEDS.abilities, who: DeviceId = DEVICE) -> Calibration:
-    return calibrated(lambda: device, who, able, folder, clock=device.clock)
+    return load_or_calibrate(lambda: device, who, able, folder, clock=device.clock)
 
 
 def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +221,7 @@ def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     def unwanted() -> Synthetic:
         raise AssertionError("what measures compiles kernels and takes memory")
 
-    assert calibrated(unwanted, DEVICE, SEEDS.abilities, tmp_path) == first
+    assert load_or_calibrate(unwanted, DEVICE, SEEDS.abilities, tmp_path) == first
 
 
 @pytest.mark.parametrize("other", [
@@ -235,7 +252,7 @@ def test_half_a_measurement_is_said_once_and_not_tried_again(tmp_path: Path, cap
     table = start(Synthetic(slow, slow), tmp_path)
     assert "not measured well within 20 ms, estimates stand: d2h " in caplog.text
     assert str(calibration_file.path_of(DEVICE, tmp_path)) in caplog.text  # what to delete
-    assert "~" in text(table)
+    assert "~" in table_text(table)
     assert unmeasured(table) != []
     assert untried(table) == []
     caplog.clear()
@@ -296,7 +313,7 @@ def test_ranks_measure_one_after_the_other(tmp_path: Path, caplog: pytest.LogCap
 
     def rank(number: int) -> Calibration:
         device, who = Synthetic(), DEVICE if number < 3 else replace(DEVICE, gpu_node=1)
-        return calibrated(lambda: make(device), who, SEEDS.abilities, tmp_path, clock=device.clock)
+        return load_or_calibrate(lambda: make(device), who, SEEDS.abilities, tmp_path, clock=device.clock)
 
     with ThreadPoolExecutor(6) as pool:
         tables = list(pool.map(rank, range(6)))
@@ -307,8 +324,8 @@ def test_ranks_measure_one_after_the_other(tmp_path: Path, caplog: pytest.LogCap
 
 def test_who_waits_in_vain_takes_estimates_for_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     device = Synthetic()
-    with calibration_file.locked(tmp_path, 0):
-        table = calibrated(lambda: device, DEVICE, SEEDS.abilities, tmp_path, clock=device.clock, wait_s=0.06)
+    with calibration_file.measuring_lock(tmp_path, 0):
+        table = load_or_calibrate(lambda: device, DEVICE, SEEDS.abilities, tmp_path, clock=device.clock, wait_s=0.06)
     assert table == SEEDS
     assert device.asked == []
     assert "estimates stand for now" in caplog.text
@@ -326,8 +343,8 @@ def test_a_damaged_file_is_one_warning(tmp_path: Path, caplog: pytest.LogCapture
 def test_the_table_marks_what_is_not_measured() -> None:
     device = Synthetic()
     table = calibrate(device, SEEDS, clock=device.clock)
-    assert "~" not in text(table)
-    lines = text(SEEDS).splitlines()
+    assert "~" not in table_text(table)
+    lines = table_text(SEEDS).splitlines()
     assert len({len(line) for line in lines[1:]}) == 1  # aligned
     assert lines[1].split() == ["copy", "engine,", "one", "large", "copy", "~53.0", "GB/s", "~53.0", "GB/s"]
-    assert "zero-copy" not in text(seeds(DEVICE.link, Abilities(host_pointers=False)))
+    assert "zero-copy" not in table_text(seed_calibration(DEVICE.link, Abilities(host_pointers=False)))

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from kvkern.transfer.gpu import calibration_file
 from kvkern.transfer.gpu.calibration_file import DeviceId
-from kvkern.transfer.gpu.link_table import Abilities, Costs, HostLink, Rate, seeds
+from kvkern.transfer.gpu.link_table import Abilities, Costs, HostLink, Rate, seed_calibration
 from kvkern.transfer.gpu.numa import process_nodes
 from kvkern.transfer.gpu.nvml import GpuInfo
 
 DEVICE = DeviceId("NVIDIA H100 80GB HBM3", "570.124.06", HostLink(5, 16))
-TABLE = seeds(DEVICE.link)
+TABLE = seed_calibration(DEVICE.link)
 
 numbers = st.floats(1e-8, 0.9)
 rates = st.lists(st.builds(Rate, st.integers(1, 500), st.floats(1e-3, 9e5)), max_size=4).map(tuple)
@@ -63,14 +63,17 @@ def test_the_nodes_of_a_process(tmp_path: Path) -> None:
     assert process_nodes({8, 5, 9}, tmp_path) == (0, 1, 10)
     (tmp_path / "node1" / "cpulist").write_text("nonsense")
     assert process_nodes({5}, tmp_path) == process_nodes({1}, tmp_path / "absent") == ()
-    here = DeviceId.here(GpuInfo("H100", "570", "0000:3b:00.0", 1, 5, 5, 5, 16, 16, 1, 0, False))
+    here = DeviceId.for_this_process(GpuInfo("H100", "570", "0000:3b:00.0", 1, 5, 5, 5, 16, 16, 1, 0, False))
     assert here == DeviceId("H100", "570", HostLink(5, 16), 1, process_nodes())
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    with calibration_file.locked(tmp_path, 0) as first, calibration_file.locked(tmp_path, 0.06) as second:
+    with (
+        calibration_file.measuring_lock(tmp_path, 0) as first,
+        calibration_file.measuring_lock(tmp_path, 0.06) as second,
+    ):
         assert (first, second) == (True, False)
-    with calibration_file.locked(tmp_path, 0) as third:
+    with calibration_file.measuring_lock(tmp_path, 0) as third:
         assert third
 
 
@@ -79,8 +82,8 @@ def test_the_lock_of_who_died_is_free(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from kvkern.transfer.gpu import saved
-with saved.locked(Path({str(tmp_path)!r}), 0):
+from kvkern.transfer.gpu import calibration_file
+with calibration_file.measuring_lock(Path({str(tmp_path)!r}), 0):
     print(1, flush=True)
     time.sleep(60)
 """
@@ -88,10 +91,10 @@ with saved.locked(Path({str(tmp_path)!r}), 0):
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
-        with calibration_file.locked(tmp_path, 0) as mine:
+        with calibration_file.measuring_lock(tmp_path, 0) as mine:
             assert not mine
         holder.kill()
-        with calibration_file.locked(tmp_path, 30) as mine:
+        with calibration_file.measuring_lock(tmp_path, 30) as mine:
             assert mine
     finally:
         holder.kill()
@@ -100,21 +103,21 @@ with saved.locked(Path({str(tmp_path)!r}), 0):
 
 def test_a_folder_without_locks_is_measured_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with calibration_file.locked(tmp_path / "file", 0) as mine:
+    with calibration_file.measuring_lock(tmp_path / "file", 0) as mine:
         assert mine
 
     def unsupported(*_: object) -> None:
         raise OSError("no locks here")
 
     monkeypatch.setattr(calibration_file.fcntl, "flock", unsupported)
-    with calibration_file.locked(tmp_path, 0) as mine:
+    with calibration_file.measuring_lock(tmp_path, 0) as mine:
         assert mine
 
 
 def test_abilities_are_this_start_s(tmp_path: Path) -> None:
     calibration_file.save(DEVICE, TABLE, tmp_path)
     able = Abilities(batch_api=False, host_pointers=False)
-    found = calibration_file.load(DEVICE, seeds(DEVICE.link, able), tmp_path)
+    found = calibration_file.load(DEVICE, seed_calibration(DEVICE.link, able), tmp_path)
     assert found is not None
     assert found.abilities == able
 

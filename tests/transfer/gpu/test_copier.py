@@ -44,7 +44,7 @@ def test_bit_for_bit_what_the_cpu_moves(tmp_path: Path, name: str, method: Metho
         paged = CASES[name]()
         with rig(tmp_path / who, [paged], choosing(method)) as bench:
             if who == "cpu":
-                bench.transfer = HostCopier([paged], bench.arena, 0, PER_CHUNK, threads=1)  # type: ignore[assignment]
+                bench.copier = HostCopier([paged], bench.arena, 0, PER_CHUNK, threads=1)  # type: ignore[assignment]
             bench.put("a", ids)
             seen[who].append(bench.arena.parts(0).copy())
             for field in ("checksum", "plane_nbytes", "written", "generation"):
@@ -54,7 +54,7 @@ def test_bit_for_bit_what_the_cpu_moves(tmp_path: Path, name: str, method: Metho
                 ours.copy_(fresh.flip(0))
             assert bench.read("a", ids[::-1].copy()) == ([True, True], 0)
             seen[who] += storage_bytes(paged.tensors)
-            bench.transfer.close()
+            bench.copier.close()
     for a, b in zip(seen["gpu"], seen["cpu"], strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -70,7 +70,7 @@ def test_jobs_larger_than_the_ring(tmp_path: Path, method: Method, seed: int) ->
         bench.put("a", ids)
         lease, read = bench.leased("a", ids)
         reserved, write = bench.reserve("b", np.full((20, 3), 63) - np.arange(3))
-        jobs = [bench.transfer.load([read]), bench.transfer.store([write])]
+        jobs = [bench.copier.load([read]), bench.copier.store([write])]
         for job in jobs:
             assert job.wait(60).error is None
             assert job.ok.all()
@@ -105,14 +105,14 @@ def test_two_jobs_of_one_direction_at_once(tmp_path: Path) -> None:
     first, second = np.arange(12).reshape(4, 3), np.arange(12, 24).reshape(4, 3)
     with rig(tmp_path, [paged], choosing(*Method), slots=16) as bench:
         reserved = [bench.reserve(name, ids) for name, ids in (("a", first), ("b", second))]
-        jobs = [bench.transfer.store([batch]) for _, batch in reserved]
+        jobs = [bench.copier.store([batch]) for _, batch in reserved]
         assert all(job.wait(60).ok.all() for job in jobs)
         assert [bench.cache.commit(r) for r, _ in reserved] == [4, 4]
         want = picked(paged, np.arange(24))
         for t in paged.tensors:
             t.zero_()
         leases = [bench.leased(name, ids) for name, ids in (("a", first), ("b", second))]
-        jobs = [bench.transfer.load([batch]) for _, batch in leases]
+        jobs = [bench.copier.load([batch]) for _, batch in leases]
         assert all(job.wait(60).ok.all() for job in jobs)
         for a, b in zip(want, picked(paged, np.arange(24)), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -129,10 +129,10 @@ def test_groups_and_batches_keep_their_order_in_ok(tmp_path: Path) -> None:
             )
             for g, rows in ((0, slice(0, 2)), (1, slice(2, 4)))
         ]  # fmt: skip
-        assert bench.transfer.store(halves).wait(60).ok.all()
+        assert bench.copier.store(halves).wait(60).ok.all()
         assert bench.cache.commit(reserved) == 4
         bench.arena.parts(0)[batch.slots[2], 1] ^= 4
-        job = bench.transfer.load(halves).wait(60)
+        job = bench.copier.load(halves).wait(60)
         assert job.ok.tolist() == [True, True, False, True]
         assert job.nbytes == sum(2 * group.layout.part_nbytes(3) for group in groups)
 
@@ -161,7 +161,7 @@ def test_a_foreign_slot_reaches_no_block(tmp_path: Path, method: Method, wrong: 
         else:
             bench.arena.headers[wrong][list(lease.slots)] += 1
         before = storage_bytes(bench.paged[0].tensors)
-        for t in (job := bench.transfer.load([batch]).wait(60)).ok:
+        for t in (job := bench.copier.load([batch]).wait(60)).ok:
             assert not t
         assert job.error is None
         for was, now in zip(before, storage_bytes(bench.paged[0].tensors), strict=True):
@@ -177,7 +177,7 @@ def test_a_lost_reservation_is_left_alone(tmp_path: Path, method: Method) -> Non
         bench.arena.headers["generation"][batch.slots[1]] += 1
         bench.arena.parts(0)[:] = 0x77
         header = bench.arena.headers[batch.slots[1] : batch.slots[1] + 1].copy()
-        job = bench.transfer.store([batch]).wait(60)
+        job = bench.copier.store([batch]).wait(60)
         assert (job.error, job.ok.tolist()) == (None, [True, False, True])
         assert (bench.arena.parts(0)[batch.slots[1]] == 0x77).all()
         for name in ("generation", "written", "checksum"):
@@ -211,7 +211,7 @@ def test_a_failure_costs_its_job_only(tmp_path: Path, method: Method, at: str) -
     with rig(tmp_path, [flash()], choosing(method), slots=12) as bench:
         reserved, batch = bench.reserve("a", ids)
         bench.device.fail_at = (at, 2)
-        job = bench.transfer.store([batch]).wait(60)
+        job = bench.copier.store([batch]).wait(60)
         assert isinstance(job.error, DeviceError)
         assert job.ok.tolist() == [True, True, False, False, True, True, True, True]
         assert job.done()
@@ -228,7 +228,7 @@ def test_a_failed_load_marks_its_slots(tmp_path: Path) -> None:
         bench.put("a", ids)
         lease, batch = bench.leased("a", ids)
         bench.device.fail_at = ("load.kernels: scatter", 2)
-        job = bench.transfer.load([batch]).wait(60)
+        job = bench.copier.load([batch]).wait(60)
         assert isinstance(job.error, DeviceError)
         assert job.ok.tolist() == [True, True, False, False]
         assert bench.cache.release(lease) == 2
@@ -238,7 +238,7 @@ def test_a_failed_load_marks_its_slots(tmp_path: Path) -> None:
 def test_a_block_out_of_range_reaches_no_kernel(tmp_path: Path, bad: int) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         _, batch = bench.reserve("a", np.array([[0, 1, bad]]))
-        job = bench.transfer.store([batch]).wait(60)
+        job = bench.copier.store([batch]).wait(60)
         assert isinstance(job.error, LayoutError)
         assert str(bad) in str(job.error)
         assert not job.ok.any()
@@ -247,7 +247,7 @@ def test_a_block_out_of_range_reaches_no_kernel(tmp_path: Path, bad: int) -> Non
 def test_chunks_of_another_size_reach_no_kernel(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         _, batch = bench.reserve("a", np.array([[0, 1, 2]]))
-        job = bench.transfer.store([replace(batch, block_ids=np.zeros((1, 4), dtype=np.int32))]).wait(60)
+        job = bench.copier.store([replace(batch, block_ids=np.zeros((1, 4), dtype=np.int32))]).wait(60)
         assert isinstance(job.error, LayoutError)
         assert "expected int32 [chunks, 3]" in str(job.error)
 
@@ -258,7 +258,7 @@ def test_a_slot_out_of_range_touches_no_other(tmp_path: Path, bad: int) -> None:
         bench.put("a", np.arange(24).reshape(8, 3))
         before = bench.arena.bytes.copy()
         batch = bench.batch([[0, 1, 2]], chain_keys("a", 1), [bad], [0])
-        for submit in (bench.transfer.load, bench.transfer.store):
+        for submit in (bench.copier.load, bench.copier.store):
             job = submit([batch]).wait(60)
             assert isinstance(job.error, LayoutError)
             assert not job.ok.any()
@@ -269,30 +269,30 @@ def test_close_ends_what_is_under_way(tmp_path: Path) -> None:
     ids = np.arange(24).reshape(8, 3)
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         _, batch = bench.reserve("a", ids)
-        job = bench.transfer.store([batch])
-        bench.transfer.close()
+        job = bench.copier.store([batch])
+        bench.copier.close()
         assert job.done()
         assert job.ok.all()
 
 
 def test_a_job_of_nothing(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
-        for submit in (bench.transfer.store, bench.transfer.load):
+        for submit in (bench.copier.store, bench.copier.load):
             for batches in ([], [bench.batch(np.zeros((0, 3)), (), ())]):
                 job = submit(batches).wait(60)
                 assert (job.done(), job.released(), job.nbytes, len(job.ok), job.error, job.seconds) == (
                     True, True, 0, 0, None, 0,
                 )  # fmt: skip
-        job = bench.transfer.reject(np.array([1, 2]))
+        job = bench.copier.reject(np.array([1, 2]))
         assert (job.done(), job.ok.tolist()) == (True, [False, False])
-        bench.transfer.self_test()
-        assert bench.transfer.num_blocks == 32
+        bench.copier.self_test()
+        assert bench.copier.num_blocks == 32
 
 
 def test_without_one_alias_kernels_keep_off_the_slots(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.ZERO_COPY)) as bench:
-        bench.transfer._mapped = None  # as after a registration in pieces that the device sees at different shifts
-        plan = bench.transfer._plan(*_asked(bench))
+        bench.copier._device_rows = None  # as after a registration in pieces that the device sees at different shifts
+        plan = bench.copier._plan(*_asked(bench))
         assert [choice.method for choice, _ in plan] == [Method.STAGED]
 
 
@@ -300,11 +300,11 @@ def test_dma_needs_whole_chunks_without_padding(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.BATCH_DMA)) as bench:
         direction, batch = _asked(bench)
         holes = replace(batch, block_ids=np.where(batch.block_ids == 4, -1, batch.block_ids).astype(np.int32))
-        plan = bench.transfer._plan(direction, holes)
+        plan = bench.copier._plan(direction, holes)
         assert [(c.method, rows.tolist()) for c, rows in plan] == [(Method.BATCH_DMA, [0]), (Method.STAGED, [1])]
     (tmp_path / "odd").mkdir()
     with rig(tmp_path / "odd", [CASES["pages, odd rows"]()], choosing(Method.BATCH_DMA)) as bench:
-        assert [choice.method for choice, _ in bench.transfer._plan(*_asked(bench))] == [Method.STAGED]
+        assert [choice.method for choice, _ in bench.copier._plan(*_asked(bench))] == [Method.STAGED]
 
 
 def _asked(bench: Rig) -> Any:
@@ -375,7 +375,7 @@ def test_a_long_life(tmp_path: Path, seed: int) -> None:
             want = picked(paged, batch.block_ids)
             if rng.random() < 0.2:
                 bench.device.fail_at = (str(rng.choice(["store.copies: copy d2h", "load.kernels: copy d2h"])), 1)
-            jobs = [bench.transfer.store([batch])]
+            jobs = [bench.copier.store([batch])]
             leases = []
             for other in rng.permutation(list(stored))[:2] if stored else []:
                 lease = bench.cache.acquire(chain_keys(int(other), len(stored[other][0][0]) // 3))
@@ -384,10 +384,10 @@ def test_a_long_life(tmp_path: Path, seed: int) -> None:
                 to[:, 1:] = -1
                 if len(lease.keys) and rng.random() < 0.2:
                     bench.arena.parts(0)[lease.slots[-1], 9] ^= 1
-                    jobs.append(bench.transfer.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
+                    jobs.append(bench.copier.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
                     assert not jobs[-1].ok[-1]
                 else:
-                    jobs.append(bench.transfer.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
+                    jobs.append(bench.copier.load([bench.batch(to, lease.keys, lease.slots)]).wait(60))
                     first = [plane[:, ::3][:, : len(lease.keys)] for plane in stored[other]]
                     if jobs[-1].error is None and jobs[-1].ok.all() and len(lease.keys):
                         for a, b in zip(first, picked(paged, to[:, 0]), strict=True):

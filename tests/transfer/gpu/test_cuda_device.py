@@ -83,7 +83,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_each_call_goes_where_it_says(log: list[Any]) -> None:
     device = cuda_device.CudaDevice(DEVICE)
     assert (device.numa_node(), device.host_pointers, device.batch_api, device.backend) == (3, True, True, "triton")
-    device.computed()
+    device.record_computed()
     stream = device.stream("any")
     event = stream.record("any")
     stream.wait(event)
@@ -124,7 +124,7 @@ def test_a_device_without_a_number_is_the_current_one(log: list[Any], monkeypatc
     """As the benches and the tests on a GPU name it: `torch.device("cuda")`."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     device = cuda_device.CudaDevice(torch.device("cuda"))
-    device.computed()
+    device.record_computed()
     assert log == [("device", 1), ("record", "engine")]
     assert device.numa_node() == 3
 
@@ -143,17 +143,17 @@ def test_copies_are_the_drivers(log: list[Any]) -> None:
     src, dst = np.arange(8, dtype=np.uint8), np.zeros(8, dtype=np.uint8)
     device.stream("any").copy(Runs.of(dst.ctypes.data, src.ctypes.data, 8), Direction.D2H)
     np.testing.assert_array_equal(dst, src)
-    device.fill(dst, src[::-1])
-    np.testing.assert_array_equal(device.fetch(dst), src[::-1])
+    device.write_pinned(dst, src[::-1])
+    np.testing.assert_array_equal(device.read_pinned(dst), src[::-1])
     device.register(4096, 8192)
     device.unregister(4096)
-    assert device.alias(4096) == 4112
+    assert device.device_address(4096) == 4112
 
 
 def test_new_memory_waits_for_its_former_owner(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     device, empty = cuda_device.CudaDevice(DEVICE), torch.empty
     monkeypatch.setattr(torch, "empty", lambda nbytes, dtype, device: empty(nbytes, dtype=dtype))
-    assert len(device.memory(100)) == 100
+    assert len(device.allocate(100)) == 100
     assert log[-1] == ("synchronize", "engine")
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -163,9 +163,9 @@ def test_new_memory_waits_for_its_former_owner(log: list[Any], monkeypatch: pyte
     with pytest.raises(
         DeviceError, match=r"no 100 B of GPU memory for staging: CUDA out of memory.*gpu_memory_utilization"
     ):
-        device.memory(100)
+        device.allocate(100)
     with pytest.raises(DeviceError, match="out of memory"):
-        device.host(100)
+        device.allocate_pinned(100)
 
 
 def test_what_torch_raises_is_named(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

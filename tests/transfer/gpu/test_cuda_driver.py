@@ -138,7 +138,7 @@ def test_batches_are_left_out_where_they_fail(attribute: int, value: int, truste
     lib = Libcuda()
     lib.attributes[attribute] = value
     driver = D.Driver(lib)
-    driver.choose_for(0)
+    driver.limit_to_device(0)
     assert driver.batch_api == trusted
     src, dst = np.arange(2, dtype=np.uint64), np.zeros(2, dtype=np.uint64)
     driver.copy(Runs.of(dst.ctypes.data + 8 * src, src.ctypes.data + 8 * src, 8), Direction.D2H, STREAM)
@@ -162,7 +162,7 @@ def test_registration_and_streams() -> None:
     driver.register(0x7000, 8192)
     driver.unregister(0x7000)
     assert lib.calls == ["register 0x7000 8192 3", "unregister 0x7000"]  # portable and mapped
-    assert driver.alias(0x7000) == 0x7010
+    assert driver.device_address(0x7000) == 0x7010
     assert driver.stream() == STREAM
     driver.destroy(STREAM)
     assert lib.calls[2:] == [f"destroy {STREAM:#x}"]
@@ -181,7 +181,7 @@ def test_every_refusal_is_named() -> None:
         lambda: driver.copy(Runs(two.dst, two.dst, two.nbytes), Direction.D2H, STREAM),
         lambda: driver.register(4096, 4096),
         lambda: driver.unregister(4096),
-        lambda: driver.alias(4096),
+        lambda: driver.device_address(4096),
         driver.stream,
         lambda: driver.destroy(STREAM),
         lambda: driver.attribute(91, 0),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvkern.kernels import layout as L
 from kvkern.kernels.paged_copy import gather_chunks, scatter_chunks
 from kvkern.kernels.paged_tensors import PagedTensors
-from kvkern.transfer.gpu.dma import Runs, count_runs, direct, merged
+from kvkern.transfer.gpu.dma import Runs, count_runs, is_unpadded, merged_runs
 from tests.kernels.paged_cases import CASES, NUM_BLOCKS
 from tests.support import storage_bytes
 
@@ -50,7 +50,7 @@ def test_stores_move_what_a_gather_moves(name: str, ids: npt.NDArray[np.int32]) 
     want, got = slots_of(paged, *ids.shape), slots_of(paged, *ids.shape)
     sums = np.zeros((len(ids), len(paged.layout.planes)), dtype=np.uint64)
     gather_chunks(paged, ids, want, np.arange(len(ids)), sums, "ref")
-    runs = merged(paged, ids, addresses(got)[:-1], to_slots=True)
+    runs = merged_runs(paged, ids, addresses(got)[:-1], to_slots=True)
     move(runs)
     np.testing.assert_array_equal(got, want)
     assert int(runs.nbytes.sum()) == paged.layout.block_nbytes * ids.size
@@ -63,7 +63,7 @@ def test_loads_move_what_a_scatter_moves(name: str, ids: npt.NDArray[np.int32]) 
     slots[:] = np.random.default_rng(0).integers(0, 256, slots.shape, dtype=np.uint8)
     sums = np.zeros((len(ids), len(want.layout.planes)), dtype=np.uint64)
     scatter_chunks(want, ids, slots, np.arange(len(ids)), sums, "ref")
-    move(merged(got, ids, addresses(slots)[:-1], to_slots=False))
+    move(merged_runs(got, ids, addresses(slots)[:-1], to_slots=False))
     for a, b in zip(storage_bytes(want.tensors), storage_bytes(got.tensors), strict=True):
         np.testing.assert_array_equal(a, b)  # guards included
 
@@ -71,7 +71,7 @@ def test_loads_move_what_a_scatter_moves(name: str, ids: npt.NDArray[np.int32]) 
 @given(name=st.sampled_from(sorted(CASES)), ids=tables(repeats=True), to_slots=st.booleans())
 def test_no_two_runs_could_be_one(name: str, ids: npt.NDArray[np.int32], to_slots: bool) -> None:
     paged = CASES[name]()
-    runs = merged(paged, ids, addresses(slots_of(paged, *ids.shape))[:-1], to_slots)
+    runs = merged_runs(paged, ids, addresses(slots_of(paged, *ids.shape))[:-1], to_slots)
     ends = {(int(d + n), int(s + n)) for d, s, n in zip(runs.dst, runs.src, runs.nbytes, strict=True)}
     assert not ends & {(int(d), int(s)) for d, s in zip(runs.dst, runs.src, strict=True)}
     assert len(runs.dst) <= count_runs(paged, ids)
@@ -89,11 +89,11 @@ def test_neighbours_are_one_run(ids: list[list[int]], runs: int) -> None:
     pages = [torch.zeros((8, 256), dtype=torch.uint8) for _ in range(2)]
     paged = PagedTensors.bind(L.from_pages(pages, 16), pages)
     table = np.array(ids, dtype=np.int32)
-    assert len(merged(paged, table, addresses(slots_of(paged, *table.shape))[:-1], True).dst) == runs
+    assert len(merged_runs(paged, table, addresses(slots_of(paged, *table.shape))[:-1], True).dst) == runs
     assert count_runs(paged, table) == runs
 
 
 def test_a_part_with_padding_is_not_for_dma_alone() -> None:
-    assert direct(CASES["pages"](), 2)
-    assert not direct(CASES["pages, odd rows"](), 2)
-    assert direct(CASES["pages, odd rows"](), 64)  # 64 odd rows are whole lines again
+    assert is_unpadded(CASES["pages"](), 2)
+    assert not is_unpadded(CASES["pages, odd rows"](), 2)
+    assert is_unpadded(CASES["pages, odd rows"](), 64)  # 64 odd rows are whole lines again

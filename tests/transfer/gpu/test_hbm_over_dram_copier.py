@@ -172,10 +172,10 @@ def test_hbm_takes_no_more_than_its_slots(tmp_path: Path) -> None:
 def test_a_piece_is_not_staged_where_there_is_no_room_for_it(tmp_path: Path) -> None:
     """An error of the job, should it ever be chosen."""
     paged = flash()
-    depths = RingDepths(staging_nbytes=1 << 16, rows=False)
+    depths = RingDepths(staging_nbytes=1 << 16, payload=False)
     with rig_of_lanes(tmp_path, [paged], choosing(Method.STAGED), depths) as bench:
         _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
-        job = bench.transfer.store([batch]).wait(60)
+        job = bench.copier.store([batch]).wait(60)
         assert isinstance(job.error, DeviceError)
         assert not job.ok.any()
 
@@ -223,7 +223,7 @@ def test_no_room_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def none(nbytes: int) -> torch.Tensor:
         raise DeviceError(f"no {nbytes} bytes")
 
-    monkeypatch.setattr(device, "memory", none)
+    monkeypatch.setattr(device, "allocate", none)
     with pytest.raises(DeviceError):
         device_slots(arena.spec.geometry, 4, device)
     arena.close()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvkern.arena.slots import PAGE
 from kvkern.errors import ArenaError
-from kvkern.transfer.gpu.pinned_arena import PinnedArena, numa_pages, regions
+from kvkern.transfer.gpu.pinned_arena import PinnedArena, pages_per_numa_node, split_into_regions
 from tests.support import make_arena
 from tests.transfer.gpu.fake import FakeDevice
 from tests.transfer.gpu.orders import Random
@@ -21,7 +21,7 @@ from tests.transfer.gpu.orders import Random
 @given(slots=st.integers(1, 200), pages=st.integers(1, 50), limit=st.integers(1, 300))
 def test_regions_are_whole_slots(slots: int, pages: int, limit: int) -> None:
     slot_nbytes = pages * PAGE
-    found = regions(slots, slot_nbytes, limit * PAGE)
+    found = split_into_regions(slots, slot_nbytes, limit * PAGE)
     assert found[0][0] == 0
     assert sum(nbytes for _, nbytes in found) == PAGE + slots * slot_nbytes
     for (begin, nbytes), (following, _) in pairwise(found):
@@ -82,9 +82,9 @@ NUMA_MAPS = """\
 def test_the_memory_nodes_of_the_arena_are_reported(tmp_path: Path) -> None:
     maps = tmp_path / "numa_maps"
     maps.write_text(NUMA_MAPS)
-    assert numa_pages(0x7F1000000000, maps) == {0: 25, 1: 75}
-    assert numa_pages(0x7F2000000000, maps) == {}
-    assert numa_pages(0x7F1000000000, tmp_path / "none") == {}
+    assert pages_per_numa_node(0x7F1000000000, maps) == {0: 25, 1: 75}
+    assert pages_per_numa_node(0x7F2000000000, maps) == {}
+    assert pages_per_numa_node(0x7F1000000000, tmp_path / "none") == {}
     arena, device, lines = make_arena(tmp_path, slots=5), FakeDevice(Random(0)), []
     device.node = 1
     PinnedArena(arena, device, lines.append)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkern.transfer.gpu.link_table import Abilities, Calibration, Costs, Direction, HostLink, Rate, seeds
+from kvkern.transfer.gpu.link_table import Abilities, Calibration, Costs, Direction, HostLink, Rate, seed_calibration
 from kvkern.transfer.gpu.planner import (
     MAX_PIECE_NBYTES,
     MIN_PIECE_NBYTES,
@@ -16,19 +16,19 @@ from kvkern.transfer.gpu.planner import (
     Estimate,
     Method,
     break_even_nbytes,
-    choose,
-    estimates,
+    choose_method,
+    estimate_methods,
 )
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-GEN5, GEN4 = seeds(HostLink(5)), seeds(HostLink(4))
-GH200 = seeds(HostLink(5, c2c=True))
+GEN5, GEN4 = seed_calibration(HostLink(5)), seed_calibration(HostLink(4))
+GH200 = seed_calibration(HostLink(5, c2c=True))
 both_ways = pytest.mark.parametrize("direction", list(Direction))
 pcie = pytest.mark.parametrize("table", [GEN4, GEN5], ids=["gen4", "gen5"])
 
 
 def method(table: Calibration, direction: Direction, run_nbytes: int, nbytes: int) -> Method:
-    return choose(table, direction, run_nbytes, -(-nbytes // run_nbytes), nbytes).method
+    return choose_method(table, direction, run_nbytes, -(-nbytes // run_nbytes), nbytes).method
 
 
 @both_ways
@@ -36,7 +36,7 @@ def test_break_even_of_a_descriptor(direction: Direction) -> None:
     """Where submission takes as long as the wire: 26.5 KB and 12.5 KB."""
     assert break_even_nbytes(GEN5, direction) == pytest.approx(26_500, rel=0.01)
     assert break_even_nbytes(GEN4, direction) == pytest.approx(12_500, rel=0.01)
-    assert break_even_nbytes(seeds(HostLink(5), Abilities(batch_api=False)), direction) == pytest.approx(
+    assert break_even_nbytes(seed_calibration(HostLink(5), Abilities(batch_api=False)), direction) == pytest.approx(
         6 * 26_500, rel=0.01
     )
 
@@ -71,7 +71,7 @@ def test_little_is_one_launch(table: Calibration, direction: Direction, run_nbyt
 @pytest.mark.parametrize("count", [64, 256, 32_768])
 def test_llama_blocks_are_staged(table: Calibration, direction: Direction, count: int) -> None:
     """Llama-3.1-8B, K and V apart: 32 KiB a block and layer."""
-    assert choose(table, direction, 32 * KIB, count, count * 32 * KIB).method is Method.STAGED
+    assert choose_method(table, direction, 32 * KIB, count, count * 32 * KIB).method is Method.STAGED
 
 
 @pytest.mark.parametrize("nbytes", [64 * KIB, 192 * KIB, 255 * KIB])
@@ -89,13 +89,13 @@ def test_short_runs_to_the_gpu_take_what_others_have_measured() -> None:
     """1 GiB of 18 KiB: 150-170 ms by the copy engine, 29 ms of which are submission; from it, submission and the wire."""
     count = GIB // (18 * KIB)
     for table in (GEN4, GEN5):
-        ways = {way.method: way for way in estimates(table, Direction.H2D, 18 * KIB, count, GIB)}
+        ways = {way.method: way for way in estimate_methods(table, Direction.H2D, 18 * KIB, count, GIB)}
         assert 0.150 < ways[Method.BATCH_DMA].wall_s < 0.170
         assert ways[Method.BATCH_DMA].cpu_s == pytest.approx(0.029, rel=0.02)
         assert ways[Method.STAGED].wall_s < 0.3 * ways[Method.BATCH_DMA].wall_s
-    out = {way.method: way for way in estimates(GEN5, Direction.D2H, 18 * KIB, count, GIB)}
+    out = {way.method: way for way in estimate_methods(GEN5, Direction.D2H, 18 * KIB, count, GIB)}
     assert out[Method.BATCH_DMA].wall_s == pytest.approx(0.029, rel=0.05)
-    longer = {way.method: way for way in estimates(GEN5, Direction.H2D, 28 * KIB, GIB // (28 * KIB), GIB)}
+    longer = {way.method: way for way in estimate_methods(GEN5, Direction.H2D, 28 * KIB, GIB // (28 * KIB), GIB)}
     assert GIB / longer[Method.BATCH_DMA].wall_s / 1e9 > 39.9  # as published for 50,000 of them
 
 
@@ -105,10 +105,14 @@ def test_a_fast_cpu_does_not_make_short_runs_fast(run_nbytes: int) -> None:
     fast = GEN5.with_costs(Direction.H2D, replace(GEN5.h2d, descriptor_s=50e-9, call_s=1e-6))
     assert break_even_nbytes(fast, Direction.H2D) < 4 * KIB
     assert method(fast, Direction.H2D, run_nbytes, 64 * MIB) is Method.STAGED
-    ways = {way.method: way for way in estimates(fast, Direction.H2D, run_nbytes, 64 * MIB // run_nbytes, 64 * MIB)}
+    ways = {
+        way.method: way for way in estimate_methods(fast, Direction.H2D, run_nbytes, 64 * MIB // run_nbytes, 64 * MIB)
+    }
     assert ways[Method.BATCH_DMA].wall_s == pytest.approx(64 * MIB / 6.5e9)
     free = fast.with_costs(Direction.H2D, replace(fast.h2d, short_gb_s=fast.h2d.copy_gb_s))
-    quick = {way.method: way for way in estimates(free, Direction.H2D, run_nbytes, 64 * MIB // run_nbytes, 64 * MIB)}
+    quick = {
+        way.method: way for way in estimate_methods(free, Direction.H2D, run_nbytes, 64 * MIB // run_nbytes, 64 * MIB)
+    }
     assert quick[Method.BATCH_DMA].wall_s <= 1.25 * quick[Method.STAGED].wall_s
 
 
@@ -116,7 +120,7 @@ def test_the_rate_of_short_runs_is_a_batch_s() -> None:
     """Not of long runs, nor of one call a run."""
     slow = GEN5.with_costs(Direction.H2D, replace(GEN5.h2d, short_gb_s=0.5))
     for table, run_nbytes in ((slow, 28 * KIB), (replace(slow, abilities=Abilities(batch_api=False)), 4 * KIB)):
-        way = next(iter(estimates(table, Direction.H2D, run_nbytes, 1000, 1000 * run_nbytes)))
+        way = next(iter(estimate_methods(table, Direction.H2D, run_nbytes, 1000, 1000 * run_nbytes)))
         assert way.wall_s < 1000 * run_nbytes / 0.5e9 / 2
 
 
@@ -133,21 +137,21 @@ def test_one_address_space_needs_no_staging(direction: Direction, run_nbytes: in
 def test_host_addresses_that_no_kernel_may_use(direction: Direction, nbytes: int) -> None:
     """WSL2: the device's alias of registered memory is another address."""
     for link in (HostLink(4), HostLink(5), HostLink(5, c2c=True)):
-        table = seeds(link, Abilities(host_pointers=False))
+        table = seed_calibration(link, Abilities(host_pointers=False))
         assert method(table, direction, 8 * KIB, nbytes) is not Method.ZERO_COPY
 
 
 @both_ways
 @pytest.mark.parametrize("nbytes", [8 * KIB, 128 * KIB, GIB])
 def test_pageable_memory_is_copied_plainly(direction: Direction, nbytes: int) -> None:
-    table = seeds(HostLink(5), Abilities(pinned=False))
+    table = seed_calibration(HostLink(5), Abilities(pinned=False))
     assert method(table, direction, 8 * KIB, nbytes) is Method.BATCH_DMA
-    (only,) = estimates(table, direction, 8 * KIB, nbytes // (8 * KIB), nbytes)
+    (only,) = estimate_methods(table, direction, 8 * KIB, nbytes // (8 * KIB), nbytes)
     assert only.cpu_s == pytest.approx(nbytes // (8 * KIB) * table.costs(direction).copy_s)  # a call a run
 
 
 def test_without_a_batch_api_long_runs_are_staged_sooner() -> None:
-    table = seeds(HostLink(5), Abilities(batch_api=False))
+    table = seed_calibration(HostLink(5), Abilities(batch_api=False))
     assert method(table, Direction.D2H, 128 * KIB, GIB) is Method.STAGED
     assert method(table, Direction.D2H, 2 * MIB, GIB) is Method.BATCH_DMA
 
@@ -158,14 +162,14 @@ def test_directions_are_their_own() -> None:
     table = GEN4.with_costs(Direction.H2D, slow)
     assert table.costs(Direction.D2H) == GEN4.d2h
     assert break_even_nbytes(table, Direction.H2D) == pytest.approx(5_500)
-    ways = {way.method: way for way in estimates(table, Direction.H2D, 64 * KIB, 16, MIB)}
+    ways = {way.method: way for way in estimate_methods(table, Direction.H2D, 64 * KIB, 16, MIB)}
     assert ways[Method.BATCH_DMA].wall_s == pytest.approx(4e-6 + 3e-6 + 16 * 0.5e-6 + MIB / 11e9)
     assert method(table, Direction.H2D, 128 * KIB, MIB) is Method.BATCH_DMA
 
 
 def test_formulas_by_hand() -> None:
     """64 MiB of 32 KiB runs on PCIe 5: two pieces."""
-    ways = {(way.method, way.ctas): way for way in estimates(GEN5, Direction.D2H, 32 * KIB, 2048, 64 * MIB)}
+    ways = {(way.method, way.ctas): way for way in estimate_methods(GEN5, Direction.D2H, 32 * KIB, 2048, 64 * MIB)}
     wire, gather = 32 * MIB / 53e9, 32 * MIB / 400e9
     submit = 4e-6 + 3e-6 + 1024 * 0.5e-6
     assert set(ways) == {
@@ -185,17 +189,17 @@ def test_formulas_by_hand() -> None:
 
 def test_pieces_hold_the_copy_engine_briefly() -> None:
     """32 MiB take 0.63 ms on PCIe 5; on slower links half of that is sent at once."""
-    assert choose(GEN5, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 32 * MIB
-    assert choose(GEN4, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 16 * MIB
+    assert choose_method(GEN5, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 32 * MIB
+    assert choose_method(GEN4, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 16 * MIB
 
 
 def test_more_thread_blocks_only_where_asked_for() -> None:
-    loads = {n: choose(GEN5, Direction.D2H, 4 * KIB, 32, 128 * KIB, zero_copy_ctas=n) for n in (8, 12, 1000)}
+    loads = {n: choose_method(GEN5, Direction.D2H, 4 * KIB, 32, 128 * KIB, zero_copy_ctas=n) for n in (8, 12, 1000)}
     assert [choice.max_ctas for choice in loads.values()] == [8, 8, 8]  # 12 gain 5 %: a tie
     table = GEN5.with_costs(
         Direction.D2H, replace(GEN5.d2h, zero_copy=(Rate(8, 10.0), Rate(12, 50.0), Rate(64, 500.0)))
     )
-    asked = {n: choose(table, Direction.D2H, 4 * KIB, 64, 256 * KIB, zero_copy_ctas=n) for n in (8, 12, 1000)}
+    asked = {n: choose_method(table, Direction.D2H, 4 * KIB, 64, 256 * KIB, zero_copy_ctas=n) for n in (8, 12, 1000)}
     assert [(c.method, c.max_ctas) for c in asked.values()] == [
         (Method.STAGED, 16), (Method.ZERO_COPY, 12), (Method.ZERO_COPY, 12),
     ]  # fmt: skip
@@ -203,8 +207,8 @@ def test_more_thread_blocks_only_where_asked_for() -> None:
 
 @both_ways
 def test_nothing_to_move(direction: Direction) -> None:
-    assert choose(GEN5, direction, 0, 0, 0).piece_nbytes in (MIN_PIECE_NBYTES, MAX_PIECE_NBYTES)
-    assert choose(GEN5, direction, 1, 1, 1).piece_nbytes in (MIN_PIECE_NBYTES, MAX_PIECE_NBYTES)
+    assert choose_method(GEN5, direction, 0, 0, 0).piece_nbytes in (MIN_PIECE_NBYTES, MAX_PIECE_NBYTES)
+    assert choose_method(GEN5, direction, 1, 1, 1).piece_nbytes in (MIN_PIECE_NBYTES, MAX_PIECE_NBYTES)
 
 
 # -- any table -------------------------------------------------------------------------------------------------------------
@@ -245,7 +249,7 @@ def test_no_table_leads_outside_the_limits(
     table: Calibration, direction: Direction, size: tuple[int, int], asked: int
 ) -> None:
     run_nbytes, count = size
-    choice = choose(table, direction, run_nbytes, count, run_nbytes * count, asked)
+    choice = choose_method(table, direction, run_nbytes, count, run_nbytes * count, asked)
     able = table.abilities
     assert choice.method is not Method.ZERO_COPY or (able.host_pointers and able.pinned)
     assert choice.method is Method.BATCH_DMA or able.pinned
@@ -263,7 +267,7 @@ def test_scaling_all_costs_changes_nothing(
     """Powers of two, which floating point scales exactly. The piece is the one limit in seconds."""
     run_nbytes, count = size
     other = replace(table, d2h=scaled(table.d2h, by), h2d=scaled(table.h2d, by))
-    a, b = (choose(t, direction, run_nbytes, count, run_nbytes * count) for t in (table, other))
+    a, b = (choose_method(t, direction, run_nbytes, count, run_nbytes * count) for t in (table, other))
     assert (a.method, a.max_ctas) == (b.method, b.max_ctas)
 
 
@@ -271,7 +275,7 @@ def test_scaling_all_costs_changes_nothing(
 def test_the_choice_is_among_the_fastest(table: Calibration, direction: Direction, size: tuple[int, int]) -> None:
     run_nbytes, count = size
     job = (table, direction, run_nbytes, count, run_nbytes * count)
-    ways, choice = list(estimates(*job)), choose(*job)
+    ways, choice = list(estimate_methods(*job)), choose_method(*job)
     (mine,) = (way for way in ways if (way.method, way.ctas) == (choice.method, choice.max_ctas))
     assert mine.wall_s <= 1.25 * min(way.wall_s for way in ways)
     alike = [way for way in ways if way.method is mine.method or run_nbytes * count >= 256 * KIB]
@@ -285,7 +289,7 @@ def test_more_to_move_never_costs_less(
     run_nbytes, count = size
 
     def ways(count: int) -> dict[tuple[Method, int], Estimate]:
-        found = estimates(table, direction, run_nbytes, count, run_nbytes * count)
+        found = estimate_methods(table, direction, run_nbytes, count, run_nbytes * count)
         return {(way.method, way.ctas): way for way in found}
 
     few, many = ways(count), ways(count + more)
@@ -300,9 +304,9 @@ def test_longer_runs_never_turn_away_from_the_copy_engine(direction: Direction, 
     """At the same total: what DMA moves best in short runs it moves best in long ones."""
     nbytes = count << bits
     for table in (GEN4, GEN5, GH200):
-        if choose(table, direction, 1 << bits, count, nbytes).method is Method.BATCH_DMA:
-            assert choose(table, direction, 2 << bits, -(-count // 2), nbytes).method is Method.BATCH_DMA
+        if choose_method(table, direction, 1 << bits, count, nbytes).method is Method.BATCH_DMA:
+            assert choose_method(table, direction, 2 << bits, -(-count // 2), nbytes).method is Method.BATCH_DMA
 
 
 def test_a_choice_is_a_value() -> None:
-    assert choose(GEN5, Direction.D2H, 2 * MIB, 512, GIB) == Choice(Method.BATCH_DMA, 16, 32 * MIB)
+    assert choose_method(GEN5, Direction.D2H, 2 * MIB, 512, GIB) == Choice(Method.BATCH_DMA, 16, 32 * MIB)

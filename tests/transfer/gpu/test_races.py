@@ -50,7 +50,7 @@ def test_stores_and_loads_at_once_with_one_buffer_each(engine: Engine) -> None:
     want = engine.noise(1)
     engine.write(engine.index(engine.here), want)
     first, batch = engine.reserve("even", engine.here[:half])
-    assert engine.transfer.store([batch]).wait(60).ok.all()
+    assert engine.copier.store([batch]).wait(60).ok.all()
     assert engine.cache.commit(first) == half
     second, other = engine.reserve("odd", engine.here[half:])
     got = engine.noise(0)
@@ -58,12 +58,12 @@ def test_stores_and_loads_at_once_with_one_buffer_each(engine: Engine) -> None:
         index = engine.index(engine.there)
         engine.spoil(index)
         back = engine.batch("even", engine.there[:half], first.slots, first.generations)
-        jobs = [engine.transfer.load([back]), engine.transfer.store([other])]
+        jobs = [engine.copier.load([back]), engine.copier.store([other])]
         until(jobs[1].released)
         for job in jobs:
             assert job.wait(60).error is None
             assert job.ok.all()
-        again = engine.transfer.load([engine.batch("odd", engine.there[half:], second.slots, second.generations)])
+        again = engine.copier.load([engine.batch("odd", engine.there[half:], second.slots, second.generations)])
         assert again.wait(60).ok.all()
         engine.read(index, got)
         assert engine.equal(got, want)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kvkern.transfer.gpu.calibrate import calibrate, unmeasured
-from kvkern.transfer.gpu.link_table import Abilities, Direction, HostLink, seeds
-from kvkern.transfer.gpu.planner import choose
+from kvkern.transfer.gpu.link_table import Abilities, Direction, HostLink, seed_calibration
+from kvkern.transfer.gpu.planner import choose_method
 from kvkern.transfer.gpu.stopwatch import Stopwatch
 from tests.transfer.gpu.fake import POISON, FakeDevice, FakeStream
 from tests.transfer.gpu.orders import Random
@@ -17,13 +17,13 @@ from tests.transfer.gpu.orders import Random
 def test_all_that_can_be_measured_is(able: Abilities) -> None:
     device = FakeDevice(Random(0))
     watch = Stopwatch(device, able.batch_api, able.host_pointers)
-    table = calibrate(watch, seeds(HostLink(), able), budget_s=30)
+    table = calibrate(watch, seed_calibration(HostLink(), able), budget_s=30)
     # a host's clock and two busy cores: what is asked is tested here, what is found on a GPU
     assert {"copy_gb_s", "copy_s", "launch_s"} - {name.split()[1] for name in unmeasured(table)}
     assert device.faults == []
     assert device.idle()
     for direction in Direction:
-        assert choose(table, direction, 1 << 15, 1000, 1000 << 15).piece_nbytes > 0
+        assert choose_method(table, direction, 1 << 15, 1000, 1000 << 15).piece_nbytes > 0
 
 
 def test_what_is_timed_moves_what_it_says() -> None:

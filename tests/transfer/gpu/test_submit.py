@@ -52,10 +52,10 @@ def test_blocks_are_free_before_the_bytes_have_crossed(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         bench.device.order = order = CopiesHang()
         _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
-        job = bench.transfer.store([batch])
+        job = bench.copier.store([batch])
         assert _comes_true(job.released)
         assert not job.done()
-        job.help()  # nothing to help with
+        job.run_unclaimed()  # nothing to help with
         order.go.set()
         assert job.wait(60).ok.all()
 
@@ -68,7 +68,7 @@ def test_a_job_that_comes_while_a_piece_flies_begins_at_once(tmp_path: Path) -> 
         for name in ("a", "b"):
             time.sleep(0.05)  # asleep between two questions
             _, batch = bench.reserve(name, np.arange(6).reshape(2, 3))
-            jobs.append(bench.transfer.store([batch]))
+            jobs.append(bench.copier.store([batch]))
             assert _comes_true(jobs[-1].released)
         assert not any(job.done() for job in jobs)
         order.go.set()
@@ -93,7 +93,7 @@ def test_a_thread_that_waits_asks_rarely(tmp_path: Path, monkeypatch: pytest.Mon
         ) as bench:
             bench.device.order = order = CopiesHang()
             _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
-            job = bench.transfer.store([batch])
+            job = bench.copier.store([batch])
             assert _comes_true(job.released)
             time.sleep(0.1)
             seen = len(asked)
@@ -111,8 +111,8 @@ def test_whoever_closes_what_is_given_back_is_by_a_lane(tmp_path: Path) -> None:
         attached: list[str] = []
         attach = bench.device.attach
         bench.device.attach = lambda: (attached.append(threading.current_thread().name), attach())[1]  # type: ignore[method-assign]
-        job = bench.transfer.store([batch])
-        thread = threading.Thread(target=bench.transfer.close, name="closes")
+        job = bench.copier.store([batch])
+        thread = threading.Thread(target=bench.copier.close, name="closes")
         thread.start()
         thread.join()
         assert job.ok.all()
@@ -129,7 +129,7 @@ def test_streams_that_the_driver_keeps_do_not_stop_a_close(
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         with monkeypatch.context() as patch:
             patch.setattr(FakeStream, "close", refuses)
-            bench.transfer.close()
+            bench.copier.close()
         assert "stream of the store lane stays" in caplog.text
         assert bench.device.registered == {}
 
@@ -147,7 +147,7 @@ def test_an_event_that_cannot_be_asked_fails_its_piece(tmp_path: Path, monkeypat
             jobs: list[Job] = []
             for name in ("a", "b"):
                 _, batch = bench.reserve(name, np.arange(6).reshape(2, 3))
-                jobs.append(bench.transfer.store([batch]).wait(10))
+                jobs.append(bench.copier.store([batch]).wait(10))
         for job in jobs:
             assert job.done()
             assert "illegal memory access" in str(job.error)
@@ -155,7 +155,7 @@ def test_an_event_that_cannot_be_asked_fails_its_piece(tmp_path: Path, monkeypat
 
 
 def _closed(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    bench.transfer.close()
+    bench.copier.close()
     return RuntimeError
 
 
@@ -163,13 +163,13 @@ def _broken(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
     def computed() -> None:
         raise DeviceError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(bench.device, "computed", computed)
+    monkeypatch.setattr(bench.device, "record_computed", computed)
     return DeviceError
 
 
 def _ending(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
     """Python begins to end in the middle of a submission: of 8 turns 3 are taken."""
-    for executor in (bench.transfer._stores, bench.transfer._loads):
+    for executor in (bench.copier._stores, bench.copier._loads):
         taken, submit = iter(range(3)), executor.submit
 
         def some(*args: Any, taken: Any = taken, submit: Any = submit) -> Any:
@@ -193,7 +193,7 @@ def test_a_submission_that_is_refused_is_an_error_of_its_job(
         reserved, write = bench.reserve("b", ids)
         with monkeypatch.context() as patch:
             kind = fault(bench, patch)
-            jobs = [bench.transfer.store([write]), bench.transfer.load([read])]
+            jobs = [bench.copier.store([write]), bench.copier.load([read])]
         for job in jobs:
             assert job.wait(10).done()
             assert isinstance(job.error, kind)
