@@ -1,8 +1,8 @@
-"""GRIT without one of its parts at a time. Knows the names of functions and constants in kvkern/policy/grit*.py.
+"""Replays traces with GRIT without one part at a time. Knows names of functions and constants in kvkern/policy/grit*.py.
 
-    a variant   replaces some of these before anything is compiled, in a process and with a numba cache of its own
-    hit ratios  by the driver of `kvkern replay`, with hints
-    mean gap    how much of the way from LRU to MIN, over all cells
+    a variant   replaces some of these before they are compiled, in its own process and with its own numba cache
+    hit ratios  from the driver of `kvkern replay`, with hints
+    mean gap    share of the way from LRU to MIN, over all cells
 
 The policy itself has no switches.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from kvkern.policy import grit, grit_model, grit_store, grit_trie
 from kvkern.replay.grid import MIN, Cell, Result, run_cell
 
-CAPACITIES = {  # trace -> where MIN is a point or more above LRU
+CAPACITIES = {  # trace -> capacities at which MIN is at least a point above LRU
     "agents-miniswe": ("3%", "5%"), "chat-mooncake": ("1%", "3%", "10%", "30%"),
     "agents-claudecode-3h": ("1%", "3%", "10%"), "agents-claudecode-24h": ("0.3%", "1%", "3%"),
 }  # fmt: skip
@@ -35,7 +35,7 @@ FULL = "GRIT"
 
 
 def replace_in_grit(name: str, value: object) -> None:
-    """Wherever GRIT has something of that name."""
+    """Replace the function or constant of that name in all modules of GRIT that have it."""
     places = [module for module in (grit, grit_model, grit_store, grit_trie) if hasattr(module, name)]
     assert places, name
     for module in places:
@@ -43,7 +43,7 @@ def replace_in_grit(name: str, value: object) -> None:
 
 
 def rank_by(value: Callable[[float, float, float], float]) -> None:
-    """The index is a function of (hazard, P(return), density), the last two to the end of time."""
+    """Make the index a function of (hazard, P(return), density). The last two look ahead to the end of time."""
     index_class, edges, num_bins, least_s = (
         grit_model.index_class, grit_model.EDGES, grit_model.NUM_BINS, grit_model.LEAST_S,
     )  # fmt: skip
@@ -65,19 +65,19 @@ def rank_by(value: Callable[[float, float, float], float]) -> None:
     replace_in_grit("index_class", variant)
 
 
-def map_features(hide: Callable[..., tuple[Any, ...]]) -> None:
-    """Features pass through `hide` before they make a class."""
-    main_class, seen = grit_model.main_class, numba.njit(hide)
+def map_features(mapping: Callable[..., tuple[Any, ...]]) -> None:
+    """Pass the features through `mapping` before they make a class."""
+    main_class, mapped = grit_model.main_class, numba.njit(mapping)
 
     @numba.njit
     def variant(turn: int, new: int, gap: float, rhythm: float, length: int, output: int, stop: int) -> int:
-        return main_class(*seen(turn, new, gap, rhythm, length, output, stop))  # type: ignore[no-any-return]
+        return main_class(*mapped(turn, new, gap, rhythm, length, output, stop))  # type: ignore[no-any-return]
 
     replace_in_grit("main_class", variant)
 
 
 def weigh_chunks_equally() -> None:
-    """Every chunk of a request counts as one observation."""
+    """Count every chunk of a request as one observation."""
     add_row = grit_store.add_row
 
     @numba.njit
@@ -107,7 +107,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
 
 
 def rows_of(paths: Sequence[Path], workers: int = 2) -> Iterator[dict[str, object]]:
-    """A row a variant and cell. Cells in which MIN is no better than LRU tell nothing and are left out."""
+    """Yield a row for each variant and cell. Cells in which MIN is no better than LRU say nothing and are left out."""
     bounds = {policy: [run_cell(cell) for cell in _cells(paths, policy)] for policy in ("lru", MIN)}
     with ThreadPoolExecutor(workers) as pool:
         for variant, results in zip(VARIANTS, pool.map(lambda name: _replay(name, paths), VARIANTS), strict=True):
@@ -118,7 +118,10 @@ def rows_of(paths: Sequence[Path], workers: int = 2) -> Iterator[dict[str, objec
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """As docs/policy.md has it: the full policy's hit ratios, then points above or below them, and the mean gap."""
+    """Yield the lines of the table in docs/policy.md.
+
+    The full policy's row has hit ratios. The other rows have points above or below them. The last column is the mean gap.
+    """
     full = {_cell_of(row): row["hit_ratio"] for row in rows if row["variant"] == FULL}
     yield "| | " + " | ".join(f"{trace} {fraction:.1%}" for trace, fraction in full) + " | mean gap |"
     yield "|---" * (len(full) + 2) + "|"
@@ -149,7 +152,7 @@ def _cells(paths: Sequence[Path], policy: str) -> Iterator[Cell]:
 
 
 def _replay(variant: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """In a process of its own."""
+    """Replay one variant in a process of its own."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, __file__, variant, *map(str, paths)],

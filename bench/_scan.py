@@ -1,12 +1,13 @@
-"""Makes a trace that scan resistance is tested on: a hot set of chats, and documents that are read once and never again.
+"""Makes a trace to test scan resistance: a hot set of chats, and documents that are read once and never again.
 
-    chats       so many are live at any time; one that ends makes room for a new one. Each begins with one system prompt that
-                all share, and grows by a question and a reply a turn; between its turns somebody thinks
-    documents   come in bursts, as batch jobs do, a second or so apart; each is new from its first chunk on. Together they
-                are 60 % of the distinct chunks
+    chats       a fixed number is live at any time; a new chat begins when one ends. All chats share one system prompt.
+                A chat grows by a question and a reply each turn, with think time between turns
+    documents   come in bursts, as from batch jobs, about a second apart. Each is new from its first chunk on. Together
+                they are 60 % of the distinct chunks
 
-Nothing marks a document: no session, no stop reason. Seeded, and made without a look at GRIT: the number of turns and
-the duration were chosen so that an endless cache hits about .70, and LRU .60 at 10 % of the distinct chunks.
+Nothing marks a document: no session, no stop reason. The trace is seeded. Its parameters were chosen without running GRIT:
+the number of turns and the duration give a hit ratio of about .70 for an endless cache, and .60 for LRU at 10 % of the
+distinct chunks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import count, groupby
 from pathlib import Path
 from statistics import fmean
 
-from kvkern.replay.grid import MIN, POLICIES, Cell, run
+from kvkern.replay.grid import MIN, POLICIES, Cell, run_grid
 
 SEEDS = range(1, 6)
 CAPACITIES = ("1%", "3%", "10%", "30%")
@@ -30,17 +31,17 @@ CAPACITIES = ("1%", "3%", "10%", "30%")
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Chunks are of 512 tokens, times in seconds."""
+    """Parameters of a trace. A chunk has 512 tokens; times are in seconds."""
 
     seed: int = 1
     duration_s: float = 3600.0
     live_chats: int = 160
     system_chunks: int = 2
     turns: float = 10.0  # mean of a geometric distribution
-    first_chunks: float = 2.0  # of a chat's first question: median of a log-normal one, sigma 1
-    turn_chunks: float = 1.5  # a later question with the reply before it: likewise, sigma .7
-    think_s: float = 60.0  # between turns: likewise, sigma 1.2
-    document_chunks: float = 16.0  # likewise, sigma .8
+    first_chunks: float = 2.0  # size of a chat's first question: median of a log-normal distribution, sigma 1
+    turn_chunks: float = 1.5  # size of a later question and the reply before it: median, log-normal, sigma .7
+    think_s: float = 60.0  # time between turns: median, log-normal, sigma 1.2
+    document_chunks: float = 16.0  # size of a document: median, log-normal, sigma .8
     burst_documents: float = 20.0  # mean of a geometric distribution
     document_share: float = 0.6  # of the distinct chunks
 
@@ -49,7 +50,7 @@ Request = tuple[float, list[int], int]  # time, chunks, tokens of the reply
 
 
 def requests(scan: Scan) -> list[Request]:
-    """In order of time."""
+    """Make the requests of a trace, in order of time."""
     rng = random.Random(scan.seed)
     fresh = count()
     system = [next(fresh) for _ in range(scan.system_chunks)]
@@ -67,7 +68,7 @@ def requests(scan: Scan) -> list[Request]:
 
 
 def write(path: Path, scan: Scan) -> Path:
-    """As a gzipped trace in the Mooncake format, for `kvkern replay`. Replaces the file; returns its path."""
+    """Write a gzipped trace in the Mooncake format, for `kvkern replay`. Replaces the file and returns its path."""
     with gzip.open(path, "wt", compresslevel=1) as file:
         for now, chunks, tokens in requests(scan):
             line = {"timestamp": round(now * 1000), "output_length": tokens, "hash_ids": chunks}
@@ -76,7 +77,7 @@ def write(path: Path, scan: Scan) -> Path:
 
 
 def _chats(scan: Scan, rng: random.Random, fresh: Iterator[int], system: list[int]) -> Iterator[Request]:
-    """One after the other. The first is under way when the trace begins."""
+    """Yield the requests of one chat after another. The first chat is under way when the trace begins."""
     now = -rng.uniform(0, scan.turns * scan.think_s)
     while now < scan.duration_s:
         chunks = system + [next(fresh) for _ in range(_size(rng, scan.first_chunks, 1.0))]
@@ -103,7 +104,7 @@ def _reply_tokens(rng: random.Random) -> int:
 
 
 def hit_ratios(quick: bool, workers: int = 2) -> list[dict[str, object]]:
-    """A row a seed, capacity and policy, as `kvkern replay` has them, less what is timed."""
+    """Return a row for each seed, capacity and policy, as `kvkern replay` writes them, without times."""
     scans = [replace(Scan(seed=seed), live_chats=12 if quick else 160) for seed in SEEDS[: 1 if quick else None]]
     with tempfile.TemporaryDirectory() as folder:
         paths = [write(Path(folder) / f"scan-{scan.seed}.jsonl.gz", scan) for scan in scans]
@@ -111,12 +112,12 @@ def hit_ratios(quick: bool, workers: int = 2) -> list[dict[str, object]]:
             Cell(path, policy, capacity, chunk_nbytes=1, hints=False)
             for path in paths for capacity in CAPACITIES for policy in (*POLICIES, MIN)
         ]  # fmt: skip
-        results = run(cells, workers, lambda done: None)
+        results = run_grid(cells, workers, lambda done: None)
     return [{k: v for k, v in result.row().items() if k not in ("us_per_ref", "num_backwards")} for result in results]
 
 
 def means(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """A row a capacity: each policy's mean over the seeds, and how much of the way from LRU to MIN GRIT comes."""
+    """Return a row for each capacity: each policy's mean over the seeds, and GRIT's share of the way from LRU to MIN."""
     table = []
     for capacity, mine in groupby(sorted(rows, key=_capacity), _capacity):
         ratios = defaultdict(list)

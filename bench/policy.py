@@ -1,10 +1,10 @@
-"""What an eviction policy costs: time a chunk reference and a request, memory a chunk, at a full cache.
+"""Measures an eviction policy at a full cache: time a chunk reference, time a request, and memory a chunk.
 
-    fill:    sessions that grow by a few chunks a turn, until the cache is full of them
-    measure: further requests; only access, insert and victims are timed, in runs; the median run counts
-    bytes:   of what the policy holds, over the chunks it knows; the 32-byte key itself is not counted
+    fill:    sessions that grow by a few chunks a turn, until they fill the cache
+    measure: further requests in runs; only access, insert and victims are timed; the median run counts
+    bytes:   memory of the policy, over the chunks it knows; the 32-byte key itself is not counted
 
-Targets, of GRIT: 1 us a chunk and 30 us a request at 100,000 resident chunks; 64 bytes a chunk, resident or remembered.
+Targets for GRIT: 1 us a chunk and 30 us a request at 100,000 resident chunks; 64 bytes a chunk, resident chunk or ghost.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ Request = tuple[list[bytes], Use]
 
 
 def requests(resident: int, seed: int) -> Iterator[Request]:
-    """Sessions of 20 to 60 chunks that come back with 2 or 3 more, a tenth of them for the last time; shared prompts."""
+    """Yield requests of sessions that share prompts. A session begins with 20 to 60 chunks.
+
+    It comes back with 2 or 3 more chunks each time. A tenth of the requests begin a new session, which replaces the oldest.
+    """
     rng = random.Random(seed)
     fresh = (blake3(b"%d" % number).digest() for number in range(1 << 62))
     prompts = [[next(fresh) for _ in range(4)] for _ in range(8)]
     sessions: list[list[bytes]] = []
-    wanted = resident // 25  # sessions whose chunks are somewhat more than fit
+    wanted = resident // 25  # sessions; their chunks are somewhat more than the cache holds
     number, now = 0, 0.0
     while True:
         number += 1
@@ -57,7 +60,7 @@ def requests(resident: int, seed: int) -> Iterator[Request]:
 
 
 def measure(name: str, resident_chunks: int, requests_per_run: int) -> dict[str, object]:
-    """One row."""
+    """Measure one policy and return its row."""
     source = requests(resident_chunks, seed=1)
     policy = make_policy(name, resident_chunks)
     resident: set[bytes] = set()
@@ -95,7 +98,7 @@ def measure(name: str, resident_chunks: int, requests_per_run: int) -> dict[str,
 
 
 def memory(name: str, resident_chunks: int) -> float:
-    """Bytes a chunk beside its key, in a policy of its own after a request for every five chunks that fit."""
+    """Return the bytes a chunk, without its key, of a new policy after `resident_chunks // 5` requests."""
     source = requests(resident_chunks, seed=2)
     seen = [next(source) for _ in range(resident_chunks // 5)]
     gc.collect()
@@ -124,12 +127,18 @@ def memory(name: str, resident_chunks: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument(
-        "--scan", action="store_true", help="instead: hit ratios where documents are read once (_scan.py)"
+        "--scan", action="store_true", help="print hit ratios with documents that are read once instead (_scan.py)"
     )
-    parser.add_argument("--ablation", type=Path, nargs="+", metavar="TRACE", help="instead: GRIT without its parts")
+    parser.add_argument(
+        "--ablation",
+        type=Path,
+        nargs="+",
+        metavar="TRACE",
+        help="print hit ratios of GRIT without one part at a time instead",
+    )
     args = parser.parse_args()
     if args.scan:
         rows = _scan.hit_ratios(args.quick)

@@ -40,13 +40,11 @@ def njit(function: F) -> F:
     return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
 
 
-UNIT_S = 0.25
+UNIT_S = 0.25  # unit of the bins' edges
 NUM_BINS = 38  # half octaves of age: [0, sqrt 2), [sqrt 2, 2), ... units; the last is open above 26 h
 EDGES = UNIT_S * np.concatenate([[0.0], 2.0 ** (np.arange(1, NUM_BINS + 1) / 2)])
 NUM_BANDS = 6
-BAND = np.searchsorted(
-    [20.0, 60.0, 120.0, 240.0, 600.0], EDGES[1:]
-)  # [NUM_BINS] age band of each bin, by the bin's end in seconds
+BAND = np.searchsorted([20.0, 60.0, 120.0, 240.0, 600.0], EDGES[1:])  # [NUM_BINS] age band of a bin, by its end in s
 
 SIZES = np.array([4, 4, 5, 4, 3, 6, 3])  # levels of turn, new, gap, rhythm, length, output, stop: see main_class
 NUM_MAIN = int(SIZES.prod())
@@ -233,11 +231,10 @@ class GritModel:
         self.epoch = 0
         self.num_ghosts = 0  # ghosts of all caches that share this model
         self.num_members = 0  # caches that share this model
-        self.member_numbers = count(1)  # numbers for new members; the next two have (member, number) as key
-        self.requests: BoundedDict[tuple[int, int], tuple[int, int]] = BoundedDict(OPEN_REQUESTS)  # row, serial
-        self.sessions: BoundedDict[tuple[int, int], tuple[int, float, float]] = BoundedDict(
-            OPEN_SESSIONS
-        )  # turn, time, rhythm
+        self.member_numbers = count(1)  # numbers for new members
+        # (member, request number) -> row, serial; (member, session number) -> turn, time in s, rhythm in s
+        self.requests: BoundedDict[tuple[int, int], tuple[int, int]] = BoundedDict(OPEN_REQUESTS)
+        self.sessions: BoundedDict[tuple[int, int], tuple[int, float, float]] = BoundedDict(OPEN_SESSIONS)
         self._now: float | None = None
         self.fit(0.0)
 

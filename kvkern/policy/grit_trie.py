@@ -33,7 +33,7 @@ from .grit_store import (
     release_row,
 )  # fmt: skip
 
-_TIE = 1e-13  # relative bonus of the index per request serial: breaks ties
+_TIE = 1e-13  # relative bonus of the index per request serial, to break ties
 
 # -- leaves -----------------------------------------------------------------------------------------------------------
 

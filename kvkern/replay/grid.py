@@ -1,4 +1,4 @@
-"""What a replay runs: every trace with every policy at every capacity, over worker processes. Results keep their order."""
+"""The grid of a replay: every trace with every policy at every capacity, run in worker processes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from . import oracle, two_tier
 from .policy_driver import replay
 from .trace import Trace, read_trace
 
-MIN = "min"  # the oracle beside the policies
+MIN = "min"  # the oracle, in lists of policies
 MAX_CHUNKS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number to find."""
+    """One cell of the grid: what to replay."""
 
     path: Path
     policy: str
-    capacity: str  # as it was given
+    capacity: str  # as the user wrote it; see `capacity_chunks`
     chunk_nbytes: int
     hints: bool
-    remote_capacity: str = ""  # with it, two tiers
-    persist: str = "all"  # a mode of policy/persist.py, or two_tier.ORACLE
-    threshold: float = 0.0  # of Persist.PREDICTED
+    remote_capacity: str = ""  # as `capacity`; not empty: replay two tiers
+    persist: str = "all"  # a mode of policy/persist_modes.py, or two_tier.ORACLE
+    threshold: float = 0.0  # probability above which Persist.PREDICTED writes
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a cell came to."""
+    """The result of one cell."""
 
     trace: str
     policy: str
@@ -49,20 +49,20 @@ class Result:
     requests: int
     chunk_refs: int
     unique_chunks: int
-    us_per_ref: float  # all of it, reading apart
-    num_backwards: int  # requests whose time was before that of the one above
+    us_per_ref: float  # time of the whole replay, without reading the trace
+    num_backwards: int  # requests with an earlier time than the request above them
     remote_capacity_chunks: int | None = None
     persist: str | None = None
     dram_hit_ratio: float | None = None
     written_chunks: int | None = None
 
     def row(self) -> dict[str, object]:
-        """As JSON has it: one tier has no columns of two."""
+        """Return the row for JSON output. A replay of one tier has no columns for two tiers."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def checked_policies(names: str) -> list[str]:
-    """The policies of a comma-separated list. Raises ConfigError."""
+    """Return the policies of a comma-separated list, each once. Raises ConfigError if a name is unknown."""
     found = dict.fromkeys(name.strip() for name in names.split(","))
     return [name if name == MIN else checked_policy(name) for name in found]
 
@@ -72,7 +72,7 @@ def capacity_chunks(
     num_unique: int,
     chunk_nbytes: int,
 ) -> int:
-    """Chunks that fit; at least one. Raises ConfigError."""
+    """Return how many chunks fit, at least one. Raises ConfigError if `text` is no capacity."""
     expected = 'expected a percentage of the unique chunks ("3%"), chunks ("5000") or bytes ("8GiB")'
     try:
         if text.endswith("%"):
@@ -90,12 +90,15 @@ def capacity_chunks(
     return max(chunks, 1)
 
 
-def run(
+def run_grid(
     cells: Sequence[Cell],
     workers: int,
-    progress: Callable[[int], object],  # called with the cells done since the last call
+    progress: Callable[[int], object],  # called with the number of cells done since the last call
 ) -> list[Result]:
-    """All results, in the order of the cells."""
+    """Run all cells and return their results in the order of the cells.
+
+    Raises ConfigError if a trace cannot be read or a worker process dies.
+    """
     if workers <= 1 or len(cells) == 1:
         results = []
         for cell in cells:
@@ -106,18 +109,18 @@ def run(
     try:
         futures: list[Future[Result]] = [pool.submit(run_cell, cell) for cell in cells]
         for future in as_completed(futures):
-            future.result()  # the first error ends it
+            future.result()  # the first error ends the run
             progress(1)
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
-        raise ConfigError("a worker process died, perhaps for want of memory; try --workers 1") from error
+        raise ConfigError("a worker process died, perhaps because memory ran out; try --workers 1") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def run_cell(cell: Cell) -> Result:
-    """Replay one."""
-    trace = _trace(cell.path)
+    """Replay one cell. Raises ConfigError if its trace cannot be read."""
+    trace = _read_trace_cached(cell.path)
     capacity = capacity_chunks(cell.capacity, trace.num_unique, cell.chunk_nbytes)
     begin = time.perf_counter()
     more: dict[str, Any] = {}
@@ -125,7 +128,7 @@ def run_cell(cell: Cell) -> Result:
         hits = oracle.min_hits(trace, capacity)
     elif cell.remote_capacity:
         remote = capacity_chunks(cell.remote_capacity, trace.num_unique, cell.chunk_nbytes)
-        mode = two_tier.checked_mode(cell.persist, cell.policy)
+        mode = two_tier.checked_persist_mode(cell.persist, cell.policy)
         tiers = two_tier.replay(trace, cell.policy, capacity, remote, mode, cell.threshold, cell.hints)
         hits = tiers.dram_hits + tiers.remote_hits
         more = {
@@ -143,9 +146,9 @@ def run_cell(cell: Cell) -> Result:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1)  # cells of one trace follow each other
-def _trace(path: Path) -> Trace:
+@lru_cache(maxsize=1)  # the cells of one trace are neighbours
+def _read_trace_cached(path: Path) -> Trace:
     return read_trace(path)
 
 
-__all__ = ["MIN", "POLICIES", "Cell", "Result", "capacity_chunks", "checked_policies", "run", "run_cell"]
+__all__ = ["MIN", "POLICIES", "Cell", "Result", "capacity_chunks", "checked_policies", "run_cell", "run_grid"]

@@ -1,9 +1,9 @@
 """The exact offline optimum of the prefix hit ratio: Belady's MIN by chunk, with bypass, the deepest first among ties.
 
-    at a request's end keep the chunks whose next use is nearest; a chunk never used again is not kept
+    at a request's end keep the chunks whose next use is nearest; do not keep a chunk that is never used again
 
-A parent's next use is never after its child's, so what MIN keeps is prefix-closed, and no policy that hits on prefixes
-can do better (the optimum for single chunks bounds it from above, and is reached).
+A parent's next use is never after its child's, so the set that MIN keeps is prefix-closed. No policy that hits on prefixes
+can do better: the optimum for single chunks bounds it from above, and MIN reaches that bound.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NEVER = 1 << 60
 
 
 def min_hits(trace: Trace, capacity: int) -> int:
-    """Chunks that hit under the optimum."""
+    """Return the number of chunks that hit under the optimum."""
     return int(_min_hits(trace.chunks.astype(np.int64), trace.ends, trace.num_unique, capacity))
 
 
 def infinite_hits(trace: Trace) -> int:
-    """Chunks that hit in a cache that keeps everything."""
+    """Return the number of chunks that hit in a cache that keeps everything."""
     return int(_min_hits(trace.chunks.astype(np.int64), trace.ends, trace.num_unique, trace.num_unique + 1))
 
 
@@ -41,9 +41,9 @@ def _min_hits(chunks: Any, ends: Any, num_unique: int, capacity: int) -> int:
         for i in range(begin, ends[request]):
             upcoming[chunks[i]] = request
         at = begin
-    kept = np.full(num_unique, _NEVER)  # the next use of what is resident
+    kept = np.full(num_unique, _NEVER)  # next use of each resident chunk; _NEVER: not resident
     depth = np.zeros(num_unique, dtype=np.int64)
-    heap = [(-at, -at, at)]  # the farthest next use first, then the deepest; entries that no longer hold stay
+    heap = [(-at, -at, at)]  # the farthest next use first, then the deepest; it may hold stale entries
     heap.clear()
     size = 0
     hits = 0

@@ -1,9 +1,9 @@
 """Drives a production policy with a trace, as a tier would.
 
-hit      = length of the resident prefix, counted before the request changes anything
+hits       length of the resident prefix, counted before the request changes anything
 access     the whole chain
-insert     what is not resident
-victims    what is over capacity, at the request's end; among them, perhaps, what was just inserted
+insert     the chunks that are not resident
+victims    as many chunks as are over capacity, at the request's end; they may include chunks just inserted
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .trace import Trace
 
 REPORT_EVERY = 500  # requests
 
-Progress = Callable[[int], object]  # called with the requests done since the last call
+Progress = Callable[[int], object]  # called with the number of requests done since the last call
 
 
-def requests(trace: Trace, hints: bool, progress: Progress) -> Iterator[tuple[list[bytes], Use]]:
-    """(chain, use) of each request. Without `hints`, sessions and stop reasons are not told."""
+def trace_requests(trace: Trace, hints: bool, progress: Progress) -> Iterator[tuple[list[bytes], Use]]:
+    """Yield (chain, use) of each request. Without `hints`, `use` has no session and no stop reason."""
     stops = list(Stop)
     begin = 0
     for number, (end, now_s, output_tokens, stop, session) in enumerate(
@@ -49,10 +49,10 @@ def replay(
     hints: bool = True,
     progress: Progress = lambda done: None,
 ) -> int:
-    """Chunks that hit. The policy is new, and has the same capacity."""
+    """Replay a trace through a new policy of the same capacity. Returns the number of chunks that hit."""
     resident: set[bytes] = set()
     hits = 0
-    for chain, use in requests(trace, hints, progress):
+    for chain, use in trace_requests(trace, hints, progress):
         held = list(map(resident.__contains__, chain))
         policy.access(chain, use)
         if all(held):

@@ -1,4 +1,7 @@
-"""The second tier of a two-tier replay: LRU as a store would have it, and one that knows the future. Keys only."""
+"""Models of the remote tier for a two-tier replay: one with LRU, as a store would have it, and one that knows the future.
+
+They hold keys only.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,23 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
-NEVER = 1 << 62  # the next use of what is not used again
-FOREVER_S = 1e6  # residency of a remote that has evicted nothing yet: where there is room, a write displaces nothing
-_SMOOTH = 0.05  # weight of a new eviction's age
+NEVER = 1 << 62  # next use of a chunk that is not used again
+FOREVER_S = 1e6  # residency of a remote that has evicted nothing yet: it has room, so a write displaces nothing
+_SMOOTH = 0.05  # weight of the newest eviction's age in `residency_s`
 
 
-class Remote(Protocol):
+class RemoteModel(Protocol):
     """What a two-tier replay asks of its second tier."""
 
-    written: int  # chunks
+    written: int  # chunks written so far
 
     def __contains__(self, key: object) -> bool: ...
 
     def use(self, keys: Iterable[bytes], now_s: float) -> None:
-        """Those it has count as used; call with tails first."""
+        """Count the chunks that it has as used. Call with tails first."""
 
     def write(self, keys: Iterable[bytes], now_s: float) -> None:
-        """Take in what is not there yet, and evict what no longer fits; call with tails first."""
+        """Write the chunks that it does not have yet, and evict chunks over capacity. Call with tails first."""
 
 
 class LRURemote:
@@ -32,20 +35,20 @@ class LRURemote:
     def __init__(self, capacity: int) -> None:
         self.written = 0
         self._capacity = capacity
-        self._used: OrderedDict[bytes, float] = OrderedDict()  # key -> time, the oldest first
-        self.residency_s = FOREVER_S  # how long it keeps what nobody uses: the age at eviction, smoothed
+        self._used: OrderedDict[bytes, float] = OrderedDict()  # key -> time of the last use, the oldest first
+        self.residency_s = FOREVER_S  # how long it keeps a chunk that is not used: the age at eviction, smoothed
 
     def __contains__(self, key: object) -> bool:
         return key in self._used
 
     def use(self, keys: Iterable[bytes], now_s: float) -> None:
-        """See Remote."""
+        """See RemoteModel."""
         for key in filter(self._used.__contains__, keys):
             self._used[key] = now_s
             self._used.move_to_end(key)
 
     def write(self, keys: Iterable[bytes], now_s: float) -> None:
-        """See Remote."""
+        """See RemoteModel."""
         for key in keys:
             if key not in self._used:
                 self.written += 1
@@ -57,24 +60,27 @@ class LRURemote:
 
 
 class OracleRemote:
-    """Keeps what is used soonest and refuses what would be the first to go: greedy at each write, hence no optimum."""
+    """Keeps the chunks that are used soonest and refuses a chunk that would be evicted first.
+
+    It is greedy at each write, so it is not an optimum.
+    """
 
     def __init__(
         self,
         capacity: int,
-        upcoming: dict[bytes, int],  # the caller's: when a chunk is used next, as of now
+        upcoming: dict[bytes, int],  # key -> position of its next use; the caller keeps it up to date
     ) -> None:
         self.written = 0
         self._capacity = capacity
         self._upcoming = upcoming
         self._held: dict[bytes, int] = {}
-        self._heap: list[tuple[int, bytes]] = []  # the farthest first; entries that no longer hold stay
+        self._heap: list[tuple[int, bytes]] = []  # the farthest next use first; it may hold stale entries
 
     def __contains__(self, key: object) -> bool:
         return key in self._held
 
     def use(self, keys: Iterable[bytes], now_s: float) -> None:
-        """See Remote. What is not used again leaves."""
+        """See RemoteModel. Drops chunks that are not used again."""
         for key in filter(self._held.__contains__, keys):
             if self._upcoming[key] == NEVER:
                 del self._held[key]
@@ -82,13 +88,14 @@ class OracleRemote:
                 self._hold(key)
 
     def write(self, keys: Iterable[bytes], now_s: float) -> None:
-        """See Remote. Takes only what is used before that which it pushes out."""
+        """See RemoteModel. Takes a chunk only if it is used before the chunk that it displaces."""
         for key in keys:
-            if key not in self._held and self._upcoming[key] != NEVER and self._room_for(self._upcoming[key]):
+            if key not in self._held and self._upcoming[key] != NEVER and self._make_room_for(self._upcoming[key]):
                 self._hold(key)
                 self.written += 1
 
-    def _room_for(self, following: int) -> bool:
+    def _make_room_for(self, following: int) -> bool:
+        """Make room for a chunk with that next use. Returns False if every cached chunk is used sooner."""
         if len(self._held) < self._capacity:
             return True
         while self._held.get(self._heap[0][1]) != -self._heap[0][0]:

@@ -1,4 +1,4 @@
-"""Turns results into a table, JSON and a plot. Replays nothing."""
+"""Turns results into tables and a plot. Replays nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.table import Table
 
 from .grid import MIN, Result
 
-STYLES = {  # policy -> colour, line, width; others get what matplotlib gives them
+STYLES = {  # policy -> colour, line, width; other policies get matplotlib's defaults
     MIN: ("#52606d", "--", 1.4), "lru": ("#9aa5b1", "-", 1.4), "grit": ("#e4572e", "-", 2.2),
     "arc": ("#4c78a8", "-", 1.2), "s3fifo": ("#54a24b", "-", 1.2), "lirs": ("#b279a2", "-", 1.2),
 }  # fmt: skip
 NAMES = {MIN: "MIN", "lru": "LRU", "grit": "GRIT", "arc": "ARC", "s3fifo": "S3-FIFO", "lirs": "LIRS"}
 
 
-def hit_ratios(results: Sequence[Result]) -> Group:
-    """A table for each trace: a row for a capacity, a column for a policy; the best policy's in bold."""
-    tables: list[RenderableType] = ["\nhit ratio: chunks of the longest cached prefix, of all chunks"]
+def hit_ratio_tables(results: Sequence[Result]) -> Group:
+    """Make a table for each trace: a row for each capacity, a column for each policy, the best policy in bold."""
+    tables: list[RenderableType] = ["\nhit ratio: chunks of the longest cached prefix as a share of all chunks"]
     for trace, mine in _by_trace(results):
         policies = list(dict.fromkeys(result.policy for result in mine))
         shown = _table(trace, "capacity\nchunks", "of\nunique", *(NAMES.get(policy, policy) for policy in policies))
@@ -34,9 +34,11 @@ def hit_ratios(results: Sequence[Result]) -> Group:
     return Group(*tables)
 
 
-def two_tiers(results: Sequence[Result], threshold: float) -> Group:
-    """A table for each trace: hits by tier, and what was written to the remote."""
-    tables: list[RenderableType] = [f"\npredicted writes what returns with a probability above {threshold:.3f}"]
+def two_tier_tables(results: Sequence[Result], threshold: float) -> Group:
+    """Make a table for each trace: hits by tier, and the chunks written to the remote."""
+    tables: list[RenderableType] = [
+        f"\npredicted: writes a chunk if it returns with a probability above {threshold:.3f}"
+    ]
     for trace, mine in _by_trace(results):
         shown = _table(
             trace,
@@ -64,15 +66,15 @@ def _by_trace(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
 
 
 def _table(title: str, *headings: str) -> Table:
-    """Narrow enough for 80 columns: no digit is cut off."""
+    """Make a table that fits into 80 columns, so that no digit is cut off."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     return shown
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Write a picture of hit ratio against capacity, a panel for each trace. Replaces the file."""
+def draw_plot(results: Sequence[Result], path: Path) -> None:
+    """Draw hit ratio against capacity, a panel for each trace, and write it to `path`. Replaces the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`kvkern replay`: cells, a progress bar, a table, JSON and a plot."""
+"""`kvkern replay`: runs the grid with a progress bar; prints tables and writes JSON and a plot."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from ..demo.report import write_json
 from ..errors import ConfigError
 from ..policy.persist_modes import Costs
 from . import report
-from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run
+from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run_grid
 from .trace import trace_name
-from .two_tier import checked_mode, modes_of
+from .two_tier import checked_persist_mode, persist_modes_of
 
 
 def replay(
     traces: Sequence[Path],
     policies: str,  # comma-separated
-    capacities: str,  # comma-separated; see cells.capacity_chunks
+    capacities: str,  # comma-separated; see grid.capacity_chunks
     chunk_nbytes: int,
     hints: bool,
     workers: int | None,  # None: one a core
-    remote_capacity: str,  # with it, two tiers
-    persist: str,  # comma-separated modes of policy/persist.py, or the oracle; empty: all that a policy can do
+    remote_capacity: str,  # not empty: replay two tiers
+    persist: str,  # comma-separated modes of policy/persist_modes.py, or `oracle`; empty: all that a policy can do
     costs: Costs,
     json_path: Path | None,
     plot_path: Path | None,
     console: Console,
 ) -> list[Result]:
-    """Replay, print and write. Raises ConfigError before anything is replayed."""
+    """Replay traces, print the tables, and write JSON and plot.
+
+    Raises ConfigError before anything is replayed if an argument is bad, and later if a trace or an output file fails.
+    """
     names = checked_policies(policies)
     if plot_path is not None:
         names += [name for name in ("lru", MIN) if name not in names]
     _check_paths(traces, json_path, plot_path)
     if remote_capacity and plot_path is not None:
-        raise ConfigError("a plot is of one tier; leave out --plot or --remote-capacity")
+        raise ConfigError("--plot draws one tier, but --remote-capacity asks for two; leave out one of them")
     sizes = list(dict.fromkeys(size.strip() for size in capacities.split(",")))
     for size in [*sizes, remote_capacity or "1"]:
         capacity_chunks(size, 1, chunk_nbytes)
-    modes = {name: _modes(name, persist) if remote_capacity and name != MIN else ["all"] for name in names}
+    modes = {name: _selected_modes(name, persist) if remote_capacity and name != MIN else ["all"] for name in names}
     cells = [
         Cell(path, name, size, chunk_nbytes, hints, remote_capacity, mode, costs.threshold)
         for path in traces for size in sizes for name in names for mode in modes[name]
@@ -54,40 +57,46 @@ def replay(
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("replaying", total=len(cells))
-        results = run(cells, workers, lambda done: bar.advance(task, done))
-    console.print(report.two_tiers(results, costs.threshold) if remote_capacity else report.hit_ratios(results))
+        results = run_grid(cells, workers, lambda done: bar.advance(task, done))
+    console.print(
+        report.two_tier_tables(results, costs.threshold) if remote_capacity else report.hit_ratio_tables(results)
+    )
     for trace, count in {result.trace: result.num_backwards for result in results if result.num_backwards}.items():
-        console.print(f"{trace}: {count:,} requests are older than the one above; they count as of its time")
+        console.print(
+            f"{trace}: {count:,} requests are older than the request above them; they are replayed at its time"
+        )
     try:
         if json_path is not None:
             write_json(json_path, [result.row() for result in results], hints=hints)
         if plot_path is not None:
-            report.draw(results, plot_path)
+            report.draw_plot(results, plot_path)
             console.print(f"plot: {plot_path}")
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}; give another path") from error
     return results
 
 
-def _modes(policy: str, persist: str) -> list[str]:
-    """Each once. Raises ConfigError for one that the policy cannot do."""
-    modes = list(dict.fromkeys(mode.strip() for mode in persist.split(","))) if persist else modes_of(policy)
+def _selected_modes(policy: str, persist: str) -> list[str]:
+    """Return the persist modes to replay, each once. Raises ConfigError if the policy cannot do one."""
+    modes = list(dict.fromkeys(mode.strip() for mode in persist.split(","))) if persist else persist_modes_of(policy)
     for mode in modes:
-        checked_mode(mode, policy)
+        checked_persist_mode(mode, policy)
     return modes
 
 
 def _check_paths(traces: Sequence[Path], json_path: Path | None, plot_path: Path | None) -> None:
-    """Find out now what would come out only after minutes."""
+    """Check the paths before the replay, which may take minutes. Raises ConfigError."""
     for path in traces:
         if not path.is_file():
-            raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files of the Mooncake format")
+            raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files in the Mooncake format")
     names = [trace_name(path) for path in traces]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two traces are named {name!r}, and results go by name; rename one, or replay it alone")
+            raise ConfigError(
+                f"two traces are named {name!r}, and results are listed by name; rename one or replay it alone"
+            )
     for out in (json_path, plot_path):
         if out is not None and out.is_dir():
             raise ConfigError(f"cannot write {out}: it is a folder; give a file")
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib: pip install 'kvkern[demo]'")
+        raise ConfigError("--plot needs matplotlib, which is not installed; pip install 'kvkern[demo]'")

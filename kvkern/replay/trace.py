@@ -2,8 +2,9 @@
 
     timestamp (ms), hash_ids (prefix-chained chunk ids), and where known output_length, session_id, stop
 
-Equal ids name equal chunks with equal prefixes; nothing checks that, and a trace that lies about it gets hit ratios
-that mean nothing, but no crash. Lines without ids are skipped. Times that run backwards stand still, and are counted.
+Equal ids must name equal chunks with equal prefixes. This is not checked: a trace that breaks the rule gets meaningless hit
+ratios, but no crash. Lines without ids are skipped. If a request's time is earlier than the one before, it is replayed at
+the latest time so far, and counted.
 """
 
 from __future__ import annotations
@@ -37,39 +38,39 @@ class _Line(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order of time, their chunks as indexes into `keys`."""
+    """Requests in order of time, with their chunks as indexes into `keys`."""
 
     name: str
     times_s: npt.NDArray[np.float64]  # [requests], from 0
-    ends: npt.NDArray[np.int64]  # [requests]: chunks [ends[i - 1], ends[i]) are request i's
+    ends: npt.NDArray[np.int64]  # [requests]; request i has chunks [ends[i - 1], ends[i])
     chunks: npt.NDArray[np.int32]  # [chunk refs]
     output_tokens: npt.NDArray[np.int32]  # [requests], -1: unknown
     stops: npt.NDArray[np.int8]  # [requests]
     sessions: npt.NDArray[np.int64]  # [requests], 0: unknown
     num_unique: int
-    num_backwards: int  # requests whose time was before that of the one above
+    num_backwards: int  # requests with an earlier time than the request above them
 
     def __len__(self) -> int:
         return len(self.times_s)
 
     @property
     def num_refs(self) -> int:
-        """Chunks of all requests."""
+        """Number of chunks of all requests together."""
         return len(self.chunks)
 
     @cached_property
     def keys(self) -> list[bytes]:
-        """A 32-byte key for every distinct chunk, made of its number."""
+        """A 32-byte key for every distinct chunk, derived from its index."""
         return [blake3(b"%d" % number).digest() for number in range(self.num_unique)]
 
 
 def trace_name(path: Path) -> str:
-    """What results call a trace."""
+    """Return the name that results use for a trace: the file name without its endings."""
     return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def read_trace(path: Path) -> Trace:
-    """Read it whole. Raises ConfigError that names file, line and fault."""
+    """Read a whole trace. Raises ConfigError with file, line and fault."""
     times, stops, outputs, sessions, lengths = [], [], [], [], []
     ids: list[npt.NDArray[np.int64]] = []
     numbers: dict[int | str, int] = {}
@@ -83,7 +84,7 @@ def read_trace(path: Path) -> Trace:
                     line = decoder.decode(text)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise ConfigError(
-                        f"{path}:{number}: {error}; expected one request of the Mooncake format"
+                        f"{path}:{number}: {error}; expected one request in the Mooncake format"
                     ) from error
                 if line.hash_ids:
                     times.append(line.timestamp / 1000)
@@ -94,9 +95,9 @@ def read_trace(path: Path) -> Trace:
                     lengths.append(len(line.hash_ids))
                     ids.append(np.array(line.hash_ids, dtype=np.int64))
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}; give a .jsonl or .jsonl.gz file") from error
     if not ids:
-        raise ConfigError(f"{path} has no request with hash_ids; nothing to replay")
+        raise ConfigError(f"{path} has no request with hash_ids, so there is nothing to replay; give another trace")
     unique, chunks = np.unique(np.concatenate(ids), return_inverse=True)
     raw = np.array(times)
     forward = np.maximum.accumulate(raw)

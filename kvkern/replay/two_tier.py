@@ -1,8 +1,9 @@
-"""Two tiers: DRAM by a policy, and a remote store that evicts the least recently used, tail first.
+"""Replays two tiers: DRAM with a policy, and a remote store that evicts the least recently used chunk, tail first.
 
-hit       the longest prefix that lies in DRAM or the remote; what only the remote has is promoted to DRAM
-written   chunks that go to the remote, by a `Persist` mode; what lies there is not written again
-oracle    what DRAM evicts is offered to a remote that knows when everything is used next: what writing less could come to
+hit       the longest prefix with each chunk in DRAM or in the remote; chunks that only the remote has are promoted to DRAM
+written   chunks written to the remote, by a `Persist` mode; a chunk that the remote has is not written again
+oracle    every chunk that DRAM evicts is offered to a remote that knows when each chunk is used next
+          it shows how good a remote with fewer writes could be
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from ..policy import make_policy
 from ..policy.base import Keys
 from ..policy.grit import Grit
 from ..policy.persist_modes import Persist, persist_mode
-from .policy_driver import Progress, requests
+from .policy_driver import Progress, trace_requests
 from .remote_models import NEVER, LRURemote, OracleRemote
 from .trace import Trace
 
-ORACLE = "oracle"  # beside the modes
+ORACLE = "oracle"  # the oracle, in lists of modes
 
 
 @dataclass(frozen=True, slots=True)
-class TwoTier:
-    """Chunks."""
+class TwoTierCounts:
+    """Numbers of chunks in a two-tier replay."""
 
     dram_hits: int
     remote_hits: int
     written: int
 
 
-def checked_mode(mode: str, policy_name: str) -> Persist | None:
-    """The mode, None for the oracle. Raises ConfigError for one that the policy cannot do, too."""
+def checked_persist_mode(mode: str, policy_name: str) -> Persist | None:
+    """Return the mode; None for the oracle. Raises ConfigError if it is unknown or the policy cannot do it."""
     if mode == ORACLE:
         return None
     return persist_mode(mode, policy_name)
 
 
-def modes_of(policy_name: str) -> list[str]:
-    """All that the policy can do."""
+def persist_modes_of(policy_name: str) -> list[str]:
+    """Return all modes that the policy can do, and the oracle."""
     return [*(mode for mode in Persist if mode is not Persist.PREDICTED or policy_name == "grit"), ORACLE]
 
 
@@ -50,22 +51,22 @@ def replay(
     capacity: int,  # chunks of DRAM
     remote_capacity: int,  # chunks
     persist: Persist | None,  # None: the oracle
-    threshold: float,  # of `Persist.PREDICTED`
+    threshold: float,  # probability above which `Persist.PREDICTED` writes
     hints: bool = True,
     progress: Progress = lambda done: None,
-) -> TwoTier:
-    """Hits by tier, and what was written."""
+) -> TwoTierCounts:
+    """Replay a trace through both tiers. Counts hits by tier and chunks written."""
     policy = make_policy(policy_name, capacity)
     upcoming: dict[bytes, int] = {}
     remote = LRURemote(remote_capacity) if persist is not None else OracleRemote(remote_capacity, upcoming)
     following = _next_uses(trace) if persist is None else None
     resident: set[bytes] = set()
-    hit_once: set[bytes] = set()  # since they came to DRAM
+    hit_once: set[bytes] = set()  # resident chunks that were hit since they came to DRAM
     dram_hits = remote_hits = position = 0
-    for chain, use in requests(trace, hints, progress):
-        near, hit = _longest(chain, resident, remote)
-        dram_hits += near
-        remote_hits += hit - near
+    for chain, use in trace_requests(trace, hints, progress):
+        in_dram, hit = _longest_prefix(chain, resident, remote)
+        dram_hits += in_dram
+        remote_hits += hit - in_dram
         if following is not None:
             upcoming.update(zip(chain, following[position : position + len(chain)].tolist(), strict=True))
             position += len(chain)
@@ -94,22 +95,22 @@ def replay(
             remote.write([key for key, chance in zip(new, chances, strict=True) if chance > threshold], use.now_s)
         elif persist is Persist.EVICTED or persist is None:
             remote.write(gone, use.now_s)
-    return TwoTier(dram_hits, remote_hits, remote.written)
+    return TwoTierCounts(dram_hits, remote_hits, remote.written)
 
 
-def _longest(chain: Keys, resident: set[bytes], remote: LRURemote | OracleRemote) -> tuple[int, int]:
-    """Of the longest prefix that one of the two has: chunks in DRAM, and all."""
-    near = 0
+def _longest_prefix(chain: Keys, resident: set[bytes], remote: LRURemote | OracleRemote) -> tuple[int, int]:
+    """Return (its chunks in DRAM, all its chunks) of the longest prefix with each chunk in DRAM or in the remote."""
+    in_dram = 0
     for i, key in enumerate(chain):
         if key in resident:
-            near += 1
+            in_dram += 1
         elif key not in remote:
-            return near, i
-    return near, len(chain)
+            return in_dram, i
+    return in_dram, len(chain)
 
 
 def _next_uses(trace: Trace) -> npt.NDArray[np.int64]:
-    """[chunk refs] position in `chunks` at which the same chunk is used next, or NEVER."""
+    """Return [chunk refs]: the position in `trace.chunks` at which the same chunk is used next, or NEVER."""
     order = np.argsort(trace.chunks, kind="stable")
     same = trace.chunks[order[1:]] == trace.chunks[order[:-1]]
     found = np.full(trace.num_refs, NEVER, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a tier relies on, held by every policy: nothing pinned goes, nothing is lost or grows, the same calls give the same."""
+"""The contract of every policy: it evicts no pinned chunk, loses no chunk, does not grow, and is deterministic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import EvictionPolicy, Use
 
-PREFIX_CLOSED = ("lru", "grit")  # what stays of an honest trace is a prefix, always
+PREFIX_CLOSED = ("lru", "grit")  # the chunks that stay of an honest trace always form a prefix
 every_policy = pytest.mark.parametrize("name", POLICIES)
 
 
@@ -21,7 +21,7 @@ def key(number: int) -> bytes:
 
 
 class Tier:
-    """The slow, obvious one: sets of keys. Every answer of the policy is checked against them."""
+    """A slow, obvious tier: sets of keys. It checks every answer of the policy against them."""
 
     def __init__(self, policy: EvictionPolicy, capacity: int) -> None:
         self.policy, self.capacity = policy, capacity
@@ -30,7 +30,7 @@ class Tier:
         self.answers: list[list[bytes]] = []
 
     def request(self, chain: list[bytes], use: Use) -> None:
-        """What hits may go for what is new, except what is pinned: that much is not written."""
+        """A new chunk may displace a hit chunk but no pinned chunk. New chunks without room are not written."""
         self.policy.access(chain, use)
         self.write([k for k in chain if k not in self.resident], use)
 
@@ -65,7 +65,7 @@ class Tier:
 
 
 Step = tuple[str, list[int], float, int]  # what is called, of which keys, how long after, for which request
-# a few keys in any order, twice or not: chains that contradict each other
+# a few keys in any order, some of them twice: chains that contradict each other
 steps = st.lists(
     st.tuples(
         st.sampled_from(["request", "request", "access", "write", "pin", "unpin", "remove", "evict"]),
@@ -78,7 +78,7 @@ steps = st.lists(
 
 
 def walk(name: str, capacity: int, taken: list[Step]) -> list[list[bytes]]:
-    """Calls as a tier makes them; then everything that was let go leaves, once."""
+    """Make calls as a tier makes them. At the end evict everything: each unpinned chunk leaves exactly once."""
     tier, now = Tier(make_policy(name, capacity), capacity), 0.0
     for call, numbers, later, request in taken:
         now += later
@@ -139,7 +139,7 @@ def test_no_room_and_nothing_to_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_request_uses_a_chunk_once_however_often_it_is_told_of(name: str) -> None:
-    """As a tier does: what is there is leased, what is not is reserved and then committed, and at the end comes how it went."""
+    """A tier names a chunk several times: at the lookup, at the store, and at the request's end with the outcome."""
 
     def replay(told: int) -> list[list[bytes]]:
         rng, tier = random.Random(5), Tier(make_policy(name, 12), 12)
@@ -177,7 +177,7 @@ def test_what_stays_is_a_prefix(name: str, seed: int) -> None:
 @every_policy
 @pytest.mark.parametrize("leaves_by", ["eviction", "removal", "eviction after a lease"])
 def test_memory_is_bounded(name: str, leaves_by: str) -> None:
-    """Chunks that never come back, beside a few that stay: after a warm-up nothing the policy holds grows."""
+    """With chunks that never come back beside a few that stay, no container of the policy grows after a warm-up."""
     tier, sizes = Tier(make_policy(name, 20), 20), []
     for number in range(4000):
         chain = [key(number)]
@@ -187,16 +187,16 @@ def test_memory_is_bounded(name: str, leaves_by: str) -> None:
         elif leaves_by == "eviction after a lease":
             tier.pin(chain)
             tier.unpin([key(number - 10)])
-        tier.policy.access([key(-number)], Use(number * 0.1))  # of which nothing was written
+        tier.policy.access([key(-number)], Use(number * 0.1))  # nothing of this request is written
         if number in (2000, 3999):
             sizes.append(_entries(tier.policy))
     assert len(tier.resident) >= 19
-    if name != "grit":  # its ghosts are bounded at 262,144: tests/policy/test_grit.py
+    if name != "grit":  # its ghosts are bounded at 262,144, see tests/policy/test_grit.py
         assert sizes[1] <= sizes[0] + 5
 
 
 def _entries(value: object, depth: int = 0) -> int:
-    """Entries of all containers below an object."""
+    """Count the entries of all containers that an object holds."""
     if depth > 3:
         return 0
     if isinstance(value, dict | set | list):

@@ -1,4 +1,4 @@
-"""GRIT: its tree keeps its books under any calls, its tables are the right statistics, its index is Gittins's."""
+"""GRIT: its tree stays consistent under any calls, its tables are the right statistics, its index is the Gittins index."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def key(number: int) -> bytes:
 
 
 def replay(policy: Grit, capacity: int, requests: list[tuple[float, list[int], Stop]]) -> int:
-    """Hit chunks; checks that what stays is a prefix of every chain."""
+    """Return the number of hit chunks. Checks that the chunks that stay form a prefix of every chain."""
     resident: set[bytes] = set()
     hits = 0
     for number, (now, chain, stop) in enumerate(requests, 1):
@@ -81,7 +81,7 @@ def lru_hits(capacity: int, requests: list[tuple[float, list[int], Stop]]) -> in
 
 
 def check_books(policy: Grit, resident: set[bytes], pinned: set[bytes]) -> None:
-    """Every count and list of the tree, from scratch."""
+    """Check every count and list of the tree against a computation from scratch."""
     nodes, rows, state = policy._nodes, policy._rows, policy._state
     used = [i for i in range(state[store.NODES]) if nodes[i]["row"] >= 0]
     keys = {i: policy._keys[i].tobytes() for i in used}
@@ -357,7 +357,7 @@ def test_arrays_shrink_and_keep_their_books_when_another_cache_takes_the_ghosts(
 
 
 def test_what_idle_caches_hold_counts_too() -> None:
-    """They fill, are emptied but for a chunk, and are never used again."""
+    """Each cache is filled, emptied except for one chunk, and never used again."""
     model, many = GritModel(), list[Grit]()
     for number in range(40):
         policy = Grit(1000, model, max_ghosts=1000)

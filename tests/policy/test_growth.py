@@ -1,6 +1,6 @@
-"""Nothing a policy holds grows: millions of calls as a hostile tier would make them, and what it holds counted in bytes.
+"""A policy's memory does not grow: a hostile tier makes many calls, and the test measures the policy in bytes.
 
-KVKERN_SOAK_OPERATIONS sets how many chunks are named to each policy, in calls or answers; `make soak` takes ten million.
+KVKERN_SOAK_OPERATIONS sets how many chunks the calls and answers of each policy name; `make soak` uses ten million.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvkern.policy.namespace_shares import NamespaceShares
 SOAK = os.environ.get("KVKERN_SOAK_OPERATIONS")
 OPERATIONS = int(SOAK or 400_000)
 CAPACITY = 200
-FEW_GHOSTS = 8_000  # so that a short run gets to where GRIT forgets; a soak has as many as production
+FEW_GHOSTS = 8_000  # so few that GRIT forgets ghosts in a short run; a soak has as many as production
 SLACK_NBYTES = 1 << 16
 RSS_SLACK_NBYTES = 24 << 20
 
@@ -37,7 +37,7 @@ def key(number: int) -> bytes:
 
 
 class Hostile:
-    """A tier's calls, in a mix that no engine makes. Keeps the protocol, and counts the chunks it names."""
+    """Makes a tier's calls in a mix that no engine makes. Keeps to the protocol and counts the chunks it names."""
 
     def __init__(self, policy: EvictionPolicy, namespaces: bool) -> None:
         self.policy = policy
@@ -53,7 +53,7 @@ class Hostile:
         self._chains: OrderedDict[int, list[bytes]] = OrderedDict()
 
     def step(self) -> None:
-        """Some hundred chunks' worth."""
+        """Make calls that name some hundred chunks."""
         rng = self._rng
         act = rng.choice((self._flood, self._sessions, self._sessions, self._unwritten, self._pins, self._removal))
         self._now += rng.choice((0.0, 0.01, 1.0, 60.0, -30.0))
@@ -63,12 +63,12 @@ class Hostile:
         act()
 
     def _flood(self) -> None:
-        """Requests of one new chunk, each of its own number, session and namespace."""
+        """Make requests of one new chunk, each with its own number, session and namespace."""
         for _ in range(30):
             self._request(self._new(1), session=self._number)
 
     def _sessions(self) -> None:
-        """Chains that grow, are told of twice and end; some come back from long ago."""
+        """Use chains that grow, are named twice and end. Some sessions come back after a long time."""
         rng = self._rng
         session = rng.choice((self._number, self._number - rng.randrange(40)))
         chain = self._chains.setdefault(session, [])
@@ -83,7 +83,7 @@ class Hostile:
         self.operations += len(chain)
 
     def _unwritten(self) -> None:
-        """Chunks that are asked for and never stored, of requests with and without a number."""
+        """Access chunks that are never stored, in requests with and without a number."""
         for _ in range(10):
             chain = self._new(5)
             self.policy.access(chain, self._use(self._rng.choice((0, self._number)), 0))
@@ -103,7 +103,7 @@ class Hostile:
             self.operations += len(keys)
 
     def _removal(self) -> None:
-        """Of chunks that are resident, pinned or not, and of some that never were."""
+        """Remove resident chunks, pinned or not, and some chunks that were never resident."""
         keys = self._some(30) + self._new(5)
         self.policy.remove(keys)
         self._resident.difference_update(keys)
@@ -127,7 +127,7 @@ class Hostile:
 
     def _use(self, number: int, session: int) -> Use:
         namespace = b""
-        if self._namespaces:  # one large tenant, eight that take turns, and one that is new each time
+        if self._namespaces:  # one large tenant, eight that take turns, and a new tenant each time
             namespace = b"%d" % self._rng.choice((0, self._number // 3000 % 8 + 1, -self._number - 1))
         return Use(self._now, number, namespace, self._rng.randrange(-1, 5000), Stop(self._rng.randrange(3)), session)
 
@@ -137,7 +137,10 @@ class Hostile:
 
 
 def held_nbytes(value: object, seen: set[int]) -> int:
-    """Of an object and all that only it leads to: containers, arrays, attributes; code and classes apart."""
+    """Return the bytes of an object and of all objects it holds that are not in `seen`: containers, arrays, attributes.
+
+    Code and classes do not count.
+    """
     if id(value) in seen or isinstance(value, type | Callable):  # type: ignore[arg-type]
         return 0
     seen.add(id(value))
@@ -170,7 +173,7 @@ def make(name: str) -> EvictionPolicy:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [*POLICIES, "shares of grit"])
 def test_nothing_grows(name: str) -> None:
-    """What it holds is measured ten times, in a soak the process too: the last five are as the first five."""
+    """Measure the policy ten times, in a soak the process too. The last five sizes are no larger than the first five."""
     policy = make(name)
     tier, begin = Hostile(policy, namespaces=name.startswith("shares")), time.perf_counter()
     sizes: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Golden orders of least recently used, tail first."""
+"""Golden eviction orders of LRU, tail first."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ def store(policy: EvictionPolicy, chain: list[bytes], missing: int | None = None
     policy.insert(chain[missing or 0 :], USE)
 
 
-def test_tail_first_and_oldest_sequence_first() -> None:
+def lru_with(*chains: list[bytes]) -> LRU:
+    """Make a policy and store whole chains, one after the other."""
     policy = LRU()
-    store(policy, A[:3])
-    store(policy, B[:2])
+    for chain in chains:
+        store(policy, chain)
+    return policy
+
+
+def test_tail_first_and_oldest_sequence_first() -> None:
+    policy = lru_with(A[:3], B[:2])
     assert drain(policy) == "a2 a1 a0 b1 b0"
 
 
 def test_access_moves_a_prefix_behind_its_tail() -> None:
-    policy = LRU()
-    store(policy, A[:3])
-    store(policy, B[:2])
+    policy = lru_with(A[:3], B[:2])
     policy.access(A[:2], USE)
     assert drain(policy) == "a2 b1 b0 a1 a0"
 
 
 def test_a_new_tail_goes_before_its_ancestors() -> None:
-    policy = LRU()
-    store(policy, A[:2])
-    store(policy, B[:1])
+    policy = lru_with(A[:2], B[:1])
     store(policy, A, missing=2)
     assert drain(policy) == "b0 a3 a2 a1 a0"
 
 
 def test_what_a_restart_finds_was_not_accessed() -> None:
-    policy = LRU()
-    store(policy, A[:2])
+    policy = lru_with(A[:2])
     policy.insert(B[:2], USE)
     assert drain(policy) == "a1 a0 b1 b0"
 
 
 def test_access_ignores_the_unknown_and_the_pinned() -> None:
-    policy = LRU()
-    store(policy, A[:3])
+    policy = lru_with(A[:3])
     policy.pin(A[1:2])
     policy.access([*A[:2], B[0]], USE)
     policy.access((), USE)
@@ -65,9 +65,7 @@ def test_access_ignores_the_unknown_and_the_pinned() -> None:
 
 
 def test_pinned_is_no_victim_and_finds_its_place_when_it_is_let_go() -> None:
-    policy = LRU()
-    store(policy, A[:3])
-    store(policy, B[:1])
+    policy = lru_with(A[:3], B[:1])
     policy.pin([A[0], A[2]])
     assert policy.victims(1) == A[1:2]
     policy.unpin([A[0], A[2]])
@@ -75,8 +73,7 @@ def test_pinned_is_no_victim_and_finds_its_place_when_it_is_let_go() -> None:
 
 
 def test_remove_takes_pinned_and_unknown() -> None:
-    policy = LRU()
-    store(policy, A[:2])
+    policy = lru_with(A[:2])
     policy.pin(A[:1])
     policy.remove([*A[:2], B[0]])
     assert drain(policy) == ""
@@ -99,7 +96,7 @@ def test_sizes_zero_and_one() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.integers(1, 4), st.sampled_from(["store", "pin", "unpin"]))))
 def test_ancestors_outlive_descendants(steps: list[tuple[list[bytes], int, str]]) -> None:
-    """Whatever prefixes of two sequences are stored and leased, what is let go leaves from its tail on."""
+    """Store and lease prefixes of two sequences in any order: unpinned chunks are evicted from the tail on."""
     policy, there, pinned = LRU(), set[bytes](), set[bytes]()
     for chain, length, step in steps:
         prefix = chain[:length]

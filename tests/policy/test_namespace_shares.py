@@ -1,4 +1,4 @@
-"""Shares: each namespace's own policy, the largest gives way first, and nothing is counted twice."""
+"""Shares: each namespace has its own policy, the largest share loses chunks first, and no chunk is counted twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ A, B = b"a", b"b"
 
 
 def keys(share: bytes, numbers: Iterable[int]) -> list[bytes]:
-    """`a7`: the namespace is the first letter."""
+    """Make keys like `a7`: the first letter is the namespace."""
     return [share + str(number).encode() for number in numbers]
 
 
@@ -28,8 +28,8 @@ def put(policy: EvictionPolicy, share: bytes, numbers: Iterable[int]) -> None:
     policy.insert(keys(share, numbers), of(share))
 
 
-class Seen(LRU):
-    """Notes what it was told."""
+class RecordingLRU(LRU):
+    """Records the arguments of `access`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_equal_shares_take_turns() -> None:
 
 
 class Tenant(bytes):
-    """A namespace that counts how often any of them is looked up or compared."""
+    """A namespace that counts how often any namespace is looked up."""
 
     looked_up = 0
 
@@ -132,26 +132,26 @@ def test_sizes_that_were_do_not_pile_up() -> None:
 
 
 def test_access_goes_to_the_share_that_is_named_known_or_remembered() -> None:
-    made: list[Seen] = []
+    made: list[RecordingLRU] = []
 
-    def make() -> Seen:
-        made.append(Seen())
+    def make() -> RecordingLRU:
+        made.append(RecordingLRU())
         return made[-1]
 
     policy = NamespaceShares(make)
-    policy.access([b"a0", b"a1"], of(A, request=5))  # before anything of it is there
+    policy.access([b"a0", b"a1"], of(A, request=5))  # before any of its chunks is resident
     policy.insert([b"a0"], of(A))
     policy.insert([b"b0"], of(B))
     policy.access([b"x", b"b0"], Use(request=6))  # by the first known chunk
     policy.access((), Use(request=5, output_tokens=9))  # how it ended
-    policy.access([b"x"], Use(request=7))  # nobody's
+    policy.access([b"x"], Use(request=7))  # no share is known
     policy.access((), Use())
     assert [[chain for chain, _ in seen.uses] for seen in made] == [[[b"a0", b"a1"], []], [[b"x", b"b0"]]]
     assert made[0].uses[-1][1].output_tokens == 9
 
 
 def test_an_empty_share_keeps_what_it_has_learnt_within_bounds() -> None:
-    policy = NamespaceShares(Seen)
+    policy = NamespaceShares(RecordingLRU)
     put(policy, A, [0])
     learnt = policy._policies[A]
     policy.remove([b"a0"])

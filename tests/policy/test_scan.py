@@ -1,4 +1,4 @@
-"""Scan resistance: chats beside documents that are read once. The full measurement is `bench/policy.py --scan`."""
+"""Scan resistance: chats and documents that are read once. `bench/policy.py --scan` makes the full measurement."""
 
 from __future__ import annotations
 

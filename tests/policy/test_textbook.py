@@ -1,4 +1,4 @@
-"""Textbook policies against slow, obvious versions of themselves and another library's; golden counts of seeded traces."""
+"""Textbook policies agree with slow, obvious versions and with another library. Golden counts of seeded traces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def key(number: int) -> bytes:
 
 
 def misses(name: str, capacity: int, numbers: list[int]) -> int:
-    """Of a stream of single chunks."""
+    """Return the number of misses in a stream of single chunks."""
     policy, resident, count = make_policy(name, capacity), set[bytes](), 0
     for step, number in enumerate(numbers):
         k = key(number)
@@ -183,7 +183,7 @@ def slow_lirs(capacity: int, numbers: list[int]) -> int:
 
 
 def stream(seed: int, length: int = 3000) -> list[int]:
-    """Hot chunks, a drifting working set and scans."""
+    """Make a stream of hot chunks, a drifting working set and scans."""
     rng = random.Random(seed)
     numbers = []
     for step in range(length):
@@ -210,7 +210,7 @@ def test_every_decision_is_the_textbooks(seed: int, capacity: int) -> None:
 @pytest.mark.parametrize("capacity", [20, 60, 200])
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_of_libcachesim(seed: int, capacity: int) -> None:
-    """S3-FIFO is only close: there a full small queue is searched to its end before main, and a warming cache fills main."""
+    """S3-FIFO is only close: libcachesim searches a full small queue to its end before main, and fills main while it warms."""
     lib = pytest.importorskip("libcachesim", reason="libcachesim is not installed: pip install --no-deps libcachesim")
     numbers = stream(seed, 5000)
 
@@ -229,7 +229,7 @@ def test_counts_of_libcachesim(seed: int, capacity: int) -> None:
 
 
 def test_lirs_keeps_what_recurs_under_a_scan() -> None:
-    """The paper's own example: a loop somewhat larger than the cache. LRU misses always, LIRS seldom."""
+    """The paper's own example: a loop somewhat larger than the cache. LRU always misses, LIRS seldom does."""
     numbers = [i % 25 for i in range(2500)]
     assert misses("lru", 20, numbers) == 2500
     assert misses("lirs", 20, numbers) < 1000
@@ -244,7 +244,10 @@ def test_golden_misses(name: str) -> None:
 
 
 def agents(seed: int, sessions: int = 40, at_once: int = 6) -> list[list[bytes]]:
-    """Agents that share a system prompt and send all they have said again, a few chunks longer each turn; a few at a time."""
+    """Make requests of agents that share a system prompt. A few run at a time.
+
+    At each turn an agent sends its whole history again, a few chunks longer.
+    """
     rng = random.Random(seed)
     prompt, waiting, running, requests, fresh = list(range(8)), list(range(sessions)), dict[int, list[int]](), [], 8
     while waiting or running:
@@ -283,7 +286,7 @@ GOLDEN_AGENTS = {
 
 @pytest.mark.parametrize("name", GOLDEN_AGENTS)
 def test_golden_hits_of_agents(name: str) -> None:
-    """Chains take one order, heads first or tails first; that, and who is condemned, decides the small sizes."""
+    """At small sizes the hits depend on the order of a chain, heads or tails first, and on the condemned chunks."""
     requests = agents(7)
     assert [prefix_hits(name, capacity, requests) for capacity in (70, 118, 236)] == GOLDEN_AGENTS[name]
 
@@ -300,7 +303,7 @@ TABLED = {
 @pytest.mark.skipif(not TRACES.is_dir(), reason="there is no folder ../shared/traces")
 @pytest.mark.parametrize("name", TABLED)
 def test_hit_ratios_of_real_agents(name: str) -> None:
-    """Simulated independently of these classes, by compiled code that knows no protocol."""
+    """The expected ratios come from an independent simulation in compiled code that does not use these classes."""
     trace = read_trace(TRACES / "agents-miniswe.jsonl.gz")
     ratios = [replay(trace, make_policy(name, capacity), capacity) / trace.num_refs for capacity in (70, 118, 236, 709)]
     assert ratios == pytest.approx(TABLED[name], abs=0.005)

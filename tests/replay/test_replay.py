@@ -1,4 +1,4 @@
-"""`kvkern replay`: what it reads, what it counts, the optimum it compares to, and what it says of bad input."""
+"""`kvkern replay`: reading traces, counting hits, the optimum to compare with, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvkern.policy import POLICIES, make_policy
 from kvkern.policy.base import Stop, Use
 from kvkern.replay.grid import capacity_chunks
 from kvkern.replay.oracle import infinite_hits, min_hits
-from kvkern.replay.policy_driver import replay, requests
+from kvkern.replay.policy_driver import replay, trace_requests
 from kvkern.replay.trace import Trace, read_trace
 
 Lines = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def write(path: Path, lines: Lines) -> Path:
 
 
 def sessions(seed: int, count: int = 200, alphabet: int = 40) -> Lines:
-    """Chains that grow and branch."""
+    """Make requests with chains that grow and branch."""
     rng = random.Random(seed)
     fresh = itertools.count(1000)
     chains: list[list[int]] = [[]]
@@ -66,12 +66,12 @@ def test_reads_what_the_format_has(tmp_path: Path) -> None:
     ]
     trace = read_trace(write(tmp_path / "some.jsonl.gz", lines))
     assert (trace.name, len(trace), trace.num_refs, trace.num_unique) == ("some", 2, 5, 3)
-    (first, told), (second, later) = requests(trace, True, lambda done: None)
+    (first, told), (second, later) = trace_requests(trace, True, lambda done: None)
     assert second[:2] == first
     assert len(set(second)) == 3
     assert told == Use(0.0, 1, b"", 7, Stop.TOOL_CALL, 1)
     assert later == Use(1.5, 2, b"", -1, Stop.UNKNOWN, 1)
-    untold = [use for _, use in requests(trace, False, lambda done: None)]
+    untold = [use for _, use in trace_requests(trace, False, lambda done: None)]
     assert untold == [Use(0.0, 1, b"", 7), Use(1.5, 2, b"", -1)]
 
 
@@ -108,7 +108,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def test_hits_are_those_of_a_naive_replay(tmp_path: Path, name: str) -> None:
     trace = load(tmp_path, sessions(3))
     policy, resident, hits = make_policy(name, 60), set[bytes](), 0
-    for chain, use in requests(trace, True, lambda done: None):
+    for chain, use in trace_requests(trace, True, lambda done: None):
         for key in chain:
             if key not in resident:
                 break
@@ -127,7 +127,7 @@ def test_hits_are_those_of_a_naive_replay(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_hostile_traces_cost_hits_and_nothing_else(tmp_path: Path, name: str) -> None:
-    """Ids that lie about prefixes, a chunk twice in a request, floods of single chunks, time that stands still."""
+    """Ids that break the prefix rule, a chunk twice in a request, floods of single chunks, time that stands still."""
     rng = random.Random(1)
     lines: Lines = [
         {"timestamp": 0, "hash_ids": [rng.randrange(50) for _ in range(rng.randint(1, 40))]} for _ in range(300)
@@ -139,7 +139,7 @@ def test_hostile_traces_cost_hits_and_nothing_else(tmp_path: Path, name: str) ->
 
 
 def tiny(seed: int) -> Lines:
-    """Nine requests for paths in a random tree of nine chunks."""
+    """Make nine requests for paths in a random tree of nine chunks."""
     rng = random.Random(seed)
     paths: list[list[int]] = [[]]
     for chunk in range(9):
@@ -149,9 +149,9 @@ def tiny(seed: int) -> Lines:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_oracle_is_the_best_of_all_choices(tmp_path: Path, seed: int) -> None:
-    """Brute force over every set, prefix-closed or not, that could be kept after each request."""
+    """Compares with brute force over every set, prefix-closed or not, that could be kept after each request."""
     trace = load(tmp_path, tiny(seed))
-    chains = [chain for chain, _ in requests(trace, True, lambda done: None)]
+    chains = [chain for chain, _ in trace_requests(trace, True, lambda done: None)]
     for capacity in (1, 2, 3, 5):
         states: dict[frozenset[bytes], int] = {frozenset(): 0}
         for chain in chains:
@@ -211,7 +211,7 @@ def test_command(tmp_path: Path) -> None:
         (["--remote-capacity", "0"], "capacity is '0'"),
         (["--remote-capacity", "9%", "--persist", "all,some"], "persist is 'some'; expected one of all"),
         (["--remote-capacity", "9%", "--persist", "predicted"], "policy 'lru' predicts nothing; use grit"),
-        (["--remote-capacity", "9%", "--plot", "x.png"], "a plot is of one tier"),
+        (["--remote-capacity", "9%", "--plot", "x.png"], "--plot draws one tier, but --remote-capacity asks for two"),
         (["--json", "/proc/none/x.json"], "cannot write /proc/none"),
         (["--json", "/"], "cannot write /: it is a folder"),
     ],

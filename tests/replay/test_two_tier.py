@@ -1,4 +1,4 @@
-"""Two tiers: hits and writes counted by hand, between one tier and the optimum, and what each remote keeps."""
+"""Two tiers: hits and writes counted by hand, hits between one tier and the optimum, and the chunks each remote keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvkern.replay import policy_driver
 from kvkern.replay.oracle import infinite_hits, min_hits
 from kvkern.replay.remote_models import FOREVER_S, NEVER, LRURemote, OracleRemote
 from kvkern.replay.trace import Trace, read_trace
-from kvkern.replay.two_tier import TwoTier, checked_mode, modes_of, replay
+from kvkern.replay.two_tier import TwoTierCounts, checked_persist_mode, persist_modes_of, replay
 
 MODES = [*Persist, None]
 
@@ -31,7 +31,7 @@ def load(tmp_path: Path, requests: list[tuple[float, list[int]]]) -> Trace:
 
 
 def chats(seed: int, count: int = 400) -> list[tuple[float, list[int]]]:
-    """Twenty chats at a time, each ten turns long, over a shared start."""
+    """Make requests of twenty chats at a time, each ten turns long, with a shared first part."""
     rng = random.Random(seed)
     chains = [[0, 1] for _ in range(20)]
     found, fresh = [], 2
@@ -51,13 +51,13 @@ BY_HAND = [(0.0, [1, 2]), (1.0, [3, 4]), (2.0, [1, 2]), (3.0, [1, 2])]
 @pytest.mark.parametrize(
     ("persist", "expected"),
     [
-        (Persist.ALL, TwoTier(dram_hits=2, remote_hits=2, written=4)),
-        (Persist.HOT, TwoTier(dram_hits=2, remote_hits=0, written=2)),  # at the last request
-        (Persist.EVICTED, TwoTier(dram_hits=2, remote_hits=2, written=4)),
-        (None, TwoTier(dram_hits=2, remote_hits=2, written=2)),  # 3 and 4 are never used again
+        (Persist.ALL, TwoTierCounts(dram_hits=2, remote_hits=2, written=4)),
+        (Persist.HOT, TwoTierCounts(dram_hits=2, remote_hits=0, written=2)),  # at the last request
+        (Persist.EVICTED, TwoTierCounts(dram_hits=2, remote_hits=2, written=4)),
+        (None, TwoTierCounts(dram_hits=2, remote_hits=2, written=2)),  # 3 and 4 are never used again
     ],
 )
-def test_by_hand(tmp_path: Path, persist: Persist | None, expected: TwoTier) -> None:
+def test_by_hand(tmp_path: Path, persist: Persist | None, expected: TwoTierCounts) -> None:
     assert replay(load(tmp_path, BY_HAND), "lru", 2, 10, persist, 0.0) == expected
 
 
@@ -65,10 +65,10 @@ def test_by_hand(tmp_path: Path, persist: Persist | None, expected: TwoTier) -> 
 def test_two_tiers_lie_between_one_and_the_optimum(tmp_path: Path, policy: str) -> None:
     trace = load(tmp_path, chats(1))
     alone = policy_driver.replay(trace, make_policy(policy, 60), 60)
-    for mode in modes_of(policy):
-        got = replay(trace, policy, 60, 200, checked_mode(mode, policy), 0.3)
+    for mode in persist_modes_of(policy):
+        got = replay(trace, policy, 60, 200, checked_persist_mode(mode, policy), 0.3)
         assert alone <= got.dram_hits + got.remote_hits <= min_hits(trace, 260) <= infinite_hits(trace)
-        assert got == replay(trace, policy, 60, 200, checked_mode(mode, policy), 0.3)
+        assert got == replay(trace, policy, 60, 200, checked_persist_mode(mode, policy), 0.3)
 
 
 def test_a_remote_for_everything_misses_nothing(tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_the_oracle_keeps_what_is_used_soonest() -> None:
 
 
 def test_modes() -> None:
-    assert checked_mode("oracle", "lru") is None
-    assert checked_mode("predicted", "grit") is Persist.PREDICTED
-    assert modes_of("arc") == ["all", "hot", "evicted", "oracle"]
+    assert checked_persist_mode("oracle", "lru") is None
+    assert checked_persist_mode("predicted", "grit") is Persist.PREDICTED
+    assert persist_modes_of("arc") == ["all", "hot", "evicted", "oracle"]
     with pytest.raises(ConfigError, match="predicts nothing"):
-        checked_mode("predicted", "arc")
+        checked_persist_mode("predicted", "arc")
     with pytest.raises(ConfigError, match="expected one of all"):
-        checked_mode("sometimes", "grit")
+        checked_persist_mode("sometimes", "grit")
 
 
 def test_command(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
     modes = [(row["policy"], row.get("persist")) for row in rows]
-    lru, grit = ([(name, mode) for mode in modes_of(name)] for name in ("lru", "grit"))
+    lru, grit = ([(name, mode) for mode in persist_modes_of(name)] for name in ("lru", "grit"))
     assert modes == [*lru, *grit, ("min", None)]
     for row in rows[:-1]:
         assert (row["capacity_chunks"], row["remote_capacity_chunks"]) == (60, 200)
