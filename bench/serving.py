@@ -30,7 +30,7 @@ import msgspec
 from _common import print_row, write_json
 
 from kvkern.demo import engine_process, model, run
-from kvkern.demo.engine import connector, engine_kwargs
+from kvkern.demo.engine import engine_kwargs, kvkern_transfer_config
 from kvkern.demo.messages import EngineSpec
 from kvkern.demo.prompts import PromptLibrary
 
@@ -87,7 +87,9 @@ class Server:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = AsyncEngineArgs(**engine_kwargs(spec), kv_transfer_config=connector(spec), disable_log_stats=True)
+        arguments = AsyncEngineArgs(
+            **engine_kwargs(spec), kv_transfer_config=kvkern_transfer_config(spec), disable_log_stats=True
+        )
         self.case = case
         self._engine = AsyncLLM.from_engine_args(arguments)
         self._serial = itertools.count()

@@ -1,6 +1,6 @@
-"""The command line: `kvkern COMMAND` and `python -m kvkern COMMAND`. Parses; every command's work is elsewhere.
+"""The command line: `kvkern COMMAND` and `python -m kvkern COMMAND`. It parses the options; other modules do the work.
 
-Commands import what they need when they run: `kvkern version` costs neither torch nor vLLM.
+Each command imports its modules when it runs, so `kvkern version` loads neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for 
 
 @app.callback()
 def _keep_subcommands() -> None:
-    """Keep subcommands even where there is only one."""
+    """Make typer expect a command's name, even if there is only one command."""
 
 
 @app.command()
@@ -35,33 +35,37 @@ def version() -> None:
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="A model folder to use instead of the built one."),
+        typer.Option(
+            exists=True, file_okay=False, help="A model folder to use instead of the model that the demo builds."
+        ),
     ] = None,
     workdir: Annotated[
         Path | None,
-        typer.Option(help="Holds the built model, the engines' logs and the chart. Default: in the temp dir."),
+        typer.Option(help="Folder for the built model, the engines' logs and the chart. Default: in the temp dir."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write the chart there. Default: in the workdir.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write the chart to this file. Default: in the workdir.")] = None,
     capacity: Annotated[
-        str | None, typer.Option(help="Memory that kvkern may use. Default: for all documents, 2GiB at least.")
+        str | None,
+        typer.Option(help="Memory that kvkern may use. Default: enough for all documents, at least 2GiB."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's own log.")] = False,
     remote: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="A store such as redis://host:6379. Then only this is measured, in about 3 minutes: what one node has "
-            "computed, another loads from the store; beside it vLLM alone, and its native hit.",
+            help="A store such as redis://host:6379. Then the demo measures only the store, in about 3 minutes: one node "
+            "computes prompts and another node loads them from the store. It compares that with vLLM alone and with vLLM's "
+            "own prefix cache.",
         ),
     ] = None,
 ) -> None:
-    """Measure a real vLLM engine with and without kvkern: time to first token, and equal tokens. Takes about 6 minutes."""
+    """Measure a real vLLM engine with and without kvkern: time to first token and equal tokens. Takes about 6 minutes."""
     import signal
 
     from .demo import engine_process, run
 
-    engine_process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)
+    engine_process.exit_on_signals(signal.SIGTERM, signal.SIGHUP)
     options = run.Options(
         model=model,
         workdir=workdir or run.default_workdir(),
@@ -83,28 +87,42 @@ DEFAULT_SOCKET = Path("/run/kvkern.sock")
 def serve(
     capacity: Annotated[str, typer.Option(help="Memory for the cache, such as 8GiB.")],
     socket: Socket = DEFAULT_SOCKET,
-    name: Annotated[str, typer.Option(help="Of the trust domain; each has an arena of its own.")] = "default",
-    arena_dir: Annotated[Path, typer.Option(help="A tmpfs mount.")] = Path("/dev/shm"),
+    name: Annotated[str, typer.Option(help="Name of the trust domain; each domain has its own arena.")] = "default",
+    arena_dir: Annotated[Path, typer.Option(help="Folder of the arena, a tmpfs mount.")] = Path("/dev/shm"),
     prefault: Annotated[bool, typer.Option(help="Touch all pages at start instead of on first use.")] = True,
-    allow_uid: Annotated[list[int] | None, typer.Option(help="Another user whose engines may read all of it.")] = None,
-    allow_gid: Annotated[list[int] | None, typer.Option(help="A group whose members' engines may.")] = None,
-    quota: Annotated[list[str] | None, typer.Option(help="MODEL=SIZE: the most a model may hold; * matches.")] = None,
-    tenant_quota: Annotated[str | None, typer.Option(help="The most that each cache salt may hold.")] = None,
-    fair: Annotated[bool, typer.Option("--fair", help="When full, the largest namespace gives way.")] = False,
-    policy: Annotated[str, typer.Option(help=f"Of eviction: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
+    allow_uid: Annotated[
+        list[int] | None, typer.Option(help="Another user whose engines may read the whole cache.")
+    ] = None,
+    allow_gid: Annotated[
+        list[int] | None, typer.Option(help="A group whose members' engines may read the whole cache.")
+    ] = None,
+    quota: Annotated[
+        list[str] | None, typer.Option(help="MODEL=SIZE: the most memory that a model may hold; * matches any text.")
+    ] = None,
+    tenant_quota: Annotated[
+        str | None, typer.Option(help="The most memory that each cache salt may hold, such as 1GiB.")
+    ] = None,
+    fair: Annotated[
+        bool, typer.Option("--fair", help="When the cache is full, evict from the largest namespace first.")
+    ] = False,
+    policy: Annotated[str, typer.Option(help=f"Eviction policy: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
     policy_state: Annotated[
         Path | None, typer.Option(help="File for what the policy learns; read at start, written every minute.")
     ] = None,
     remote: Annotated[
         str | None, typer.Option(help="URL of a store shared with other nodes: redis, mooncake, file, s3 and more.")
     ] = None,
-    persist: Annotated[str, typer.Option(help="What goes there: all, hot, evicted, predicted.")] = "",
-    remote_queue: Annotated[str, typer.Option(help="The most that may wait to be written there.")] = "256MiB",
-    remote_timeout: Annotated[float, typer.Option(help="Seconds that a call to it may take.")] = 10.0,
-    drain: Annotated[float, typer.Option(help="Seconds for transfers and writes after SIGTERM.")] = 5.0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that come and go.")] = False,
+    persist: Annotated[
+        str, typer.Option(help="Which chunks to write to the remote store: all, hot, evicted, predicted.")
+    ] = "",
+    remote_queue: Annotated[
+        str, typer.Option(help="The most memory of chunks that wait to be written to the remote store.")
+    ] = "256MiB",
+    remote_timeout: Annotated[float, typer.Option(help="Seconds that one call to the remote store may take.")] = 10.0,
+    drain: Annotated[float, typer.Option(help="Seconds for open transfers and writes after SIGTERM.")] = 5.0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that connect and disconnect.")] = False,
 ) -> None:
-    """Run the node's cache: one daemon that colocated engines share. Ends on SIGTERM; keeps its arena for the next start."""
+    """Run the node's cache: one daemon for all engines of the node. Ends on SIGTERM; keeps its arena for the next start."""
     import logging
 
     from .config import parse_nbytes
@@ -136,7 +154,7 @@ def serve(
 
 @app.command()
 def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
-    """Print a daemon's counters and what its clients hold."""
+    """Print a daemon's counters, and the slots that its clients hold."""
     from .node import protocol
 
     (row,) = _ask_daemon(socket, protocol.Stat(1))
@@ -147,7 +165,7 @@ def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
 def list_chunks(
     socket: Socket = DEFAULT_SOCKET,
     prefix: Annotated[str, typer.Option(help="First hex digits of the keys, an even number.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Print no more than that.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Print at most this many chunks.")] = 100,
     json: AsJson = False,
 ) -> None:
     """List cached chunks."""
@@ -159,12 +177,12 @@ def list_chunks(
 
 @app.command()
 def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
-    """Show one chunk's header. Exit status 1 if it is not cached."""
+    """Show the header of one chunk. Exit status 1 if the chunk is not cached."""
     from .node import protocol
 
     rows = _ask_daemon(socket, protocol.List(1, _key_bytes("key", key), 1))
     if not rows:
-        typer.echo(f"kvkern: no cached chunk's key starts with {key}", err=True)
+        typer.echo(f"kvkern: no cached chunk has a key that starts with {key}; `kvkern ls` lists the keys", err=True)
         raise typer.Exit(1)
     _print_json(rows[0]) if json else _print_table([{"what": name, "value": value} for name, value in rows[0].items()])
 
@@ -180,12 +198,14 @@ def evict(prefix: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) ->
 @app.command()
 def clear(
     socket: Socket = DEFAULT_SOCKET,
-    namespace: Annotated[str | None, typer.Option(help="64 hex digits of a namespace; default: everything.")] = None,
+    namespace: Annotated[
+        str | None, typer.Option(help="64 hex digits of a namespace. Default: all namespaces.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Forget everything, or a namespace, and what of it waits to be written to the remote store.
+    """Forget all chunks, or those of one namespace. Chunks that wait to be written to the remote store go too.
 
-    What is in the store stays: other nodes use it, and what is asked for comes back from there.
+    Chunks in the remote store stay there, because other nodes use them. A later request loads them again.
     """
     from .keys import KEY_NBYTES
     from .node import protocol
@@ -196,12 +216,16 @@ def clear(
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Argument(help="The trace to write, .jsonl or .jsonl.gz. Must not exist.")],
+    out: Annotated[Path, typer.Argument(help="The trace to write, .jsonl or .jsonl.gz. The file must not exist.")],
     socket: Socket = DEFAULT_SOCKET,
-    requests: Annotated[int | None, typer.Option(min=1, help="End after so many. Default: on Ctrl-C.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0, help="End after so long. Default: on Ctrl-C.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="End after this many requests. Default: on Ctrl-C.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="End after this many seconds. Default: on Ctrl-C.")
+    ] = None,
 ) -> None:
-    """Record the requests of a daemon's engines as a trace for `kvkern replay`. It holds no keys and no tokens."""
+    """Record the requests of a daemon's engines as a trace for `kvkern replay`. The trace holds no keys and no tokens."""
     from .node.client import trace_recorder
 
     with _exit_on_bad_input():
@@ -217,7 +241,7 @@ def _remote_config(url: str | None, persist: str, queue: str, timeout_s: float) 
     if url is None:
         if persist:
             raise ConfigError(
-                f"persist is {persist!r}, but there is no --remote to write to; give one, or leave it out"
+                f"persist is {persist!r}, but there is no --remote to write to; give --remote, or leave --persist out"
             )
         return None
     return RemoteConfig(url, persist, parse_nbytes(queue, "remote-queue"), timeout_s)
@@ -235,11 +259,11 @@ def _parse_quota(text: str) -> tuple[str, int]:
 
 @app.command()
 def doctor(
-    capacity: Annotated[str, typer.Option(help="Memory an arena is to have, such as 8GiB.")] = "",
-    arena_dir: Annotated[Path, typer.Option(help="Where it is to lie.")] = Path("/dev/shm"),
+    capacity: Annotated[str, typer.Option(help="Check whether an arena of this size fits, such as 8GiB.")] = "",
+    arena_dir: Annotated[Path, typer.Option(help="Folder of the arena.")] = Path("/dev/shm"),
     json: AsJson = False,
 ) -> None:
-    """Look at this host: what kvkern will be slow on and why, and the remedy. Exit status 1 if it cannot work here."""
+    """Check this host: what makes kvkern slow here, why, and the remedy. Exit status 1 if kvkern cannot work here."""
     from .config import parse_nbytes
     from .doctor import facts, findings, report
 
@@ -256,28 +280,37 @@ def doctor(
 @app.command()
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="Request traces in the Mooncake format, .jsonl or .jsonl.gz.")],
-    policy: Annotated[str, typer.Option(help="A list: lru, s3fifo, arc, lirs, grit; min is the offline optimum.")] = (
-        "lru,grit,min"
-    ),
+    policy: Annotated[
+        str, typer.Option(help="Comma-separated policies: lru, s3fifo, arc, lirs, grit; min is the offline optimum.")
+    ] = "lru,grit,min",
     capacity: Annotated[
-        str, typer.Option(help="A list: of the unique chunks (3%), chunks (5000) or bytes (8GiB).")
+        str,
+        typer.Option(
+            help="Comma-separated capacities: a share of the unique chunks (3%), chunks (5000) or bytes (8GiB)."
+        ),
     ] = "1%,3%,10%,30%",
-    chunk_size: Annotated[str, typer.Option(help="What a chunk takes, for capacities in bytes.")] = "2MiB",
+    chunk_size: Annotated[str, typer.Option(help="Bytes of a chunk, for capacities in bytes.")] = "2MiB",
     hints: Annotated[
-        bool, typer.Option(help="Tell the policy sessions and stop reasons, where the trace has them.")
+        bool, typer.Option(help="Give the policy the sessions and stop reasons that the trace has.")
     ] = True,
-    remote_capacity: Annotated[str, typer.Option(help="Replay two tiers, with a remote of that capacity.")] = "",
+    remote_capacity: Annotated[str, typer.Option(help="Replay two tiers, with a remote store of this capacity.")] = "",
     persist: Annotated[
-        str, typer.Option(help="What goes there, a list: all, hot, evicted, predicted, oracle. Default: all of these.")
+        str,
+        typer.Option(
+            help="Comma-separated modes, which say what chunks go to the remote store: all, hot, evicted, predicted, "
+            "oracle. Default: all modes of the policy."
+        ),
     ] = "",
-    prefill: Annotated[float, typer.Option(min=1, help="Tokens/s that the engine computes; for predicted.")] = 15_000,
-    bandwidth: Annotated[str, typer.Option(help="Bytes/s of the remote, both ways; for predicted.")] = "10GB",
-    kv_size: Annotated[str, typer.Option(help="Bytes of KV a token; for predicted.")] = "128KiB",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results there as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw hit ratio against capacity there, with LRU and MIN.")] = None,
+    prefill: Annotated[float, typer.Option(min=1, help="Tokens/s that the engine prefills, for predicted.")] = 15_000,
+    bandwidth: Annotated[str, typer.Option(help="Bytes/s of the remote store, both ways, for predicted.")] = "10GB",
+    kv_size: Annotated[str, typer.Option(help="Bytes of KV per token, for predicted.")] = "128KiB",
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per core.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot hit ratio against capacity into this file, with LRU and MIN.")
+    ] = None,
 ) -> None:
-    """Replay request traces through eviction policies: hit ratio at each capacity."""
+    """Replay request traces through eviction policies and print the hit ratio at each capacity."""
     from rich.console import Console
 
     from .config import parse_nbytes
@@ -309,11 +342,11 @@ def _ask_daemon(socket: Path, request: Any) -> list[dict[str, Any]]:
 
     with _exit_on_bad_input(), AdminClient(socket) as daemon:
         return daemon.ask(request)
-    raise AssertionError("_exit_on_bad_input leaves by typer.Exit")
+    raise AssertionError("_exit_on_bad_input ends with typer.Exit")
 
 
 def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
-    """At least that many bytes of a key, at most a whole one."""
+    """Parse hex digits into a key or its first bytes: from `least` to 32 bytes. Exits with status 2 for anything else."""
     from .errors import ConfigError
 
     even = re.fullmatch("(?:[0-9a-fA-F]{2})*", digits) is not None
@@ -326,7 +359,7 @@ def _key_bytes(name: str, digits: str, least: int = 1) -> bytes:
 
 @contextmanager
 def _exit_on_bad_input() -> Iterator[None]:
-    """Bad input is a line on stderr and exit status 2, not a traceback."""
+    """Turn a KvkernError into one line on stderr and exit status 2, without a traceback."""
     from .errors import KvkernError
 
     try:
@@ -347,7 +380,7 @@ def _print_forgotten(rows: list[dict[str, Any]], json: bool) -> None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Whole keys however narrow the terminal: somebody copies them."""
+    """Print aligned columns. Keys are never cut, even on a narrow terminal, because users copy them."""
     if not rows:
         typer.echo("nothing is cached")
         return
@@ -358,5 +391,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its status."""
     app()

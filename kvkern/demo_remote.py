@@ -1,4 +1,4 @@
-"""`make demo-remote`: runs `kvkern demo --remote` on a Redis server that it starts and stops.
+"""`make demo-remote`: starts a Redis server, runs `kvkern demo --remote` on it, and stops the server.
 
 python -m kvkern.demo_remote [OPTIONS OF kvkern demo]
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli import app
-from .demo.engine_process import leave_on_signals
+from .demo.engine_process import exit_on_signals
 from .demo.preconditions import NotReadyError
 from .demo.redis_server import running
 
@@ -18,8 +18,8 @@ EXIT_NOT_READY = 2
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the demo on such a server and exit with its status."""
-    leave_on_signals(signal.SIGTERM, signal.SIGHUP)
+    """Run the demo on a Redis server of its own and exit with the demo's status."""
+    exit_on_signals(signal.SIGTERM, signal.SIGHUP)
     try:
         with running() as url:
             app(["demo", "--remote", url, *arguments], prog_name="kvkern")

@@ -9,7 +9,7 @@ from typing import Any
 
 from .report import CASES, POLICY_CASES, Row
 
-# case -> (legend, colour); cases of one legend share it
+# case -> (legend, colour). Cases with the same legend share its colour.
 STYLES = {
     "recompute": ("vLLM, computed", "#9aa5b1"),
     "overcommit_native": ("vLLM, computed", "#9aa5b1"),
@@ -21,7 +21,7 @@ STYLES = {
     "overcommit_lru": ("what LRU keeps", "#b8a9c9"),
     "overcommit_grit": ("what GRIT keeps", "#7b4ea3"),
 }
-HIT_CASES = ("recompute", "native_hit", "kvkern_hit", "second_engine", "remote")  # a group for each length
+HIT_CASES = ("recompute", "native_hit", "kvkern_hit", "second_engine", "remote")  # one group of bars per prompt length
 BAR_WIDTH = 0.8
 GROUP_GAP = 0.9
 

@@ -12,7 +12,7 @@ MODULE_MAX_CHARS = 60_000  # some generated modules are megabytes of tables
 
 
 def text(
-    max_chars: int,  # characters kept; less only where the installation has less
+    max_chars: int,  # the text is shorter only where the installation has less
 ) -> str:
     """Return the first `max_chars` characters of this Python's own documentation and sources."""
     parts: list[str] = []
@@ -34,6 +34,6 @@ def _parts() -> Iterator[str]:
 def _reference() -> list[str]:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ModuleNotFoundError:  # trimmed Python images leave it out
+    except ModuleNotFoundError:  # trimmed Python images lack it
         return []
     return [topics[name] + "\n\n" for name in sorted(topics)]

@@ -1,7 +1,7 @@
 """Runs one engine process and yields its events. Knows pipes and process groups; knows nothing of vLLM's API.
 
-The child leads a process group of its own, so that a Ctrl-C in the terminal reaches only the parent. The parent then
-closes the child's stdin, and the child stops its engine: cut off in the middle, vLLM leaves shared memory behind.
+The child leads a process group of its own, so a Ctrl-C in the terminal reaches only the parent. The parent then closes
+the child's stdin, and the child stops its engine. A vLLM that is killed instead leaves shared memory behind.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ LOG_TAIL_LINES = 25
 
 
 class EngineFailed(RuntimeError):
-    """The engine process ended before its phase was complete. The message has the end of its log."""
+    """The engine process ended before its phase was complete. The message contains the end of its log."""
 
 
 @dataclass(frozen=True)
 class Logs:
-    """Where vLLM's own output goes."""
+    """Where vLLM's own output goes: to a file per phase, or to the terminal."""
 
     folder: Path
-    verbose: bool  # to the terminal instead, with vLLM at level INFO
+    verbose: bool  # to the terminal, with vLLM at level INFO
 
     def path(self, phase: str) -> Path:
         return self.folder / f"engine-{phase.replace('_', '-')}.log"
 
 
 def run(job: messages.Job, logs: Logs) -> Generator[messages.Event, None, None]:
-    """Start the job's process and yield its events up to Done. Ends the process group however this is left."""
+    """Start the job's process and yield its events up to Done. Ends the process group in every case, errors included."""
     read_fd, write_fd = os.pipe()
     with _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
         process = _start(write_fd, log, verbose=logs.verbose)
-        os.close(write_fd)  # the child has its own: events ends when the child does
+        os.close(write_fd)  # the child has its own copy, so `events` ends when the child ends
         try:
             _send(process, job)
             for line in events:
@@ -84,7 +84,7 @@ def environment(*, verbose: bool) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_LOGGING_LEVEL": "INFO" if verbose else "WARNING",
-        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # as patient as its parent by default, which then kills them both
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # its default is its parent's limit, so the parent would kill both
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved_cpus(len(os.sched_getaffinity(0)))),
         "HF_HUB_OFFLINE": "1",
@@ -93,14 +93,14 @@ def environment(*, verbose: bool) -> dict[str, str]:
     }
 
 
-def leave_on_signals(*numbers: int) -> None:
-    """From now on these raise SystemExit in the main thread, wherever it waits: what it has started is ended with it.
+def exit_on_signals(*numbers: int) -> None:
+    """Let these signals raise SystemExit in the main thread, so that its child processes are ended too.
 
-    A signal that is ignored, as under nohup, stays so.
+    A signal that is ignored already, as under nohup, stays ignored.
     """
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once: what follows is the cleaning up
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         sys.exit(128 + number)
 
     for number in numbers:
@@ -109,26 +109,26 @@ def leave_on_signals(*numbers: int) -> None:
 
 
 def reserved_cpus(
-    num_cpus: int,  # that this process may use
+    num_cpus: int,  # CPUs that this process may use
 ) -> int:
     """Return how many CPUs vLLM's CPU backend keeps free of compute threads, the same for every engine.
 
-    Left alone it keeps one, and two with any KV connector, unless that leaves none, and then zero: on two CPUs an
-    engine with a connector would compute on both, one without on a single one, and no comparison would be fair.
+    By default vLLM keeps one CPU free, or two with any KV connector, or none if that would leave no CPU. On two CPUs an
+    engine with a connector would therefore compute on both and an engine without one on a single CPU: an unfair comparison.
     """
     return 0 if num_cpus <= 2 else 1
 
 
 def _send(process: subprocess.Popen[bytes], job: messages.Job) -> None:
-    """Write the job. stdin stays open: its end tells the child to stop, also when this process is killed."""
-    assert process.stdin is not None  # a pipe was asked for
-    with suppress(BrokenPipeError):  # a child that is gone already is reported with its log
+    """Write the job. stdin stays open, because its end tells the child to stop. That also works if this process is killed."""
+    assert process.stdin is not None  # Popen was given a pipe
+    with suppress(BrokenPipeError):  # the child has ended already: `run` reports that with the log
         process.stdin.write(messages.encode(job))
         process.stdin.flush()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the child to end with its engine, then kill what is left of its group."""
+    """Ask the child to end with its engine, then kill the processes that are left of its group."""
     assert process.stdin is not None
     with suppress(BrokenPipeError):
         process.stdin.close()
@@ -137,15 +137,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:
-        with suppress(ProcessLookupError):  # everyone has left
+        with suppress(ProcessLookupError):  # no process is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _failure(exit_code: int, job: messages.Job, logs: Logs) -> str:
-    message = f"the {job.phase} engine ended with exit code {exit_code} before its phase was complete"
+    message = f"The {job.phase} engine ended with exit code {exit_code} before its phase was complete"
     if logs.verbose:
-        return message
+        return f"{message}. Its output is above."
     path = logs.path(job.phase)
     tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join([f"{message}; the end of {path}:", *tail])
+    return "\n".join([f"{message}. The end of {path}:", *tail])

@@ -1,7 +1,7 @@
-"""What goes between the demo and its engine processes: one JSON line a message. Knows shapes; knows nothing of vLLM.
+"""The messages between the demo and its engine processes: one JSON line per message. Knows shapes; knows nothing of vLLM.
 
 parent -> child   one Job on stdin
-child -> parent   Progress | Answer ... Done, on a pipe of its own: stdout belongs to the engine
+child -> parent   Progress | Answer ... Done, on a pipe of its own, because stdout belongs to vLLM
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str  # folder
     dtype: str = "bfloat16"
-    kvkern_capacity: str | None = None  # of a cache of its own
-    kvkern_policy: str | None = None  # of eviction, in a cache of its own; None: the default
-    kvkern_socket: str | None = None  # of a daemon; with neither it is vLLM alone
-    kv_pool_nbytes: int  # vLLM's own KV blocks
+    kvkern_capacity: str | None = None  # capacity of an embedded cache
+    kvkern_policy: str | None = None  # eviction policy of an embedded cache; None: the default
+    kvkern_socket: str | None = None  # socket of a daemon; without capacity and socket the engine is vLLM alone
+    kv_pool_nbytes: int  # size of vLLM's own KV pool
     block_tokens: int = BLOCK_TOKENS
     max_model_tokens: int = 12_288
     max_batched_tokens: int = 2048
 
 
 class MixedWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """The requests of mixed.py. Ranges are of tokens, both ends included."""
+    """Describes the requests of mixed_workload.py. Ranges are in tokens, both ends included."""
 
-    chunk_tokens: int = 32  # vLLM's blocks are as long in these engines
-    arena_chunks: int = 192  # that kvkern has room for
-    times: int = 4  # as many distinct chunks in all requests together
+    chunk_tokens: int = 32  # also the length of vLLM's blocks in these engines
+    arena_chunks: int = 192  # how many chunks kvkern's arena holds
+    times: int = 4  # all requests together have this many times `arena_chunks` distinct chunks
     conversations: int = 14  # open at a time
     thinking_spread: float = 0.7  # sigma of the log-normal time between turns
     opening_tokens: tuple[int, int] = (256, 512)
     turn_tokens: tuple[int, int] = (32, 96)
-    end_share: float = 0.1  # of turns that are a conversation's last
-    document_share: float = 0.25  # of requests
+    end_share: float = 0.1  # share of turns that are a conversation's last
+    document_share: float = 0.25  # share of requests that are documents
     document_tokens: tuple[int, int] = (512, 1024)
-    natives: int = 3  # conversations that vLLM holds once more by itself, to compare
+    natives: int = 3  # conversations that vLLM repeats without kvkern, for comparison
     seed: int = 0
 
 
@@ -49,13 +49,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     long_tokens: int = 8000
     long_runs: int = 3
     pairs: int = 9  # of kvkern hit and native hit, per document
-    overcommit_prompts: int = 16  # of short_tokens each: together far above the pool
+    overcommit_prompts: int = 16  # each of short_tokens; together far larger than vLLM's pool
     reply_tokens: int = 8
-    turns: int = 4  # of the conversation
-    turn_tokens: int = 500  # that the user adds in each turn
+    turns: int = 4  # turns of the conversation
+    turn_tokens: int = 500  # tokens that the user adds in each turn
     turn_reply_tokens: int = 40
     float32_prompts: int = 2
-    node_pairs: int = 5  # as pairs, but through a daemon
+    node_pairs: int = 5  # like `pairs`, but through a daemon
     mix: MixedWorkload = MixedWorkload()
 
 
@@ -65,12 +65,14 @@ class Job(msgspec.Struct, frozen=True):
     phase: str  # a key of phases.PHASES
     engine: EngineSpec
     plan: Plan
-    until: str | None = None  # a path: the engine stays up after its phase until it exists
-    salt: str | None = None  # of every request that has none of its own: a tenant that no earlier run was
+    until: str | None = None  # a path: after its phase the engine stays up until this file exists
+    salt: str | None = (
+        None  # cache salt of every request without one; new in each run, so that no run finds older chunks
+    )
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """A line for the person who waits."""
+    """A line of progress for the terminal."""
 
     text: str
 
@@ -83,7 +85,9 @@ class Answer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int  # not computed: from vLLM's own cache and from kvkern
     loaded_tokens: int  # of these, from kvkern
-    remote_tokens: int = 0  # that the daemon read from its remote store meanwhile, where it was asked
+    remote_tokens: int = (
+        0  # tokens that the daemon read from its remote store meanwhile; 0 where the phase does not ask it
+    )
     ttft_s: float  # client's wall clock, from handing the request over to the first token
     tokens: tuple[int, ...]  # greedy
     logprobs: tuple[tuple[tuple[int, float], ...], ...]  # per token: the best five as (token, log-probability)
@@ -94,9 +98,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The phase is complete; without it the process has failed."""
+    """The phase is complete. A process that ends without this message has failed."""
 
-    start_s: float  # the engine's start, imports included
+    start_s: float  # duration of the engine's start, imports included
 
 
 Event = Progress | Answer | Ready | Done
@@ -108,11 +112,11 @@ def encode(message: Job | Event) -> bytes:
 
 
 def decode_event(line: bytes) -> Event:
-    """Return the event of one line; raises msgspec.DecodeError for anything else."""
+    """Decode one line into an event. Raises msgspec.DecodeError if the line is no event."""
     event: Event = msgspec.json.decode(line, type=Event)
     return event
 
 
 def decode_job(line: bytes) -> Job:
-    """Return the job of one line; raises msgspec.DecodeError for anything else."""
+    """Decode one line into a job. Raises msgspec.DecodeError if the line is no job."""
     return msgspec.json.decode(line, type=Job)

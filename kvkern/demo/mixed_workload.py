@@ -1,12 +1,13 @@
-"""Requests of many users in small: conversations whose turns come back, among documents that are read once.
+"""A small workload of many users: conversations whose turns come back, among documents that are read once.
 
-    each request   one in four is a document that nobody asks about again; else the next turn of the conversation whose
-                   user has thought longest: the prompt is all that conversation had before, and some more
-    thinking       log-normal: two of three times are within a factor of two of the usual one. After any turn one
-                   conversation in ten has ended for good, and another opens
-    the whole      as many distinct chunks as several arenas hold
+    each request   one in four is a document that no later request uses. The others are the next turn of the conversation
+                   whose thinking time ends first: its prompt is the conversation's whole history and some tokens more
+    thinking time  log-normal: two of three times lie within a factor of two of the median. After any turn one
+                   conversation in ten ends for good, and another one opens
+    all requests   have as many distinct chunks as several arenas hold
 
-Drawn from a seed, so that every engine gets the same requests. Knows numbers; knows nothing of text, engines or policies.
+The requests are drawn from a seed, so every engine gets the same ones. Knows numbers; knows nothing of text, engines or
+policies.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .messages import MixedWorkload
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: the first `num_tokens` of what a conversation, or a document, comes to in the end."""
+    """One prompt: the first `num_tokens` tokens of the full text of its conversation or document."""
 
-    source: str
-    turn: int  # from 0; those of a conversation from 1 on have come before, but for their end
+    source: str  # the conversation or document
+    turn: int  # from 0. From turn 1 on an earlier request had all of the prompt except its end
     num_tokens: int
 
     @property
@@ -34,10 +35,10 @@ class Request:
 
 
 def requests(mix: MixedWorkload) -> list[Request]:
-    """All requests in order, as many as it takes to the asked number of distinct chunks."""
+    """Draw requests in order until they have `mix.times * mix.arena_chunks` distinct chunks."""
     drawn: list[Request] = []
-    chunks: dict[str, int] = {}  # of each source so far
-    for request in _endless(mix):
+    chunks: dict[str, int] = {}  # by source, so far
+    for request in _draw_endlessly(mix):
         drawn.append(request)
         chunks[request.source] = request.num_tokens // mix.chunk_tokens
         if sum(chunks.values()) >= mix.times * mix.arena_chunks:
@@ -45,15 +46,15 @@ def requests(mix: MixedWorkload) -> list[Request]:
     return drawn
 
 
-def lengths(drawn: Sequence[Request]) -> dict[str, int]:
-    """Tokens of each source in the end, in the order they first come."""
+def final_lengths(drawn: Sequence[Request]) -> dict[str, int]:
+    """Return the final number of tokens of each source, in the order in which the sources first appear."""
     return {request.source: request.num_tokens for request in drawn}
 
 
-def _endless(mix: MixedWorkload) -> Iterator[Request]:
+def _draw_endlessly(mix: MixedWorkload) -> Iterator[Request]:
     draw = random.Random(mix.seed)
     num_sources = 0
-    # (when its user has thought, to break ties, its last turn or None: a new one opens), a heap
+    # A heap of (time at which the user has finished thinking, tie-breaker, last turn or None for a new conversation).
     due: list[tuple[float, int, Request | None]] = [(draw.random(), i, None) for i in range(mix.conversations)]
     heapq.heapify(due)
     for number in itertools.count(mix.conversations):

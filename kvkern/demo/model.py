@@ -1,7 +1,7 @@
 """Builds the demo's model: a Llama of random weights and a byte-level BPE tokenizer trained on local text.
 
-Knows files, shapes and seeds; knows nothing of engines. Nothing is downloaded. Random weights cost an engine
-exactly what trained ones cost; only the replies make no sense.
+Knows files, shapes and seeds; knows nothing of engines. Downloads nothing. Random weights cost an engine exactly as much
+as trained weights do; only the replies make no sense.
 
     std(weight)   = init_std                               q.k spreads enough for attention to pick a few tokens,
     std(o, down)  = init_std / sqrt(2 * layers)            so a wrong KV block changes the reply
@@ -23,7 +23,7 @@ from . import corpus
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1  # part of the folder's name: raise it when the same config would give different files
+FORMAT = 1  # part of the folder's name: raise it when the same config starts to give different files
 TRAIN_CHARS = 1_500_000
 
 
@@ -43,7 +43,7 @@ class ModelConfig:
     seed: int = 20
 
     def name(self) -> str:
-        """Name the folder of this exact model: two configs never share one."""
+        """Return the name of this model's folder. Two different configs never share a folder."""
         digest = hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
         return f"llama-{self.num_layers}x{self.hidden_size}-{digest[:8]}"
 
@@ -76,7 +76,7 @@ def ensure(
     config: ModelConfig,
     folder: Path,  # holds one subfolder per model
 ) -> Path:
-    """Return the model's folder, building it on first use. Atomic: a half-built model is never seen."""
+    """Return the model's folder. Builds it on first use, atomically: no process ever sees a half-built model."""
     target = folder / config.name()
     if target.is_dir():
         return target
@@ -103,7 +103,7 @@ def _write(config: ModelConfig, folder: Path) -> None:
 
 
 def train_tokenizer(vocab_size: int, max_tokens: int, folder: Path) -> None:
-    """Train a byte-level BPE on this Python's own text and write it as Hugging Face reads it."""
+    """Train a byte-level BPE on this Python's own text and write the files that Hugging Face reads."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()

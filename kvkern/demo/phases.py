@@ -1,15 +1,20 @@
-"""The measurements, one function per engine. Knows prompts and an engine; prints nothing and judges nothing.
+"""The measurements: one function (a phase) per engine. Knows prompts and an engine; prints nothing and judges nothing.
 
-vllm      pass 1 over 16 documents (recompute), pass 2 over the same (overcommit_native), long documents
-kvkern    pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
-float32   recompute, native hit and kvkern hit of the same prompt, where all three must agree
-first     computes documents through a daemon, and stays up
-second    another engine beside it: (forget, second_engine, native hit) x pairs; kills the daemon; the same as daemon_restart
-again     a new engine when both are gone: the same as engine_restart
-computed  of the remote demo: short and long document, forgotten before each (recompute)
-remote    an engine of another node, whose memory is emptied before each: (forget, remote, native hit) x pairs
-lru, grit the requests of mixed.py, four times what the arena holds; vLLM forgets before each, so only kvkern can have it
-both bf16 engines hold the same conversation; with kvkern vLLM forgets it before every turn
+"forget" means that vLLM empties its own prefix cache, so that only kvkern can still have the prompt. Cases in parentheses.
+
+vllm       pass 1 over 16 documents (recompute), pass 2 over the same documents (overcommit_native), then long documents
+kvkern     pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
+float32    recompute, native hit and kvkern hit of the same prompt; all three must agree
+first      computes documents through a daemon, and stays up
+second     another engine on the same daemon: (forget, second_engine, native hit) x pairs. Then it kills the daemon and
+           repeats the pairs (daemon_restart)
+again      a new engine after both have ended: the same pairs (engine_restart)
+computed   remote demo: a short and a long document, forget before each (recompute)
+remote     remote demo: an engine of another node, whose daemon's memory is emptied before each pair:
+           (forget, remote, native hit) x pairs
+lru, grit  the requests of mixed_workload.py, with four times as many chunks as the arena holds; forget before each request
+
+The vllm and kvkern engines also hold the same conversation. The kvkern engine forgets before every turn.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from .prompts import PromptLibrary
 
 
 class EngineVerbs(Protocol):
-    """The part of `Engine` that phases need."""
+    """The methods of `Engine` that phases use."""
 
     def ask(
         self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int, salt: str | None = None
@@ -38,11 +43,11 @@ class EngineVerbs(Protocol):
 
 Emit = Callable[[Answer | Progress], None]
 Prompts = dict[str, list[int]]
-Turn = tuple[Answer, list[int]]  # and its prompt
+Turn = tuple[Answer, list[int]]  # the answer and its prompt
 
 
 class MeasuredEngine:
-    """Asks an engine and passes every answer on."""
+    """Asks an engine and emits every answer. Cuts the plan's documents from the library, in a fixed order."""
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class MeasuredEngine:
         library: PromptLibrary,
         plan: Plan,
         emit: Emit,
-        socket: str | None = None,  # of the engine's daemon
+        socket: str | None = None,  # socket of the engine's daemon
         salt: str | None = None,
     ) -> None:
         self.engine, self.library, self.plan, self.emit = engine, library, plan, emit
@@ -70,11 +75,11 @@ class MeasuredEngine:
     def ask_quietly(
         self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int | None = None, salt: str | None = None
     ) -> Answer:
-        """The answer is the caller's to pass on."""
+        """Ask without emitting the answer. The caller emits it."""
         return self.engine.ask(case, prompt_id, prompt, reply_tokens or self.plan.reply_tokens, salt or self.salt)
 
     def ask_all(self, case: str, prompts: Prompts) -> list[Answer]:
-        """Ask every prompt once, in order, for one token: only the time counts."""
+        """Ask every prompt once, in order, for one token, since only the time to first token counts."""
         tokens = len(next(iter(prompts.values())))
         answers = [self.ask(case, prompt_id, prompt, 1) for prompt_id, prompt in prompts.items()]
         ttft_s = median(answer.ttft_s for answer in answers)
@@ -88,164 +93,177 @@ class MeasuredEngine:
         return {f"{kind}-{index}": self.library.document(num_tokens) for index in range(count)}
 
 
-def vllm_alone(desk: MeasuredEngine) -> None:
-    """What vLLM does without kvkern: every forgotten prompt is computed again."""
-    desk.ask_all("recompute", desk.overcommit)
-    desk.ask_all("overcommit_native", desk.overcommit)
-    desk.ask_all("recompute", desk.long)
-    _converse(desk, "turn_vllm", forget=False)
+def vllm_alone(measured: MeasuredEngine) -> None:
+    """Measure vLLM without kvkern: it computes every forgotten prompt again."""
+    measured.ask_all("recompute", measured.overcommit)
+    measured.ask_all("overcommit_native", measured.overcommit)
+    measured.ask_all("recompute", measured.long)
+    _hold_conversation(measured, "turn_vllm", forget=False)
 
 
-def vllm_with_kvkern(desk: MeasuredEngine) -> None:
-    """What is loaded instead, and the native hit of the same cached length beside it."""
-    desk.ask_all("fill", desk.overcommit)
-    for prompt_id, prompt in desk.overcommit.items():
-        desk.ask("overcommit_kvkern", prompt_id, prompt)
-        desk.ask("check", prompt_id, prompt)
-    desk.say(f"overcommit_kvkern: {len(desk.overcommit)} x {desk.plan.short_tokens:,} tokens asked again")
-    _hit_pairs(desk, desk.short)
-    _hit_pairs(desk, dict(list(desk.long.items())[:1]))
-    _converse(desk, "turn_kvkern", forget=True)
+def vllm_with_kvkern(measured: MeasuredEngine) -> None:
+    """Measure loads from kvkern, each beside a native hit of the same cached length."""
+    measured.ask_all("fill", measured.overcommit)
+    for prompt_id, prompt in measured.overcommit.items():
+        measured.ask("overcommit_kvkern", prompt_id, prompt)
+        measured.ask("check", prompt_id, prompt)
+    measured.say(f"overcommit_kvkern: {len(measured.overcommit)} x {measured.plan.short_tokens:,} tokens asked again")
+    _hit_pairs(measured, measured.short)
+    _hit_pairs(measured, dict(list(measured.long.items())[:1]))
+    _hold_conversation(measured, "turn_kvkern", forget=True)
 
 
-def float32(desk: MeasuredEngine) -> None:
-    """In bf16 vLLM's own prefill differs from its own hits in the last bits; in float32 all three agree."""
-    for prompt_id, prompt in list(desk.overcommit.items())[: desk.plan.float32_prompts]:
-        desk.ask("recompute_float32", prompt_id, prompt)
-        desk.ask("native_hit_float32", prompt_id, prompt)
-        desk.engine.forget()
-        desk.ask("kvkern_hit_float32", prompt_id, prompt)
-        desk.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
+def float32(measured: MeasuredEngine) -> None:
+    """Ask in float32, where recompute, native hit and kvkern hit agree. In bf16 vLLM's prefill differs from its own hits."""
+    for prompt_id, prompt in list(measured.overcommit.items())[: measured.plan.float32_prompts]:
+        measured.ask("recompute_float32", prompt_id, prompt)
+        measured.ask("native_hit_float32", prompt_id, prompt)
+        measured.engine.forget()
+        measured.ask("kvkern_hit_float32", prompt_id, prompt)
+        measured.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
 
 
-def first_of_node(desk: MeasuredEngine) -> None:
-    """Computes what the others will load."""
-    documents = _node_documents(desk)
+def first_of_node(measured: MeasuredEngine) -> None:
+    """Compute the documents that the other engines will load."""
+    documents = _node_documents(measured)
     for prompt_id, prompt in documents.items():
-        desk.ask("fill", prompt_id, prompt, 1)
+        measured.ask("fill", prompt_id, prompt, 1)
     chunks = sum(len(prompt) // BLOCK_TOKENS for prompt in documents.values())
-    supervised_daemon.wait_for(desk.socket, lambda row: row.get("chunks", 0) >= chunks)
-    desk.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
+    supervised_daemon.wait_for(measured.socket, lambda row: row.get("chunks", 0) >= chunks)
+    measured.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
 
 
-def second_of_node(desk: MeasuredEngine) -> None:
-    """Hits what the first has computed; then without a daemon; then with the restarted one."""
-    documents = _node_documents(desk)
-    _load_pairs(desk, documents, "second_engine", "second_engine_native", desk.plan.node_pairs)
-    sessions = supervised_daemon.kill(desk.socket)
-    desk.engine.forget()
+def second_of_node(measured: MeasuredEngine) -> None:
+    """Load the first engine's documents; ask again while the daemon is gone; load again from the restarted daemon."""
+    documents = _node_documents(measured)
+    _load_pairs(measured, documents, "second_engine", "second_engine_native", measured.plan.node_pairs)
+    sessions = supervised_daemon.kill(measured.socket)
+    measured.engine.forget()
     prompt_id, prompt = next(iter(documents.items()))
-    desk.ask("daemon_gone", prompt_id, prompt)
-    desk.say("daemon killed with -9: the engine computes and goes on")
-    supervised_daemon.wait_for(desk.socket, lambda row: row.get("sessions", 0) >= sessions)
-    _load_pairs(desk, documents, "daemon_restart", "daemon_restart_native", desk.plan.node_pairs)
+    measured.ask("daemon_gone", prompt_id, prompt)
+    measured.say("daemon killed with -9: the engine computes the prompt")
+    supervised_daemon.wait_for(measured.socket, lambda row: row.get("sessions", 0) >= sessions)
+    _load_pairs(measured, documents, "daemon_restart", "daemon_restart_native", measured.plan.node_pairs)
 
 
-def again_on_node(desk: MeasuredEngine) -> None:
-    """A restarted engine finds what its predecessors computed."""
-    _load_pairs(desk, _node_documents(desk), "engine_restart", "engine_restart_native", desk.plan.node_pairs)
+def again_on_node(measured: MeasuredEngine) -> None:
+    """Load what earlier engines of the node computed, from an engine that has just been started."""
+    _load_pairs(
+        measured, _node_documents(measured), "engine_restart", "engine_restart_native", measured.plan.node_pairs
+    )
 
 
-def computed(desk: MeasuredEngine) -> None:
-    """What the documents cost who has nothing of them."""
-    for prompt_id, prompt in _node_documents(desk).items():
+def computed(measured: MeasuredEngine) -> None:
+    """Compute the documents without any cache, for comparison."""
+    for prompt_id, prompt in _node_documents(measured).items():
         answers = []
-        for _ in range(desk.plan.long_runs):
-            desk.engine.forget()
-            answers.append(desk.ask("recompute", prompt_id, prompt, 1))
+        for _ in range(measured.plan.long_runs):
+            measured.engine.forget()
+            answers.append(measured.ask("recompute", prompt_id, prompt, 1))
         ttft_s = median(answer.ttft_s for answer in answers)
-        desk.say(f"recompute: {len(answers)} x {len(prompt):,} tokens, median {ttft_s:.2f} s to the first token")
+        measured.say(f"recompute: {len(answers)} x {len(prompt):,} tokens, median {ttft_s:.2f} s to the first token")
 
 
-def other_node(desk: MeasuredEngine) -> None:
-    """Loads what the first node has written to the remote store, and has nowhere else."""
-    _load_pairs(desk, _node_documents(desk), "remote", "native_hit", desk.plan.node_pairs, partial(_from_remote, desk))
-    row = supervised_daemon.stat(desk.socket)
+def other_node(measured: MeasuredEngine) -> None:
+    """Load what the first node wrote to the remote store. No other place has it."""
+    _load_pairs(
+        measured,
+        _node_documents(measured),
+        "remote",
+        "native_hit",
+        measured.plan.node_pairs,
+        partial(_from_remote, measured),
+    )
+    row = supervised_daemon.stat(measured.socket)
     if late := row["remote_late_chunks"]:
-        desk.say(f"{late} chunks came when computing would have been done: the engine had gone on without them")
+        measured.say(f"{late} chunks came too late: the engine had already started to compute them")
     if unasked := row["remote_unasked_chunks"]:
-        desk.say(f"{unasked} chunks were not asked for: the store was slow to answer, or left a request waiting")
+        measured.say(f"{unasked} chunks were not asked for: the store was slow, or it kept another request waiting")
     if gated := row["remote_gated_chunks"]:
-        desk.say(f"{gated} chunks were left in the store: it takes longer than computing them")
+        measured.say(f"{gated} chunks were not read from the store: computing them is faster")
 
 
-def _from_remote(desk: MeasuredEngine, case: str, prompt_id: str, prompt: list[int]) -> Answer:
-    """Ask when the daemon's memory is empty; the answer tells what the daemon has read from the store for it."""
-    supervised_daemon.clear(desk.socket)
-    before = supervised_daemon.stat(desk.socket)["remote_hit_chunks"]
-    answer = desk.ask_quietly(case, prompt_id, prompt)
-    chunks = supervised_daemon.stat(desk.socket)["remote_hit_chunks"] - before
+def _from_remote(measured: MeasuredEngine, case: str, prompt_id: str, prompt: list[int]) -> Answer:
+    """Empty the daemon's memory, then ask. The answer says how many tokens the daemon read from the store for it."""
+    supervised_daemon.clear(measured.socket)
+    before = supervised_daemon.stat(measured.socket)["remote_hit_chunks"]
+    answer = measured.ask_quietly(case, prompt_id, prompt)
+    chunks = supervised_daemon.stat(measured.socket)["remote_hit_chunks"] - before
     answer = msgspec.structs.replace(answer, remote_tokens=chunks * BLOCK_TOKENS)
-    desk.emit(answer)
+    measured.emit(answer)
     return answer
 
 
-def _node_documents(desk: MeasuredEngine) -> Prompts:
-    return desk.short | dict(list(desk.long.items())[:1])
+def _node_documents(measured: MeasuredEngine) -> Prompts:
+    return measured.short | dict(list(measured.long.items())[:1])
 
 
-def _hit_pairs(desk: MeasuredEngine, prompts: Prompts) -> None:
+def _hit_pairs(measured: MeasuredEngine, prompts: Prompts) -> None:
     for prompt_id, prompt in prompts.items():
-        desk.ask("fill", prompt_id, prompt, 1)
-    _load_pairs(desk, prompts, "kvkern_hit", "native_hit", desk.plan.pairs)
+        measured.ask("fill", prompt_id, prompt, 1)
+    _load_pairs(measured, prompts, "kvkern_hit", "native_hit", measured.plan.pairs)
 
 
 def _load_pairs(
-    desk: MeasuredEngine,
+    measured: MeasuredEngine,
     prompts: Prompts,
     case: str,
     native_case: str,
     count: int,
-    load: Callable[[str, str, list[int]], Answer] | None = None,  # how it is asked for; None: as anything
+    load: Callable[[str, str, list[int]], Answer] | None = None,  # asks for the load; None: `measured.ask`
 ) -> None:
-    """Ask for each prompt: vLLM forgets, it is loaded, it is hit natively."""
-    load = load or desk.ask
+    """Repeat `count` times for each prompt: vLLM forgets it, kvkern loads it, vLLM hits it natively."""
+    load = load or measured.ask
     for prompt_id, prompt in prompts.items():
         pairs = []
         for _ in range(count):
-            desk.engine.forget()
-            pairs.append((load(case, prompt_id, prompt), desk.ask(native_case, prompt_id, prompt)))
+            measured.engine.forget()
+            pairs.append((load(case, prompt_id, prompt), measured.ask(native_case, prompt_id, prompt)))
         ours_s, native_s = (median(answer.ttft_s for answer in side) for side in zip(*pairs, strict=True))
         title = case.replace("_", " ")
-        desk.say(f"{len(pairs)} x {len(prompt):,} tokens: {title} {ours_s:.3f} s, native hit {native_s:.3f} s")
+        measured.say(f"{len(pairs)} x {len(prompt):,} tokens: {title} {ours_s:.3f} s, native hit {native_s:.3f} s")
 
 
-def _converse(desk: MeasuredEngine, case: str, *, forget: bool) -> None:
+def _hold_conversation(measured: MeasuredEngine, case: str, *, forget: bool) -> None:
     history: list[int] = []
-    for index, user_tokens in enumerate(desk.turns):
+    for index, user_tokens in enumerate(measured.turns):
         history = history + user_tokens
         if forget:
-            desk.engine.forget()
-        answer = desk.ask(case, f"turn-{index}", history, desk.plan.turn_reply_tokens)
+            measured.engine.forget()
+        answer = measured.ask(case, f"turn-{index}", history, measured.plan.turn_reply_tokens)
         if forget:
-            desk.engine.forget()
-            desk.ask("kvkern_recheck", f"turn-{index}", history)
-            desk.ask("check", f"turn-{index}", history)
+            measured.engine.forget()
+            measured.ask("kvkern_recheck", f"turn-{index}", history)
+            measured.ask("check", f"turn-{index}", history)
         history = history + list(answer.tokens)
-    desk.say(f"conversation: {len(desk.turns)} turns, {len(history):,} tokens")
+    measured.say(f"conversation: {len(measured.turns)} turns, {len(history):,} tokens")
 
 
-def overcommitted(desk: MeasuredEngine, case: str) -> None:
-    """One token a reply: only the time counts, and what was loaded."""
-    mix = desk.plan.mix
+def overcommitted(measured: MeasuredEngine, case: str) -> None:
+    """Ask the mixed workload for one token each, since only time and loaded tokens count. Then repeat a sample natively."""
+    mix = measured.plan.mix
     drawn = mixed_workload.requests(mix)
-    texts = {source: desk.library.document(length) for source, length in mixed_workload.lengths(drawn).items()}
+    texts = {
+        source: measured.library.document(length) for source, length in mixed_workload.final_lengths(drawn).items()
+    }
     held: dict[str, list[Turn]] = {}  # by source
     for request in drawn:
-        desk.engine.forget()
+        measured.engine.forget()
         prompt = texts[request.source][: request.num_tokens]
-        answer = desk.ask(case if request.turn else f"{case}_new", request.prompt_id, prompt, 1)
+        answer = measured.ask(case if request.turn else f"{case}_new", request.prompt_id, prompt, 1)
         held.setdefault(request.source, []).append((answer, prompt))
     again = [answer for turns in held.values() for answer, _ in turns[1:]]
     loaded, ttft_s = sum(answer.loaded_tokens for answer in again), median(answer.ttft_s for answer in again)
-    desk.say(f"{case}: {len(drawn)} prompts, {len(again)} came back: {loaded:,} tokens loaded, median {ttft_s:.3f} s")
-    plain = [_plain_turns(turns, mix.chunk_tokens) for turns in held.values()]
-    for turns in sorted(filter(_num_loaded, plain), key=_num_loaded, reverse=True)[: mix.natives]:
-        _hold_natively(desk, f"{case}_native", turns)
+    measured.say(
+        f"{case}: {len(drawn)} prompts, {len(again)} came back: {loaded:,} tokens loaded, median {ttft_s:.3f} s"
+    )
+    reproducible = [_reproducible_turns(turns, mix.chunk_tokens) for turns in held.values()]
+    for turns in sorted(filter(_num_loaded, reproducible), key=_num_loaded, reverse=True)[: mix.natives]:
+        _repeat_natively(measured, f"{case}_native", turns)
 
 
-def _plain_turns(turns: list[Turn], chunk_tokens: int) -> list[Turn]:
-    """The first turns that found all of their history or none of it: vLLM alone can be brought to the same state."""
+def _reproducible_turns(turns: list[Turn], chunk_tokens: int) -> list[Turn]:
+    """Return the first turns that found all of their history or none of it. vLLM alone can reach the same cached lengths."""
     plain, known = [], 0
     for answer, prompt in turns:
         if answer.cached_tokens not in (0, known):
@@ -259,14 +277,14 @@ def _num_loaded(turns: list[Turn]) -> int:
     return sum(answer.loaded_tokens > 0 for answer, _ in turns)
 
 
-def _hold_natively(desk: MeasuredEngine, case: str, turns: list[Turn]) -> None:
-    """The same turns with the same parts computed, as a tenant whom kvkern has nothing for."""
+def _repeat_natively(measured: MeasuredEngine, case: str, turns: list[Turn]) -> None:
+    """Ask the same turns under a salt of their own, so that kvkern has nothing and vLLM computes the same parts."""
     salt = ""
     for answer, prompt in turns:
         if not answer.cached_tokens:
-            desk.engine.forget()
+            measured.engine.forget()
             salt = f"{case}-{answer.prompt_id}"
-        desk.ask(case, answer.prompt_id, prompt, 1, salt)
+        measured.ask(case, answer.prompt_id, prompt, 1, salt)
 
 
 PHASES: dict[str, Callable[[MeasuredEngine], None]] = {

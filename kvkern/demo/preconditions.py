@@ -1,6 +1,6 @@
-"""What must be there before an engine starts: packages, and a model whose KV cache has a known size.
+"""Checks that must pass before an engine starts: packages are installed, and the size of the model's KV cache is known.
 
-Finding out takes milliseconds here and minutes later.
+The checks take milliseconds. Without them the same faults would show minutes later.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ PACKAGES = ("vllm", "torch", "tokenizers", "safetensors", "matplotlib")
 
 
 class NotReadyError(RuntimeError):
-    """Something the demo needs is not there. The message has the remedy."""
+    """Something that the demo needs is missing. The message names the remedy."""
 
 
 def require_packages() -> None:
-    """Raise `NotReadyError` with the packages that cannot be imported. Imports none of them."""
+    """Raise NotReadyError if a package is not installed. Imports none of them."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise NotReadyError(
-            f"the demo needs {', '.join(missing)}: run `make demo`, or `pip install 'kvkern[demo,vllm]'` on a GPU host"
+            f"These packages of the demo are not installed: {', '.join(missing)}. Run `make demo`, or "
+            f"`pip install 'kvkern[demo,vllm]'` on a GPU host."
         )
 
 
@@ -38,6 +39,8 @@ def kv_nbytes_per_token(
         kv_heads = int(config.get("num_key_value_heads") or heads)
         return 2 * int(config["num_hidden_layers"]) * kv_heads * head_dim * dtype_nbytes
     except FileNotFoundError:
-        raise NotReadyError(f"{folder} has no config.json: give a folder with a Hugging Face model") from None
+        raise NotReadyError(f"{folder} has no config.json. Give --model a folder with a Hugging Face model.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotReadyError(f"{folder}/config.json does not describe an attention model: {error!r}") from error
+        raise NotReadyError(
+            f"{folder}/config.json does not describe an attention model: {error!r}. Give --model another folder."
+        ) from error

@@ -1,6 +1,6 @@
 """Cuts real text into prompts of an exact number of tokens. Knows tokens; knows nothing of engines.
 
-Every document starts at its own place in the text, so no two documents share a first block.
+Every document starts at a different place in the text, so no two documents share a first block.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ PIECE_CHARS = 20_000  # encoding is linear in small pieces
 
 
 class OutOfText(RuntimeError):
-    """The local text is used up. Ask for fewer or shorter documents."""
+    """The local text has too few tokens left."""
 
 
 @dataclass
 class PromptLibrary:
-    """Hands out documents front to back; the same library in another process hands out the same ones."""
+    """Hands out documents from front to back. The same library in another process hands out the same documents."""
 
     tokens: list[int]  # the whole text
-    next_token: int = 0  # [next_token, end) was never handed out
+    next_token: int = 0  # tokens [next_token, end) have not been handed out
 
     @classmethod
     def from_model(
@@ -37,11 +37,13 @@ class PromptLibrary:
         return cls([token for encoding in encodings for token in encoding.ids])
 
     def document(self, num_tokens: int) -> list[int]:
-        """Return the next `num_tokens` tokens of the text; raises `OutOfText` when they are not there."""
+        """Return the next `num_tokens` tokens of the text. Raises OutOfText if fewer are left."""
         end = self.next_token + num_tokens
         if end > len(self.tokens):
             left = len(self.tokens) - self.next_token
-            raise OutOfText(f"{num_tokens} tokens asked, {left} left: use fewer or shorter documents")
+            raise OutOfText(
+                f"The text is used up: {num_tokens} tokens asked, {left} left. Use fewer or shorter documents."
+            )
         document = self.tokens[self.next_token : end]
         self.next_token = end
         return document

@@ -1,4 +1,4 @@
-"""A Redis server for one run of the demo. It listens on 127.0.0.1 alone, keeps nothing on disk, and ends with this process."""
+"""A Redis server for one run of the demo. It listens on 127.0.0.1 only, keeps nothing on disk, and ends with this process."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ PROGRAMS = ("redis-server", "valkey-server")
 MAX_MEMORY = "1gb"
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
-READY = b"eady to accept connections"  # in its log: whoever else may answer on the port
+READY = b"eady to accept connections"  # in the server's log; an answer on the port could come from another process
 _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
 def running() -> Iterator[str]:
-    """The URL of a server that runs until the block is left. Raises NotReadyError if there is none to start."""
+    """Start a server, yield its URL, and stop it afterwards. Raises NotReadyError if no server can be started."""
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
-        raise NotReadyError("`make demo-remote` needs redis-server; on Debian and Ubuntu: apt-get install redis-server")
+        raise NotReadyError(
+            f"None of {', '.join(PROGRAMS)} is installed, and `make demo-remote` needs one. Install it; on Debian and Ubuntu: "
+            f"apt-get install redis-server"
+        )
     with tempfile.TemporaryDirectory(prefix="kvkern-demo-redis-") as folder:
         port, log = _free_port(), Path(folder) / "log"
         with log.open("wb") as out:
@@ -38,7 +41,7 @@ def running() -> Iterator[str]:
                     "--maxmemory", MAX_MEMORY, "--maxmemory-policy", "allkeys-lru",
                 ],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=_end_with_parent,
-                start_new_session=True,  # Ctrl-C is for the demo, which still needs it to clean up
+                start_new_session=True,  # Ctrl-C must not end the server: the demo needs it to clean up
             )  # fmt: skip
         try:
             _wait(process, log)
@@ -54,7 +57,7 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Also of a parent that is killed."""
+    """Let the kernel kill this process when its parent ends, even if the parent is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -63,7 +66,9 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     while READY not in log.read_bytes():
         if process.poll() is not None or time.monotonic() > deadline:
             said = log.read_text(errors="replace")[-2000:]
-            raise NotReadyError(f"redis-server did not start in {START_LIMIT_S:.0f} s; it says:\n{said}")
+            raise NotReadyError(
+                f"redis-server did not accept connections within {START_LIMIT_S:.0f} s. Fix what its log says:\n{said}"
+            )
         time.sleep(0.02)
 
 

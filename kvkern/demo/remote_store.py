@@ -1,4 +1,4 @@
-"""The remote store as the demo needs it: it answers before an engine starts, and nothing of the demo stays in it.
+"""The demo's use of the remote store: check that it answers before an engine starts, and delete the demo's values at the end.
 
 Knows URLs and keys; knows nothing of engines and daemons.
 """
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from ..remote.stores.base import RemoteError
-from ..remote.stores.registry import opened
+from ..remote.stores.registry import opened_store
 from ..remote.stores.url import RemoteUrl
 from .preconditions import NotReadyError
 
 LIMIT_S = 20.0
 
 
-def name(url: str) -> str:
-    """What to call it: no password in it. Raises NotReadyError for what is no URL."""
+def without_password(url: str) -> str:
+    """Return the URL without its password, for messages. Raises NotReadyError if `url` is not a store's URL."""
     try:
         return str(RemoteUrl.parse(url))
     except ConfigError as error:
@@ -26,27 +26,29 @@ def name(url: str) -> str:
 
 
 def check(url: str) -> None:
-    """Open it and close it again. Raises NotReadyError for a wrong URL, a missing package, a store that does not answer."""
+    """Open the store and close it. Raises NotReadyError if the URL is wrong, a package is missing or no store answers."""
     _run(url, ())
 
 
 def delete(url: str, keys: Sequence[bytes]) -> None:
-    """Delete what the demo has written. Raises NotReadyError if that cannot be had."""
+    """Delete these values from the store. Raises NotReadyError if that fails."""
     _run(url, keys)
 
 
 def _run(url: str, delete: Sequence[bytes]) -> None:
-    called = name(url)
+    called = without_password(url)
     try:
         asyncio.run(_use(url, delete))
     except ConfigError as error:
         raise NotReadyError(f"--remote: {error}") from error
     except (RemoteError, TimeoutError) as error:
-        reason = str(error) or f"no answer for {LIMIT_S:.0f} s"
-        raise NotReadyError(f"--remote: {called} cannot be used ({reason}); is the store running there?") from error
+        reason = str(error) or f"no answer within {LIMIT_S:.0f} s"
+        raise NotReadyError(
+            f"--remote: {called} cannot be used: {reason}. Start the store, or give another URL."
+        ) from error
 
 
 async def _use(url: str, delete: Sequence[bytes]) -> None:
-    async with opened(RemoteUrl.parse(url), LIMIT_S) as store:
+    async with opened_store(RemoteUrl.parse(url), LIMIT_S) as store:
         if delete:
             await store.delete(delete, LIMIT_S)

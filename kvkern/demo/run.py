@@ -1,6 +1,6 @@
-"""The demo from model to verdict: builds or takes a model, runs three engines one after the other, reports.
+"""The demo from model to verdict: builds or takes a model, runs the engines one after the other, reports.
 
-Knows the order of things; each thing is a module of its own.
+Knows the order of the steps; every step is a module of its own.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from . import chart, engine_process, model, preconditions, remote_store, report,
 from .messages import Answer, Done, EngineSpec, Event, Job, MixedWorkload, Plan, Progress, Ready
 
 EXIT_OK = 0
-EXIT_WRONG = 1  # tokens differ, or nothing was loaded
+EXIT_WRONG = 1  # a check failed: tokens differ, or nothing was loaded
 EXIT_NOT_READY = 2  # a package, the model or the remote store is missing
-EXIT_ENGINE = 3  # an engine did not come up or died
+EXIT_ENGINE = 3  # an engine did not start, or it died
 EXIT_INTERRUPTED = 130
 
-POOL_TOKENS = 127 * 128  # of vLLM's own KV pool in bf16: the long document fits, the overcommit prompts do not
-CAPACITY_TOKENS = 1 << 16  # that kvkern can keep at least: all documents of the demo
+POOL_TOKENS = 127 * 128  # size of vLLM's own KV pool in bf16: the long document fits, the overcommit prompts do not
+CAPACITY_TOKENS = 1 << 16  # default capacity of kvkern, at least: all documents of the demo
 MIN_CAPACITY_NBYTES = 2 << 30
 FLOAT32_MODEL_TOKENS = 4096  # the same pool holds half the tokens in float32
-WRITE_LIMIT_S = 120.0  # that the remote store may take for all documents
-SLOT_EXTRA_NBYTES = 2 * 4096  # of a slot beside a block's keys and values: its header, and the rounding
+WRITE_LIMIT_S = 120.0  # time limit for writing all documents to the remote store
+SLOT_EXTRA_NBYTES = 2 * 4096  # bytes of a slot beside a block's keys and values: its header and the rounding
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line chose."""
+    """The options of the command line."""
 
     model: Path | None = None  # None: build the demo's own
     workdir: Path = field(default_factory=lambda: default_workdir())
     json_path: Path | None = None
     chart_path: Path | None = None  # None: demo.png or demo-remote.png in the workdir
-    capacity: str | None = None  # None: enough for every document, 2 GiB at least
+    capacity: str | None = None  # None: enough for every document, at least 2 GiB
     verbose: bool = False
-    remote: str | None = None  # URL of a store: only what two nodes share by it is measured
+    remote: str | None = None  # URL of a store; then the demo measures only what two nodes share through it
 
 
 def default_workdir() -> Path:
@@ -80,7 +80,7 @@ def demo(options: Options, plan: Plan | None = None) -> int:
         clock.fail(failure)
         return EXIT_ENGINE
     except KeyboardInterrupt:
-        clock.say("interrupted; the engine has been stopped")
+        clock.say("Interrupted. The engine has been stopped.")
         return EXIT_INTERRUPTED
 
 
@@ -103,7 +103,7 @@ def _demo(options: Options, plan: Plan, clock: PhaseClock) -> int:
 
 
 def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]]:
-    """Return the engines in the order they run, each with its title."""
+    """Return the engines with a cache of their own in the order they run, each with its title."""
     alone = engine_spec(folder)
     ours = msgspec.structs.replace(alone, kvkern_capacity=capacity or default_capacity(folder))
     small = msgspec.structs.replace(
@@ -123,7 +123,7 @@ def jobs(folder: Path, capacity: str | None, plan: Plan) -> list[tuple[str, Job]
 def _node_answers(
     folder: Path, capacity: str | None, plan: Plan, logs: engine_process.Logs, say: Callable[[str], None]
 ) -> list[Answer]:
-    """Two engines at a time on one daemon, then a third."""
+    """Run two engines at a time on one daemon, then a third one. Return their answers."""
     answers: list[Answer] = []
     with supervised_daemon.Daemon(capacity or default_capacity(folder), logs.path("daemon")) as daemon:
         spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
@@ -143,14 +143,15 @@ def _node_answers(
 def _remote_answers(
     url: str, folder: Path, capacity: str | None, plan: Plan, logs: engine_process.Logs, say: Callable[[str], None]
 ) -> list[Answer]:
-    """Two nodes one after the other, which have nothing in common but the store; nothing of theirs stays in it."""
-    salt, keys = secrets.token_hex(8), list[bytes]()  # what is there from earlier runs is another tenant's
+    """Run two nodes one after the other that share only the store. Return their answers; delete their values at the end."""
+    salt, keys = secrets.token_hex(8), list[bytes]()  # a new salt: values of earlier runs belong to another tenant
     capacity = capacity or default_capacity(folder)
     say("[bold]vLLM alone, bf16[/bold]: starting the engine (15 to 40 s)")
     answers = _answers(Job("computed", engine_spec(folder), plan, salt=salt), logs, say)
     try:
         say(
-            f"[bold]one node[/bold], which writes all it has to {remote_store.name(url)}: starting its daemon and an engine"
+            f"[bold]one node[/bold], which writes all its chunks to {remote_store.without_password(url)}: "
+            f"starting its daemon and an engine"
         )
         writes = ("--remote", url, "--persist", "all", "--remote-queue", capacity)
         with supervised_daemon.Daemon(capacity, logs.path("daemon-first"), "first", writes) as daemon:
@@ -160,36 +161,36 @@ def _remote_answers(
                 _wait_until_written(daemon.socket, say)
             finally:
                 keys += supervised_daemon.keys(daemon.socket)
-        say("[bold]another node[/bold]; the first one is gone, its memory too: starting a daemon and an engine")
+        say("[bold]another node[/bold], after the first node and its memory are gone: starting a daemon and an engine")
         with supervised_daemon.Daemon(capacity, logs.path("daemon-second"), "second", ("--remote", url)) as daemon:
             spec = msgspec.structs.replace(engine_spec(folder), kvkern_socket=str(daemon.socket))
             answers += _answers(Job("remote", spec, plan, salt=salt), logs, say)
     finally:
-        _leave_nothing(url, keys, say)
+        _delete_values(url, keys, say)
     return answers
 
 
 def _wait_until_written(socket: Path, say: Callable[[str], None]) -> None:
-    """Raises EngineFailed if the store does not take all of it."""
+    """Wait until every chunk of the daemon is written or dropped. Raises EngineFailed if the store did not take all of them."""
 
-    def over(row: dict[str, int]) -> bool:
+    def all_handled(row: dict[str, int]) -> bool:
         return row.get("remote_written_chunks", 0) + row.get("remote_dropped_chunks", 0) >= row.get("chunks", 0)
 
-    row = supervised_daemon.wait_for(socket, over, WRITE_LIMIT_S)
+    row = supervised_daemon.wait_for(socket, all_handled, WRITE_LIMIT_S)
     if row["remote_dropped_chunks"]:
         raise engine_process.EngineFailed(
-            f"the remote store took {row['remote_written_chunks']} of {row['chunks']} chunks of {row['slot_nbytes']:,} bytes "
-            f"({row['remote_failures']} calls failed): see that it runs and has room"
+            f"The remote store took {row['remote_written_chunks']} of {row['chunks']} chunks of {row['slot_nbytes']:,} bytes, "
+            f"and {row['remote_failures']} calls failed. Check that the store runs and has room."
         )
     nbytes = row["remote_written_chunks"] * row["slot_nbytes"]
     say(f"  {row['remote_written_chunks']} chunks written to the store, {nbytes / 1e6:.0f} MB")
 
 
-def _leave_nothing(url: str, keys: list[bytes], say: Callable[[str], None]) -> None:
+def _delete_values(url: str, keys: list[bytes], say: Callable[[str], None]) -> None:
     try:
         remote_store.delete(url, keys)
     except preconditions.NotReadyError as failure:
-        say(f"up to {len(keys)} values of the demo stay in the store: {failure}")
+        say(f"Up to {len(keys)} values of the demo stay in the store, because they could not be deleted. {failure}")
 
 
 def engine_spec(folder: Path) -> EngineSpec:
@@ -198,12 +199,12 @@ def engine_spec(folder: Path) -> EngineSpec:
 
 
 def default_capacity(folder: Path) -> str:
-    """Return how many bytes kvkern gets for this model when the user does not say."""
+    """Return how many bytes kvkern gets for this model if the user names no capacity."""
     return str(max(MIN_CAPACITY_NBYTES, CAPACITY_TOKENS * preconditions.kv_nbytes_per_token(folder, 4)))
 
 
 def arena_capacity(folder: Path, mix: MixedWorkload) -> str:
-    """Return how many bytes hold `mix.arena_chunks` of this model in bf16; some chunks less of models above 64 layers."""
+    """Return how many bytes hold `mix.arena_chunks` of this model in bf16. Models above 64 layers get a few chunks less."""
     chunk_nbytes = mix.chunk_tokens * preconditions.kv_nbytes_per_token(folder, 2)
     return str(4096 + mix.arena_chunks * (chunk_nbytes + SLOT_EXTRA_NBYTES))
 
@@ -223,7 +224,7 @@ def _answers(job: Job, logs: engine_process.Logs, say: Callable[[str], None]) ->
 
 
 def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[Answer]:
-    """The answers of an engine until it is done, or is ready and waits."""
+    """Collect the answers of an engine until it is done, or until it is ready and waits."""
     answers = []
     for event in events:
         match event:
@@ -234,18 +235,18 @@ def _until_ready(events: Iterator[Event], say: Callable[[str], None]) -> list[An
             case Ready():
                 break
             case Done(start_s=start_s):
-                say(f"  done; the engine's start took {start_s:.0f} s")
+                say(f"  done, after an engine start of {start_s:.0f} s")
     return answers
 
 
 def _conclude(options: Options, answers: list[Answer], clock: PhaseClock) -> int:
     shown = report.rows(answers)
     if options.remote is not None:
-        findings = verdict.remote(answers)
+        findings = verdict.check_remote(answers)
         equal = findings[-1:]
     else:
-        equal = verdict.judge(answers)
-        findings = [verdict.loaded(answers), verdict.policies(answers), *equal]
+        equal = verdict.check_answers(answers)
+        findings = [verdict.check_loaded(answers), verdict.check_policies(answers), *equal]
     clock.console.print()
     clock.console.print(report.table(shown))
     for finding in findings:
@@ -253,7 +254,7 @@ def _conclude(options: Options, answers: list[Answer], clock: PhaseClock) -> int
         clock.console.print(f"{mark} {finding.line()}", style=style, markup=False, highlight=False, soft_wrap=True)
     _write(options, shown, findings, all(finding.ok for finding in equal), clock)
     good = all(finding.ok for finding in findings)
-    clock.say("the demo holds" if good else "the demo FAILED: see the lines marked FAIL")
+    clock.say("the demo passed" if good else "the demo FAILED: see the lines marked FAIL")
     return EXIT_OK if good else EXIT_WRONG
 
 

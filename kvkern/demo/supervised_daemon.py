@@ -1,4 +1,4 @@
-"""The demo's daemon: started, and started again whenever it dies, as systemd or Kubernetes would. And what engines ask it.
+"""The demo's daemon, started again whenever it dies, as systemd or Kubernetes would do. And questions to a running daemon.
 
 Knows the daemon's command and socket; knows nothing of vLLM.
 """
@@ -23,18 +23,18 @@ from ..node.protocol import MAX_ROWS, Clear, List, Stat
 from .engine_process import EngineFailed, environment
 
 START_LIMIT_S = 120.0
-RESTART_S = 0.5  # how long it stays away
+RESTART_S = 0.5  # pause between the daemon's end and its next start
 
 
 class Daemon:
-    """`kvkern serve` over an arena of its own, as long as the `with` block lasts."""
+    """Runs `kvkern serve` over an arena of its own for the duration of a `with` block."""
 
     def __init__(
         self,
         capacity: str,
         log: Path,
-        name: str = "node",  # no two at a time have the same
-        options: Sequence[str] = (),  # more of `kvkern serve`
+        name: str = "node",  # must differ from every other running daemon's
+        options: Sequence[str] = (),  # further options of `kvkern serve`
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvkern-demo-")
         self.socket = Path(self._folder.name) / "kvkern.sock"
@@ -46,7 +46,7 @@ class Daemon:
         self._log_path = log
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
-        self._starting = threading.Lock()  # a process is either started before the end, and ended, or not at all
+        self._starting = threading.Lock()  # makes sure that no process is started after `_end` has begun
         self._thread = threading.Thread(target=self._supervise, name="daemon", daemon=True)
 
     def __enter__(self) -> Daemon:
@@ -62,7 +62,7 @@ class Daemon:
         self._end()
 
     def _end(self) -> None:
-        """No process is left, and nothing that it kept."""
+        """End the process and delete its arena and its folder."""
         with self._starting:
             self._ending.set()
             if self._process is not None:
@@ -88,25 +88,25 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 env=environment(verbose=False),
-                start_new_session=True,  # Ctrl-C is for the demo, which ends it when nobody needs it any more
+                start_new_session=True,  # Ctrl-C must not reach the daemon: the demo ends it when no engine needs it
             )
             return self._process
 
 
 def stat(socket: Path) -> dict[str, Any]:
-    """The daemon's counters. Raises ConfigError while it is away."""
+    """Return the daemon's counters. Raises ConfigError while the daemon is not running."""
     with AdminClient(socket) as daemon:
         return daemon.ask(Stat(1))[0]
 
 
 def clear(socket: Path) -> None:
-    """The daemon forgets every chunk in its memory. Raises ConfigError while it is away."""
+    """Let the daemon forget every chunk in its memory. Raises ConfigError while the daemon is not running."""
     with AdminClient(socket) as daemon:
         daemon.ask(Clear(1, None))
 
 
 def keys(socket: Path) -> list[bytes]:
-    """Of the chunks in its memory; none while it is away."""
+    """Return the keys of the chunks in the daemon's memory; none while the daemon is not running."""
     try:
         with AdminClient(socket) as daemon:
             return [bytes.fromhex(row["key"]) for row in daemon.ask(List(1, b"", MAX_ROWS))]
@@ -115,7 +115,7 @@ def keys(socket: Path) -> list[bytes]:
 
 
 def wait_for(socket: Path, condition: Callable[[dict[str, Any]], object], limit_s: float = 60.0) -> dict[str, Any]:
-    """Counters of the daemon once `condition(counters)`. Raises EngineFailed after `limit_s`."""
+    """Wait until `condition(counters)` holds and return the counters. Raises EngineFailed after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
         try:
@@ -125,12 +125,15 @@ def wait_for(socket: Path, condition: Callable[[dict[str, Any]], object], limit_
         except ConfigError:
             row = {}
         if time.monotonic() > deadline:
-            raise EngineFailed(f"the daemon did not get there in {limit_s:.0f} s; its counters: {row or 'no answer'}")
+            raise EngineFailed(
+                f"The daemon did not reach the expected state within {limit_s:.0f} s. Its counters: {row or 'no answer'}. "
+                f"See its log in the demo's workdir (--workdir)."
+            )
         time.sleep(0.05)
 
 
 def kill(socket: Path) -> int:
-    """kill -9. Returns how many sessions it had."""
+    """Kill the daemon with SIGKILL. Return how many sessions it had."""
     row = stat(socket)
     os.kill(row["pid"], signal.SIGKILL)
     return int(row.get("sessions", 0))

@@ -1,4 +1,4 @@
-"""A made-up vLLM that answers the demo's phases, with a made-up kvkern in it. Import it where `tokenizers` is there."""
+"""A fake vLLM that answers the demo's phases, with a fake kvkern in it. Importing it needs `tokenizers`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvkern.policy.base import Use
 
 BLOCK_TOKENS = 16
 POOL_BLOCKS = 20
-# Four documents of six blocks each push the first one wholly out of 20 blocks; one of 16 fits.
+# Four documents of six blocks each evict the first one completely from 20 blocks. One document of 16 blocks fits.
 PLAN = Plan(
     short_tokens=100, long_tokens=256, long_runs=2, pairs=3, overcommit_prompts=5, reply_tokens=3,
     turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2, node_pairs=2,
@@ -30,7 +30,7 @@ Prefix = tuple[str, tuple[int, ...]]  # tenant, tokens
 
 
 class FakeArena:
-    """What kvkern keeps of so many blocks, by a production policy. Its clock is the engine's work."""
+    """The chunks that kvkern keeps in an arena of `num_chunks`, by a production policy. Its clock is the engine's work."""
 
     def __init__(self, policy: str, num_chunks: int) -> None:
         self._policy, self._num_chunks = make_policy(policy, num_chunks), num_chunks
@@ -56,16 +56,16 @@ class FakeArena:
 
 @dataclass
 class FakeEngine:
-    """Answers as vLLM does: a pool that forgets the least recently used, and kvkern beside it, which forgets nothing."""
+    """Answers like vLLM: its pool evicts the least recently used blocks, and kvkern beside it forgets nothing."""
 
     kvkern: bool
-    wrong_when_loaded: bool = False  # a wrong KV block shows in the reply
+    wrong_when_loaded: bool = False  # True: replies after a load are wrong, as a wrong KV block would make them
     pool: dict[Prefix, None] = field(default_factory=dict)  # whole blocks, oldest first
     kept: set[Prefix] = field(default_factory=set)
-    arena: FakeArena | None = None  # instead: it forgets too
+    arena: FakeArena | None = None  # used instead of `kept`; it evicts chunks
     block_tokens: int = BLOCK_TOKENS
     pool_blocks: int = POOL_BLOCKS
-    loaded_tokens: int = 0  # in all
+    loaded_tokens: int = 0  # in all requests so far
 
     def ask(self, case: str, prompt_id: str, prompt: list[int], reply_tokens: int, salt: str | None = None) -> Answer:
         reusable = self._prefixes(prompt[:-1], salt)  # vLLM computes at least one token
@@ -87,7 +87,7 @@ class FakeEngine:
         self.pool.clear()
 
     def _remember(self, prefixes: list[Prefix], took_s: float) -> None:
-        for prefix in reversed(prefixes):  # so that the end of a sequence goes first
+        for prefix in reversed(prefixes):  # so that the end of a sequence is evicted first
             self.pool.pop(prefix, None)
             self.pool[prefix] = None
         while len(self.pool) > self.pool_blocks:
@@ -113,13 +113,13 @@ def _held(prefixes: Sequence[Prefix], store: dict[Prefix, None] | set[Prefix]) -
 
 @dataclass
 class FakeNode:
-    """The daemon as a phase sees it: while it is away, the engine has vLLM's own pool only."""
+    """The daemon as a phase sees it. While it is gone, the engine has only vLLM's own pool."""
 
     engine: FakeEngine
     caches: bool = True
     remote_hits: int = 0
     _seen_tokens: int = 0
-    _empty: bool = False  # what is loaded now comes from the remote
+    _empty: bool = False  # True: the next load comes from the remote store
 
     def kill(self, socket: Path) -> int:
         self.caches, self.engine.kvkern = self.engine.kvkern, False
@@ -144,7 +144,7 @@ class FakeNode:
 
 
 def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Progress]:
-    """All that a phase emits."""
+    """Run a phase and return everything it emits."""
     events: list[Answer | Progress] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "supervised_daemon", FakeNode(engine, caches=engine.kvkern))
@@ -154,13 +154,13 @@ def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Pro
 
 
 def policy_engine(policy: str, mix: MixedWorkload, **flags: bool) -> FakeEngine:
-    """kvkern has room for `mix.arena_chunks`, and vLLM's own pool for any conversation."""
+    """Return an engine whose arena holds `mix.arena_chunks`, and whose vLLM pool holds any conversation."""
     arena = FakeArena(policy, mix.arena_chunks)
     return FakeEngine(**{"kvkern": True} | flags, arena=arena, block_tokens=mix.chunk_tokens, pool_blocks=100)
 
 
 def all_answers(**flags: bool) -> list[Answer]:
-    """The answers of all engines of a demo; the last three share a cache."""
+    """Return the answers of all engines of a demo. The last three engines share a cache."""
     ours = {"kvkern": True} | flags
     kept: set[Prefix] = set()
     engines = (
@@ -173,7 +173,7 @@ def all_answers(**flags: bool) -> list[Answer]:
 
 
 def remote_answers(**flags: bool) -> list[Answer]:
-    """Those of the demo with a remote store, which is what the two nodes share."""
+    """Return the answers of the demo with a remote store, which the two nodes share."""
     ours = {"kvkern": True} | flags
     kept: set[Prefix] = set()
     engines = {"computed": FakeEngine(kvkern=False)} | {

@@ -1,4 +1,4 @@
-"""The demo without an engine: model, prompts, phases, verdicts, report and chart; a made-up vLLM answers the phases."""
+"""The demo without an engine: model, prompts, phases, verdicts, report and chart. A fake vLLM answers the phases."""
 
 from __future__ import annotations
 
@@ -161,13 +161,13 @@ def _by_case(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
 
 def test_a_right_engine_passes_every_check() -> None:
     answers = all_answers()
-    findings = [verdict.loaded(answers), verdict.policies(answers), *verdict.judge(answers)]
+    findings = [verdict.check_loaded(answers), verdict.check_policies(answers), *verdict.check_answers(answers)]
     assert [finding.line() for finding in findings if not finding.ok] == []
     assert all(f": {finding.num_compared} of {finding.num_compared}" in finding.line() for finding in findings)
 
 
 def test_wrong_tokens_after_a_load_are_found_everywhere() -> None:
-    findings = verdict.judge(all_answers(wrong_when_loaded=True))
+    findings = verdict.check_answers(all_answers(wrong_when_loaded=True))
     failed = {finding.name for finding in findings if not finding.ok}
     assert failed == {finding.name for finding in findings} - {
         "float32, native hit = recompute", "an engine whose daemon is gone computes and answers",
@@ -176,13 +176,13 @@ def test_wrong_tokens_after_a_load_are_found_everywhere() -> None:
 
 
 def test_nothing_loaded_is_a_failure_though_the_tokens_are_right() -> None:
-    finding = verdict.loaded(all_answers(kvkern=False))
+    finding = verdict.check_loaded(all_answers(kvkern=False))
     assert not finding.ok
     assert "no kvkern_hit loaded a token" in finding.problems
 
 
 def test_no_answers_at_all_are_a_failure() -> None:
-    for finding in [verdict.loaded([]), verdict.policies([]), *verdict.judge([])]:
+    for finding in [verdict.check_loaded([]), verdict.check_policies([]), *verdict.check_answers([])]:
         assert not finding.ok, finding.name
 
 
@@ -216,7 +216,7 @@ def test_one_changed_answer_fails_exactly_one_check(case: str, change: Change, s
     answers = all_answers()
     index = next(index for index, answer in enumerate(answers) if answer.case == case)
     answers[index] = change(answers[index])
-    failed = [finding for finding in verdict.judge(answers) if not finding.ok]
+    failed = [finding for finding in verdict.check_answers(answers) if not finding.ok]
     assert [len(finding.problems) for finding in failed] == [1]
     assert says in failed[0].line()
 
@@ -225,7 +225,7 @@ def test_float32_tolerates_another_order_of_summation() -> None:
     answers = [
         _other_logprob(answer, 1e-5) if answer.case == "kvkern_hit_float32" else answer for answer in all_answers()
     ]
-    assert all(finding.ok for finding in verdict.judge(answers))
+    assert all(finding.ok for finding in verdict.check_answers(answers))
 
 
 # --- report and chart
@@ -269,7 +269,7 @@ def test_conclusion_writes_json_as_designed_and_a_chart(tmp_path: Path) -> None:
     for row in written["rows"]:
         assert {"case", "prompt_tokens", "loaded_tokens", "ttft_s", "runs"} <= set(row)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "the demo holds" in printed(clock)
+    assert "the demo passed" in printed(clock)
 
 
 @pytest.mark.parametrize("flags", [{"wrong_when_loaded": True}, {"kvkern": False}])
@@ -288,7 +288,7 @@ def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flag
 
 
 class FakeDaemon:
-    """Stands where run.py starts the daemon."""
+    """Replaces the daemon that run.py starts."""
 
     capacities: list[str] = []  # noqa: RUF012
 
@@ -365,7 +365,11 @@ def test_what_is_missing_is_said_before_an_engine_starts(
     monkeypatch.setattr(preconditions, "PACKAGES", ("sys", "no_such_package"))
     assert run.demo(options, PLAN) == run.EXIT_NOT_READY
     printed = capsys.readouterr().out
-    for words in ("has no config.json", "does not describe an attention model", "the demo needs no_such_package: run"):
+    for words in (
+        "has no config.json",
+        "does not describe an attention model",
+        "These packages of the demo are not installed: no_such_package. Run",
+    ):
         assert words in printed
 
 

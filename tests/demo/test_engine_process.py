@@ -1,4 +1,4 @@
-"""The demo's processes: engines that die or are not wanted any more, a daemon that is started again."""
+"""The demo's processes: engines that die or are stopped early, and a daemon that is started again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvkern.demo.messages import Done, EngineSpec, Job, Plan, Progress
 
 
 def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Popen[bytes]]:
-    """Let `process.run` start this source instead of an engine; the list gets the process."""
+    """Let `engine_process.run` start this source instead of an engine. The returned list gets the process."""
     children: list[subprocess.Popen[bytes]] = []
 
     def start(write_fd: int, log: Any, *, verbose: bool) -> subprocess.Popen[bytes]:
@@ -99,7 +99,7 @@ def test_a_daemon_that_does_not_start_leaves_nothing_behind(tmp_path: Path, monk
 
 
 def test_a_daemon_is_not_started_again_after_the_end(tmp_path: Path) -> None:
-    """Its supervisor may have been about to."""
+    """The supervisor may have been about to start it."""
     with supervised_daemon.Daemon("1MiB", tmp_path / "log") as daemon:
         pass
     with (tmp_path / "log").open("wb") as log:
@@ -111,7 +111,7 @@ def test_a_killed_daemon_is_started_again_and_leaves_nothing_behind(tmp_path: Pa
         first = supervised_daemon.stat(daemon.socket)["pid"]
         assert supervised_daemon.kill(daemon.socket) == 0
         second = supervised_daemon.wait_for(daemon.socket, lambda row: row["pid"] != first)["pid"]
-        with pytest.raises(engine_process.EngineFailed, match="did not get there in 0 s"):
+        with pytest.raises(engine_process.EngineFailed, match="The daemon did not reach the expected state within 0 s"):
             supervised_daemon.wait_for(daemon.socket, lambda row: False, 0.0)
     assert not Path(f"/proc/{second}").exists()
     assert not daemon.socket.parent.exists()

@@ -1,4 +1,4 @@
-"""The demo's overcommitted arena: its requests, what the production policies keep of them, and the verdicts."""
+"""The demo's overcommitted arena: its requests, the chunks that production policies keep of them, and the verdicts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seeded(seed: int) -> MixedWorkload:
 def test_the_requests_are_what_is_said_of_them(seed: int) -> None:
     drawn = mixed_workload.requests(seeded(seed))
     assert drawn == mixed_workload.requests(seeded(seed))
-    lengths = mixed_workload.lengths(drawn)
+    lengths = mixed_workload.final_lengths(drawn)
     chunks = sum(tokens // MIX.chunk_tokens for tokens in lengths.values())
     assert 0 <= chunks - MIX.times * MIX.arena_chunks < MIX.document_tokens[1] // MIX.chunk_tokens
     documents = [request for request in drawn if request.source.startswith("document")]
@@ -79,7 +79,7 @@ def test_grit_loads_more_than_lru_whatever_the_order() -> None:
 
 
 def test_of_a_plain_loop_lru_keeps_nothing_and_grit_a_quarter() -> None:
-    """Four times what the arena holds, over and over: no policy can hit more than a quarter."""
+    """A loop over four times the arena's chunks: no policy can hit more than a quarter."""
     chunks, prompt_chunks, rounds = MIX.arena_chunks, 24, 10
     loop = [[(name, (end,)) for end in range(prompt_chunks)] for name in map(str, range(4 * chunks // prompt_chunks))]
     rates = {}
@@ -119,7 +119,7 @@ Change = Callable[[Answer], Answer]
 )
 def test_policies_that_do_not_hold_are_found(case: str, change: Change, says: str) -> None:
     answers = [change(answer) if answer.case == case else answer for answer in all_answers()]
-    finding = verdict.policies(answers)
+    finding = verdict.check_policies(answers)
     assert not finding.ok
     assert any(says in problem for problem in finding.problems)
     assert "hit ratio" in finding.line()
@@ -138,6 +138,6 @@ def test_policies_that_do_not_hold_are_found(case: str, change: Change, says: st
 )
 def test_loads_that_are_not_proven_right_are_found(change: Callable[[Answer], Answer | None], says: str) -> None:
     answers = [kept for answer in all_answers() if (kept := change(answer)) is not None]
-    failed = [finding for finding in verdict.judge(answers) if not finding.ok]
+    failed = [finding for finding in verdict.check_answers(answers) if not finding.ok]
     assert [finding.name for finding in failed] == ["bf16, kvkern hit = native hit, arena overcommitted"]
     assert says in failed[0].line()

@@ -1,4 +1,4 @@
-"""The demo with a remote store: phases and verdicts with a made-up vLLM, the order of its nodes, a server for it."""
+"""The demo with a remote store: phases and verdicts with a fake vLLM, the order of its nodes, and its Redis server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def of(case: str, answers: Sequence[Answer]) -> list[Answer]:
 
 
 def changed(case: str, answers: list[Answer], **fields: object) -> list[Answer]:
-    """The same, but for the first of a case."""
+    """Return the answers with `fields` changed in the first answer of `case`."""
     index = next(index for index, answer in enumerate(answers) if answer.case == case)
     return [*answers[:index], msgspec.structs.replace(answers[index], **fields), *answers[index + 1 :]]
 
@@ -75,8 +75,8 @@ def test_every_load_of_the_other_node_comes_through_the_remote_and_has_its_nativ
 def test_what_was_not_loaded_in_time_or_not_worth_it_is_said() -> None:
     lines = [event.text for event in play("remote", FakeEngine(kvkern=True)) if isinstance(event, Progress)]
     assert [line for line in lines if "chunks" in line] == [
-        "2 chunks were not asked for: the store was slow to answer, or left a request waiting",
-        "3 chunks were left in the store: it takes longer than computing them",
+        "2 chunks were not asked for: the store was slow, or it kept another request waiting",
+        "3 chunks were not read from the store: computing them is faster",
     ]
 
 
@@ -84,7 +84,7 @@ def test_what_was_not_loaded_in_time_or_not_worth_it_is_said() -> None:
 
 
 def test_right_answers_pass_with_figures_of_both_lengths() -> None:
-    findings = verdict.remote(remote_answers())
+    findings = verdict.check_remote(remote_answers())
     assert [finding.line() for finding in findings if not finding.ok] == []
     assert [finding.num_compared for finding in findings] == [2 * PLAN.node_pairs] * 3
     assert "100 tokens in 0.014 s, 3.40x of a native hit and 7.4x faster than computing; 256 tok" in findings[0].line()
@@ -104,13 +104,13 @@ def test_right_answers_pass_with_figures_of_both_lengths() -> None:
 def test_one_changed_answer_fails_exactly_one_check(
     case: str, fields: dict[str, object], failing: int, says: str
 ) -> None:
-    findings = verdict.remote(changed(case, remote_answers(), **fields))
+    findings = verdict.check_remote(changed(case, remote_answers(), **fields))
     assert [finding.ok for finding in findings] == [index != failing for index in range(3)]
     assert says in findings[failing].line()
 
 
 def test_no_answers_at_all_are_a_failure() -> None:
-    assert not any(finding.ok for finding in verdict.remote([]))
+    assert not any(finding.ok for finding in verdict.check_remote([]))
 
 
 def test_rows_table_chart_and_json(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_rows_table_chart_and_json(tmp_path: Path) -> None:
     clock = run.PhaseClock(Console(file=(out := io.StringIO()), width=110))
     assert run._conclude(options, remote_answers(), clock) == run.EXIT_OK
     assert "another node, remote" in out.getvalue()
-    assert "nothing in memory and read it from" in out.getvalue()
+    assert "nothing in memory and read it from the remote store" in " ".join(out.getvalue().split())
     assert (tmp_path / "demo-remote.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["tokens_equal"] is True
@@ -142,7 +142,7 @@ def test_wrong_tokens_of_the_other_node_exit_with_1(tmp_path: Path) -> None:
 
 
 class FakeDaemon:
-    """Stands where run.py starts a daemon, and notes what is there at the same time."""
+    """Replaces the daemons that run.py starts, and records which of them run at the same time."""
 
     seen: list[tuple[str, ...]]
     running: set[str]
@@ -164,7 +164,7 @@ WRITTEN = {"chunks": 5, "remote_written_chunks": 5, "remote_dropped_chunks": 0, 
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A demo whose parts are made up: `jobs` with the daemons beside each, the daemon's counters, what is deleted."""
+    """A demo with fake parts. Records `jobs` with the daemons beside each, the daemon's counters `row`, and deleted keys."""
     made: dict[str, Any] = {"jobs": [], "row": dict(WRITTEN), "deleted": []}
     kept: dict[str | None, set[Prefix]] = {}  # by salt
     monkeypatch.setattr(FakeDaemon, "seen", [], raising=False)
@@ -234,7 +234,10 @@ def test_a_store_that_is_gone_in_the_end_does_not_hide_the_result(
 
     monkeypatch.setattr(remote_store, "delete", gone)
     assert run.demo(nodes["options"], PLAN) == run.EXIT_OK
-    assert "up to 1 values of the demo stay in the store: it cannot be used" in capsys.readouterr().out
+    assert (
+        "Up to 1 values of the demo stay in the store, because they could not be deleted. it cannot be used"
+        in capsys.readouterr().out
+    )
 
 
 # --- the store
@@ -244,7 +247,7 @@ def test_a_store_that_is_gone_in_the_end_does_not_hide_the_result(
     ("url", "says"),
     [
         ("nowhere", "has no scheme"),
-        ("foo://nowhere", "no remote store has the scheme 'foo'"),
+        ("foo://nowhere", "No remote store has the scheme 'foo'"),
         ("file:///dev/null/values", "--remote: "),
         ("redis://user:hush@127.0.0.1:1", "redis://127.0.0.1:1 cannot be used"),
         ("redis://user:hush@127.0.0.1:1?colour=red", "unknown key 'colour'"),
@@ -297,8 +300,8 @@ def test_a_missing_server_is_said_with_its_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(redis_server, "PROGRAMS", ("no-such-server",))
-    monkeypatch.setattr(engine_process, "leave_on_signals", lambda *numbers: None)
-    monkeypatch.setattr(demo_remote, "leave_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(engine_process, "exit_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(demo_remote, "exit_on_signals", lambda *numbers: None)
     with pytest.raises(SystemExit) as status:
         demo_remote.main([])
     assert status.value.code == demo_remote.EXIT_NOT_READY
@@ -325,8 +328,8 @@ def test_the_demo_runs_on_a_server_that_ends_with_it(monkeypatch: pytest.MonkeyP
         return run.EXIT_WRONG
 
     monkeypatch.setattr(run, "demo", demo)
-    monkeypatch.setattr(engine_process, "leave_on_signals", lambda *numbers: None)
-    monkeypatch.setattr(demo_remote, "leave_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(engine_process, "exit_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(demo_remote, "exit_on_signals", lambda *numbers: None)
     with pytest.raises(SystemExit) as status:
         demo_remote.main(["--json", "some.json"])
     assert status.value.code == run.EXIT_WRONG
@@ -340,13 +343,13 @@ def test_a_server_does_not_outlive_who_started_it(number: int, tmp_path: Path) -
     source = (
         "import signal, time\n"
         "from kvkern.demo import engine_process, redis_server\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # whoever runs the tests may ignore it, as nohup does
-        "engine_process.leave_on_signals(signal.SIGTERM, signal.SIGHUP)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup, which ignores it
+        "engine_process.exit_on_signals(signal.SIGTERM, signal.SIGHUP)\n"
         "with redis_server.running() as url:\n"
         "    print(url, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    env = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody who is killed removes his folder
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed process cannot remove its folder
     with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, env=env) as parent:
         assert parent.stdout is not None
         port = _port(parent.stdout.readline().decode().strip())
@@ -359,14 +362,14 @@ def test_a_server_does_not_outlive_who_started_it(number: int, tmp_path: Path) -
         assert status == (-number if number == signal.SIGKILL else 128 + number)
     deadline = time.monotonic() + 10
     while listens(port):
-        assert time.monotonic() < deadline, "the server is still there"
+        assert time.monotonic() < deadline, "the server still listens"
         time.sleep(0.02)
 
 
 def test_the_command_line_hands_the_url_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[run.Options] = []
     monkeypatch.setattr(run, "demo", lambda options: seen.append(options) or 0)
-    monkeypatch.setattr(engine_process, "leave_on_signals", lambda *numbers: None)
+    monkeypatch.setattr(engine_process, "exit_on_signals", lambda *numbers: None)
     cli.app(["demo", "--remote", URL], standalone_mode=False)
     cli.app(["demo"], standalone_mode=False)
     assert [options.remote for options in seen] == [URL, None]
