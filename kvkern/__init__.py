@@ -1,9 +1,9 @@
-"""kvkern: a cache for the KV cache of LLM inference engines. A prefix that was computed once is loaded, not recomputed.
+"""kvkern: a cache for the KV cache of LLM inference engines. It loads a prefix that was computed before.
 
     import kvkern
     cache = kvkern.open_cache(layout, tensors, namespace, capacity="8GiB")
 
-Names are imported when first used: importing `kvkern` costs neither torch nor numba.
+The package imports each name at its first use, so `import kvkern` loads neither torch nor numba.
 """
 
 from importlib import import_module

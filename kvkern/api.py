@@ -1,8 +1,8 @@
-"""The hook for any engine: match a prompt, load the hit into paged tensors by block table, store what was computed.
+"""The API for any engine: match a prompt, load the hit into paged tensors by block table, store the computed chunks.
 
 cache = kvkern.open_cache(layout, tensors, model="my-model", weights=revision, capacity="8GiB")
 with cache.match(tokens) as hit:                       # longest cached prefix, pinned
-    num_loaded = cache.load(hit, block_table)          # verified tokens now in the engine's blocks
+    num_loaded = cache.load(hit, block_table)          # tokens that were verified and are now in the engine's blocks
 ...                                                    # the engine computes tokens[num_loaded:]
 cache.store(tokens, block_table, match=hit)            # whole chunks that are not cached yet
 """
@@ -39,23 +39,23 @@ from .transfer.base import ChunkBatch, Copier, Job
 if TYPE_CHECKING:
     import torch
 
-STORE_WAIT_S = 1.0  # how long a store waits for a daemon's slots before it takes what there is
-_requests = itertools.count(1)  # numbers of requests, each once in this process: caches may share a manager
+STORE_WAIT_S = 1.0  # a store waits so long for the daemon's slots, then stores as many chunks as it has slots for
+_requests = itertools.count(1)  # request numbers, unique in this process: several caches may share one manager
 BlockTable = npt.NDArray[np.integer] | Sequence[int]
 
 
 class Match:
-    """A cached prefix of a prompt, readable until `release` (or the end of the `with` block)."""
+    """A cached prefix of a prompt. Its chunks stay readable until `release` or the end of the `with` block."""
 
     def __init__(self, cache: ChunkCache, lease: Lease, chunk_tokens: int, request: int) -> None:
         self._cache = cache
         self._released = False
         self.lease = lease
-        self.request = request  # its number, for `store`; outlives the release
+        self.request = request  # number of the request, which `store` reads; valid after the release too
         self.num_tokens = len(lease.slots) * chunk_tokens
 
     def release(self) -> None:
-        """Give the chunks back to eviction. Safe to call twice."""
+        """Unpin the chunks, so that they can be evicted. Safe to call twice."""
         if not self._released:
             self._released = True
             self._cache.release(self.lease)
@@ -72,12 +72,12 @@ class Match:
 
     @property
     def released(self) -> bool:
-        """Whether the chunks may be gone."""
+        """Whether `release` was called. Then the chunks may be evicted."""
         return self._released
 
 
 class PagedCache:
-    """A cache for one engine's paged tensors. Thread-safe as long as calls work on distinct blocks."""
+    """A cache for one engine's paged tensors. Thread-safe if concurrent calls use distinct blocks."""
 
     def __init__(
         self, cache: ChunkCache, transfer: Copier, close: Callable[[], None], namespace: Namespace, shape: ChunkShape
@@ -90,32 +90,39 @@ class PagedCache:
         self.chunk_tokens = namespace.chunk_tokens
 
     def keys(self, tokens: Tokens, extras: Mapping[int, bytes] | None = None) -> list[bytes]:
-        """Chunk keys of a sequence; a partial last chunk has none. `extras`: chunk index -> 32-byte hash of images etc."""
+        """Return the chunk keys of a sequence. A partial last chunk has no key.
+
+        `extras` maps a chunk's index to a 32-byte hash of what the tokens do not show, for example of its images.
+        """
         return split_keys(chunk_keys(self._shape.namespace, tokens, self.chunk_tokens, extras))
 
     def match(self, tokens: Tokens, extras: Mapping[int, bytes] | None = None) -> Match:
-        """Find and pin the longest cached prefix of `tokens`. Always returns a Match; `num_tokens` may be 0.
+        """Find and pin the longest cached prefix of `tokens`. Always returns a Match. Its `num_tokens` may be 0.
 
-        An engine that needs logits of the last token passes `tokens[:-1]`, or recomputes the last token after loading.
+        An engine that needs the logits of the last token passes `tokens[:-1]`, or recomputes the last token after loading.
         """
         use = Use(request=next(_requests), namespace=self._shape.namespace)
         lease = self._cache.acquire(self.keys(tokens, extras), use=use)
         return Match(self._cache, lease, self.chunk_tokens, use.request)
 
     def load(self, match: Match, block_table: BlockTable, start: int = 0) -> int:
-        """Copy the match into the blocks of `block_table` and verify it. Returns how many tokens from 0 on are good.
+        """Copy the matched chunks into the blocks of `block_table` and verify them.
 
-        Tokens [0, start) are in their blocks already and stay untouched; `start` is a multiple of the block size.
-        A chunk that fails its checksum ends the result there and is forgotten; blocks behind it hold nothing.
+        Returns the length, in tokens from 0 on, of the prefix that is now valid in the blocks. Tokens [0, start) are in
+        their blocks already and stay untouched. `start` is a multiple of the block size. If a chunk fails its checksum,
+        the valid prefix ends before that chunk and the cache forgets the chunk. The blocks behind it hold no valid KV.
         """
         lease = match.lease
         if match.released:
-            raise ConfigError("the match was released, its chunks may be gone; load before release, or match again")
+            raise ConfigError(
+                f"the match of {match.num_tokens} tokens was released, so its chunks may have been evicted; "
+                f"call load before release, or call match again"
+            )
         table = self._table_rows(block_table, len(lease.slots))
         if start % self._block_tokens or not 0 <= start <= match.num_tokens:
             raise ConfigError(
-                f"start is {start}; it must be a multiple of the block size {self._block_tokens} "
-                f"from 0 to the match's {match.num_tokens} tokens"
+                f"start is {start}; it must be a multiple of the block size {self._block_tokens}, "
+                f"from 0 to the {match.num_tokens} tokens of the match"
             )
         first = start // self.chunk_tokens
         table = table.copy()
@@ -133,10 +140,11 @@ class PagedCache:
         start: int = 0,
         match: Match | None = None,  # of the same request, released or not; a request may store several times
     ) -> int:
-        """Copy those whole chunks of `tokens[start:]` that are not cached yet. Returns how many chunks were published.
+        """Copy the whole chunks of `tokens[start:]` that are not cached yet. Returns how many chunks were published.
 
-        The KV of every whole chunk must be in its blocks. Fewer than offered may be stored when all else is in use. With
-        `match`, finding and storing count as one use of the sequence; without, the eviction policy takes them for two requests.
+        The KV of every whole chunk must be in its blocks. The cache stores fewer chunks if all other slots are in use.
+        With `match`, the match and the store count as one use of the sequence. Without it, the eviction policy counts two
+        requests.
         """
         keys = self.keys(tokens, extras)
         table = self._table_rows(block_table, len(keys))
@@ -151,34 +159,35 @@ class PagedCache:
         batch = self._chunk_batch(rows, reservation.keys, reservation.slots, reservation.generations)
         try:
             self._wait_for_copies(self._transfer.store([batch]))
-        finally:  # whatever was not written is freed
+        finally:  # commit frees the slots that were not written
             stored = self._cache.commit(reservation)
         return stored
 
     def clear(self) -> int:
-        """Forget what this model and salt have cached, after a change of weights for example. Returns how many chunks.
+        """Forget all chunks of this model and salt, for example after a change of weights. Returns how many chunks.
 
-        What a remote store has stays there and comes back: with one, open a new cache with other `weights` instead.
+        Chunks in a remote store stay there, and later matches load them again. If you have a remote store, open a new
+        cache with other `weights` instead.
         """
         return self._cache.clear(self.namespace.root)
 
     def stats(self) -> dict[str, int | float]:
-        """Counters and usage; see CacheCounters."""
+        """Return counters and usage. CacheCounters explains each counter."""
         return {**self._cache.counters.snapshot(), **self._cache.usage()}
 
     def close(self) -> None:
-        """End the copy threads and let the arena go. No call may be under way."""
+        """End the copy threads and unmap the arena. Call it when no other call is running."""
         self._transfer.close()
         self._close()
 
     def _wait_for_copies(self, job: Job) -> None:
-        """Copy along, then wait; bad input that a piece met is the caller's to see, anything else is a miss."""
+        """Help with the copies, then wait for them. Bad input is raised; any other error counts as a miss."""
         try:
             with self._cache.faults.are_misses():
-                job.help()
+                job.run_unclaimed()
             job.wait()
         except BaseException:
-            job.wait()  # an interrupt: the copies end before the lease or reservation does
+            job.wait()  # after an interrupt too, the copies end before the lease or reservation does
             raise
         error = job.error
         if isinstance(error, KvkernError):
@@ -189,16 +198,22 @@ class PagedCache:
         return self.chunk_tokens // self._transfer.blocks_per_chunk
 
     def _table_rows(self, block_table: BlockTable, chunks: int) -> npt.NDArray[np.int32]:
-        """[chunks, blocks_per_chunk] of the table's first blocks."""
+        """Return the table's first block ids as [chunks, blocks_per_chunk] int32. Raises ConfigError or LayoutError."""
         per_chunk = self._transfer.blocks_per_chunk
         table = np.asarray(block_table, dtype=np.int64).reshape(-1)
         if len(table) < chunks * per_chunk:
-            raise ConfigError(f"block_table has {len(table)} blocks; {chunks} chunks need {chunks * per_chunk}")
+            raise ConfigError(
+                f"block_table has {len(table)} blocks; {chunks} chunks need {chunks * per_chunk}; "
+                f"pass the block ids of all whole chunks"
+            )
         used = table[: chunks * per_chunk]
         num_blocks = self._transfer.num_blocks
         if used.size and not (0 <= int(used.min()) and int(used.max()) < num_blocks):
             bad = used[(used < 0) | (used >= num_blocks)][0]
-            raise LayoutError(f"block id {bad} is outside [0, {num_blocks}), the engine's blocks")
+            raise LayoutError(
+                f"block id {bad} is outside [0, {num_blocks}), the blocks of the tensors given to open_cache; "
+                f"check block_table"
+            )
         return used.astype(np.int32).reshape(chunks, per_chunk)
 
     def _chunk_batch(
@@ -215,7 +230,7 @@ class PagedCache:
 
 
 def _open_embedded(arena: Arena, config: Config) -> tuple[Cache, Callable[[], None]]:
-    """(a cache of this process alone, what ends it)."""
+    """Build a cache that only this process uses. Returns the cache and the function that closes cache and arena."""
     cache = build_cache(arena, policy=config.policy)
 
     def close() -> None:
@@ -238,19 +253,18 @@ def open_cache(
     weights: str,  # a resolved revision, or kvkern.weights_fingerprint(path)
     blocks_per_chunk: int = 1,
     salt: str | None = None,  # tenant: caches with different salts never share
-    prefill_tokens_s: float | None = None,  # how fast the engine computes prompts, see docs/remote.md; None: unknown
+    prefill_tokens_s: float | None = None,  # tokens/s that the engine prefills, see docs/remote.md; None: unknown
     **options: Any,  # fields of kvkern.config.Config; `capacity`, or `socket` of the node's daemon, is required
 ) -> PagedCache:
-    """Open a cache embedded in this process, or the node's through its daemon.
+    """Open a cache embedded in this process, or connect to the node's cache through its daemon.
 
-    Proves the layout by a round trip through the tensors before returning.
-
-    Raises LayoutError, ConfigError or ArenaError; nothing is left behind then.
+    Before it returns, it proves the layout: it writes random blocks through the tensors, moves them out and back, and
+    compares them. Raises LayoutError, ConfigError or ArenaError, and then leaves nothing behind.
     """
     if blocks_per_chunk < 1:
         raise ConfigError(f"blocks_per_chunk is {blocks_per_chunk}; it must be at least 1")
     if prefill_tokens_s is not None and not 0 < prefill_tokens_s < math.inf:
-        raise ConfigError(f"prefill_tokens_s is {prefill_tokens_s}; it must be above 0, or left out")
+        raise ConfigError(f"prefill_tokens_s is {prefill_tokens_s}; it must be above 0 and finite, or left out")
     config = Config.parse(options, "open_cache")
     paged = PagedTensors.bind(layout, tensors)
     namespace = Namespace(

@@ -1,4 +1,7 @@
-"""The composition root: the only place that knows which classes make up a cache. Constructors elsewhere only store."""
+"""The composition root: the only module that knows which classes make up a cache.
+
+Constructors in other modules only store their arguments.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ def open_arena(
     config: Config,
     geometry: SlotGeometry,
     name: str,  # processes that give the same name share the arena
-    expected: int,  # how many will attach; the last one unlinks the file's name
+    expected: int,  # how many processes will attach; the last one unlinks the file's name
     identity: bytes = bytes(32),
     progress: Progress = logger.info,
 ) -> Arena:
-    """Create or attach to the arena `name` of this user. Sweeps arenas that crashed processes left behind."""
+    """Create this user's arena `name`, or attach to it. Removes the arenas that crashed processes left behind."""
     prefix = arena_prefix(os.getuid())
     for path in sweep_stale(config.arena_dir, prefix):
-        progress(f"arena: removed {path}, which no process used any more")
+        progress(f"arena: removed {path}, because no process has it open")
     spec = ArenaSpec.for_capacity(geometry, config.capacity_nbytes, identity)
     return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
 
@@ -52,10 +55,10 @@ def build_cache(
     policy: str = DEFAULT_POLICY,
     model: GritModel | None = None,  # what the policy has learned, see policy.make_model; None: nothing yet
 ) -> Cache:
-    """A manager over the arena. One per arena: it alone allocates, evicts and publishes.
+    """Build the manager of the arena. An arena has one manager, and only the manager allocates, evicts and publishes.
 
-    With `shares` every namespace has a policy of its own, and the largest gives way first. Raises ConfigError for a
-    policy that nobody knows.
+    With `shares` every namespace has its own policy, and the largest namespace gives up slots first. Raises ConfigError
+    for an unknown policy.
     """
     make = policy_factory(policy, arena.spec.num_slots, model)
     return Cache(DramTier(arena, NamespaceShares(make) if shares else make()))
@@ -64,9 +67,10 @@ def build_cache(
 def attach_remote_tier(
     cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: StoreThread | None = None
 ) -> RemoteTier | None:
-    """Put a remote store behind the cache, and open it, unless it is given `opened`: it is the tier's from then on.
+    """Put a remote store behind the cache. Returns None if `config` is None: then there is no remote store.
 
-    Raises ConfigError for what the user has to mend; the store is closed then.
+    Opens the store, or takes over `opened`, a store that is open already. The tier owns the store from then on. Raises
+    ConfigError for a mistake of the user, and closes the store then.
     """
     if config is None:
         return None
@@ -94,9 +98,10 @@ def attach_remote_tier(
 
 
 def open_remote_store(config: RemoteConfig) -> StoreThread | None:
-    """The store, for `attach_remote_tier`, before there is an arena. None: it does not answer, and is opened when it is needed.
+    """Open the store for `attach_remote_tier`, before there is an arena.
 
-    Raises ConfigError for what the user has to mend.
+    Returns None if the store does not answer. The tier then opens it when it is needed. Raises ConfigError for a mistake
+    of the user.
     """
     from .remote.store_thread import StoreThread
     from .remote.stores.registry import make_store
@@ -108,7 +113,10 @@ def open_remote_store(config: RemoteConfig) -> StoreThread | None:
     if not opened.open_failure:
         return opened
     logger.warning(
-        "kvkern: remote %s does not answer (%s); until it does everything there is a miss", url, opened.open_failure
+        "kvkern: the remote store %s does not answer (%s); until it answers, every lookup in it is a miss. Check the store "
+        "and the URL in `remote`",
+        url,
+        opened.open_failure,
     )
     opened.close()
     return None
@@ -117,9 +125,10 @@ def open_remote_store(config: RemoteConfig) -> StoreThread | None:
 def add_hbm_tier(
     config: Config, dram: Cache, arena: Arena, copier: Copier, group: PagedTensors, blocks_per_chunk: int
 ) -> tuple[HbmCache, Copier]:
-    """(a cache over HBM and `dram`, a copier for both, which closes `copier` with it and before that the cache).
+    """Put a tier in HBM above the DRAM cache. Returns a cache over both tiers and a copier for both.
 
-    Raises ConfigError if no chunk fits, UnsupportedError if the GPU has no room.
+    The copier owns `copier`: its close ends the cache first, then `copier`. Raises ConfigError if no chunk fits, and
+    UnsupportedError if the GPU has too little free memory.
     """
     import numpy as np
 
@@ -140,7 +149,9 @@ def add_hbm_tier(
             mover, above = DmaSlotMover(slots, arena, device), device_copier(group, slots, blocks_per_chunk, device)
         except DeviceError as error:
             wanted = format_nbytes(config.hbm_nbytes)
-            raise UnsupportedError(f"hbm: kvkern cannot keep {wanted} of chunks on {group.device}: {error}") from error
+            raise UnsupportedError(
+                f"hbm: kvkern cannot keep {wanted} of chunks on {group.device}: {error}; lower `hbm`, or leave it out"
+            ) from error
     else:
         slots = HbmSlots(geometry, np.zeros((count, geometry.part_stride), dtype=np.uint8))
         mover, above = HostSlotMover(slots, arena), HostCopier([group], slots, 0, blocks_per_chunk, config.copy_threads)
@@ -149,7 +160,7 @@ def add_hbm_tier(
 
 
 def _cuda_device(name: str) -> CudaDevice:
-    """The GPU of that name, made in the engine's thread."""
+    """Open the GPU of that name. Call it in the engine's thread."""
     import torch
 
     from .transfer.gpu.cuda_device import CudaDevice
@@ -160,14 +171,17 @@ def _cuda_device(name: str) -> CudaDevice:
 def build_copier(
     config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
 ) -> Copier:
-    """The copier of one rank, proven on its tensors. Raises LayoutError if a layout does not round-trip.
+    """Build the copier of one rank and prove it on the rank's tensors. Raises LayoutError if a layout does not round-trip.
 
-    Of tensors on a GPU: call it in the engine's thread. Takes staging memory there and registers the arena; raises
-    ArenaError or UnsupportedError where the host does not give that.
+    If the tensors are on a GPU, call it in the engine's thread. It then allocates staging memory on the GPU and registers
+    the arena. It raises ArenaError or UnsupportedError if the host does not allow that.
     """
     devices = {group.device for group in groups}
     if len(devices) != 1:
-        raise LayoutError(f"the groups' tensors are on {', '.join(sorted(devices))}; one rank has one device")
+        raise LayoutError(
+            f"the KV groups' tensors are on {len(devices)} devices: {', '.join(sorted(devices))}; "
+            f"give each rank tensors of one device"
+        )
     device = devices.pop()
     if device.startswith("cuda"):
         transfer = _build_gpu_copier(device, arena, groups, rank, blocks_per_chunk)
@@ -186,27 +200,29 @@ def build_copier(
 def _build_gpu_copier(
     name: str, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
 ) -> Copier:
-    from .transfer.gpu.calibrate import calibrated
+    from .transfer.gpu.calibrate import load_or_calibrate
     from .transfer.gpu.calibration_file import DeviceId
     from .transfer.gpu.copier import GpuCopier
     from .transfer.gpu.device import DeviceError
     from .transfer.gpu.link_table import Abilities, HostLink
     from .transfer.gpu.numa import process_nodes
-    from .transfer.gpu.planner import choose
+    from .transfer.gpu.planner import choose_method
     from .transfer.gpu.stopwatch import Stopwatch
 
     logger.warning(
-        "kvkern: the KV cache is on %s. This path is proven without a GPU and has not run on one yet: compare answers with and "
-        "without kvkern before you rely on it, see docs/gpu.md", name,
+        "kvkern: the KV cache is on %s. This path was tested without a GPU and has not run on one yet. Compare answers with "
+        "and without kvkern before you rely on it, see docs/gpu.md", name,
     )  # fmt: skip
     try:
         device = _cuda_device(name)
         info = device.info
         unseen = DeviceId(device.name, "unknown", HostLink(0, 0), cpu_nodes=process_nodes())
-        identity = unseen if info is None else DeviceId.here(info)
+        identity = unseen if info is None else DeviceId.for_this_process(info)
         able = Abilities(device.batch_api, device.host_pointers)
         watch = partial(Stopwatch, device, able.batch_api, able.host_pointers)
-        table = calibrated(watch, identity, able, user_cache_dir())
-        return GpuCopier(groups, arena, rank, blocks_per_chunk, device, partial(choose, table), progress=logger.info)
+        table = load_or_calibrate(watch, identity, able, user_cache_dir())
+        return GpuCopier(
+            groups, arena, rank, blocks_per_chunk, device, partial(choose_method, table), progress=logger.info
+        )
     except DeviceError as error:
-        raise UnsupportedError(f"kvkern cannot copy to and from {name}: {error}") from error
+        raise UnsupportedError(f"kvkern cannot copy to and from {name}: {error}; see docs/gpu.md") from error

@@ -1,4 +1,7 @@
-"""The one configuration object: frozen, parsed at the edge, unknown keys refused. The only reader of the environment."""
+"""The one configuration object. It is frozen, is parsed from the user's options, and refuses unknown keys.
+
+Only this module reads environment variables.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,18 @@ MAX_THREADS = 64
 DEFAULT_POLICY = "grit"
 _MAX_DIGITS = 100
 _MAX_CONNECT_S = 3600
-# as users call them, and the fields
+# name of a user's option -> name of the field
 _SIZE_OPTIONS = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes", "hbm": "hbm_nbytes"}
-_FIELD_TYPES: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {  # of fields: what a user may give, and its maker
+# a field's type -> the types that a user may give, and the function that converts them
+_FIELD_TYPES: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {
     "int": ((int,), int), "bool": ((bool,), bool), "str": ((str,), str), "float": ((int, float), float),
     "Path": ((str, Path), Path),
 }  # fmt: skip
-_REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that say nothing without `remote`
+_REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that have no effect without `remote`
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
-    """Bytes of `8GiB`, `500 MB` or a plain integer. Raises ConfigError for anything else, zero and below included."""
+    """Convert `8GiB`, `500 MB` or a plain integer to bytes. Raises ConfigError for anything else, and for 0 and below."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB' or a number of bytes")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
@@ -46,7 +50,7 @@ def parse_nbytes(value: int | str, name: str = "capacity") -> int:
 
 
 def format_nbytes(nbytes: int) -> str:
-    """`1.5 GiB`: for messages, not for parsing."""
+    """Format a size for messages, such as `1.5 GiB`. The result is rounded."""
     for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= size:
             return f"{nbytes / size:.4g} {unit}"
@@ -54,7 +58,7 @@ def format_nbytes(nbytes: int) -> str:
 
 
 def reject_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise ConfigError for the first key that is not known, with the nearest name that is."""
+    """Raise ConfigError for the first unknown key. The message suggests the nearest known name."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -63,7 +67,7 @@ def reject_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
 
 
 def user_cache_dir() -> Path:
-    """Where this user's kvkern keeps what it can find out again: $XDG_CACHE_HOME/kvkern, or ~/.cache/kvkern."""
+    """Return $XDG_CACHE_HOME/kvkern, or ~/.cache/kvkern: the folder for files that kvkern can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "kvkern"
 
 
@@ -72,18 +76,20 @@ def _default_threads() -> int:
 
 
 def nvtx_requested() -> bool:
-    """Whether KVKERN_NVTX asks for named ranges in profiles; see nvtx.py."""
+    """Return True if KVKERN_NVTX asks for named ranges in profiles. See transfer/nvtx.py."""
     return os.environ.get("KVKERN_NVTX", "") not in ("", "0")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteConfig:
-    """What a remote tier needs to know. See remote.base.RemoteUrl for URLs."""
+    """Configuration of the remote tier. remote.stores.url.RemoteUrl documents the URLs."""
 
-    url: str = field(repr=False)  # may have a password in it
-    persist: str = ""  # what goes there: a mode of policy.persist; empty: predicted if the policy can, else evicted
-    queue_nbytes: int = 256 << 20  # of chunks that wait to be written
-    timeout_s: float = 10.0  # of a call to the store
+    url: str = field(repr=False)  # may contain a password
+    persist: str = (
+        ""  # which chunks to write, a mode of policy.persist_modes; empty: predicted if the policy can, else evicted
+    )
+    queue_nbytes: int = 256 << 20  # most bytes of chunks that may wait to be written
+    timeout_s: float = 10.0  # seconds that one call to the store may take
 
     def __post_init__(self) -> None:
         if self.persist:
@@ -94,54 +100,58 @@ class RemoteConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a cache needs to know besides the engine's layout."""
+    """Configuration of a cache, besides the engine's layout."""
 
-    capacity_nbytes: int = 0  # of the arena: slots and their headers; 0 with `socket`
-    arena_dir: Path = Path("/dev/shm")  # a tmpfs (or hugetlbfs) mount; everything in it is memory
+    capacity_nbytes: int = 0  # size of the arena, slots and headers together; 0 with `socket`
+    arena_dir: Path = Path("/dev/shm")  # a tmpfs (or hugetlbfs) mount: its files are memory
     threads: int = 0  # copy threads per process; 0: min(4, CPUs this process may use)
     prefault: bool = True  # touch all pages at start instead of on first use
-    store_replies: bool = True  # keep the KV of generated tokens too (vLLM's own default keeps prompts only)
+    store_replies: bool = True  # store the KV of generated tokens too (vLLM's own default stores prompts only)
     weights: str = ""  # overrides the fingerprint of the weights in the namespace
     salt: str = ""  # folded into every key: caches with different salts never share
-    socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: a cache of this engine's own
-    policy: str = DEFAULT_POLICY  # of eviction, see policy/; with `socket` it is the daemon's
+    socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: this engine has its own cache
+    policy: str = DEFAULT_POLICY  # eviction policy, see policy/; with `socket` the daemon's policy counts
     remote: str = field(
         default="", repr=False
-    )  # URL of a store that engines and nodes share; with `socket` it is the daemon's
-    persist: str = ""  # what goes there, see RemoteConfig
-    remote_queue_nbytes: int = 256 << 20  # of chunks that wait to be written there
-    remote_timeout: float = 10.0  # seconds that a call to it may take
-    connect_s: int = 300  # how long an engine waits at start for its daemon, and for the arena if it is the first
-    hbm_nbytes: int = 0  # of a tier above DRAM, on the tensors' device: parts of slots; 0: none
+    )  # URL of a store that nodes share; with `socket` the daemon's remote counts
+    persist: str = ""  # which chunks go to the remote store, see RemoteConfig
+    remote_queue_nbytes: int = 256 << 20  # most bytes of chunks that may wait to be written to the remote store
+    remote_timeout: float = 10.0  # seconds that one call to the remote store may take
+    connect_s: int = 300  # seconds that an engine waits at start for its daemon, and for the arena if it is the first
+    hbm_nbytes: int = 0  # size of a tier above DRAM on the tensors' device, payload only; 0: no such tier
 
     def __post_init__(self) -> None:
         if not 0 <= self.connect_s <= _MAX_CONNECT_S:
             raise ConfigError(f"connect_s is {self.connect_s}; it must lie in 0..{_MAX_CONNECT_S} seconds")
         if not 0 <= self.threads <= MAX_THREADS:
-            raise ConfigError(f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: chosen at start)")
+            raise ConfigError(
+                f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: kvkern chooses at start)"
+            )
         checked_policy(self.policy)
         if self.remote_config is None and self.persist:
             raise ConfigError(
-                f"persist is {self.persist!r}, but there is no remote to write to; give one, or leave it out"
+                f"persist is {self.persist!r}, but there is no remote to write to; set `remote`, or leave `persist` out"
             )
         if not self.arena_dir.is_dir():
-            raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
+            raise ConfigError(
+                f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or name another folder"
+            )
 
     @property
     def remote_config(self) -> RemoteConfig | None:
-        """Of the remote tier; None: there is none."""
+        """Configuration of the remote tier, or None if there is no remote store."""
         if not self.remote:
             return None
         return RemoteConfig(self.remote, self.persist, self.remote_queue_nbytes, self.remote_timeout)
 
     @property
     def copy_threads(self) -> int:
-        """Threads a process copies with."""
+        """Number of copy threads of a process."""
         return self.threads or _default_threads()
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], where: str = "the kvkern options") -> Config:
-        """Config of user options: `capacity` ('8GiB') or `socket`, and any other field by name."""
+        """Parse user options: `capacity` ('8GiB') or `socket`, and any other field by name. Raises ConfigError."""
         known = {found.name for found in fields(cls)} - set(_SIZE_OPTIONS.values()) | set(_SIZE_OPTIONS)
         reject_unknown(options, known, where)
         values: dict[str, Any] = {
@@ -149,27 +159,29 @@ class Config:
         }
         if options.get("socket"):
             if "capacity" in options:
-                raise ConfigError(f"capacity and socket in {where}: the daemon's capacity counts, leave capacity out")
+                raise ConfigError(
+                    f"capacity and socket in {where} exclude each other: the daemon has its own capacity; leave capacity out"
+                )
             if "hbm" in options:
                 raise ConfigError(
-                    f"hbm and socket in {where}: what lies in one engine's HBM only, the node's other engines would not "
-                    f"find; leave one out"
+                    f"hbm and socket in {where} exclude each other: the node's other engines cannot read this engine's HBM; "
+                    f"leave one out"
                 )
             for name in ("policy", "remote", *_REMOTE_OPTIONS):
                 if name in options:
                     raise ConfigError(
-                        f"{name} and socket in {where}: it is the daemon's, `kvkern serve --{name.replace('_', '-')}`; "
-                        f"leave it out"
+                        f"{name} and socket in {where} exclude each other: the daemon has its own {name}; leave it out "
+                        f"here, and set it with `kvkern serve --{name.replace('_', '-')}`"
                     )
         elif "capacity" not in options:
             raise ConfigError(
-                f"no capacity in {where}; say how much memory to use, for example 'capacity': '8GiB', "
-                f"or name the node's daemon, 'socket': '/run/kvkern.sock'"
+                f"no capacity in {where}; set how much memory to use, for example 'capacity': '8GiB', "
+                f"or name the node's daemon, for example 'socket': '/run/kvkern.sock'"
             )
         for name in _REMOTE_OPTIONS:
             if name in options and not options.get("remote"):
                 raise ConfigError(
-                    f"{name} is {options[name]!r}, but there is no remote to write to; give one, or leave it out"
+                    f"{name} is {options[name]!r}, but there is no remote to write to; set `remote`, or leave `{name}` out"
                 )
         for known_field in fields(cls):
             if known_field.name in options:
@@ -182,5 +194,5 @@ class Config:
 def _convert_option(name: str, kind: str, value: Any, where: str) -> Any:
     accepted, make = _FIELD_TYPES[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
-        raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}), expected {kind}")
+        raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}); expected {kind}")
     return make(value)

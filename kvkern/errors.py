@@ -1,10 +1,10 @@
-"""The exceptions users meet.
+"""The exceptions that users see.
 
     KvkernError
     |- LayoutError        a tensor, stride or size does not fit the paged layout, or a layout does not round-trip
-    |- ConfigError        an option has a value kvkern cannot work with
-    |- ArenaError         the shared memory cannot be had, or belongs to something else
-    `- UnsupportedError   the engine, its version or a feature it has switched on is not supported
+    |- ConfigError        an option has a value that kvkern cannot work with
+    |- ArenaError         the shared memory cannot be allocated, or the file is another user's or another program's
+    `- UnsupportedError   kvkern does not support the engine, its version, or a feature that it has switched on
 
 A miss is a value, not an exception. Every message names the value, the limit and the remedy.
 """
@@ -19,8 +19,8 @@ class ConfigError(KvkernError, ValueError):
 
 
 class ArenaError(KvkernError, RuntimeError):
-    """The arena cannot be created or attached, or two processes disagree on its geometry."""
+    """A process cannot create or attach to the arena, or two processes disagree on its geometry."""
 
 
 class UnsupportedError(KvkernError, RuntimeError):
-    """The engine runs in a way that kvkern does not handle: refused at start rather than served wrongly."""
+    """The engine runs in a way that kvkern does not handle. kvkern refuses it at start, before it serves a wrong answer."""

@@ -1,4 +1,4 @@
-"""Counters of one cache. Plain integers under the cache's lock; exporters read `snapshot()`. Ratios never exceed 1."""
+"""Counters of one cache. They are plain integers under the cache's lock. Exporters read `snapshot()`. Ratios never exceed 1."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from dataclasses import asdict, dataclass
 class CacheCounters:
     """Counts of chunks unless the name says otherwise."""
 
-    lookup_chunks: int = 0  # asked for
+    lookup_chunks: int = 0  # looked up
     hit_chunks: int = 0  # of those, found READY in an unbroken prefix
     stored_chunks: int = 0  # published
-    failed_chunks: int = 0  # reserved but not written by every rank
-    dropped_chunks: int = 0  # found no room
-    declined_chunks: int = 0  # not written: the policy holds what is there to be worth more
+    failed_chunks: int = 0  # reserved, but not every rank wrote its part
+    dropped_chunks: int = 0  # not written, because no slot was free and none could be evicted
+    declined_chunks: int = 0  # not written, because the policy holds every cached chunk to be worth more
     evicted_chunks: int = 0
-    bad_chunks: int = 0  # failed their checksum: a miss
+    bad_chunks: int = 0  # failed their checksum, so counted as a miss
     cleared_chunks: int = 0
-    remote_lookup_chunks: int = 0  # that were not in DRAM and looked for in the remote store
+    remote_lookup_chunks: int = 0  # not in DRAM, so looked up in the remote store
     remote_hit_chunks: int = 0  # of those, read and verified
-    remote_unasked_chunks: int = 0  # of those, not asked for: asking costs too much, or the store leaves others waiting
-    remote_gated_chunks: int = 0  # there, and not read: computing them is faster
-    remote_late_chunks: int = 0  # read when nobody waited any more; they are in DRAM now
-    remote_bad_chunks: int = 0  # did not verify: a miss, and deleted there
+    remote_unasked_chunks: int = 0  # of those, not asked for: asking costs too much, or the store keeps others waiting
+    remote_gated_chunks: int = 0  # present in the store but not read, because computing them is faster
+    remote_late_chunks: int = 0  # read after the last request had stopped waiting; they are in DRAM now
+    remote_bad_chunks: int = 0  # failed their checksum, so counted as a miss and deleted in the store
     remote_written_chunks: int = 0
-    remote_dropped_chunks: int = 0  # not written: no room there, too many waiting, or it failed
-    remote_failures: int = 0  # calls that failed
+    remote_dropped_chunks: int = 0  # not written: the store has no room, too many chunks wait, or the write failed
+    remote_failures: int = 0  # calls to the store that failed
     faults: int = 0  # exceptions turned into misses
 
     @property
     def hit_ratio(self) -> float:
-        """Hit chunks over looked-up chunks, 0 when nothing was looked up."""
+        """Hit chunks over looked-up chunks, or 0 if none was looked up."""
         return self.hit_chunks / self.lookup_chunks if self.lookup_chunks else 0.0
 
     def snapshot(self) -> dict[str, int | float]:
-        """All counters and the hit ratio."""
+        """Return all counters and the hit ratio."""
         return {**asdict(self), "hit_ratio": self.hit_ratio}

@@ -411,8 +411,8 @@ def test_a_store_behind_it(tensors: list[torch.Tensor], tmp_path: Path) -> None:
         with second.match(TOKENS) as hit:
             assert second.load(hit, TABLE) == 3 * CHUNK
         backing: Any = second._cache
-        assert backing._remote.speeds.prefill_tokens_s == 1e-3
+        assert backing._remote.costs.prefill_tokens_s == 1e-3
     for bad in (0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=f"prefill_tokens_s is {bad}; it must be above 0, or left out"):
+        with pytest.raises(ConfigError, match=f"prefill_tokens_s is {bad}; it must be above 0 and finite, or left out"):
             open_cache(tensors, tmp_path, prefill_tokens_s=bad)
     assert not list(tmp_path.glob("kvkern-*"))

@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvkern.cli import app
+from kvkern.node import framing
 from kvkern.node import protocol as p
-from kvkern.node.client import admin_client as operator_module
+from kvkern.node.client import admin_client
 from kvkern.node.client.admin_client import AdminClient
 from tests.node.conftest import ROOT, Daemon, MakeClient, MakeDaemon, eventually, write_payload
 from tests.support import NAMESPACE, SHAPE, chain_keys
@@ -105,7 +106,9 @@ def test_get(filled: Daemon) -> None:
     assert ["position", "2"] in [line.split() for line in run(filled, "get", CHAIN[2].hex()[:10]).stdout.splitlines()]
     absent = run(filled, "get", "00" * 32, "--json")
     assert (absent.exit_code, absent.stdout) == (1, "")
-    assert absent.stderr == f"kvkern: no cached chunk's key starts with {'00' * 32}\n"
+    assert absent.stderr == (
+        f"kvkern: no cached chunk has a key that starts with {'00' * 32}; `kvkern ls` lists the keys\n"
+    )
 
 
 def test_evict(filled: Daemon) -> None:
@@ -193,7 +196,7 @@ def test_what_the_parser_refuses(arguments: list[str]) -> None:
 
 
 def test_a_daemon_that_hangs(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator_module, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(admin_client, "TIMEOUT_S", 0.2)
     daemon.signal(signal.SIGSTOP)
     assert "timed out" in refused(run(daemon, "stat"))
     daemon.signal(signal.SIGCONT)
@@ -218,13 +221,13 @@ def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        (p.encode(p.Refused("because")), "the daemon refuses: because"),
-        (p.encode(p.Draining()), "answers Hello with Draining"),
+        (framing.encode(p.Refused("because")), "the daemon refuses: because"),
+        (framing.encode(p.Draining()), "answers Hello with Draining"),
         (b"\xff" * 8, "above"),
         (b"\x01\x00\x00\x00\xc0", "no message"),
         (b"", "it hung up"),
-        (p.encode(p.Welcome(p.VERSION, 1)) + p.encode(p.Described(1, "")), "answers with Described"),
-        (p.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "above"),
+        (framing.encode(p.Welcome(p.VERSION, 1)) + framing.encode(p.Described(1, "")), "answers with Described"),
+        (framing.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "above"),
     ],
     ids=["refused", "draining", "length", "no_message", "nothing", "other", "length_later"],
 )
