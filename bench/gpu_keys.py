@@ -1,8 +1,8 @@
 """Chunk keys on a GPU beside the CPU's, in the same process: what a batch of sequences costs to name.
 
     device   tokens are on the GPU already and keys stay there: three launches (what the kernel is for)
-    round    tokens come from the host and keys go back: `extend_batch` with the triton backend, everything included
-    cpu      `extend_batch` with the numba backend, one thread, from uint32 arrays
+    round    tokens come from the host and keys go back: `extend_keys_batch` with the triton backend, everything included
+    cpu      `extend_keys_batch` with the numba backend, one thread, from uint32 arrays
 
 `ratio_cpu`: the CPU's time over theirs, above 1 where the GPU is faster.
 """
@@ -16,7 +16,7 @@ import torch
 from _gpu import Rig, Row, arguments, in_turns, open_rig, print_row, write_json
 
 from kvkern.kernels.chain_state import ChainState
-from kvkern.kernels.chunk_keys import Backend, extend_batch
+from kvkern.kernels.chunk_keys import Backend, extend_keys_batch
 
 CHUNK_TOKENS = 16
 BATCHES = ((1, 2048), (1, 131_072), (64, 2048), (256, 8192))  # sequences, tokens each
@@ -33,7 +33,7 @@ def measure(rig: Rig, sequences: int, tokens: int, runs: int) -> list[Row]:
     def host(backend: Backend) -> float:
         rig.synchronize()
         start = time.perf_counter()
-        extend_batch(states, arrays, CHUNK_TOKENS, backend=backend)
+        extend_keys_batch(states, arrays, CHUNK_TOKENS, backend=backend)
         rig.synchronize()
         return time.perf_counter() - start
 
@@ -57,14 +57,14 @@ def measure(rig: Rig, sequences: int, tokens: int, runs: int) -> list[Row]:
 
 def _device_seconds(rig: Rig, arrays: list[np.ndarray], states: list[ChainState], runs: int) -> float:
     if rig.dry:
-        return rig.time(lambda: extend_batch(states, arrays, CHUNK_TOKENS))
+        return rig.time(lambda: extend_keys_batch(states, arrays, CHUNK_TOKENS))
     from kvkern.kernels import chunk_keys_triton as kernels
 
     tokens = rig.upload(torch.from_numpy(np.concatenate(arrays).view(np.int32)))
     cu_tokens = rig.upload(torch.from_numpy(np.cumsum([0, *map(len, arrays)])))
     keys = torch.empty((len(tokens) // CHUNK_TOKENS, 32), dtype=torch.uint8, device=rig.name)
-    before = kernels.DeviceStates.of(states, rig.name)
-    work = {"device": lambda: kernels.extend(before, tokens, cu_tokens, CHUNK_TOKENS, keys)}
+    before = kernels.DeviceStates.upload(states, rig.name)
+    work = {"device": lambda: kernels.extend_keys(before, tokens, cu_tokens, CHUNK_TOKENS, keys)}
     return in_turns(rig, work, runs)["device"]
 
 

@@ -1,17 +1,17 @@
-"""BLAKE3 keyed hashing for the CPU, 16 messages at a time as LLVM vectors. Knows words and lanes; nothing of chunks or keys.
+"""BLAKE3 keyed hashing for the CPU, 16 messages at a time in LLVM vectors. Knows words and lanes; nothing of namespaces.
 
     compress(cv[8], m[16], nbytes, flags):             x 16 lanes: every word is a <16 x i32>
       v = cv ‖ IV[:4] ‖ counter 0, 0 ‖ nbytes ‖ flags
       7 times:  mix the 4 columns, then the 4 diagonals, with two words of m each;  m = permuted m
       cv = v[:8] ^ v[8:]
-    keyed_hash(key, message) = key compressed with each 64-byte block of it       at most 1024 bytes: one BLAKE3 chunk
+    keyed_hash(key, message) = key compressed with each 64-byte block of the message       at most 1024 bytes: one BLAKE3 chunk
 
-Messages lie in rows (one address each); sixteen of them are transposed in registers, so that vector w holds word w of
-every lane. The code is LLVM IR (numba has no vectors): LLVM turns it into AVX-512, or splits it for AVX2, SSE and NEON.
-A chain of hashes has one lane only: there the 4 x 4 words of the state are four vectors, and diagonals are rotated rows.
+Messages lie in rows (one address each). Sixteen rows are transposed in registers, so that vector w holds word w of every
+lane. The code is LLVM IR, because numba has no vectors. LLVM turns it into AVX-512, or splits it for AVX2, SSE and NEON.
+A chain of hashes has only one lane. There the 4 x 4 words of the state are four vectors, and diagonals are rotated rows.
 
-Every block is read whole, 64 bytes, and masked: that much must be readable from the start of any message's last block.
-All compiled code that uses the intrinsics is in this file, because numba's cache looks at the age of one file only.
+Every block is read whole (64 bytes) and masked. So 64 bytes must be readable from the start of each message's last block.
+All compiled code that uses the intrinsics is in this file, because numba's cache checks the age of one file only.
 Spec: https://github.com/BLAKE3-team/BLAKE3-specs
 """
 
@@ -28,26 +28,26 @@ from numba.extending import intrinsic
 from .chunk_keys_ref import SEGMENT_CHUNKS
 
 LANES = 16
-MAX_WORDS = 256  # of a message: one BLAKE3 chunk
-# Scratch, in words from a cache line on: cv [8, 16], then 16 segments of c_i. Each is a block longer than it is: its last
-# row is read as a whole block, and rows a power of two apart would share the sets of the L1 cache.
+MAX_WORDS = 256  # words of a message: one BLAKE3 chunk
+# Scratch memory in words, from the start of a cache line: cv [8, 16], then 16 segments of c_i. Each segment has one block of
+# extra room: its last row is read as a whole block, and rows a power of two apart would share the sets of the L1 cache.
 _CHAINS = 8 * LANES
 _SEGMENT_WORDS = 8 * SEGMENT_CHUNKS + 16
-SCRATCH_WORDS = 16 + _CHAINS  # of `hash_rows`
-_MIN_LANES = 3  # 16 lanes take as long as 2.4 chains of one lane each
+SCRATCH_WORDS = 16 + _CHAINS  # what `hash_rows` needs
+_MIN_LANES = 3  # 16 lanes in lockstep take as long as 2.4 chains of one lane each
 
-_IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A)  # the half that keyed mode uses
+_IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A)  # the half of BLAKE3's IV that keyed mode uses
 _PERMUTATION = (2, 6, 3, 10, 7, 0, 4, 13, 1, 11, 12, 5, 9, 14, 15, 8)
 _CHUNK_START, _CHUNK_END, _ROOT, _KEYED = 1, 2, 8, 16
 _COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
 _DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
 _BLOCK_WORDS, _BLOCK_NBYTES, _HASH_NBYTES = 16, 64, 32
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_WORD_NBYTES = 4  # alignment of every load and store: rows lie anywhere
+_WORD_NBYTES = 4  # alignment of every load and store: a row may start at any word
 
 
 def chunks_scratch_words(count: int) -> int:
-    """What `hash_chunks` of so many chunks needs."""
+    """Return the words of scratch memory that `hash_chunks` needs for `count` chunks."""
     lanes = LANES if count > (_MIN_LANES - 1) * SEGMENT_CHUNKS else 1
     return SCRATCH_WORDS + lanes * _SEGMENT_WORDS
 
@@ -79,12 +79,12 @@ def _store(b: ir.IRBuilder, vector: Any, address: Any, offset: int) -> None:
 
 def _rotate_right(b: ir.IRBuilder, x: Any, bits: int) -> Any:
     right, left = (_vector(*[by] * x.type.count) for by in (bits, 32 - bits))
-    return b.or_(b.lshr(x, right), b.shl(x, left))  # LLVM knows it as a rotation
+    return b.or_(b.lshr(x, right), b.shl(x, left))  # LLVM recognises this as a rotation
 
 
 def _mix(b: ir.IRBuilder, a: Any, p: Any, c: Any, d: Any, x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
     for word, first, second in ((x, 16, 12), (y, 8, 7)):
-        a = b.add(b.add(a, word), p)  # p is what comes last
+        a = b.add(b.add(a, word), p)  # p is added last because it is ready last
         d = _rotate_right(b, b.xor(d, a), first)
         c = b.add(c, d)
         p = _rotate_right(b, b.xor(p, c), second)
@@ -92,15 +92,15 @@ def _mix(b: ir.IRBuilder, a: Any, p: Any, c: Any, d: Any, x: Any, y: Any) -> tup
 
 
 def _masked_block(b: ir.IRBuilder, address: Any, num_words: Any) -> Any:
-    """<16 x i32>: the block there, zeros from word num_words on."""
+    """<16 x i32>: the block at `address`, with zeros from word num_words on."""
     inside = b.icmp_signed("<", _vector(*range(_BLOCK_WORDS)), _broadcast(b, num_words, _BLOCK_WORDS))
     return b.and_(_load(b, address, 0, _BLOCK_WORDS), b.sext(inside, ir.VectorType(_I32, _BLOCK_WORDS)))
 
 
 def _transpose(b: ir.IRBuilder, rows: list[Any]) -> list[Any]:
-    """16 x 16 words: columns of 4 x 4 squares inside the 128-bit quarters first, then the quarters themselves."""
+    """Transpose 16 x 16 words: first 4 x 4 squares inside the 128-bit quarters, then the quarters themselves."""
 
-    def per_quarter(*lanes: int) -> list[int]:  # 0-3: of the first operand, 4-7: of the second
+    def per_quarter(*lanes: int) -> list[int]:  # lanes 0-3: first operand, 4-7: second operand
         return [4 * q + lane % 4 + LANES * (lane // 4) for q in range(4) for lane in lanes]
 
     def quarters(*picked: int) -> list[int]:
@@ -124,7 +124,7 @@ def _transpose(b: ir.IRBuilder, rows: list[Any]) -> list[Any]:
 
 
 def _lane_addresses(b: ir.IRBuilder, first: Any, stride: Any, last: Any) -> list[Any]:
-    """Of 16 rows, `stride` bytes apart; none is behind `last`."""
+    """Return the addresses of 16 rows that are `stride` bytes apart. No address is above `last`."""
     addresses = [b.add(first, b.mul(stride, _I64(lane))) for lane in range(LANES)]
     return [b.select(b.icmp_signed("<", address, last), address, last) for address in addresses]
 
@@ -146,11 +146,12 @@ def _emit_lanes(b: ir.IRBuilder, cv: Any, first: Any, stride: Any, last: Any, nu
 
 @intrinsic
 def _compress_lanes(typingctx, cv, first, stride, last, num_words, flags):  # type: ignore[no-untyped-def]  # numba's protocol
-    """cv: address of [8 words, 16 lanes], updated with a block each. Lanes behind the address `last` hash that one."""
+    """Update cv, the address of [8 words, 16 lanes], with a block per lane. Lanes behind address `last` hash the row there."""
     signature = types.void(*[types.int64] * 4, types.int32, types.int32)
 
     def codegen(context, b, _signature, args):  # type: ignore[no-untyped-def]
-        # A function of its own: inlined into a loop, constants that LLVM moves out of it push the state out of registers.
+        # This is a function of its own. If it were inlined into a loop, LLVM would move its constants out of the loop, and
+        # they would push the state out of the registers.
         kind = ir.FunctionType(ir.VoidType(), [_I64] * 4 + [_I32] * 2)
         function = cgutils.get_or_insert_function(b.module, kind, "kvkern_compress_lanes")
         if function.is_declaration:
@@ -167,7 +168,7 @@ def _compress_lanes(typingctx, cv, first, stride, last, num_words, flags):  # ty
 
 @intrinsic
 def _load_lanes(typingctx, cv, key):  # type: ignore[no-untyped-def]
-    """Every lane of cv <- the 8 words at address `key`."""
+    """Copy the 8 words at address `key` to every lane of cv."""
 
     def codegen(context, b, _signature, args):  # type: ignore[no-untyped-def]
         words = _load(b, args[1], 0, 8)
@@ -180,7 +181,7 @@ def _load_lanes(typingctx, cv, key):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _store_lanes(typingctx, cv, first, stride):  # type: ignore[no-untyped-def]
-    """Write the 8 words of each lane to 16 rows, `stride` bytes apart."""
+    """Write the 8 words of each lane to 16 rows that are `stride` bytes apart."""
 
     def codegen(context, b, _signature, args):  # type: ignore[no-untyped-def]
         cv, first, stride = args
@@ -195,7 +196,7 @@ def _store_lanes(typingctx, cv, first, stride):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _compress_one(typingctx, cv, block, num_words, flags):  # type: ignore[no-untyped-def]
-    """cv: address of 8 words, updated; block: address of the message's block."""
+    """Update cv, the address of 8 words, with the message block at address `block`."""
     signature = types.void(types.int64, types.int64, types.int32, types.int32)
 
     def codegen(context, b, _signature, args):  # type: ignore[no-untyped-def]
@@ -205,7 +206,7 @@ def _compress_one(typingctx, cv, block, num_words, flags):  # type: ignore[no-un
         for lane, word in ((2, b.shl(num_words, _I32(2))), (3, flags)):
             rows[3] = b.insert_element(rows[3], word, _I32(lane))
         order = list(range(_BLOCK_WORDS))
-        # Row 1 is what every step waits for: it stays, and the others turn around it. The diagonals' words turn with them.
+        # Every step waits for row 1. So row 1 stays, and the other rows rotate, with the message words of the diagonals.
         for _ in range(7):
             for turn, picked in ((-1, (0, 2, 4, 6)), (1, (14, 8, 10, 12))):
                 x, y = (_shuffle(b, m, nothing, [order[i + odd] for i in picked]) for odd in (0, 1))
@@ -241,7 +242,7 @@ def _flags(block, blocks):  # type: ignore[no-untyped-def]
 
 @njit("void(int64, int64, int64, int64, int64)", **_OPTIONS)
 def _hash_lanes(cv, first, stride, last, num_words):  # type: ignore[no-untyped-def]
-    """cv [8, 16], the keys <- keyed hashes of 16 rows of num_words words."""
+    """Replace the keys in cv [8, 16] by the keyed hashes of 16 rows of num_words words."""
     blocks = (num_words + _BLOCK_WORDS - 1) // _BLOCK_WORDS
     for i in range(blocks):
         size = np.int32(min(_BLOCK_WORDS, num_words - _BLOCK_WORDS * i))
@@ -251,7 +252,7 @@ def _hash_lanes(cv, first, stride, last, num_words):  # type: ignore[no-untyped-
 
 @njit("void(int64, int64, int64)", **_OPTIONS)
 def _hash_one(cv, row, num_words):  # type: ignore[no-untyped-def]
-    """cv [8], the key <- keyed hash of a row of num_words words."""
+    """Replace the key in cv [8] by the keyed hash of a row of num_words words."""
     blocks = (num_words + _BLOCK_WORDS - 1) // _BLOCK_WORDS
     for i in range(blocks):
         size = np.int32(min(_BLOCK_WORDS, num_words - _BLOCK_WORDS * i))
@@ -260,13 +261,16 @@ def _hash_one(cv, row, num_words):  # type: ignore[no-untyped-def]
 
 @njit("int64(uint32[::1])", **_OPTIONS)
 def _aligned(scratch):  # type: ignore[no-untyped-def]
-    """Address of the first cache line: vectors that straddle lines cost twice."""
+    """Return the address of the first whole cache line: vectors that straddle two lines cost twice as much."""
     return (scratch.ctypes.data + 63) & -64
 
 
 @njit("void(int64, int64, int64, int64, int64, int64, uint32[::1])", **_OPTIONS)
 def hash_rows(key, rows, stride, num_words, count, out, scratch):  # type: ignore[no-untyped-def]
-    """out[count, 8] <- keyed hash of each row of num_words words. Addresses; up to 15 rows behind `out` are overwritten."""
+    """Write the keyed hash of each row of num_words words to out[count, 8].
+
+    `key`, `rows` and `out` are addresses. Up to 15 rows behind the end of `out` are overwritten.
+    """
     cv = _aligned(scratch)
     last = rows + (count - 1) * stride
     for i in range(0, count, LANES):
@@ -275,7 +279,7 @@ def hash_rows(key, rows, stride, num_words, count, out, scratch):  # type: ignor
         _store_lanes(cv, out + i * _HASH_NBYTES, _HASH_NBYTES)
 
 
-_TOKENS = types.Array(types.uint32, 1, "C", readonly=True)  # read-only ones and others
+_TOKENS = types.Array(types.uint32, 1, "C", readonly=True)  # accepts read-only and writable arrays
 _CHUNKS_SIGNATURE = types.void(
     _TOKENS, types.int64, types.int64,  # inputs
     types.uint32[:, ::1],  # state
@@ -285,7 +289,10 @@ _CHUNKS_SIGNATURE = types.void(
 
 @njit(_CHUNKS_SIGNATURE, **_OPTIONS)
 def hash_chunks(tokens, chunk_tokens, first, state, keys, scratch):  # type: ignore[no-untyped-def]
-    """Fill the first n of keys[n + 15, 8], of the chunks from index `first` on; state [segment, chain, parent] is updated."""
+    """Fill the first n rows of keys[n + 15, 8] with the keys of the chunks from index `first` on.
+
+    Updates `state`, whose rows are segment, chain and parent.
+    """
     stride = _WORD_NBYTES * chunk_tokens
     tokens_at, keys_at = tokens.ctypes.data, keys.ctypes.data
     segment, chain, parent = state.ctypes.data, state[1].ctypes.data, state[2].ctypes.data

@@ -4,12 +4,13 @@ A plane is read as rows of 64 bytes, a row as 16 little-endian uint32 lanes; the
 
     checksum = nbytes * R + sum over rows i, lanes l of  lane[i, l] * (P[l] + i * Q[l])      (mod 2^64)
 
-P is odd, Q twice an odd number, both from splitmix64: every weight is odd, so any single changed lane changes the sum,
-and two rows swapped, shifted or torn change it unless 2^32 rows lie between them. It guards against faults of memory,
-files and software, not against a forger: who can write an arena can also write its checksums.
+P is odd, Q is twice an odd number, and both come from splitmix64. So every weight is odd, and any single changed lane
+changes the sum. Rows that are swapped, shifted or torn also change it, unless 2^32 rows lie between them. The checksum guards
+against faults of memory, files and software. It does not guard against a forger: a process that can write an arena can also
+write its checksums.
 
-With A = sum lane[i] and B = sum of the running A, one pass of two additions a lane is enough:
-sum i * lane[i] = n * A - B for rows 0..n-1. GPU tiles add their part atomically; no order is needed.
+With A = sum lane[i] and B = sum of the running A, one pass with two additions per lane is enough:
+sum i * lane[i] = n * A - B for rows 0..n-1. GPU tiles add their parts atomically, in any order.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 
 def splitmix64(x: int) -> int:
-    """The x-th output of the splitmix64 generator (Steele, Lea, Flood, OOPSLA 2014) seeded with 0."""
+    """Return the x-th output of the splitmix64 generator (Steele, Lea, Flood, OOPSLA 2014) seeded with 0."""
     z = ((x + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -34,9 +35,9 @@ LENGTH_WEIGHT = splitmix64(2 * LANES) | 1  # R
 
 
 def checksum(
-    data: npt.NDArray[np.uint8],  # [nbytes] uint8, one plane of one rank as it lies in the slot
+    data: npt.NDArray[np.uint8],  # [nbytes] uint8, one plane of one rank, as it lies in the slot
 ) -> int:
-    """Checksum of one plane, straight from the formula. 0 <= result < 2^64."""
+    """Return the checksum of one plane, straight from the formula. 0 <= result < 2^64."""
     data = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     nbytes = data.size
     rows = -(-nbytes // ROW_NBYTES)

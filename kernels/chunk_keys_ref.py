@@ -1,4 +1,4 @@
-"""Reference for `chunk_keys` on the `blake3` package: key version 1, straight from the formula.
+"""Reference of `chunk_keys`, on the `blake3` package: key version 1, straight from the formula.
 
     seg     = derive_key("kvkern segment v1", root)
     c_i     = keyed_hash(key = seg if i % 128 == 0 else c_{i-1},  data = tokens of chunk i as uint32le + extra_i)
@@ -23,17 +23,17 @@ SEGMENT_CHUNKS = 128
 
 @lru_cache(maxsize=64)
 def segment_key(root: bytes) -> bytes:
-    """32-byte key of the first chunk of every segment."""
+    """Return the 32-byte key that hashes the first chunk of every segment."""
     return blake3(root, derive_key_context="kvkern segment v1").digest()
 
 
-def extend(
+def extend_keys(
     state: ChainState,
     tokens: npt.NDArray[np.uint32],  # [chunks * chunk_tokens] uint32, whole chunks
     chunk_tokens: int,
-    extras: Mapping[int, bytes],  # absolute chunk index -> 32 bytes
+    extras: Mapping[int, bytes],  # chunk index in the sequence -> 32 bytes
 ) -> tuple[npt.NDArray[np.uint8], ChainState]:
-    """([chunks, 32] uint8 keys, state after them)."""
+    """Hash the next chunks of one sequence. Returns ([chunks, 32] uint8 keys, the state after the last chunk)."""
     data = np.ascontiguousarray(tokens, dtype="<u4").tobytes()
     step = 4 * chunk_tokens
     segment = segment_key(state.root)
@@ -51,6 +51,6 @@ def extend(
     return out, ChainState(state.root, state.num_chunks + len(keys), chain, parent)
 
 
-def adopt(root: bytes, engine_keys: list[bytes]) -> list[bytes]:
-    """`keyed_hash(root, engine_hash + group)` of each."""
+def adopt_keys(root: bytes, engine_keys: list[bytes]) -> list[bytes]:
+    """Return `keyed_hash(root, engine_hash + group)` of each engine key."""
     return [blake3(key, key=root).digest() for key in engine_keys]

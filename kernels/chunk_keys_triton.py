@@ -1,13 +1,14 @@
-"""GPU backend of `chunk_keys`: keys of a ragged batch of sequences in three launches, without a host synchronisation.
+"""GPU backend of `chunk_keys`: the keys of a ragged batch of sequences in three launches, without a host synchronisation.
 
-    1  a lane a segment:   c_i of its chunks, one after the other                      parallel over segments and sequences
-    2  a lane a sequence:  the key at the end of each segment, parent of the next one's        one compression a segment
-    3  a lane a chunk:     key_i = keyed_hash(parent of its segment, c_i)                               parallel over chunks
+    1  one lane per segment:   c_i of its chunks, one after the other                  parallel over segments and sequences
+    2  one lane per sequence:  the key at the end of each segment, the parent of the next    one compression per segment
+    3  one lane per chunk:     key_i = keyed_hash(parent of its segment, c_i)                           parallel over chunks
 
-Formula in chunk_keys_ref.py. The host knows how many tokens and sequences there are, not where one ends: places come from
-`cu_tokens` by floors, which never overlap because floor(a) + floor(b) <= floor(a + b). With s = cu_tokens[b]:
-keys of sequence b start at row s // chunk_tokens, its segments at slot s // (128 * chunk_tokens) + 2 * b. Rows that belong
-to no whole chunk are left as they are. BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs.
+Formula in chunk_keys_ref.py. The host knows how many tokens and sequences there are, but not where a sequence ends. So the
+kernels compute places from `cu_tokens` by floor divisions. Places never overlap, because floor(a) + floor(b) <= floor(a + b).
+With s = cu_tokens[b]: the keys of sequence b start at row s // chunk_tokens, its segments at slot
+s // (128 * chunk_tokens) + 2 * b. Rows that belong to no whole chunk keep what they hold.
+BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import triton.language as tl
 from .chain_state import ChainState
 from .chunk_keys_ref import SEGMENT_CHUNKS, segment_key
 from .errors import LayoutError
-from .target import register_limit, require_current, require_device
+from .target import register_limit, require_current_device, require_triton_device
 
-MAX_TOKENS = 1024  # of a chunk: four leaves of BLAKE3's tree
-MAX_TOKENS_WITH_EXTRAS = 248  # one leaf
+MAX_TOKENS = 1024  # tokens of a chunk: four leaves of BLAKE3's tree
+MAX_TOKENS_WITH_EXTRAS = 248  # tokens of a chunk with an extra: one leaf
 MAX_REGISTERS = 128
-_SEGMENT_LANES = 32  # one warp: a launch of few segments spreads over many SMs
+_SEGMENT_LANES = 32  # one warp per program, so that a launch of few segments spreads over many SMs
 _KEY_LANES = 128
 
 
@@ -53,7 +54,7 @@ def _mix(a, b, c, d, x, y):
 
 @triton.jit
 def _compress(h, m, counter, nbytes, flags):
-    """The next h. h, m: 8 and 16 uint32 tensors of one shape; counter: index of the leaf; the others may be tensors too."""
+    """Return the next h. h, m: 8 and 16 uint32 tensors of one shape. counter: index of the leaf. The others may be tensors."""
     zero = h[0] ^ h[0]
     a0, a1, a2, a3, b0, b1, b2, b3 = h
     c0, c1, c2, c3 = zero + 0x6A09E667, zero + 0xBB67AE85, zero + 0x3C6EF372, zero + 0xA54FF53A
@@ -73,7 +74,7 @@ def _compress(h, m, counter, nbytes, flags):
 
 @triton.jit
 def _load8(ptr, at, mask):
-    """8 uint32 tensors: words of row `at` of an [n, 8] int32 table."""
+    """Return 8 uint32 tensors: the words of row `at` of an [n, 8] int32 table."""
     out = ()
     for word in tl.static_range(8):
         out += (tl.load(ptr + at * 8 + word, mask, other=0).to(tl.uint32, bitcast=True),)
@@ -99,7 +100,7 @@ def _leaf(
     key, tokens_ptr, at, extras_ptr, extra, live,
     INDEX: tl.constexpr, CHUNK_TOKENS: tl.constexpr, EXTRAS: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    """Leaf INDEX, 256 words at most, of the tokens from `at` on and of the 8 words of row `extra` where that is not -1."""
+    """Hash leaf INDEX (at most 256 words) of the tokens from `at` on, then the 8 words of row `extra` unless that is -1."""
     words = tl.zeros_like(at) + tl.minimum(CHUNK_TOKENS - 256 * INDEX, 256)
     if EXTRAS:
         words += tl.where(extra >= 0, 8, 0)
@@ -122,7 +123,7 @@ def _leaf(
 
 @triton.jit
 def _tree(key, tokens_ptr, at, extras_ptr, extra, live, CHUNK_TOKENS: tl.constexpr):
-    """Two to four leaves and their parents."""
+    """Hash two to four leaves and their parents."""
     left = _compress(
         key,
         _leaf(key, tokens_ptr, at, extras_ptr, extra, live, 0, CHUNK_TOKENS, False, 2)
@@ -140,7 +141,7 @@ def _tree(key, tokens_ptr, at, extras_ptr, extra, live, CHUNK_TOKENS: tl.constex
 
 @triton.jit
 def _hash32(key, c):
-    """keyed_hash of 32 bytes: one block, first, last and root."""
+    """Return the keyed_hash of 32 bytes: one block that is first, last and root."""
     zero = c[0] ^ c[0]
     m = c + (zero, zero, zero, zero, zero, zero, zero, zero)
     return _compress(key, m, 0, 32, 27)  # KEYED | ROOT | CHUNK_END | CHUNK_START
@@ -148,7 +149,7 @@ def _hash32(key, c):
 
 @triton.jit
 def _find(cu_tokens_ptr, num_sequences, place, tokens_per_place, slack):
-    """The last sequence b with cu_tokens[b] // tokens_per_place + slack * b <= place."""
+    """Return the last sequence b with cu_tokens[b] // tokens_per_place + slack * b <= place."""
     low = tl.zeros_like(place)
     high = low + num_sequences - 1
     width = num_sequences
@@ -163,7 +164,7 @@ def _find(cu_tokens_ptr, num_sequences, place, tokens_per_place, slack):
 
 @triton.jit
 def _span(cu_tokens_ptr, num_chunks_ptr, sequence, mask, CHUNK_TOKENS: tl.constexpr):
-    """(first token, index of the first chunk, index behind the last whole chunk) of sequences."""
+    """Return (first token, index of the first chunk, index behind the last whole chunk) of each sequence."""
     begin = tl.load(cu_tokens_ptr + sequence, mask, other=0)
     end = tl.load(cu_tokens_ptr + sequence + 1, mask, other=0)
     first = tl.load(num_chunks_ptr + sequence, mask, other=0)
@@ -174,9 +175,9 @@ def _span(cu_tokens_ptr, num_chunks_ptr, sequence, mask, CHUNK_TOKENS: tl.conste
 def chain_segments(
     tokens_ptr,  # [total] int32
     cu_tokens_ptr,  # [sequences + 1] int64
-    num_chunks_ptr,  # [sequences] int64, of the states before
+    num_chunks_ptr,  # [sequences] int64, of the previous states
     segment_keys_ptr,  # [sequences, 8] int32
-    chain_in_ptr,  # [sequences, 8] int32, of the states before
+    chain_in_ptr,  # [sequences, 8] int32, of the previous states
     extra_rows_ptr,  # [rows] int32: row in `extras`, or -1
     extras_ptr,  # [extras, 8] int32
     chains_ptr,  # out: [rows, 8] int32: c_i
@@ -199,7 +200,7 @@ def chain_segments(
     chain = _select8(low % 128 == 0, seeds, _load8(chain_in_ptr, sequence, mask))
     for step in range(tl.max(count, 0)):
         live = step < count
-        chunk = low - first + step  # within the call
+        chunk = low - first + step  # index within this call
         row = begin // CHUNK_TOKENS + chunk
         at = begin + chunk * CHUNK_TOKENS
         if EXTRAS:
@@ -219,7 +220,7 @@ def chain_segments(
 def chain_parents(
     cu_tokens_ptr,  # [sequences + 1] int64
     num_chunks_ptr,  # [sequences] int64
-    segment_ends_ptr,  # [sequences, 8] int32, of the states before
+    segment_ends_ptr,  # [sequences, 8] int32, of the previous states
     chains_ptr,  # [rows, 8] int32
     parents_ptr,  # out: [slots, 8] int32
     segment_ends_out_ptr,  # out: [sequences, 8] int32
@@ -268,7 +269,7 @@ def chunk_keys_of_chains(
 
 @dataclass(frozen=True, slots=True)
 class DeviceStates:
-    """`ChainState`s of a batch on the device. Words are little-endian uint32 in int32 tensors."""
+    """The `ChainState`s of a batch, on the device. Words are little-endian uint32 in int32 tensors."""
 
     segment_keys: torch.Tensor  # [sequences, 8] int32
     num_chunks: torch.Tensor  # [sequences] int64
@@ -276,8 +277,8 @@ class DeviceStates:
     segment_ends: torch.Tensor  # [sequences, 8] int32
 
     @classmethod
-    def of(cls, states: Sequence[ChainState], device: torch.device | str) -> DeviceStates:
-        """Upload host states."""
+    def upload(cls, states: Sequence[ChainState], device: torch.device | str) -> DeviceStates:
+        """Copy host states to the device."""
         segment_keys = {root: segment_key(root) for root in {state.root for state in states}}
         rows = [[segment_keys[s.root] for s in states], [s.chain for s in states], [s.segment_end for s in states]]
         tables = torch.from_numpy(np.frombuffer(b"".join(map(b"".join, rows)), dtype=np.int32).copy())
@@ -285,14 +286,14 @@ class DeviceStates:
         counts = torch.tensor([state.num_chunks for state in states], dtype=torch.int64, device=device)
         return cls(keys, counts, chains, ends)
 
-    def to_host(self, roots: Sequence[bytes]) -> list[ChainState]:
-        """Download; waits for the device."""
+    def download(self, roots: Sequence[bytes]) -> list[ChainState]:
+        """Copy the states to the host. Waits for the device."""
         chains, ends = (t.cpu().numpy().view("V32").reshape(-1).tolist() for t in (self.chains, self.segment_ends))
         fields = zip(roots, self.num_chunks.tolist(), chains, ends, strict=True)
         return [ChainState(*state) for state in fields]
 
 
-def _check(
+def _check_arguments(
     tokens: torch.Tensor,
     cu_tokens: torch.Tensor,
     chunk_tokens: int,
@@ -302,22 +303,22 @@ def _check(
 ) -> None:
     limit = MAX_TOKENS if extras is None else MAX_TOKENS_WITH_EXTRAS
     if not 1 <= chunk_tokens <= limit:
-        raise LayoutError(f"chunk_tokens is {chunk_tokens}; on a GPU it must be in [1, {limit}]; use backend='ref'")
-    require_current(tokens.device)
+        raise LayoutError(f"chunk_tokens is {chunk_tokens}, but on a GPU it must be in [1, {limit}]: use backend='ref'")
+    require_current_device(tokens.device)
     words = (torch.int32, torch.uint32)
-    _expect("tokens", tokens, words, tokens.dim() == 1, "1 dimension")
-    _expect("cu_tokens", cu_tokens, (torch.int64,), cu_tokens.dim() == 1 and cu_tokens.numel() > 0, "1 dimension")
+    _check_tensor("tokens", tokens, words, tokens.dim() == 1, "1 dimension")
+    _check_tensor("cu_tokens", cu_tokens, (torch.int64,), cu_tokens.dim() == 1 and cu_tokens.numel() > 0, "1 dimension")
     rows = tokens.numel() // chunk_tokens
     fits = keys.dim() == 2 and keys.shape[1] == 32 and len(keys) >= rows
-    _expect("keys", keys, (torch.uint8,), fits, f"[>= {rows}, 32]")
+    _check_tensor("keys", keys, (torch.uint8,), fits, f"[>= {rows}, 32]")
     if (extra_rows is None) != (extras is None):
-        raise LayoutError("extra_rows and extras go together: give both or neither")
+        raise LayoutError("only one of extra_rows and extras was given, but they go together: give both or neither")
     if extra_rows is not None and extras is not None:
-        _expect("extra_rows", extra_rows, (torch.int32,), extra_rows.shape == (rows,), f"[{rows}]")
-        _expect("extras", extras, (torch.uint8,), extras.dim() == 2 and extras.shape[1] == 32, "[n, 32]")
+        _check_tensor("extra_rows", extra_rows, (torch.int32,), extra_rows.shape == (rows,), f"[{rows}]")
+        _check_tensor("extras", extras, (torch.uint8,), extras.dim() == 2 and extras.shape[1] == 32, "[n, 32]")
 
 
-def _expect(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], fits: bool, shape: str) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], fits: bool, shape: str) -> None:
     if tensor.dtype not in dtypes or not fits or not tensor.is_contiguous():
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LayoutError(
@@ -326,20 +327,21 @@ def _expect(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], fi
         )
 
 
-def extend(
+def extend_keys(
     states: DeviceStates,
     tokens: torch.Tensor,  # [total] int32 or uint32 on the device: the sequences one after the other
     cu_tokens: torch.Tensor,  # [sequences + 1] int64 on the device: sequence b is tokens[cu[b]:cu[b + 1]]; cu[-1] == total
     chunk_tokens: int,
-    keys: torch.Tensor,  # out: [>= total // chunk_tokens, 32] uint8; of sequence b from row cu[b] // chunk_tokens on
-    extra_rows: torch.Tensor | None = None,  # [total // chunk_tokens] int32 by row: index into `extras`, -1: text
+    keys: torch.Tensor,  # out: [>= total // chunk_tokens, 32] uint8; sequence b starts at row cu[b] // chunk_tokens
+    extra_rows: torch.Tensor
+    | None = None,  # [total // chunk_tokens] int32, per row of `keys`: row of `extras`, -1: text
     extras: torch.Tensor | None = None,  # [n, 32] uint8
 ) -> DeviceStates:
-    """Enqueue the keys of all whole chunks on the current stream; the states after them. Partial chunks are left out.
+    """Enqueue the keys of all whole chunks on the current stream. Returns the states after them. Partial chunks have no key.
 
-    Raises LayoutError where a chunk is longer than MAX_TOKENS, or MAX_TOKENS_WITH_EXTRAS, and for tensors that do not fit.
+    Raises LayoutError if a chunk is longer than MAX_TOKENS (with extras: MAX_TOKENS_WITH_EXTRAS), or a tensor does not fit.
     """
-    _check(tokens, cu_tokens, chunk_tokens, keys, extra_rows, extras)
+    _check_arguments(tokens, cu_tokens, chunk_tokens, keys, extra_rows, extras)
     num_sequences, total = cu_tokens.numel() - 1, tokens.numel()
     num_rows, num_slots = total // chunk_tokens, total // (SEGMENT_CHUNKS * chunk_tokens) + 2 * num_sequences
     device = tokens.device
@@ -376,14 +378,14 @@ def extend(
     return out
 
 
-def extend_on_device(
+def extend_keys_from_host(
     states: Sequence[ChainState],
     sequences: Sequence[npt.NDArray[np.uint32]],  # whole chunks
     chunk_tokens: int,
-    extras: Sequence[Mapping[int, bytes]],  # of each state: chunk index -> 32 bytes
+    extras: Sequence[Mapping[int, bytes]],  # one per state: chunk index -> 32 bytes
 ) -> tuple[list[npt.NDArray[np.uint8]], list[ChainState]]:
-    """Host arrays in, host arrays out: one upload, `extend`, one wait. See chunk_keys.extend_batch."""
-    device = require_device()
+    """Run `extend_keys` on host arrays: one upload, three launches, one wait. See chunk_keys.extend_keys_batch."""
+    device = require_triton_device()
     if not states:
         return [], []
     cu_tokens = np.concatenate([[0], np.cumsum([len(tokens) for tokens in sequences])]).astype(np.int64)
@@ -401,9 +403,9 @@ def extend_on_device(
     if found:
         table = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(-1, 32).copy()
         tables = {"extra_rows": torch.from_numpy(extra_rows).to(device), "extras": torch.from_numpy(table).to(device)}
-    after = extend(
-        DeviceStates.of(states, device), torch.from_numpy(tokens).to(device), torch.from_numpy(cu_tokens).to(device),
+    after = extend_keys(
+        DeviceStates.upload(states, device), torch.from_numpy(tokens).to(device), torch.from_numpy(cu_tokens).to(device),
         chunk_tokens, keys, **tables,
     )  # fmt: skip
     host = keys.cpu().numpy()
-    return [host[a:b] for a, b in itertools.pairwise(first_rows)], after.to_host([state.root for state in states])
+    return [host[a:b] for a, b in itertools.pairwise(first_rows)], after.download([state.root for state in states])

@@ -1,8 +1,8 @@
-"""Root of the project's exceptions and the one the kernels raise. `kvkern.errors` holds the rest of the tree."""
+"""The root of the project's exceptions, and the one that the kernels raise. `kvkern.errors` holds the others."""
 
 
 class KvkernError(Exception):
-    """Any error kvkern reports on purpose. Its message names the value, the limit and the remedy."""
+    """Any error that kvkern raises on purpose. Its message names the value, the limit and the remedy."""
 
 
 class LayoutError(KvkernError, ValueError):

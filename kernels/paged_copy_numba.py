@@ -1,13 +1,13 @@
-"""CPU production backend of `paged_copy`: copy and checksum in one pass, 64 bytes at a time, stores past the cache.
+"""CPU production backend of `paged_copy`: copy and checksum in one pass, 64 bytes at a time, with stores past the cache.
 
     for each plane of a chunk:
       A, B = 0
       for each 64-byte row, in slot order:  v = load; store v (non-temporal where aligned); A += lanes(v); B += A
       checksum = sum P * A + Q * (rows * A - B) + nbytes * R                              see checksum.py
 
-The row loop is LLVM IR (`_copy_rows`): numba has neither 512-bit registers nor non-temporal stores. Runs that are no
-multiple of 64 bytes are copied with memcpy first and summed in a second pass over the slot. Kernels are `nogil` and
-single-threaded; the caller splits chunks over its own threads (numba's `prange` aborts under concurrent calls).
+The row loop is LLVM IR (`_emit_rows`), because numba has neither 512-bit registers nor non-temporal stores. Runs that are no
+multiple of 64 bytes are first copied with memcpy, and then summed in a second pass over the slot. Kernels are `nogil` and
+single-threaded. The caller splits chunks over its own threads, because numba's `prange` aborts under concurrent calls.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ from .paged_tensors import PagedTensors
 
 _U64 = np.uint64
 _ROW = 64
-_AHEAD = 4096  # bytes that a row is prefetched before it is read; a page, so that its translation is there as well
+_AHEAD = (
+    4096  # bytes between the row that is read and the row that is prefetched: a page, to fetch its translation as well
+)
 
 
 def _row_loop(store: str, locality: int) -> Any:
-    """An intrinsic (dst, src, rows, acc, ahead) -> None; acc is the address of 4 x 8 uint64: A even, A odd, B even, B odd
-    lanes. With each row the one at the same place of `ahead` is prefetched, into L2 or (locality 0) past it.
+    """Make an intrinsic (dst, src, rows, acc, ahead) -> None that copies and sums rows.
+
+    acc is the address of 4 x 8 uint64: A even, A odd, B even, B odd lanes. For each row of `src` the row at the same offset
+    from `ahead` is prefetched, into L2 or (locality 0) past it. `store` is "stream" (non-temporal), "plain" or "none".
     """
 
     @intrinsic
@@ -57,7 +61,7 @@ def _emit_rows(
     low = ir.Constant(vec, [0xFFFFFFFF] * 8)
     shift = ir.Constant(vec, [32] * 8)
     acc_ptrs = [builder.inttoptr(builder.add(acc, word(i * _ROW)), pointer) for i in range(4)]
-    sums = [builder.alloca(vec) for _ in range(4)]  # registers after mem2reg
+    sums = [builder.alloca(vec) for _ in range(4)]  # mem2reg turns these into registers
     for cell, ptr in zip(sums, acc_ptrs, strict=True):
         builder.store(builder.load(ptr, align=8), cell)
     with cgutils.for_range(builder, rows) as loop:
@@ -66,7 +70,7 @@ def _emit_rows(
             "llvm.prefetch", (byte_ptr,), ir.FunctionType(ir.VoidType(), [byte_ptr, i32, i32, i32])
         )
         place = builder.inttoptr(builder.add(ahead, offset), byte_ptr)
-        builder.call(prefetch, [place, i32(0), i32(locality), i32(1)])  # to be read, as data
+        builder.call(prefetch, [place, i32(0), i32(locality), i32(1)])  # for reading, into the data cache
         value = builder.load(builder.inttoptr(builder.add(src, offset), pointer), align=1)
         if store != "none":
             out = builder.inttoptr(builder.add(dst, offset), pointer)
@@ -82,7 +86,8 @@ def _emit_rows(
         builder.store(builder.load(cell), ptr, align=8)
 
 
-# Measured on Zen 4: pages in short runs want L2 (L1 holds too few misses: a seventh slower), slots in long ones do not.
+# Measured on Zen 4: pages in short runs are a seventh slower without L2, because L1 holds too few misses. Slots, which are long
+# runs, gain nothing from L2.
 _stream_page_rows = _row_loop("stream", locality=2)
 _stream_slot_rows = _row_loop("stream", locality=0)
 _copy_rows = _row_loop("plain", locality=2)
@@ -115,7 +120,7 @@ def _zero(typingctx, dst, nbytes):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _fence(typingctx):  # type: ignore[no-untyped-def]
-    """Non-temporal stores become visible in order with what follows."""
+    """Make the non-temporal stores visible before any later store."""
 
     def codegen(context, builder, _signature, _args):  # type: ignore[no-untyped-def]
         builder.fence("seq_cst")
@@ -125,25 +130,26 @@ def _fence(typingctx):  # type: ignore[no-untyped-def]
 
 
 _SUM_SIGNATURE = "uint64(uint64[::1], int64, int64)"
-_LANE, _ROWW, _LENGTH = LANE_WEIGHT, ROW_WEIGHT, np.uint64(LENGTH_WEIGHT)
+_LANE_W, _ROW_W, _LENGTH_W = LANE_WEIGHT, ROW_WEIGHT, np.uint64(LENGTH_WEIGHT)
 
 
 @njit(_SUM_SIGNATURE, nogil=True, cache=True, boundscheck=False)
-def _finish(acc, rows, nbytes):  # type: ignore[no-untyped-def]
-    total = _U64(nbytes) * _LENGTH
+def _checksum_of_sums(acc, rows, nbytes):  # type: ignore[no-untyped-def]
+    """Return the checksum of a plane from its sums A and B, its rows and its bytes."""
+    total = _U64(nbytes) * _LENGTH_W
     for word in range(8):
         for half in range(2):
             a, b = acc[8 * half + word], acc[16 + 8 * half + word]
             lane = 2 * word + half
-            total += _LANE[lane] * a + _ROWW[lane] * (_U64(rows) * a - b)
+            total += _LANE_W[lane] * a + _ROW_W[lane] * (_U64(rows) * a - b)
     return total
 
 
 @njit("void(boolean, int64, int64, int64, int64, int64)", nogil=True, cache=True, boundscheck=False)
-def _move(to_slots, dst, src, nbytes, acc, following):  # type: ignore[no-untyped-def]
-    """Copy and sum a run of whole rows; `following` is where the next run starts.
+def _copy_run(to_slots, dst, src, nbytes, acc, following):  # type: ignore[no-untyped-def]
+    """Copy and sum a run of whole rows. `following` is the address of the next run.
 
-    Prefetches what is read _AHEAD bytes later, or a run later where that is shorter.
+    Prefetches _AHEAD bytes ahead, or a run ahead if runs are shorter.
     """
     head = max(0, nbytes - _AHEAD)
     rows, last_rows = head >> 6, (nbytes - head) >> 6
@@ -158,7 +164,7 @@ def _move(to_slots, dst, src, nbytes, acc, following):  # type: ignore[no-untype
         _stream_slot_rows(dst + head, src + head, last_rows, acc, following)
 
 
-_BLOCK_IDS = types.Array(types.int32, 2, "C", readonly=True)  # read-only ones and others
+_BLOCK_IDS = types.Array(types.int32, 2, "C", readonly=True)  # accepts read-only and writable arrays
 _SLOT_IDS = types.Array(types.int64, 1, "C", readonly=True)
 _SIGNATURE = types.void(
     types.boolean, types.int64[::1], types.int64[:, ::1], types.int64[::1],  # to_slots, bases, geometry, offsets
@@ -167,8 +173,8 @@ _SIGNATURE = types.void(
 
 
 @njit(inline="always")
-def _following(bases, geometry, block_ids, c, p, i):  # type: ignore[no-untyped-def]
-    """Where the next block of this chunk starts, in this plane or the next; this block itself if there is none."""
+def _next_block_address(bases, geometry, block_ids, c, p, i):  # type: ignore[no-untyped-def]
+    """Return the address of the chunk's next block, in this plane or the next one. If there is none: of this block."""
     next_p, next_i = p, i
     if i + 1 < block_ids.shape[1]:
         next_i = i + 1
@@ -202,7 +208,7 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
                     cursor += block_nbytes
                     continue
                 at = bases[p] + block * stride_block
-                after = _following(bases, geometry, block_ids, c, p, i)
+                after = _next_block_address(bases, geometry, block_ids, c, p, i)
                 for o in range(outer):
                     for h in range(inner):
                         source = at + o * stride_outer + h * stride_inner
@@ -211,9 +217,9 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
                                 following = source + stride_inner
                             else:
                                 following = at + (o + 1) * stride_outer if o + 1 < outer else after
-                            _move(to_slots, cursor, source, run, acc, following)
+                            _copy_run(to_slots, cursor, source, run, acc, following)
                         elif whole_rows:
-                            _move(to_slots, source, cursor, run, acc, cursor + run)
+                            _copy_run(to_slots, source, cursor, run, acc, cursor + run)
                         elif to_slots:
                             _memcpy(cursor, source, run)
                         else:
@@ -223,7 +229,7 @@ def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stri
                 _zero(cursor, plane + plane_nbytes - cursor)
             if not whole_rows:
                 _sum_rows(np.int64(0), plane, plane_nbytes >> 6, acc, plane + plane_nbytes)
-            checksums[c, p] = _finish(sums, plane_nbytes >> 6, plane_nbytes)
+            checksums[c, p] = _checksum_of_sums(sums, plane_nbytes >> 6, plane_nbytes)
     _fence()
 
 
@@ -234,7 +240,10 @@ _SUMS_SIGNATURE = types.void(
 
 @njit(_SUMS_SIGNATURE, nogil=True, cache=True, boundscheck=False)
 def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # type: ignore[no-untyped-def]
-    """`scratch` holds a plane whose runs are no whole rows: its lanes straddle runs, so they are put side by side first."""
+    """Sum the blocks of every chunk, without a copy.
+
+    If runs are no whole rows, lanes straddle runs. So the runs of such a plane are first put side by side in `scratch`.
+    """
     sums = np.empty(32, dtype=np.uint64)
     acc = np.int64(sums.ctypes.data)
     for c in range(block_ids.shape[0]):
@@ -249,13 +258,13 @@ def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # typ
             for i in range(block_ids.shape[1]):
                 block = np.int64(block_ids[c, i])
                 at = bases[p] + block * stride_block
-                after = _following(bases, geometry, block_ids, c, p, i)
+                after = _next_block_address(bases, geometry, block_ids, c, p, i)
                 for o in range(outer):
                     for h in range(inner):
                         source = at + o * stride_outer + h * stride_inner
                         if whole_rows:
                             if block < 0:
-                                for word in range(16):  # B += A, once a row of zeros
+                                for word in range(16):  # B += A, once per row of zeros
                                     sums[16 + word] += _U64(run >> 6) * sums[word]
                             else:
                                 if h + 1 < inner:
@@ -271,7 +280,7 @@ def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # typ
             if not whole_rows:
                 start = np.int64(scratch.ctypes.data)
                 _sum_rows(np.int64(0), start, plane_nbytes >> 6, acc, start)
-            checksums[c, p] = _finish(sums, plane_nbytes >> 6, plane_nbytes)
+            checksums[c, p] = _checksum_of_sums(sums, plane_nbytes >> 6, plane_nbytes)
 
 
 @njit(
@@ -287,32 +296,32 @@ def _sum_planes(slots, slot_stride, slot_ids, plane_nbytes, checksums):  # type:
             nbytes = np.int64(plane_nbytes[c, p])
             sums[:] = _U64(0)
             _sum_rows(np.int64(0), plane, nbytes >> 6, acc, plane + nbytes)
-            checksums[c, p] = _finish(sums, nbytes >> 6, nbytes)
+            checksums[c, p] = _checksum_of_sums(sums, nbytes >> 6, nbytes)
             plane += nbytes
 
 
-def _tables(paged: PagedTensors, blocks_per_chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """([planes, 6] int64 stride_block and runs, [planes + 1] int64 offsets), made once."""
+def _layout_tables(paged: PagedTensors, blocks_per_chunk: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return ([planes, 6] int64 stride_block and runs, [planes + 1] int64 offsets). They are made once per layout."""
 
     def make() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         geometry = np.array([(p.stride_block, *p.runs) for p in paged.layout.planes], dtype=np.int64)
         return geometry, paged.layout.plane_offsets(blocks_per_chunk)
 
-    return paged.plan(("numba", blocks_per_chunk), make)  # type: ignore[no-any-return]
+    return paged.cached_plan(("numba", blocks_per_chunk), make)  # type: ignore[no-any-return]
 
 
 def copy_chunks(
-    to_slots: bool,  # gather, else scatter
+    to_slots: bool,  # True: gather, False: scatter
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8
     slot_ids: npt.NDArray[np.int64],  # [n] int64
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
-    """See `paged_copy.CopyBackend`. Slots whose rows are 64-byte aligned are written past the cache."""
+    """See `paged_copy.CopyBackend`. Targets that are 64-byte aligned are written past the cache."""
     if block_ids.size == 0:
         return
-    geometry, offsets = _tables(paged, block_ids.shape[1])
+    geometry, offsets = _layout_tables(paged, block_ids.shape[1])
     _copy_chunks(
         to_slots,
         paged.bases, geometry, offsets,  # layout
@@ -326,10 +335,10 @@ def checksum_chunks(
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
-    """See `paged_copy.checksum_chunks`. Takes a plane of scratch memory where runs are no multiple of 64 bytes."""
+    """See `paged_copy.CopyBackend`. If runs are no multiple of 64 bytes, this allocates one plane of scratch memory."""
     if block_ids.size == 0:
         return
-    geometry, offsets = _tables(paged, block_ids.shape[1])
+    geometry, offsets = _layout_tables(paged, block_ids.shape[1])
     odd = geometry[:, -1] % _ROW != 0
     scratch = np.empty(int(np.diff(offsets)[odd].max(initial=0)), dtype=np.uint8)
     _sum_chunks(paged.bases, geometry, offsets, block_ids, scratch, checksums)
@@ -338,9 +347,9 @@ def checksum_chunks(
 def checksum_planes(
     slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8, rows contiguous
     slot_ids: npt.NDArray[np.int64],  # [n] int64
-    plane_nbytes: npt.NDArray[np.uint32],  # [n, planes] uint32, multiples of 64; planes lie one after the other
+    plane_nbytes: npt.NDArray[np.uint32],  # [n, planes] uint32, multiples of 64; the planes lie one after the other
 ) -> npt.NDArray[np.uint64]:
-    """[n, planes] uint64: checksums of what lies in slots, without a layout. The caller keeps sizes inside a slot."""
+    """Return [n, planes] uint64: the checksums of the planes in slots. Needs no layout. Sizes must fit a slot (unchecked)."""
     checksums = np.zeros(plane_nbytes.shape, dtype=np.uint64)
     if checksums.size:
         ids, sizes = np.ascontiguousarray(slot_ids), np.ascontiguousarray(plane_nbytes)

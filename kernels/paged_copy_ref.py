@@ -1,9 +1,9 @@
-"""Reference for `paged_copy`: torch views and index_select, no cleverness. What every other backend is compared with.
+"""Reference of `paged_copy`: torch views and index_select. Every other backend is compared with it.
 
     gather:   slot[chunk][plane][block] <- paged[plane][block_ids[chunk, block]]     and the checksum of each plane
-    scatter:  the other way; the checksum is of the slot as read, absent blocks included
+    scatter:  the other way; the checksum covers the whole slot as read, absent blocks included
 
-Slow on purpose: whatever is faster must give the same bytes.
+Slow on purpose. Faster backends must give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .paged_tensors import PagedTensors
 
 
 def _byte_view(tensor: torch.Tensor, plane: Plane, num_blocks: int) -> torch.Tensor:
-    """[num_blocks, outer, inner, run] uint8 view of one plane, in slot order."""
+    """Return a [num_blocks, outer, inner, run] uint8 view of one plane, in slot order."""
     outer, stride_outer, inner, stride_inner, run = plane.runs
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     start = tensor.storage_offset() * tensor.element_size() + plane.offset
@@ -27,7 +27,7 @@ def _byte_view(tensor: torch.Tensor, plane: Plane, num_blocks: int) -> torch.Ten
 
 
 def copy_chunks(
-    to_slots: bool,  # gather, else scatter
+    to_slots: bool,  # True: gather, False: scatter
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     slots: npt.NDArray[np.uint8],  # [num_slots, >= part_nbytes] uint8
@@ -68,6 +68,6 @@ def checksum_chunks(
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
     checksums: npt.NDArray[np.uint64],  # out: [n, planes] uint64
 ) -> None:
-    """See `paged_copy.CopyBackend`: a gather whose bytes are thrown away."""
+    """See `paged_copy.CopyBackend`. This is a gather that throws its bytes away."""
     slots = np.empty((len(block_ids), paged.layout.part_nbytes(block_ids.shape[1])), dtype=np.uint8)
     copy_chunks(True, paged, block_ids, slots, np.arange(len(block_ids)), checksums)

@@ -1,20 +1,23 @@
-"""GPU backend of `paged_copy`: a persistent, capped grid copies blocks to and from slots and sums the checksum in registers.
+"""GPU backend of `paged_copy`: a persistent, capped grid copies blocks to and from slots, and sums the checksum in registers.
 
-    for item in (chunk, plane, split), strided over the grid:                A = D = 0, one cell a thread and lane
+    for item in (chunk, plane, split), strided over the grid:                A = D = 0, one cell per thread and lane
       for tile of W words x UNROLL, over all groups of blocks in split:      read the block ids
-        v = load 16 B a thread, all of the tile before its first store;  store v, or (checksum only) do not
+        v = load 16 B per thread, all of the tile before its first store;  store v, unless only the checksum is wanted
         A += v;  D += v * (row of the tile's first word)
-      atomic: checksum[chunk, plane] += sum (P + row in tile * Q) * A + Q * D          see checksum.py; order is no matter
+      atomic: checksum[chunk, plane] += sum (P + row in tile * Q) * A + Q * D          see checksum.py; in any order
 
-Bytes in flight bound it, and there are two ways to have them. Wide tiles (`stages` 1): up to 32 KiB in registers, none while
-the tile is stored. A ring (`stages` 3 or 4): tiles of up to 16 KiB by `cp.async` into shared memory, stages - 2 to stages - 1
-of them always under way. Neither was timed yet; wide tiles are the default.
+The number of bytes in flight limits the speed. There are two ways to keep bytes in flight:
+- Wide tiles (`stages` 1): up to 32 KiB in registers, but none while the tile is stored.
+- A ring (`stages` 3 or 4): `cp.async` copies tiles of up to 16 KiB into shared memory. stages - 2 to stages - 1 of them
+  are always in flight.
+Neither was timed yet. Wide tiles are the default.
 
-What a layout fixes (run length, runs a block) is `constexpr`: divisions become shifts and multiplications, and one layout
-compiles once a chunk size. Strides, ids and counts are arguments; addresses are int64, offsets inside a group of blocks int32.
-16-byte accesses need runs, strides and addresses in multiples of 16; `Geometry` finds what the layout allows and the kernel
-says it to the compiler after the cast from integer to pointer, where alone it counts. Loads skip L1 (`.cg`), stores are
-marked to leave first (`.cs`).
+The constants of a layout (run length, runs per block) are `constexpr`, so divisions become shifts and multiplications. A layout
+compiles once per chunk size. Strides, ids and counts are arguments. Addresses are int64. Offsets inside a group of blocks are
+int32.
+16-byte accesses need runs, strides and addresses that are multiples of 16. `TileGeometry` finds the alignment that the layout
+allows. The kernel tells it to the compiler after the cast from integer to pointer; before the cast it has no effect.
+Loads skip L1 (`.cg`). Stores are marked as the first to be evicted (`.cs`).
 """
 
 from __future__ import annotations
@@ -31,15 +34,15 @@ import triton.language as tl
 from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_NBYTES, ROW_WEIGHT
 from .errors import LayoutError
 from .paged_tensors import PagedTensors
-from .target import register_limit, require_current, warp_size
+from .target import register_limit, require_current_device, warp_size
 
-MAX_CTAS = 32  # a copy that takes the whole GPU stalls decode: +47 % inter-token latency at p99, pegaflow issue 408
+MAX_CTAS = 32  # a copy on the whole GPU stalls decode: +47 % inter-token latency at p99, see pegaflow issue 408
 VECTOR_NBYTES = 16
-MAX_REGISTERS = 128  # a thread: two CTAs of 256 threads fit an SM
-STAGES = (1, 3, 4)  # 1: wide tiles; else the depth of the ring
-_WIDTH = 4096  # bytes of a tile's width: 16 for each of 256 threads
-_MAX_UNROLL = 8  # widths of a wide tile: 32 KiB
-_RING_UNROLL = 4  # widths of a tile in the ring: 16 KiB
+MAX_REGISTERS = 128  # per thread, so that two CTAs of 256 threads fit an SM
+STAGES = (1, 3, 4)  # 1: wide tiles; 3 and 4: depth of the ring
+_WIDTH = 4096  # width of a tile in bytes: 16 for each of 256 threads
+_MAX_UNROLL = 8  # most widths in a wide tile: 32 KiB
+_RING_UNROLL = 4  # most widths in a tile of the ring: 16 KiB
 
 
 @triton.jit(do_not_specialize=["num_chunks", "blocks_per_chunk", "num_planes", "checksum_stride", "num_splits"])
@@ -47,29 +50,29 @@ def copy_chunks(
     planes_ptr,  # [planes, 6] int64: base, stride_block, stride_outer, stride_inner, offset in the part, plane index
     weights_ptr,  # [32] uint64: P, then Q
     block_ids_ptr,  # [chunks, blocks_per_chunk] int32; -1: absent
-    slot_ids_ptr,  # [chunks] int64; None where not STORE
-    slots_ptr,  # uint8, slot 0; None where not STORE
-    checksums_ptr,  # out: [chunks, all planes] int64, holding nbytes * R
+    slot_ids_ptr,  # [chunks] int64; None if not STORE
+    slots_ptr,  # uint8, slot 0; None if not STORE
+    checksums_ptr,  # in and out: [chunks, all planes] int64, holds nbytes * R at the start
     slot_stride,  # bytes
     num_chunks,
     blocks_per_chunk,
-    num_planes,  # in planes_ptr
-    checksum_stride,  # planes of the layout
+    num_planes,  # rows of planes_ptr
+    checksum_stride,  # number of planes of the layout
     num_splits,
-    TO_SLOTS: tl.constexpr,  # gather; else scatter
-    STORE: tl.constexpr,  # else only sum, what a gather would
-    BYTES: tl.constexpr,  # of an element: 4, or 1 where runs or addresses are odd
-    ALIGN: tl.constexpr,  # bytes every address is a multiple of: 16, 8, 4 or 1
-    PIECE: tl.constexpr,  # elements of the largest power of two that divides a run and fits the tile's width
+    TO_SLOTS: tl.constexpr,  # True: gather, False: scatter
+    STORE: tl.constexpr,  # False: only compute the checksum of a gather
+    BYTES: tl.constexpr,  # per element: 4, or 1 if runs or addresses are odd
+    ALIGN: tl.constexpr,  # every address is a multiple of it: 16, 8, 4 or 1 bytes
+    PIECE: tl.constexpr,  # elements in a piece: the largest power of two that divides a run and fits the tile's width
     RUN_PIECES: tl.constexpr,
     INNER_RUNS: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
-    GROUP: tl.constexpr,  # blocks of one outer step; whole 64-byte rows, or the whole chunk
-    ROWED: tl.constexpr,  # lanes stay in their columns: sums without weights in the loop
-    PAD: tl.constexpr,  # whether planes end in padding
+    GROUP: tl.constexpr,  # blocks in one outer step: whole 64-byte rows, or the whole chunk
+    ROWED: tl.constexpr,  # lanes stay in their columns, so the loop sums without weights
+    PAD: tl.constexpr,  # planes end in padding
     ROWS: tl.constexpr,  # pieces side by side in the tile's width
     UNROLL: tl.constexpr,
-    TILES: tl.constexpr,  # of a whole group
+    TILES: tl.constexpr,  # tiles in a whole group
     STAGES: tl.constexpr,  # 1: no ring
 ):
     PIECE_BYTES: tl.constexpr = PIECE * BYTES
@@ -91,8 +94,8 @@ def copy_chunks(
             part = slots_ptr.to(tl.int64) + tl.load(slot_ids_ptr + chunk) * slot_stride + tl.load(meta + 4)
         ids_ptr = block_ids_ptr + chunk * blocks_per_chunk
         lanes = tl.zeros([ROWS, PIECE], tl.uint64)  # A
-        moments = tl.zeros([ROWS, PIECE], tl.uint64)  # D; where not ROWED, the weighted sum itself
-        last_group = num_groups - 1  # may hold fewer blocks, so fewer tiles
+        moments = tl.zeros([ROWS, PIECE], tl.uint64)  # D; if not ROWED, the weighted sum itself
+        last_group = num_groups - 1  # it may hold fewer blocks, and so fewer tiles
         last_tiles = tl.cdiv((blocks_per_chunk - last_group * GROUP) * BLOCK_PIECES, ROWS * UNROLL)
         begin = num_groups * split // num_splits * TILES
         end = tl.minimum(num_groups * (split + 1) // num_splits * TILES, last_group * TILES + last_tiles)
@@ -141,14 +144,14 @@ def copy_chunks(
                 at = group_offset + (first + v * ROWS) * PIECE_BYTES  # byte of the plane
                 if ROWED:
                     lanes += value
-                    row_of_tile = (at // 64).to(tl.uint32)  # 32 bits: one instruction a lane, not three
+                    row_of_tile = (at // 64).to(tl.uint32)  # 32 bits: one instruction per lane instead of three
                     moments += value * row_of_tile.to(tl.uint64)
                 else:
                     moments += _weighted(value, at + place, weights_ptr)
         p = tl.load(weights_ptr + place // 4 % 16)
         q = tl.load(weights_ptr + 16 + place // 4 % 16)
         total = (p + (place // 64).to(tl.uint64) * q) * lanes + q * moments if ROWED else moments
-        if PAD and STORE:  # zeros, which add nothing, unless a slot is read
+        if PAD and STORE:  # padding is zeros, which add nothing; but a slot that is read may hold others
             payload = tl.cast(blocks_per_chunk, tl.int64) * (BLOCK_PIECES * PIECE_BYTES)
             tail = payload + tl.arange(0, 64 // BYTES) * BYTES
             is_pad = (tail < tl.cdiv(payload, 64) * 64) & (split == num_splits - 1)
@@ -165,15 +168,15 @@ def copy_chunks(
 
 @triton.jit
 def _weighted(value, at, weights_ptr):
-    """value, a byte or a lane at byte `at` of its plane, times its weight."""
+    """Return value (a byte or a lane at byte `at` of its plane) times its weight."""
     lane = at // 4 % 16
     weight = tl.load(weights_ptr + lane) + (at // 64).to(tl.uint64) * tl.load(weights_ptr + 16 + lane)
     return (value << (at % 4 * 8).to(tl.uint64)) * weight
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
-    """What the compiler is told of one kind of plane. `num_warps` x warp size x 16 bytes are the tile's width."""
+class TileGeometry:
+    """The kernel's constants for one kind of plane. `num_warps` x warp size x 16 bytes are the tile's width."""
 
     BYTES: int
     ALIGN: int
@@ -194,14 +197,17 @@ class Geometry:
     def of(
         cls,
         runs: tuple[int, int, int],  # outer count, inner count, bytes of a run
-        align: int,  # every address and stride is a multiple of it
+        align: int,  # bytes; every address and stride is a multiple of it
         blocks_per_chunk: int,
         threads_per_warp: int,
-        stages: int = 1,  # of STAGES
-    ) -> Geometry:
-        """The widest accesses and the fewest address computations that this plane allows."""
+        stages: int = 1,  # one of STAGES
+    ) -> TileGeometry:
+        """Return the geometry with the widest accesses and the fewest address computations that this plane allows.
+
+        Raises LayoutError for other `stages`, and for planes or blocks that overflow the kernel's counters.
+        """
         if stages not in STAGES:
-            raise LayoutError(f"stages is {stages}, expected one of {STAGES}: 1 for wide tiles, more for a ring")
+            raise LayoutError(f"stages is {stages}, expected one of {STAGES}: use 1 for wide tiles, 3 or 4 for a ring")
         outer, inner, run_nbytes = runs
         align = math.gcd(align, run_nbytes, VECTOR_NBYTES)
         bytes_ = 4 if align >= 4 else 1
@@ -209,14 +215,18 @@ class Geometry:
         stages = stages if bytes_ == 4 else 1  # cp.async moves 4 bytes or more
         piece_nbytes = math.gcd(run_nbytes, _WIDTH)
         block_nbytes = outer * inner * run_nbytes
-        whole_group = ROW_NBYTES // math.gcd(ROW_NBYTES, block_nbytes)  # so many blocks are whole 64-byte rows
+        whole_group = ROW_NBYTES // math.gcd(ROW_NBYTES, block_nbytes)  # this many blocks are whole 64-byte rows
         group = max(1, _WIDTH * _MAX_UNROLL // block_nbytes // whole_group) * whole_group
         group = min(group, blocks_per_chunk)
         if block_nbytes * blocks_per_chunk >= 1 << 38:  # rows of a plane are counted in 32 bits
-            raise LayoutError(f"a chunk has {block_nbytes * blocks_per_chunk} bytes in one plane; the limit is 256 GiB")
+            raise LayoutError(
+                f"a chunk has {block_nbytes * blocks_per_chunk} bytes in one plane, but the limit is 256 GiB: "
+                "use fewer blocks per chunk"
+            )
         if group * block_nbytes >= 1 << 31:  # offsets inside a group are 32 bits wide
             raise LayoutError(
-                f"{group} blocks of {block_nbytes} bytes in one plane are 2 GiB or more; use smaller blocks"
+                f"{group} blocks of {block_nbytes} bytes in one plane are {group * block_nbytes} bytes, but the limit is below "
+                "2 GiB: use smaller blocks"
             )
         steps = -(-group * block_nbytes // _WIDTH)
         tiles = -(-steps // (_MAX_UNROLL if stages == 1 else _RING_UNROLL))
@@ -229,114 +239,116 @@ class Geometry:
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
-        """The kernel's `constexpr` arguments but for TO_SLOTS and STORE."""
+        """Return the kernel's `constexpr` arguments, except TO_SLOTS and STORE."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.isupper()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
-    """Planes of one geometry, their table on the device."""
+class _PlaneGroup:
+    """The planes of one geometry, which one launch copies, and their table on the device."""
 
-    geometry: Geometry
+    geometry: TileGeometry
     planes: torch.Tensor  # [planes, 6] int64
-    num_groups: int
+    num_block_groups: int  # groups of blocks in a chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Tables of one layout, chunk size and slot alignment, on the device, made once."""
+class CopyPlan:
+    """The tables of one layout, chunk size and slot alignment, on the device. Made once."""
 
-    launches: tuple[_Launch, ...]
+    groups: tuple[_PlaneGroup, ...]  # one launch each
     lengths: torch.Tensor  # [all planes] int64: nbytes * R
     weights: torch.Tensor  # [32] uint64
 
     @classmethod
-    def of(cls, paged: PagedTensors, blocks_per_chunk: int, slot_align: int, stages: int) -> Plan:
+    def of(cls, paged: PagedTensors, blocks_per_chunk: int, slot_align: int, stages: int) -> CopyPlan:
         """Group the planes by geometry and upload their tables."""
         layout, device = paged.layout, paged.tensors[0].device
         offsets = layout.plane_offsets(blocks_per_chunk)
-        kinds: dict[Geometry, list[list[int]]] = {}
+        kinds: dict[TileGeometry, list[list[int]]] = {}
         for i, (plane, base) in enumerate(zip(layout.planes, paged.bases, strict=True)):
             outer, stride_outer, inner, stride_inner, run = plane.runs
             align = math.gcd(slot_align, int(base), plane.stride_block, stride_outer, stride_inner)
-            geometry = Geometry.of((outer, inner, run), align, blocks_per_chunk, warp_size(), stages)
+            geometry = TileGeometry.of((outer, inner, run), align, blocks_per_chunk, warp_size(), stages)
             meta = [int(base), plane.stride_block, stride_outer, stride_inner, int(offsets[i]), i]
             kinds.setdefault(geometry, []).append(meta)
-        launches = tuple(
-            _Launch(g, torch.tensor(rows, dtype=torch.int64, device=device), -(-blocks_per_chunk // g.GROUP))
+        groups = tuple(
+            _PlaneGroup(g, torch.tensor(rows, dtype=torch.int64, device=device), -(-blocks_per_chunk // g.GROUP))
             for g, rows in kinds.items()
         )
         with np.errstate(over="ignore"):
             lengths = (np.diff(offsets).astype(np.uint64) * np.uint64(LENGTH_WEIGHT)).view(np.int64)
         weights = np.concatenate([LANE_WEIGHT, ROW_WEIGHT]).view(np.int64)
         return cls(
-            launches, torch.from_numpy(lengths).to(device), torch.from_numpy(weights).to(device).view(torch.uint64)
+            groups, torch.from_numpy(lengths).to(device), torch.from_numpy(weights).to(device).view(torch.uint64)
         )
 
 
-def _run(
+def _launch_copies(
     to_slots: bool,
     paged: PagedTensors,
     block_ids: torch.Tensor,
-    slots: torch.Tensor | None,  # None: only sum
+    slots: torch.Tensor | None,  # None: only compute the checksums
     slot_ids: torch.Tensor | None,
     checksums: torch.Tensor,
     max_ctas: int,
     stages: int,
 ) -> None:
     num_chunks, blocks_per_chunk = block_ids.shape
-    require_current(paged.tensors[0].device)
+    require_current_device(paged.tensors[0].device)
     for name, tensor in (("block_ids", block_ids), ("slot_ids", slot_ids), ("checksums", checksums)):
         if tensor is not None and not tensor.is_contiguous():
-            raise LayoutError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+            raise LayoutError(
+                f"{name} has strides {tensor.stride()}, expected a contiguous tensor: pass {name}.contiguous()"
+            )
     slot_stride = 0 if slots is None else slots.stride(0)
     align = math.gcd(0 if slots is None else slots.data_ptr(), slot_stride, VECTOR_NBYTES)
-    plan = paged.plan(
-        ("triton", blocks_per_chunk, align, stages), lambda: Plan.of(paged, blocks_per_chunk, align, stages)
+    plan = paged.cached_plan(
+        ("triton", blocks_per_chunk, align, stages), lambda: CopyPlan.of(paged, blocks_per_chunk, align, stages)
     )
     sums = checksums.view(torch.int64)
     sums.copy_(plan.lengths.expand_as(sums))
-    for launch in plan.launches:
-        num_planes = len(launch.planes)
+    for group in plan.groups:
+        num_planes = len(group.planes)
         items = num_chunks * num_planes
-        splits = max(1, min(launch.num_groups, 2 * max_ctas // max(1, items)))  # few items: share their blocks out
+        splits = max(1, min(group.num_block_groups, 2 * max_ctas // max(1, items)))  # few items: split each
         copy_chunks[(min(max_ctas, items * splits),)](
-            launch.planes, plan.weights, block_ids, slot_ids,  # inputs
+            group.planes, plan.weights, block_ids, slot_ids,  # inputs
             slots, sums,  # outputs
             slot_stride, num_chunks, blocks_per_chunk, num_planes, sums.shape[1], splits,  # sizes
-            TO_SLOTS=to_slots, STORE=slots is not None, **launch.geometry.constants(),  # constants
-            num_warps=launch.geometry.num_warps, **register_limit(MAX_REGISTERS),  # options
+            TO_SLOTS=to_slots, STORE=slots is not None, **group.geometry.constants(),  # constants
+            num_warps=group.geometry.num_warps, **register_limit(MAX_REGISTERS),  # options
         )  # fmt: skip
 
 
 def gather_chunks(
     paged: PagedTensors,
-    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, its bytes become zeros
+    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, its bytes in the slot become zeros
     slots: torch.Tensor,  # [num_slots, >= part_nbytes] uint8, rows contiguous: device memory, or pinned host memory
     slot_ids: torch.Tensor,  # [n] int64 on the device, distinct rows of `slots`
     checksums: torch.Tensor,  # out: [n, planes] uint64 on the device
     max_ctas: int = MAX_CTAS,
-    stages: int = 1,  # of STAGES; planes with odd runs or addresses have no ring
+    stages: int = 1,  # one of STAGES; planes with odd runs or addresses have no ring
 ) -> None:
-    """Enqueue the gather of n > 0 chunks on the current stream. Arguments stay alive and unchanged until it has run.
+    """Enqueue the gather of n > 0 chunks on the current stream. Keep the arguments alive and unchanged until it has run.
 
-    Bytes as `paged_copy.gather_chunks`, which also checks ids; no host synchronisation. Raises LayoutError for tensors that
-    are not contiguous or not on the current device, and for other `stages`.
+    Writes the same bytes as `paged_copy.gather_chunks`, but does not check ids and never synchronises with the host. Raises
+    LayoutError for tensors that are not contiguous or not on the current device, and for other `stages`.
     """
-    _run(True, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
+    _launch_copies(True, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
 
 
 def scatter_chunks(
     paged: PagedTensors,
-    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: leave the engine's block alone
+    block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, nothing is written for it
     slots: torch.Tensor,  # [num_slots, >= part_nbytes] uint8, rows contiguous: device memory, or pinned host memory
     slot_ids: torch.Tensor,  # [n] int64 on the device
-    checksums: torch.Tensor,  # out: [n, planes] uint64 on the device, of what was read
+    checksums: torch.Tensor,  # out: [n, planes] uint64 on the device, of the bytes that were read
     max_ctas: int = MAX_CTAS,
-    stages: int = 1,  # of STAGES
+    stages: int = 1,  # one of STAGES
 ) -> None:
     """Enqueue the scatter of n > 0 chunks on the current stream. See `gather_chunks`."""
-    _run(False, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
+    _launch_copies(False, paged, block_ids, slots, slot_ids, checksums, max_ctas, stages)
 
 
 def checksum_chunks(
@@ -344,10 +356,10 @@ def checksum_chunks(
     block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device; -1: absent, counts as zeros
     checksums: torch.Tensor,  # out: [n, planes] uint64 on the device
     max_ctas: int = MAX_CTAS,
-    stages: int = 1,  # of STAGES
+    stages: int = 1,  # one of STAGES
 ) -> None:
-    """Enqueue the checksums that a gather of n > 0 chunks would give, without one: each block is read once, none is moved.
+    """Enqueue the checksums that a gather of n > 0 chunks would give, without moving a byte. Reads each block once.
 
-    For blocks that DMA moves without a kernel. See `gather_chunks`.
+    Use this for blocks that DMA moves without a kernel. See `gather_chunks`.
     """
-    _run(True, paged, block_ids, None, None, checksums, max_ctas, stages)
+    _launch_copies(True, paged, block_ids, None, None, checksums, max_ctas, stages)

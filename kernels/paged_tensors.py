@@ -1,4 +1,4 @@
-"""A layout bound to an engine's tensors: what every backend of `paged_copy` reads and writes. Moves no byte."""
+"""A layout bound to an engine's tensors. Every backend of `paged_copy` reads and writes through it. Moves no byte itself."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PagedTensors:
-    """A layout bound to the tensors it describes. Keeps them alive; owns nothing of them."""
+    """A layout bound to the tensors it describes. Keeps the tensors alive. The engine still owns their memory."""
 
     layout: PagedLayout
     tensors: tuple[torch.Tensor, ...]
     bases: npt.NDArray[np.int64]  # [planes] int64 addresses
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What a backend works out once of this layout and `key`, and keeps here."""
+    def cached_plan(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` works out for this layout and `key`. A backend makes it once; it is kept here."""
         found = self._plans.get(key)
         return self._plans.setdefault(key, make()) if found is None else found
 
     @property
     def device(self) -> str:
-        """Where the tensors are, "cpu" or such."""
+        """The tensors' device as text, for example "cpu" or "cuda:0"."""
         return str(self.tensors[0].device)
 
     @classmethod
     def bind(cls, layout: PagedLayout, tensors: Sequence[torch.Tensor]) -> PagedTensors:
-        """Check that every byte the layout can address lies inside the tensors' storages."""
+        """Bind `layout` to `tensors`. Raises LayoutError if it can address a byte outside the tensors' storages."""
         for i, plane in enumerate(layout.planes):
             if plane.tensor >= len(tensors):
-                raise LayoutError(f"plane {i} is in tensor {plane.tensor}, but only {len(tensors)} tensors were given")
+                raise LayoutError(
+                    f"plane {i} is in tensor {plane.tensor}, but only {len(tensors)} tensors were given: "
+                    f"pass the tensors that the layout was made from"
+                )
             tensor = tensors[plane.tensor]
             last = (
                 (layout.num_blocks - 1) * plane.stride_block
@@ -50,5 +53,8 @@ class PagedTensors:
             )
             room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size() - plane.offset
             if last > room:
-                raise LayoutError(f"plane {i} reaches byte {last} of tensor {plane.tensor}, which has {room} bytes")
+                raise LayoutError(
+                    f"plane {i} reaches byte {last} of tensor {plane.tensor}, which has {room} bytes: "
+                    f"pass the tensors that the layout was made from"
+                )
         return cls(layout, tuple(tensors), layout.bases(tensors))

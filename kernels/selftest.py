@@ -1,7 +1,7 @@
-"""Proof that a layout means what the engine means: random blocks out and back through the registered tensors.
+"""Self-test of a layout: copies random blocks out and back through the registered tensors, and compares.
 
-The engine's meaning comes from `layout.plane_views` (tensor indexing), the layout's from the strided formula and the
-production copy. They must agree on every byte, and blocks beside the tested ones must stay as they were.
+The engine's view of a block comes from `layout.plane_views` (tensor indexing). The layout's view comes from the strided
+formula and the production copy. Both must agree on every byte, and the blocks beside the tested ones must not change.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from .paged_tensors import PagedTensors
 
 
 def _block_bytes(view: torch.Tensor, plane: Plane, block: int) -> npt.NDArray[np.uint8]:
-    """One block of a plane in slot order, read by tensor indexing."""
+    """Return the bytes of one block of a plane in slot order, read by tensor indexing."""
     data = view[block].transpose(0, 1) if plane.head_major else view[block]
     return data.contiguous().cpu().view(torch.uint8).numpy().reshape(-1)
 
 
-def round_trip(
+def check_round_trip(
     paged: PagedTensors,
     blocks_per_chunk: int = 1,
     backend: Backend = "numba",
 ) -> None:
-    """Raise LayoutError unless blocks survive the way out and back, with one checksum there, back and of the blocks alone.
+    """Raise LayoutError unless blocks come back from a slot unchanged, with equal checksums of gather, scatter and sum alone.
 
-    Restores what it overwrites. All that a backend compiles for this layout and chunk size is compiled then.
-
-    Call before the engine computes: up to `blocks_per_chunk + 2` blocks at both ends of the cache are used.
+    Call this before the engine computes: it overwrites up to `blocks_per_chunk + 2` blocks at both ends of the cache, and then
+    restores them. It also makes the backend compile everything it needs for this layout and chunk size.
     """
     layout = paged.layout
     views = plane_views(layout.name, paged.tensors, layout.block_tokens)
     if len(views) != len(layout.planes):
-        raise LayoutError(f"layout {layout.name!r} has {len(layout.planes)} planes, its tensors mean {len(views)}")
+        raise LayoutError(
+            f"layout {layout.name!r} has {len(layout.planes)} planes, but its tensors make {len(views)} planes: "
+            f"pass the tensors that the layout was made from"
+        )
     count = min(blocks_per_chunk, layout.num_blocks)
     tested = np.array([layout.num_blocks - 1, *range(count - 1)][:count], dtype=np.int32)
     watched = sorted(
@@ -44,14 +46,14 @@ def round_trip(
     )
     saved = [[view[b].clone() for b in watched] for view in views]
     try:
-        _compare(paged, views, tested, watched, blocks_per_chunk, backend)
+        _compare_copies(paged, views, tested, watched, blocks_per_chunk, backend)
     finally:
         for view, blocks in zip(views, saved, strict=True):
             for block, data in zip(watched, blocks, strict=True):
                 view[block].copy_(data)
 
 
-def _fill(views: list[torch.Tensor], blocks: list[int], seed: int) -> None:
+def _fill_with_noise(views: list[torch.Tensor], blocks: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for view in views:
         for block in blocks:
@@ -65,7 +67,7 @@ def _snapshot(paged: PagedTensors, views: list[torch.Tensor], blocks: list[int])
     return [np.stack([_block_bytes(view, plane, b) for b in blocks]) for view, plane in pairs]
 
 
-def _compare(
+def _compare_copies(
     paged: PagedTensors,
     views: list[torch.Tensor],
     tested: npt.NDArray[np.int32],
@@ -80,7 +82,7 @@ def _compare(
     slot = np.zeros((1, int(offsets[-1])), dtype=np.uint8)
     out, back, alone = np.zeros((3, 1, len(layout.planes)), dtype=np.uint64)  # checksums
     slot_ids = np.zeros(1, dtype=np.int64)
-    _fill(views, watched, seed=1)
+    _fill_with_noise(views, watched, seed=1)
     before = _snapshot(paged, views, watched)
     gather_chunks(paged, block_ids, slot, slot_ids, out, backend)
     checksum_chunks(paged, block_ids, alone, backend)
@@ -88,14 +90,15 @@ def _compare(
         want = np.concatenate([before[p][watched.index(int(b))] for b in tested])
         if not np.array_equal(slot[0, offsets[p] : offsets[p] + len(want)], want):
             raise LayoutError(f"layout {layout.name!r} does not round-trip: plane {p} ({plane}) reads other bytes than the "
-                              f"engine's tensor holds; check strides and the order of heads and tokens")  # fmt: skip
-    _fill(views, [int(b) for b in tested], seed=2)
+                              f"engine's tensor holds. Check strides and the order of heads and tokens")  # fmt: skip
+    _fill_with_noise(views, [int(b) for b in tested], seed=2)
     scatter_chunks(paged, block_ids, slot, slot_ids, back, backend)
     for p, (was, now) in enumerate(zip(before, _snapshot(paged, views, watched), strict=True)):
         if not np.array_equal(was, now):
-            raise LayoutError(f"layout {layout.name!r} does not round-trip: plane {p} writes other bytes than it read")
+            raise LayoutError(f"layout {layout.name!r} does not round-trip: plane {p} ({layout.planes[p]}) writes other bytes "
+                              f"than it read. Check strides and the order of heads and tokens")  # fmt: skip
     if not (np.array_equal(out, back) and np.array_equal(out, alone)):
         raise LayoutError(
-            f"layout {layout.name!r} does not round-trip: checksums differ, {out} of the blocks that were copied, {alone} of "
-            f"the blocks alone, {back} of the slot"
+            f"layout {layout.name!r} does not round-trip: checksums differ: {out} by gather, {back} by scatter, {alone} "
+            f"by checksum_chunks. Backend {backend!r} computes wrong checksums: use another one, and report this"
         )

@@ -1,4 +1,4 @@
-"""Which devices the Triton kernels are built for, and where they run now. The only file here that reads the environment."""
+"""Devices that the Triton kernels are compiled for, and the device they run on. No other file here reads the environment."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An architecture that kernels are compiled for ahead of time."""
+    """An architecture that the kernels are compiled for ahead of time."""
 
     name: str  # "sm_90", "gfx942"
-    backend: str  # Triton's: "cuda" or "hip"
+    backend: str  # Triton's name: "cuda" or "hip"
     arch: int | str
     warp_size: int
 
@@ -33,46 +33,52 @@ TARGETS = (
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on host tensors. Decided by Triton when it is imported."""
+    """Return True if Triton interprets the kernels on host tensors. Triton decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
-def require_device() -> str:
-    """Where Triton kernels can run: "cuda" (also ROCm's name), or "cpu" in its interpreter. Raises LayoutError if nowhere."""
+def require_triton_device() -> str:
+    """Return the device type that Triton kernels can run on: "cuda" (also on ROCm), or "cpu" in the interpreter.
+
+    Raises LayoutError if there is none.
+    """
     import torch
 
     if interpreted():
         return "cpu"
     if not torch.cuda.is_available():
         raise LayoutError(
-            "backend 'triton' needs a GPU, or TRITON_INTERPRET=1 set before the start; this host has no GPU"
+            "backend 'triton' cannot run: torch finds no GPU on this host. It needs a GPU, or TRITON_INTERPRET=1 set before "
+            "the start; on the CPU use backend 'numba'"
         )
     return "cuda"
 
 
-def require_current(device: torch.device) -> None:
-    """Raise LayoutError unless `device` is where Triton launches: the current device, on its current stream."""
+def require_current_device(device: torch.device) -> None:
+    """Raise LayoutError unless `device` is the current one: Triton launches on the current stream of the current device."""
     import torch
 
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         current = torch.cuda.current_device()
         raise LayoutError(
-            f"the tensors are on {device}, the current device is cuda:{current}: use torch.cuda.device({device.index})"
+            f"the tensors are on {device}, but the current device is cuda:{current}: call this inside "
+            f"`with torch.cuda.device({device.index})`"
         )
 
 
 @cache
 def warp_size() -> int:
-    """Threads per warp of the device kernels are launched on."""
+    """Return the threads per warp of the device that the kernels run on."""
     import torch
 
     return 64 if torch.version.hip else 32
 
 
 def register_limit(registers: int, backend: str | None = None) -> dict[str, int]:
-    """Compile options that let a thread have so many registers. `backend`: of a compilation ahead; None: here and now.
+    """Return the compile options that let a thread use this many registers.
 
-    Without it ptxas aims for more resident blocks than a capped grid has, and spills for them.
+    `backend` is the one of an ahead-of-time compilation; None means the device at hand. Without the limit ptxas aims at more
+    resident thread blocks than a capped grid has, and spills for them.
     """
     if backend is None:
         backend = "none" if interpreted() else "hip" if warp_size() == 64 else "cuda"

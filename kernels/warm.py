@@ -6,8 +6,8 @@ import time
 MODULES = ("chunk_keys_numba", "paged_copy_numba")
 
 
-def warm(verbose: bool = False) -> float:
-    """Compile, or load from the cache, every CPU kernel. Returns the seconds it took; idempotent."""
+def compile_cpu_kernels(verbose: bool = False) -> float:
+    """Compile every CPU kernel, or load it from numba's cache. Returns the seconds it took. Idempotent."""
     start = time.perf_counter()
     for name in MODULES:
         if verbose:
@@ -20,4 +20,4 @@ def warm(verbose: bool = False) -> float:
 
 
 if __name__ == "__main__":
-    warm(verbose=True)
+    compile_cpu_kernels(verbose=True)

@@ -1,4 +1,4 @@
-"""What a paged copy must do, checked against tensor indexing with sentinels around everything. For any backend."""
+"""Checks of a paged copy against tensor indexing, with sentinels around every output. For every backend."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from tests.kernels.paged_cases import NUM_BLOCKS
 from tests.support import GUARD, guarded, storage_bytes, twin
 
 SENTINEL = np.uint64(0xDEADBEEFCAFEF00D)
+# (chunks, blocks_per_chunk, bytes that the slots are off a 64-byte boundary)
+COPY_SHAPES = [(1, 1, 0), (3, 2, 0), (2, 3, 1), (0, 2, 0), (1, 7, 32)]
+CHECKSUM_SHAPES = [(1, 1), (3, 2), (0, 2), (1, 7)]  # (chunks, blocks_per_chunk)
 
 
 class Slots:
-    """Rows of slots with GUARD bytes around, optionally at an odd address."""
+    """Rows of slots between GUARD bytes, optionally at an odd address."""
 
     def __init__(self, count: int, part_nbytes: int, slack: int, shift: int) -> None:
         stride = -(-(part_nbytes + slack) // 64) * 64
@@ -32,7 +35,7 @@ class Slots:
 
 
 def expected_slot(paged: PagedTensors, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-    """One chunk's part, read by tensor indexing; absent blocks and padding are zeros."""
+    """Return one chunk's part of a slot, read by tensor indexing. Absent blocks and padding are zeros."""
     layout = paged.layout
     offsets = layout.plane_offsets(len(ids))
     out = np.zeros(int(offsets[-1]), dtype=np.uint8)
@@ -48,7 +51,7 @@ def expected_slot(paged: PagedTensors, ids: npt.NDArray[np.int32]) -> npt.NDArra
 
 
 def draw_ids(n: int, blocks_per_chunk: int, num_blocks: int = NUM_BLOCKS, seed: int = 0) -> npt.NDArray[np.int32]:
-    """Distinct blocks (a scatter has one writer a block), about a quarter of them absent."""
+    """Draw distinct block ids, about a quarter of them absent. Distinct, because a scatter has one writer per block."""
     rng = np.random.default_rng(seed)
     ids = np.full(n * blocks_per_chunk, -1, dtype=np.int32)
     known = min(len(ids), num_blocks)
@@ -60,11 +63,11 @@ def draw_ids(n: int, blocks_per_chunk: int, num_blocks: int = NUM_BLOCKS, seed: 
 def check_gather(
     paged: PagedTensors,  # host tensors
     ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk]
-    shift: int,  # bytes the slots are off a 64-byte boundary
+    shift: int,  # bytes that the slots are off a 64-byte boundary
     backend: Backend,
     device: str = "cpu",
 ) -> None:
-    """Slots, checksums and everything around them are as tensor indexing says; the engine's memory is as it was."""
+    """Slots, checksums and everything around them equal the result of tensor indexing. The engine's memory does not change."""
     n, blocks_per_chunk = ids.shape
     part = paged.layout.part_nbytes(blocks_per_chunk)
     source = PagedTensors.bind(paged.layout, twin(paged.tensors, device))
@@ -90,7 +93,7 @@ def check_scatter(
     backend: Backend,
     device: str = "cpu",
 ) -> None:
-    """Named blocks hold the slots' bytes, nothing else changes; checksums are of whole slots, as read."""
+    """Named blocks hold the slots' bytes, and nothing else changes. Checksums cover the whole slots as read."""
     n, blocks_per_chunk = ids.shape
     part = paged.layout.part_nbytes(blocks_per_chunk)
     slots = Slots(n + 1, part, slack=0, shift=shift)
@@ -121,7 +124,7 @@ def check_checksums(
     backend: Backend,
     device: str = "cpu",
 ) -> None:
-    """The sums of a gather, and nothing of the engine's memory is written."""
+    """The checksums equal those of a gather, and the engine's memory does not change."""
     n, blocks_per_chunk = ids.shape
     source = PagedTensors.bind(paged.layout, twin(paged.tensors, device))
     sums = np.full((n + 2, len(paged.layout.planes)), SENTINEL)
@@ -149,14 +152,14 @@ def check_sums(
 
 
 def put_block(block: torch.Tensor, plane: Plane, data: npt.NDArray[np.uint8]) -> None:
-    """Write a block's bytes, in slot order, through the engine's view of it."""
+    """Write the bytes of a block, given in slot order, through the engine's view of it."""
     shape = (plane.num_heads, plane.num_tokens) if plane.head_major else (plane.num_tokens, plane.num_heads)
     values = torch.from_numpy(data.copy()).view(*shape, plane.head_nbytes).view(block.dtype)
     block.copy_(values.transpose(0, 1) if plane.head_major else values)
 
 
 def check_any_strides(case: tuple[PagedTensors, npt.NDArray[np.int32], int], backends: Sequence[Backend]) -> None:
-    """Backends agree on a drawn plane, and what was written is what is read back."""
+    """Backends agree on a drawn plane, and a scatter reads the bytes that the gather wrote."""
     paged, ids, shift = case
     n, part = len(ids), paged.layout.part_nbytes(ids.shape[1])
     slot_ids = np.arange(n, dtype=np.int64)
@@ -181,7 +184,7 @@ def check_any_strides(case: tuple[PagedTensors, npt.NDArray[np.int32], int], bac
 
 @st.composite
 def planes(draw: st.DrawFn) -> tuple[PagedTensors, npt.NDArray[np.int32], int]:
-    """A random nesting of block, token and head with random gaps, at any address."""
+    """Draw a random nesting of block, token and head, with random gaps, at any address."""
     sizes = {"block": draw(st.integers(1, 5)), "token": draw(st.integers(1, 6)), "head": draw(st.integers(1, 4))}
     nbytes = draw(st.sampled_from([1, 2, 7, 16, 60, 64, 65, 128, 192]))
     strides, reach = {}, nbytes
@@ -197,14 +200,14 @@ def planes(draw: st.DrawFn) -> tuple[PagedTensors, npt.NDArray[np.int32], int]:
 
 
 def untouched(nbytes: int) -> torch.Tensor:
-    """Address space whose pages exist once touched; more than the machine has is fine."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+    """Return a tensor whose pages exist only once they are touched. It may be larger than the machine's memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE; Python has a name for it from 3.13 on
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
 
 
 def check_beyond_4_gib(backends: Sequence[Backend]) -> None:
     """Blocks past 2^31 and 2^32 bytes of a tensor whose untouched pages cost no memory."""
-    num_blocks, block = 5 << 8, (16, 16, 4096)  # 1 MiB of K and V a block and plane, 2.5 GiB in all
+    num_blocks, block = 5 << 8, (16, 16, 4096)  # 1 MiB per block and plane, 2.5 GiB in all
     cache = untouched(2 * num_blocks << 20).view(2, num_blocks, *block)
     layout = L.flash_attention([cache])
     assert layout.planes[1].offset + (num_blocks - 1) * layout.planes[1].stride_block > 1 << 31

@@ -1,4 +1,4 @@
-"""Paged KV caches of every kind of layout, inside guarded memory: what the copy and self-test files run over."""
+"""Paged KV caches of every kind of layout, in guarded memory. The tests of copies and of the self-test run over them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 
 
 def noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Random bytes seen as `dtype`, GUARD bytes around them."""
+    """Return random bytes as a tensor of `dtype`, between GUARD bytes."""
     nbytes = torch.empty(0, dtype=dtype).element_size()
     for size in shape:
         nbytes *= size

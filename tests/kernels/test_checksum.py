@@ -1,4 +1,4 @@
-"""The formula, its numba twin, and every fault it must see."""
+"""The checksum's formula, its numba twin, and every fault that it must detect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def noise(nbytes: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 
 
 def formula(data: bytes) -> int:
-    """The module's docstring, in Python integers."""
+    """Compute the formula of the module's docstring in Python integers."""
     total = len(data) * LENGTH_WEIGHT
     padded = data + bytes(-len(data) % 64)
     for at in range(0, len(padded), 4):
@@ -33,7 +33,7 @@ def formula(data: bytes) -> int:
 
 
 def numba_checksum(data: npt.NDArray[np.uint8], run: int = 0) -> int:
-    """What the production gather computes of one plane: whole, or in runs of `run` bytes."""
+    """Return the checksum that the production gather computes of one plane: whole, or in runs of `run` bytes."""
     page = torch.from_numpy(data.copy()).view(-1, run or data.size)
     paged = PagedTensors.bind(L.from_pages([page], 1), [page])
     slots, sums = np.zeros((1, data.size + 64), np.uint8), np.zeros((1, 1), np.uint64)
@@ -42,7 +42,7 @@ def numba_checksum(data: npt.NDArray[np.uint8], run: int = 0) -> int:
 
 
 def test_splitmix64_is_the_published_one() -> None:
-    """First outputs of the generator seeded with 0."""
+    """Compare with the first outputs of the generator seeded with 0."""
     assert [splitmix64(i) for i in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
@@ -60,7 +60,7 @@ def test_formula(nbytes: int) -> None:
 
 
 def test_golden_values() -> None:
-    """Version 1 is stored in arenas and remotes: these never change."""
+    """Arenas and remote stores hold version 1, so these values never change."""
     assert checksum(np.zeros(0, np.uint8)) == 0
     assert checksum(np.zeros(64, np.uint8)) == 64 * LENGTH_WEIGHT & MASK
     assert checksum(np.arange(200, dtype=np.uint8)) == formula(bytes(range(200))) == 0x17C21A43F31FE17C
@@ -79,7 +79,7 @@ def test_numba_sums_runs_as_one_plane(run: int) -> None:
 
 
 def test_a_numba_plane_is_padded_with_zeros() -> None:
-    """A plane of 30 bytes is a slot's 64: the checksum is of the padded plane."""
+    """A plane of 30 bytes takes 64 in a slot. The checksum covers the padded plane."""
     data = noise(30)
     assert numba_checksum(data) == checksum(np.pad(data, (0, 34)))
 
@@ -112,7 +112,7 @@ def test_any_two_flipped_bits(nbytes: int, a: int, b: int, seed: int) -> None:
 
 
 def test_two_flipped_top_bits() -> None:
-    """Where 64-bit sums with even weights fail: 2^31 * w + 2^31 * w' must not vanish."""
+    """64-bit sums with even weights fail here: 2^31 * w + 2^31 * w' must not vanish."""
     data = np.zeros((8, 16), "<u4")
     want = checksum(data.view(np.uint8))
     cells = [(row, lane) for row in range(8) for lane in range(16)]
@@ -150,7 +150,7 @@ def test_shifted_rotated_and_torn() -> None:
 
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 65, 200])
 def test_truncated_or_extended(nbytes: int) -> None:
-    """Also by zeros, which add nothing to the sum of lanes: the length is weighed."""
+    """Extending by zeros also changes the checksum. Zeros add nothing to the sum of lanes, but the length has a weight."""
     data = noise(nbytes)
     assert len({checksum(data[:n]) for n in range(nbytes + 1)}) == nbytes + 1
     zeros = np.zeros(nbytes, np.uint8)

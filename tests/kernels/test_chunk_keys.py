@@ -1,4 +1,4 @@
-"""Key version 1 against its published vectors, on both backends, whole and grown."""
+"""Key version 1 against its published vectors, on both CPU backends, hashed at once and in pieces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkern.kernels.chain_state import ChainState
-from kvkern.kernels.chunk_keys import Backend, Tokens, adopt_keys, as_tokens, chunk_keys, extend
+from kvkern.kernels.chunk_keys import Backend, Tokens, adopt_keys, as_tokens, chunk_keys, extend_keys
 from kvkern.kernels.chunk_keys_ref import SEGMENT_CHUNKS
 from kvkern.kernels.errors import LayoutError
 
@@ -69,16 +69,16 @@ def test_extra_vector(backend: Backend) -> None:
 @both
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 16, 256, 257])
 def test_growing_at_every_boundary_equals_the_whole(chunk_tokens: int, backend: Backend) -> None:
-    """Cut anywhere, also at segment ends (chunk 128, 256) and in the middle of a chunk, which then is hashed again."""
+    """Cut the sequence anywhere, also at segment ends (chunk 128, 256) and inside a chunk, which is then hashed again."""
     chunks = 260 if chunk_tokens < 16 else 5
     tokens = tokens_of((chunks + 1) * chunk_tokens - 1)
-    whole, end = extend(ChainState.start(ROOT), tokens, chunk_tokens, backend=backend)
+    whole, end = extend_keys(ChainState.start(ROOT), tokens, chunk_tokens, backend=backend)
     assert len(whole) == chunks
     cuts = [0, 1, 2, 127, 128, 129, 255, 256, 257, chunks] if chunks > 5 else range(chunks + 1)
     for cut in cuts:
-        head, state = extend(ChainState.start(ROOT), tokens[: cut * chunk_tokens], chunk_tokens, backend=backend)
+        head, state = extend_keys(ChainState.start(ROOT), tokens[: cut * chunk_tokens], chunk_tokens, backend=backend)
         assert state.num_chunks == cut
-        tail, last = extend(state, tokens[cut * chunk_tokens :], chunk_tokens, backend=backend)
+        tail, last = extend_keys(state, tokens[cut * chunk_tokens :], chunk_tokens, backend=backend)
         np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
         assert last == end
 
@@ -91,34 +91,34 @@ def test_any_cut_on_any_backend(chunk_tokens: int, steps: list[int], rest: int, 
     state, at, parts = ChainState.start(ROOT), 0, [np.zeros((0, 32), np.uint8)]
     for i, step in enumerate(steps):
         stop = len(tokens) if i == len(steps) - 1 else at + step * chunk_tokens
-        keys, state = extend(state, tokens[at:stop], chunk_tokens, backend=data.draw(st.sampled_from(BACKENDS)))
+        keys, state = extend_keys(state, tokens[at:stop], chunk_tokens, backend=data.draw(st.sampled_from(BACKENDS)))
         parts.append(keys)
         at += step * chunk_tokens
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-MOST_SEGMENTS = 33  # two rounds of sixteen lanes, and one alone
+MOST_SEGMENTS = 33  # two rounds of sixteen lanes, and one segment alone
 LANE_SIZES = (1, 3, 15, 16, 17, 64, 255, 256)
 
 
 @cache
 def long_sequence(chunk_tokens: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """(tokens, the reference's keys) of MOST_SEGMENTS whole segments. Keys of a prefix are a prefix of them."""
+    """Return (tokens, the reference's keys) of MOST_SEGMENTS whole segments. The keys of a prefix are a prefix of these."""
     tokens = tokens_of(MOST_SEGMENTS * SEGMENT_CHUNKS * chunk_tokens, seed=chunk_tokens)
     return tokens, chunk_keys(ROOT, tokens, chunk_tokens, backend="ref")
 
 
 @pytest.mark.parametrize("chunk_tokens", LANE_SIZES)
 def test_any_number_of_lanes(chunk_tokens: int) -> None:
-    """1 to 33 segments, the last of them whole, partial or a single chunk; then ten more chunks from where that ends."""
+    """Hash 1 to 33 segments, the last one whole, partial or a single chunk. Then go on with ten more chunks."""
     tokens, want = long_sequence(chunk_tokens)
     for segments in range(1, MOST_SEGMENTS + 1):
         for missing in (0, segments * 41 % SEGMENT_CHUNKS, SEGMENT_CHUNKS - 1):
             count = segments * SEGMENT_CHUNKS - missing
             cut = count * chunk_tokens
-            keys, state = extend(ChainState.start(ROOT), tokens[:cut], chunk_tokens)
+            keys, state = extend_keys(ChainState.start(ROOT), tokens[:cut], chunk_tokens)
             np.testing.assert_array_equal(keys, want[:count])
-            more, _ = extend(state, tokens[cut : cut + 10 * chunk_tokens], chunk_tokens)
+            more, _ = extend_keys(state, tokens[cut : cut + 10 * chunk_tokens], chunk_tokens)
             np.testing.assert_array_equal(more, want[count : count + 10])
 
 
@@ -126,10 +126,10 @@ def test_any_number_of_lanes(chunk_tokens: int) -> None:
 @pytest.mark.parametrize("start", [1, 15, 17, 112, 127, 128, 200])
 def test_lanes_from_the_middle_of_a_segment(start: int, chunk_tokens: int) -> None:
     tokens, want = long_sequence(chunk_tokens)
-    _, state = extend(ChainState.start(ROOT), tokens[: start * chunk_tokens], chunk_tokens, backend="ref")
+    _, state = extend_keys(ChainState.start(ROOT), tokens[: start * chunk_tokens], chunk_tokens, backend="ref")
     for count in (0, 1, 16, 17, 127, 128, 129, 256, 257, 384, 2048, 2200, len(want) - start):
         stop = start + count
-        keys, end = extend(state, tokens[start * chunk_tokens : stop * chunk_tokens], chunk_tokens)
+        keys, end = extend_keys(state, tokens[start * chunk_tokens : stop * chunk_tokens], chunk_tokens)
         np.testing.assert_array_equal(keys, want[start:stop])
         assert end.num_chunks == stop
         last_end = stop // SEGMENT_CHUNKS * SEGMENT_CHUNKS
@@ -172,10 +172,9 @@ def test_extras_keep_equal_placeholders_apart(backend: Backend) -> None:
     two = chunk_keys(ROOT, tokens, 16, {130: b"b" * 32}, backend)
     for a, b in ((plain, one), (plain, two), (one, two)):
         assert (a == b).all(axis=1).tolist() == [True] * 130 + [False] * 10
-    _, state = extend(ChainState.start(ROOT), tokens[: 16 * 129], 16, backend=backend)
-    grown = extend(state, tokens[16 * 129 :], 16, {130: b"a" * 32}, backend)[
-        0
-    ]  # indices count from the sequence's start
+    _, state = extend_keys(ChainState.start(ROOT), tokens[: 16 * 129], 16, backend=backend)
+    # indices of extras count from the sequence's start
+    grown, _ = extend_keys(state, tokens[16 * 129 :], 16, {130: b"a" * 32}, backend)
     np.testing.assert_array_equal(grown, one[129:])
     ignored = chunk_keys(ROOT, tokens, 16, {999: b"a" * 32}, backend)
     np.testing.assert_array_equal(ignored, plain)
@@ -222,7 +221,7 @@ def test_uint32_arrays_are_not_copied() -> None:
     assert as_tokens([]).shape == (0,)
 
 
-def test_a_list_may_hold_whatever_is_an_index() -> None:
+def test_a_list_may_hold_anything_with_an_integer_index() -> None:
     class Ids(list[int]):
         pass
 
@@ -248,7 +247,7 @@ def test_a_list_may_hold_whatever_is_an_index() -> None:
     pytest.param(np.zeros((2, 2), np.uint32), id="two dimensions"),
     pytest.param(np.uint32(3).reshape(()), id="no dimension"),
 ])  # fmt: skip
-def test_what_is_no_token_is_refused(bad: Any) -> None:
+def test_values_that_are_no_tokens_are_refused(bad: Any) -> None:
     with pytest.raises(LayoutError, match=r"token"):
         chunk_keys(ROOT, bad, 1)
 
@@ -257,7 +256,7 @@ def test_what_is_no_token_is_refused(bad: Any) -> None:
     "data", [b"\x01\x00\x00\x00\x02\x00\x00\x00", bytearray(8), b"abc"], ids=["bytes", "bytearray", "odd"]
 )
 def test_bytes_are_tokens_or_refused_but_never_words(data: bytes) -> None:
-    """bytes are a Sequence[int]: each byte is an id, or the type is refused."""
+    """bytes are a Sequence[int]: each byte is one id, or the type is refused."""
     try:
         got = as_tokens(data).tolist()
     except LayoutError:
@@ -315,7 +314,7 @@ def test_adopted_keys_keep_hash_group_and_root_apart() -> None:
 
 
 def run_script(script: str, **env: str) -> str:
-    """What it prints, in a process of its own."""
+    """Run `script` in a process of its own. Returns its standard output."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **env}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
@@ -323,7 +322,7 @@ def run_script(script: str, **env: str) -> str:
 
 
 def test_nothing_behind_the_tokens_is_read() -> None:
-    """Tokens that end where memory ends: idle lanes and whole-block loads must stay in front of it."""
+    """The tokens end where readable memory ends. Idle lanes and whole-block loads must not read beyond that."""
     script = """
 import ctypes, mmap
 import numpy as np
@@ -344,7 +343,7 @@ print("alive")
 
 @pytest.mark.slow
 def test_kernels_are_loaded_not_compiled_again(tmp_path: Path) -> None:
-    """A second process finds every kernel in the cache, and no call of any kind compiles another version."""
+    """A second process finds every kernel in the cache. No kind of input compiles another version."""
     script = """
 from numba.core import event
 with event.install_recorder("numba:compile") as compiled:

@@ -1,4 +1,4 @@
-"""Strides, runs and fingerprints of every constructor, and what each refuses."""
+"""Strides, runs and fingerprints of every layout constructor, and the input that each one refuses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_fused(order: str, shape: tuple[int, ...], head_major: bool) -> None:
 
 @pytest.mark.parametrize("perm", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
 def test_six_stride_orders_of_the_fused_tensor(perm: tuple[int, int, int]) -> None:
-    """Whatever lies outermost, the slot order is that of the strides: heads outside tokens stay outside."""
+    """The slot order follows the strides, whichever dimension is outermost: heads outside tokens stay outside."""
     sizes = [5, 4, 16]  # blocks, heads, tokens
     stored = empty(*(sizes[i] for i in perm), 8)
     view = stored.permute(*(perm.index(i) for i in range(3)), 3)

@@ -1,4 +1,4 @@
-"""The host backends against tensor indexing and against each other, bit for bit, over every layout."""
+"""The host backends against tensor indexing and against each other, bit for bit, for every layout."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kvkern.kernels.errors import LayoutError
 from kvkern.kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
 from kvkern.kernels.paged_tensors import PagedTensors
 from tests.kernels.copy_checks import (
+    CHECKSUM_SHAPES,
+    COPY_SHAPES,
     SENTINEL,
     Slots,
     check_any_strides,
@@ -28,25 +30,25 @@ from tests.kernels.copy_checks import (
 from tests.kernels.paged_cases import CASES, NUM_BLOCKS
 from tests.support import GUARD, storage_bytes
 
-BACKENDS: tuple[Backend, ...] = ("numba", "ref")  # triton has a file of its own
+BACKENDS: tuple[Backend, ...] = ("numba", "ref")  # the tests of triton have a file of their own
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), [(1, 1, 0), (3, 2, 0), (2, 3, 1), (0, 2, 0), (1, 7, 32)])
+@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), COPY_SHAPES)
 @pytest.mark.parametrize("name", CASES)
 @each_backend
 def test_gather(backend: Backend, name: str, n: int, blocks_per_chunk: int, shift: int) -> None:
     check_gather(CASES[name](), draw_ids(n, blocks_per_chunk), shift, backend)
 
 
-@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), [(1, 1, 0), (3, 2, 0), (2, 3, 1), (0, 2, 0), (1, 7, 32)])
+@pytest.mark.parametrize(("n", "blocks_per_chunk", "shift"), COPY_SHAPES)
 @pytest.mark.parametrize("name", CASES)
 @each_backend
 def test_scatter(backend: Backend, name: str, n: int, blocks_per_chunk: int, shift: int) -> None:
     check_scatter(CASES[name](), draw_ids(n, blocks_per_chunk), shift, backend)
 
 
-@pytest.mark.parametrize(("n", "blocks_per_chunk"), [(1, 1), (3, 2), (0, 2), (1, 7)])
+@pytest.mark.parametrize(("n", "blocks_per_chunk"), CHECKSUM_SHAPES)
 @pytest.mark.parametrize("name", CASES)
 @each_backend
 def test_checksums_without_a_copy(backend: Backend, name: str, n: int, blocks_per_chunk: int) -> None:
@@ -54,7 +56,7 @@ def test_checksums_without_a_copy(backend: Backend, name: str, n: int, blocks_pe
 
 
 def test_checksums_of_long_and_short_runs() -> None:
-    """Runs of several prefetch distances, of whole rows or not, several blocks a chunk."""
+    """Runs of several prefetch distances, of whole rows and of others, with several blocks per chunk."""
     for nbytes in (64, 4096, 4160, 20_016, 66 << 10):
         pages = [torch.randint(0, 256, (NUM_BLOCKS, nbytes), dtype=torch.uint8) for _ in range(2)]
         check_checksums(PagedTensors.bind(L.from_pages(pages, 16), pages), draw_ids(2, 3), "numba")
@@ -63,7 +65,7 @@ def test_checksums_of_long_and_short_runs() -> None:
 @pytest.mark.parametrize("name", ["FA bf16", "MLA 656", "pages, odd rows"])
 @each_backend
 def test_all_blocks_absent(backend: Backend, name: str) -> None:
-    """Nothing of the engine is read or written, and the checksums are those of zeros, or of the whole slot."""
+    """The engine's memory is neither read nor written. Checksums are those of zeros (gather) or of the whole slot (scatter)."""
     ids = np.full((2, 2), -1, dtype=np.int32)
     check_checksums(CASES[name](), ids, backend)
     check_gather(CASES[name](), ids, 0, backend)
@@ -105,7 +107,7 @@ def test_a_block_out_of_range_is_refused_before_a_byte_is_written(bad: int, back
 
 
 I32, I64, U8, U64 = np.int32, np.int64, np.uint8, np.uint64
-PART = 4 * 2 * 2048  # of two blocks of "FA bf16": 2048 bytes a block and plane, 4 planes
+PART = 4 * 2 * 2048  # part_nbytes of two blocks of "FA bf16": 4 planes with 2048 bytes per block
 
 
 @pytest.mark.parametrize(("replace", "message"), [
@@ -157,16 +159,16 @@ def test_chunks_of_no_blocks(backend: Backend) -> None:
 
 
 def test_numba_refuses_tensors_off_the_cpu() -> None:
-    """No byte may be touched through an address of another device; 'meta' stands for one (its address is 0)."""
+    """The backend must touch no byte through an address of another device. 'meta' stands for one (its address is 0)."""
     meta = torch.empty(2, 4, 16, 2, 8, device="meta")
     paged = PagedTensors.bind(L.flash_attention([meta]), [meta])
-    none = np.zeros((0, 1), I32)  # no chunk, so that the unfixed code does not crash the test
+    none = np.zeros((0, 1), I32)  # no chunk, so that code without the check would not crash the test
     with pytest.raises(LayoutError, match="meta"):
         gather_chunks(paged, none, np.zeros((1, 1 << 16), U8), np.zeros(0, I64), np.zeros((0, 2), U64))
 
 
 def test_read_only_indices() -> None:
-    """Arrays over a received message are read-only; so are those of frozen engines."""
+    """Arrays over a received message are read-only, and so are those of frozen engines."""
     paged = CASES["FA bf16"]()
     ids, slot_ids = np.zeros((1, 1), I32), np.zeros(1, I64)
     ids.flags.writeable = slot_ids.flags.writeable = False
@@ -174,7 +176,7 @@ def test_read_only_indices() -> None:
 
 
 def test_concurrent_calls_on_distinct_slots() -> None:
-    """The kernels hold no state: eight threads at once write what one would."""
+    """The kernels hold no state: eight threads at once write the same bytes as one thread."""
     paged = CASES["FA bf16"]()
     n = 64
     ids = np.random.default_rng(0).integers(-1, NUM_BLOCKS, (n, 2)).astype(I32)

@@ -1,4 +1,4 @@
-"""The round trip accepts every true layout, refuses every lie, and leaves no trace."""
+"""The self-test accepts every true layout, refuses every wrong one, and restores every byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvkern.kernels.errors import LayoutError
 from kvkern.kernels.layout import Plane
 from kvkern.kernels.paged_copy import Backend
 from kvkern.kernels.paged_tensors import PagedTensors
-from kvkern.kernels.selftest import round_trip
+from kvkern.kernels.selftest import check_round_trip
 from tests.kernels.paged_cases import CASES, noise
 from tests.support import storage_bytes
 
@@ -34,15 +34,15 @@ def check_restored(paged: PagedTensors, run: Callable[[], None]) -> None:
 @pytest.mark.parametrize("blocks_per_chunk", [1, 2, 9])
 @pytest.mark.parametrize("name", CASES)
 def test_a_true_layout_passes_and_its_blocks_are_restored(name: str, blocks_per_chunk: int, backend: Backend) -> None:
-    """Nine blocks a chunk are more than the cache has."""
+    """Nine blocks per chunk are more than the cache has."""
     paged = CASES[name]()
-    check_restored(paged, lambda: round_trip(paged, blocks_per_chunk, backend))
+    check_restored(paged, lambda: check_round_trip(paged, blocks_per_chunk, backend))
 
 
 def test_a_cache_of_one_block() -> None:
     tensor = noise(0, (2, 1, 4, 2, 8))
     paged = PagedTensors.bind(L.flash_attention([tensor]), [tensor])
-    check_restored(paged, lambda: round_trip(paged, 3))
+    check_restored(paged, lambda: check_round_trip(paged, 3))
 
 
 def _swap_strides(p: Plane) -> Plane:
@@ -77,26 +77,26 @@ LIES: dict[str, Callable[[list[Plane]], list[Plane]]] = {
 @pytest.mark.parametrize("blocks_per_chunk", [1, 2])
 @pytest.mark.parametrize("lie", LIES)
 def test_a_wrong_layout_is_an_error_at_start(lie: str, blocks_per_chunk: int) -> None:
-    """What would otherwise be wrong text. The blocks are restored all the same."""
+    """Without this error the engine would produce wrong text. The blocks are restored anyway."""
     whole = [noise(i, (2, 8, 4, 3, 32)) for i in range(2)]
-    tensors = [t[:, :7] for t in whole]  # room behind the last block, so that bind has no objection
+    tensors = [t[:, :7] for t in whole]  # leaves room behind the last block, so that bind accepts it
     true = L.flash_attention(tensors)
     false = replace(true, planes=tuple(LIES[lie](list(true.planes))))
     paged = PagedTensors.bind(false, tensors)
 
     def run() -> None:
         with pytest.raises(LayoutError, match="does not round-trip"):
-            round_trip(paged, blocks_per_chunk)
+            check_round_trip(paged, blocks_per_chunk)
 
     if lie in ("one byte late", "one head late", "block stride too short"):
-        run()  # its last write lies outside the tested blocks: that memory the test cannot know
+        run()  # its last write lies outside the tested blocks, in memory that the self-test cannot know
     else:
         check_restored(paged, run)
 
 
 @pytest.mark.parametrize(("told", "true"), [("NHD", "HND"), ("HND", "NHD")])
 def test_wrong_order_of_a_fused_cache(told: str, true: str) -> None:
-    """Shapes alone cannot tell NHD from HND; strides said so by the engine can, if the claim is about the same tensor."""
+    """Shapes alone cannot tell NHD from HND. The engine's strides can, if the claim is about the same tensor."""
     tensor = noise(0, (5, 4, 4, 32))  # as many heads as tokens
     claimed = L.fused_kv([tensor], told)
     engine = replace(claimed, name=f"fused_{true.lower()}")  # how the engine indexes
@@ -105,7 +105,7 @@ def test_wrong_order_of_a_fused_cache(told: str, true: str) -> None:
 
     def run() -> None:
         with pytest.raises(LayoutError):
-            round_trip(paged)
+            check_round_trip(paged)
 
     check_restored(paged, run)
 
@@ -113,11 +113,11 @@ def test_wrong_order_of_a_fused_cache(told: str, true: str) -> None:
 def test_other_tensors_than_the_layout_was_made_from() -> None:
     big, small = noise(0, (2, 7, 4, 3, 32)), noise(1, (2, 6, 4, 3, 32))
     layout = L.flash_attention([small])
-    paged = PagedTensors.bind(layout, [big])  # enough bytes; V lies elsewhere
+    paged = PagedTensors.bind(layout, [big])  # it has enough bytes, but V lies elsewhere
 
     def run() -> None:
         with pytest.raises(LayoutError):
-            round_trip(paged)
+            check_round_trip(paged)
 
     check_restored(paged, run)
 
@@ -126,13 +126,13 @@ def test_planes_and_tensors_must_match_in_number() -> None:
     tensors = [noise(i, (4, 4, 36)) for i in range(2)]
     layout = L.mla(tensors)
     paged = PagedTensors(layout, (tensors[0], tensors[1], tensors[1]), layout.bases(tensors))
-    with pytest.raises(LayoutError, match="has 2 planes, its tensors mean 3"):
-        round_trip(paged)
+    with pytest.raises(LayoutError, match="has 2 planes, but its tensors make 3 planes"):
+        check_round_trip(paged)
 
 
 @pytest.mark.parametrize("which", ["checksum_chunks", "scatter_chunks"])
 def test_checksums_that_differ_are_an_error_at_start(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else every load would be a miss, and nobody would know why."""
+    """Without this error every load would be a miss, and nobody would know why."""
     true = getattr(selftest, which)
 
     def wrong(*args: Any) -> None:
@@ -145,7 +145,7 @@ def test_checksums_that_differ_are_an_error_at_start(which: str, monkeypatch: py
 
     def run() -> None:
         with pytest.raises(LayoutError, match="checksums differ"):
-            round_trip(paged, 2)
+            check_round_trip(paged, 2)
 
     check_restored(paged, run)
 
@@ -156,4 +156,4 @@ def test_blocks_of_nan_come_back_as_they_were() -> None:
     tensor[0, 0] = -0.0
     tensor.view(torch.int32)[1, 2] = 0x7FA00001  # a signalling NaN
     paged = PagedTensors.bind(L.flash_attention([tensor]), [tensor])
-    check_restored(paged, lambda: round_trip(paged, 2))
+    check_restored(paged, lambda: check_round_trip(paged, 2))
