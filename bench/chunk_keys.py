@@ -1,13 +1,13 @@
-"""Chunk keys on one thread: what naming a sequence costs, beside vLLM's own block hashing in the same process.
+"""Chunk keys on one thread: the cost of naming a sequence, compared with vLLM's block hashing in the same process.
 
-    numba, ref:    chunk_keys(root, tokens, 16), everything it does, from a uint32 array or a list of ints
-    vLLM:          hash_block_tokens over a list of ints, block by block, each with the hash before it; sha256, sha256_cbor
-    adopted keys:  adopt_keys(root, keys of 36 bytes), that is, vLLM's hash and the KV group
+    numba, ref:    a whole call of chunk_keys(root, tokens, 16), with a uint32 array or a list of ints
+    vLLM:          hash_block_tokens over a list of ints, block by block, each keyed by the previous hash; sha256, sha256_cbor
+    adopted keys:  adopt_keys(root, keys of 36 bytes): vLLM's hash and the KV group
 
-Ratios: vLLM's time over ours for the same tokens; absent where vLLM is not installed. Medians of repetitions that take
-turns; each turn begins with a call that does not count, because whoever ran before has emptied the caches.
+A ratio is vLLM's time over ours for the same tokens. It is absent if vLLM is not installed. Times are medians of
+repetitions that take turns. Each turn begins with a call that does not count, because the previous one emptied the caches.
 
-Targets: 131,072 tokens as uint32 in 2.4 ns/token, 25 times as fast as sha256 and 50 times sha256_cbor; 8,192 adopted in 1 ms.
+Targets: 131,072 uint32 tokens at 2.4 ns/token, 25 times as fast as sha256, 50 times as sha256_cbor; 8,192 keys adopted in 1 ms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from _common import print_row, write_json
 
 from kvkern.kernels.chunk_keys import Backend, adopt_keys, chunk_keys
-from kvkern.kernels.chunk_keys_ref import adopt
+from kvkern.kernels.chunk_keys_ref import adopt_keys as adopt_keys_ref
 
 CHUNK_TOKENS = 16
 ENGINE_KEY_NBYTES = 36
@@ -34,7 +34,7 @@ Work = Callable[[], object]
 
 
 def vllm_hashers() -> dict[str, Callable[[list[int]], object]]:
-    """Name -> what hashes a sequence as vLLM's request hasher does for text. Empty where vLLM is not installed."""
+    """Return name -> function that hashes a text sequence as vLLM's request hasher does. Empty if vLLM is not installed."""
     try:
         from vllm.utils.hashing import sha256, sha256_cbor
         from vllm.v1.core.kv_cache_utils import hash_block_tokens, init_none_hash
@@ -42,7 +42,7 @@ def vllm_hashers() -> dict[str, Callable[[list[int]], object]]:
         return {}
 
     def hasher(function: Callable[[object], bytes]) -> Callable[[list[int]], object]:
-        init_none_hash(function)  # NONE_HASH has 32 bytes with either: which one does not change the time
+        init_none_hash(function)  # NONE_HASH has 32 bytes with either function, so the choice does not change the time
 
         def run(tokens: list[int]) -> object:
             hashes: list[bytes] = []
@@ -57,8 +57,8 @@ def vllm_hashers() -> dict[str, Callable[[list[int]], object]]:
     return {"sha256": hasher(sha256), "sha256_cbor": hasher(sha256_cbor)}
 
 
-def medians(works: Mapping[str, Work], runs: int, calls: int) -> dict[str, float]:
-    """Seconds a call of each; all take turns, so that what else the machine does meets them all."""
+def median_call_s(works: Mapping[str, Work], runs: int, calls: int) -> dict[str, float]:
+    """Return the median seconds per call of each work. They take turns, so that other load on the machine meets all of them."""
     times_s: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(runs):
         for name, work in works.items():
@@ -70,8 +70,8 @@ def medians(works: Mapping[str, Work], runs: int, calls: int) -> dict[str, float
     return {name: median(column) for name, column in times_s.items()}
 
 
-def hashing(num_tokens: int, cases: list[tuple[Backend, str]], runs: int) -> list[Row]:
-    """A row for each (backend, input)."""
+def hashing_rows(num_tokens: int, cases: list[tuple[Backend, str]], runs: int) -> list[Row]:
+    """Measure chunk_keys. Returns one row per (backend, input)."""
     array = np.random.default_rng(0).integers(0, VOCABULARY, num_tokens, dtype=np.uint32)
     ids = array.tolist()
     inputs = {"uint32": array, "list": ids}
@@ -80,7 +80,7 @@ def hashing(num_tokens: int, cases: list[tuple[Backend, str]], runs: int) -> lis
         for backend, kind in cases
     }
     works |= {name: (lambda h=hasher: h(ids)) for name, hasher in vllm_hashers().items()}
-    times_s = medians(works, runs, calls=max(1, 50_000 // num_tokens))
+    times_s = median_call_s(works, runs, calls=max(1, 50_000 // num_tokens))
     rows: list[Row] = []
     for backend, kind in cases:
         own_s = times_s[f"{backend} {kind}"]
@@ -95,26 +95,26 @@ def hashing(num_tokens: int, cases: list[tuple[Backend, str]], runs: int) -> lis
     return rows
 
 
-def adoption(count: int, runs: int) -> list[Row]:
-    """A row for each backend."""
+def adoption_rows(count: int, runs: int) -> list[Row]:
+    """Measure adopt_keys. Returns one row per backend."""
     random = np.random.default_rng(1)
     keys = [random.bytes(ENGINE_KEY_NBYTES) for _ in range(count)]
-    works: dict[str, Work] = {"numba": lambda: adopt_keys(ROOT, keys), "ref": lambda: adopt(ROOT, keys)}
-    times_s = medians(works, runs, calls=1)
+    works: dict[str, Work] = {"numba": lambda: adopt_keys(ROOT, keys), "ref": lambda: adopt_keys_ref(ROOT, keys)}
+    times_s = median_call_s(works, runs, calls=1)
     return [{"backend": name, "adopted_keys": count, "ms": 1e3 * seconds} for name, seconds in times_s.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer tokens and runs, in seconds: for smoke tests, not for numbers"
+        "--quick", action="store_true", help="fewer tokens and runs, takes seconds: for smoke tests, not for figures"
     )
     args = parser.parse_args()
     long, runs = (8192, 2) if args.quick else (131_072, 11)
-    rows = hashing(long, [("numba", "uint32"), ("numba", "list"), ("ref", "uint32")], runs)
-    rows += hashing(2048, [("numba", "uint32"), ("numba", "list")], runs)
-    rows += adoption(512 if args.quick else 8192, runs)
+    rows = hashing_rows(long, [("numba", "uint32"), ("numba", "list"), ("ref", "uint32")], runs)
+    rows += hashing_rows(2048, [("numba", "uint32"), ("numba", "list")], runs)
+    rows += adoption_rows(512 if args.quick else 8192, runs)
     for row in rows:
         print_row(row)
     print(str(__doc__).strip().splitlines()[-1])

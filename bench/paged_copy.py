@@ -1,12 +1,12 @@
-"""Paged copies into and out of a real arena, as the transfer runs them, beside a plain memcpy by as many threads.
+"""Paged copies into and out of a real arena, as the transfer runs them, compared with a plain memcpy by as many threads.
 
-    gather:   blocks drawn at random -> slots    payload copied and checksummed, checksums written into the headers
-    scatter:  slots -> blocks                    headers and checksums verified
-    memcpy:   one large copy between a tensor and an arena, same direction and threads, in the same turn
-    index_select: torch's gather into a buffer and its copy into the slots; back, the copy and index_copy_; no checksum
+    gather:   random blocks -> slots    payload copied, checksums computed and written into the headers
+    scatter:  slots -> blocks           headers and checksums verified
+    memcpy:   one large copy between a tensor and an arena, in the same direction, with the same threads, in the same turn
+    index_select: torch's gather into a buffer, then a copy into the slots; back: a copy, then index_copy_; no checksum
 
-A run is what lies contiguous in a block. GB/s count the payload once. Targets, two threads: 0.95 of memcpy for runs of
-18 KiB and more, 0.50 at 2 KiB, and more than index_select everywhere.
+A run is a contiguous piece of a block. GB/s count the payload once. Targets with two threads: 0.95 of memcpy for runs of
+18 KiB and more, 0.50 at 2 KiB, and faster than index_select everywhere.
 """
 
 from __future__ import annotations
@@ -43,57 +43,57 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layout with the run length it gives, and how to make its tensors for so many bytes."""
+class LayoutCase:
+    """A layout, its sizes, and the function that makes its tensors."""
 
     name: str
     layers: int
     blocks_per_chunk: int
-    block_nbytes: int  # of all layers
+    block_nbytes: int  # bytes of a block in all layers
     make: Callable[[int, int], tuple[PagedLayout, list[torch.Tensor]]]  # (layers, blocks)
 
 
-def noise(*shape: int) -> torch.Tensor:
-    """bfloat16 of random bits, every page touched."""
+def random_bf16(*shape: int) -> torch.Tensor:
+    """Return a bfloat16 tensor of random bits. Every page of it is touched."""
     return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16).view(torch.bfloat16)
 
 
 def vllm_cpu(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
-    """vLLM's CPU pages: K and V of 128 tokens of 4 heads of 128, opaque."""
-    pages = [noise(blocks, 128 << 10).view(torch.int8) for _ in range(layers)]
+    """vLLM's CPU pages: K and V of 128 tokens of 4 heads of 128, as opaque bytes."""
+    pages = [random_bf16(blocks, 128 << 10).view(torch.int8) for _ in range(layers)]
     return L.from_pages(pages, 128), pages
 
 
 def flash_attention(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
-    """FlashAttention, K and V apart: 16 tokens of 8 heads of 128."""
-    tensors = [noise(2, blocks, 16, 8, 128) for _ in range(layers)]
+    """FlashAttention, separate K and V: 16 tokens of 8 heads of 128."""
+    tensors = [random_bf16(2, blocks, 16, 8, 128) for _ in range(layers)]
     return L.flash_attention(tensors), tensors
 
 
 def mla(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
-    """DeepSeek-V3's latent: 16 tokens of 576."""
-    tensors = [noise(blocks, 16, 576) for _ in range(layers)]
+    """DeepSeek-V3's latent: 16 tokens of 576 values."""
+    tensors = [random_bf16(blocks, 16, 576) for _ in range(layers)]
     return L.mla(tensors), tensors
 
 
 def head_slice(layers: int, blocks: int) -> tuple[PagedLayout, list[torch.Tensor]]:
-    """Half the heads of every token: rows of 2 KiB in tokens of 4 KiB."""
-    tensors = [noise(2, blocks, 16, 16, 128)[..., :8, :] for _ in range(layers)]
+    """Half of the heads of every token: runs of 2 KiB in tokens of 4 KiB."""
+    tensors = [random_bf16(2, blocks, 16, 16, 128)[..., :8, :] for _ in range(layers)]
     return L.flash_attention(tensors), tensors
 
 
 CASES = (
-    Case("vllm_cpu", 24, 1, 24 * (256 << 10), vllm_cpu),
-    Case("flash_attention", 32, 4, 32 * (64 << 10), flash_attention),
-    Case("mla", 61, 4, 61 * (18 << 10), mla),
-    Case("head_slice", 32, 4, 32 * (64 << 10), head_slice),
+    LayoutCase("vllm_cpu", 24, 1, 24 * (256 << 10), vllm_cpu),
+    LayoutCase("flash_attention", 32, 4, 32 * (64 << 10), flash_attention),
+    LayoutCase("mla", 61, 4, 61 * (18 << 10), mla),
+    LayoutCase("head_slice", 32, 4, 32 * (64 << 10), head_slice),
 )
 
 
-class Copies:
-    """One layout, its pages and a real arena, both of about `nbytes`."""
+class CopyRig:
+    """One layout, its pages, and a real arena with a transfer. Pages and arena have about `nbytes` each."""
 
-    def __init__(self, case: Case, nbytes: int, threads: int) -> None:
+    def __init__(self, case: LayoutCase, nbytes: int, threads: int) -> None:
         per_chunk = case.block_nbytes * case.blocks_per_chunk
         self.num_chunks = max(2, nbytes // per_chunk)
         blocks = self.num_chunks * case.blocks_per_chunk + 1
@@ -119,11 +119,13 @@ class Copies:
 
     def gather(self) -> None:
         if not self.transfer.store([self.batch]).wait().ok.all():
-            raise RuntimeError("a chunk was not stored")
+            raise RuntimeError("a chunk was not stored: its slot has another owner, or the copy failed (see the log)")
 
     def scatter(self) -> None:
         if not self.transfer.load([self.batch]).wait().ok.all():
-            raise RuntimeError("a chunk did not verify")
+            raise RuntimeError(
+                "a chunk did not verify: its header or checksum differs from what was stored (see the log)"
+            )
 
     def index_select(self) -> None:
         for view, slots, ids in self._torch_pairs():
@@ -134,9 +136,9 @@ class Copies:
             view.index_copy_(0, ids, slots.reshape(len(ids), *view.shape[1:]))
 
     def _torch_pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(blocks [num_blocks, ...] int64, slots [chunks, words] int64, block ids) of every plane.
+        """Yield (blocks [num_blocks, ...] int64, slots [chunks, words] int64, block ids) of every plane.
 
-        Words of 8 bytes are what torch is fastest with.
+        Torch is fastest with words of 8 bytes.
         """
         offsets = self.layout.plane_offsets(self.block_ids.shape[1])
         parts = torch.from_numpy(self.arena.parts(0))[torch.from_numpy(self.batch.slots)[0] :]
@@ -145,20 +147,21 @@ class Copies:
         for view, plane, at in zip(views, self.layout.planes, offsets, strict=False):
             nbytes = plane.block_nbytes * self.block_ids.shape[1]
             slots = parts[: self.num_chunks, at : at + nbytes].view(torch.int64)
-            yield _words(view), slots, ids
+            yield _int64_rows(view), slots, ids
 
 
-def _words(view: torch.Tensor) -> torch.Tensor:
-    """A plane's view [blocks, tokens, heads, elements] with rows of int64, contiguous dimensions merged."""
+def _int64_rows(view: torch.Tensor) -> torch.Tensor:
+    """Return a plane's view [blocks, tokens, heads, elements] as int64 rows, with contiguous dimensions merged."""
     rows = view.flatten(2) if view.stride(2) == view.shape[3] * view.stride(3) else view
     return (rows.flatten(1) if rows.stride(1) == rows.shape[2] else rows).view(torch.int64)
 
 
-class Memcpy:
-    """One large copy between the memories that matter, a tensor and an arena, by so many threads, each its share.
+class MemcpyBaseline:
+    """One large copy between a tensor and an arena. Each thread copies its share.
 
-    The arena's pages are 4 KiB, a tensor's as the allocator chose: a copy between huge pages of its own would be up to
-    half as fast again, and say nothing of what a copy into an arena can reach. libc's memmove goes past the caches.
+    The copy uses the same kinds of memory as the transfer: 4 KiB pages in the arena, and the allocator's choice in the tensor.
+    A copy between huge pages would be up to half as fast again, but no copy into an arena can reach that. libc's memmove
+    writes past the caches.
     """
 
     def __init__(self, nbytes: int, threads: int) -> None:
@@ -188,23 +191,23 @@ class Memcpy:
             pass
 
 
-def warm(work: Callable[[], None]) -> float:
-    """Seconds of the second of two calls: torch's threads still wait for work when the first one starts."""
+def second_call_s(work: Callable[[], None]) -> float:
+    """Return the seconds of the second of two calls. The first one runs while torch's threads still wait for work."""
     work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def measure(case: Case, nbytes: int, memcpy_nbytes: int, threads: int, runs: int) -> list[Row]:
-    """Both directions of one layout; every contender once a turn, after an uncounted turn."""
+def measure_layout(case: LayoutCase, nbytes: int, memcpy_nbytes: int, threads: int, runs: int) -> list[Row]:
+    """Measure both directions of one layout. Every contender runs once per turn, after a call that does not count."""
     rows = []
-    with closing(Copies(case, nbytes, threads)) as copies, closing(Memcpy(memcpy_nbytes, threads)) as plain:
+    with closing(CopyRig(case, nbytes, threads)) as copies, closing(MemcpyBaseline(memcpy_nbytes, threads)) as plain:
         for op, ours, memcpy, torchs in (
             ("gather", copies.gather, plain.to_arena, copies.index_select),
             ("scatter", copies.scatter, plain.from_arena, copies.index_copy),
         ):
-            turns = [[warm(work) for work in (ours, memcpy, torchs)] for _ in range(runs)]
+            turns = [[second_call_s(work) for work in (ours, memcpy, torchs)] for _ in range(runs)]
             rates = [(copies.nbytes / a, memcpy_nbytes / b, copies.nbytes / c) for a, b, c in turns]
             rows.append({
                 "op": op, "backend": "numba", "layout": case.name, "run_nbytes": copies.layout.run_nbytes,
@@ -218,17 +221,19 @@ def measure(case: Case, nbytes: int, memcpy_nbytes: int, threads: int, runs: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--threads", type=int, default=2, help="that copy, in every contender (default 2)")
-    parser.add_argument("--runs", type=int, default=9, help="turns that count (default 9)")
-    parser.add_argument("--mib", type=int, default=384, help="payload of a layout, far beyond any cache (default 384)")
-    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for numbers")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--threads", type=int, default=2, help="threads that copy, for every contender (default 2)")
+    parser.add_argument("--runs", type=int, default=9, help="number of turns that count (default 9)")
+    parser.add_argument(
+        "--mib", type=int, default=384, help="MiB of payload per layout, far more than any CPU cache (default 384)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     nbytes, memcpy_nbytes, runs = (16 << 20, 16 << 20, 2) if args.quick else (args.mib << 20, MEMCPY_NBYTES, args.runs)
     rows = []
     for case in CASES:
-        for row in measure(case, nbytes, memcpy_nbytes, args.threads, runs):
+        for row in measure_layout(case, nbytes, memcpy_nbytes, args.threads, runs):
             rows.append(row)
             print_row(row)
     print(f"targets: ratio_memcpy >= {MIN_RATIO_LONG} for runs of {LONG_RUN_NBYTES} bytes and more, "

@@ -1,12 +1,12 @@
-"""What FlashAttention must not notice: attention over blocks that went out and came back equals, bit for bit, the original.
+"""FlashAttention must not notice a round trip: attention over blocks that went out and came back is equal, bit for bit.
 
     originals in blocks A of a pool, attention over table A        -> want
     gather A -> slots; blocks B poisoned; scatter slots -> B; A poisoned
-    attention over table B                                         -> must equal want
+    attention over table B                                         -> must equal `want`
 
-On a CPU attention is the block table's gather and torch's scaled_dot_product_attention; on a GPU it is flash-attn's
-`flash_attn_with_kvcache` with `block_table`, over the pool's own strided views. Poison is NaN: whatever is read of a block
-that nothing was scattered into shows.
+On a CPU attention is a gather by block table and torch's scaled_dot_product_attention. On a GPU it is flash-attn's
+`flash_attn_with_kvcache` with `block_table`, over the pool's own strided views. Poison is NaN, so a read from a block without
+scattered bytes shows in the result.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch
 
 @dataclass(frozen=True)
 class Pool:
-    """Paged KV of some layers and attention's view of it."""
+    """Paged KV of some layers, and the views that attention reads."""
 
     paged: PagedTensors
-    k: list[torch.Tensor]  # a layer: [blocks, page, kv_heads, dim], strided
+    k: list[torch.Tensor]  # one per layer: [blocks, page, kv_heads, dim], strided
     v: list[torch.Tensor]
 
     def poison(self, blocks: npt.NDArray[np.int32]) -> None:
-        """All bits set: NaN in every float type here."""
+        """Fill `blocks` of every layer with NaN."""
         ids = torch.from_numpy(blocks.astype(np.int64)).to(self.k[0].device)
         for view in (*self.k, *self.v):
             view[ids] = torch.nan
 
 
 def make_pool(kind: str, blocks: int, page: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> Pool:
-    """Random KV in one of the layouts that attention kernels read in place."""
+    """Make random KV in one of the layouts that attention kernels read in place."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ def make_pool(kind: str, blocks: int, page: int, heads: int, dim: int, dtype: to
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[batch, q_tokens, q_heads, dim]: causal, the last query sees every token."""
+    """Return causal attention, [batch, q_tokens, q_heads, dim]. The last query sees every token."""
     out = []
     for i, length in enumerate(lengths.tolist()):
         blocks = table[i, : -(-length // k.shape[1])].long()
@@ -94,7 +94,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor,
 def flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """flash-attn's, on the strided views as they are. One split: the order of its sums is fixed."""
+    """Return flash-attn's attention over the strided views, without a copy. One split fixes the order of its sums."""
     from flash_attn import flash_attn_with_kvcache
 
     result: torch.Tensor = flash_attn_with_kvcache(
@@ -105,13 +105,13 @@ def flash_attention(
 
 @dataclass(frozen=True)
 class Batch:
-    """Ragged sequences: where they were, where they go, and the chunks that take them there."""
+    """Ragged sequences: their blocks before and after, and the chunks that move them."""
 
     lengths: npt.NDArray[np.int32]  # [batch] tokens
     before: npt.NDArray[np.int32]  # [batch, max_blocks]; unused entries 0
     after: npt.NDArray[np.int32]  # distinct from `before`
-    out: npt.NDArray[np.int32]  # [chunks, BLOCKS_PER_CHUNK], -1 behind a sequence's end
-    back: npt.NDArray[np.int32]
+    out: npt.NDArray[np.int32]  # [chunks, BLOCKS_PER_CHUNK] blocks to gather, -1 behind a sequence's end
+    back: npt.NDArray[np.int32]  # likewise, blocks to scatter into
 
     @classmethod
     def draw(cls, lengths: list[int], page: int, num_blocks: int) -> Batch:
@@ -129,8 +129,11 @@ class Batch:
         return cls(np.array(lengths, dtype=np.int32), *tables, np.concatenate(chunks[0]), np.concatenate(chunks[1]))
 
 
-def move(pool: Pool, batch: Batch, back: npt.NDArray[np.int32], backend: Backend) -> None:
-    """Out into slots and back into the blocks of `back`; the originals are NaN afterwards, the targets were before."""
+def move_out_and_back(pool: Pool, batch: Batch, back: npt.NDArray[np.int32], backend: Backend) -> None:
+    """Gather the chunks of the batch into slots, and scatter them into the blocks of `back`.
+
+    The target blocks are NaN before the scatter. The original blocks are NaN afterwards.
+    """
     count, planes = len(batch.out), len(pool.paged.layout.planes)
     slots = np.zeros((count, pool.paged.layout.part_nbytes(BLOCKS_PER_CHUNK)), dtype=np.uint8)
     slot_ids = np.random.default_rng(2).permutation(count).astype(np.int64)
@@ -146,7 +149,7 @@ def attention_before_and_after(
     kind: str, dtype: torch.dtype, page: int, heads: tuple[int, int], q_tokens: int, dim: int,
     attend: Attend, backend: Backend, device: str, misplace: Callable[[npt.NDArray[np.int32]], None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """A pair a layer. `misplace` changes where blocks come back to, as a fault would."""
+    """Return one (before, after) pair per layer. `misplace` changes the target blocks, as a fault would."""
     q_heads, kv_heads = heads
     lengths = [max(q_tokens, n) for n in (1, page - 1, page, page + 1, 3 * page, 7 * page + 3)]
     num_blocks = 2 * sum(-(-n // page) for n in lengths) + 3
@@ -159,7 +162,7 @@ def attention_before_and_after(
     back = batch.back.copy()
     if misplace is not None:
         misplace(back)
-    move(pool, batch, back, backend)
+    move_out_and_back(pool, batch, back, backend)
     got = [attend(q, k, v, after, tokens) for k, v in zip(pool.k, pool.v, strict=True)]
     assert all(w.isfinite().all() for w in want)
     return list(zip(want, got, strict=True))
@@ -189,7 +192,7 @@ def test_attention_does_not_notice(
 @pytest.mark.parametrize(("heads", "q_tokens"), [((8, 2), 1), ((4, 4), 1), ((8, 1), 5)])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_flash_attention_does_not_notice(dtype: torch.dtype, heads: tuple[int, int], q_tokens: int, kind: str) -> None:
-    """Pages of 256 tokens, which every release of flash-attn 2 takes; it has no float32."""
+    """Pages have 256 tokens, which every release of flash-attn 2 takes. flash-attn has no float32."""
     pytest.importorskip("flash_attn", reason="flash-attn is not installed: pip install flash-attn")
     pairs = attention_before_and_after(kind, dtype, 256, heads, q_tokens, 64, flash_attention, "triton", "cuda")
     for want, got in pairs:
@@ -199,7 +202,7 @@ def test_flash_attention_does_not_notice(dtype: torch.dtype, heads: tuple[int, i
 @pytest.mark.gpu
 @each_kind
 def test_attention_on_a_gpu_does_not_notice(kind: str) -> None:
-    """torch's attention, so that a GPU without flash-attn still proves the round trip."""
+    """Use torch's attention, so that a GPU without flash-attn still proves the round trip."""
 
     def attend(*args: torch.Tensor) -> torch.Tensor:
         return sdpa(*(a.cpu() for a in args))
@@ -210,7 +213,7 @@ def test_attention_on_a_gpu_does_not_notice(kind: str) -> None:
 
 
 def swap_within_a_sequence(back: npt.NDArray[np.int32]) -> None:
-    """The last two blocks of the longest: only order tells, and only where a query does not see all tokens."""
+    """Swap the last two blocks of the longest sequence. Only queries that do not see all tokens can notice the order."""
     row = back[-1]
     last = int(np.flatnonzero(row >= 0)[-1])
     row[[last - 1, last]] = row[[last, last - 1]]
@@ -227,7 +230,7 @@ def leave_one_out(back: npt.NDArray[np.int32]) -> None:
 @pytest.mark.parametrize("misplace", [swap_within_a_sequence, swap_between_sequences, leave_one_out])
 @each_kind
 def test_a_misplaced_block_is_noticed(kind: str, misplace: Callable[[npt.NDArray[np.int32]], None]) -> None:
-    """The contract can fail: every checksum is right, two blocks are in each other's place, or one is not there."""
+    """The contract can fail: every checksum is right, but two blocks have changed places, or one is absent."""
     pairs = attention_before_and_after(kind, BF16, 16, (8, 2), 20, 32, sdpa, "numba", "cpu", misplace)
     for want, got in pairs:
         assert not torch.equal(want, got)
@@ -235,8 +238,8 @@ def test_a_misplaced_block_is_noticed(kind: str, misplace: Callable[[npt.NDArray
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """The same through keys, an arena and `open_cache`: of what is loaded, attention is what it was."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # a GPU is calibrated anew
+    """The same round trip through keys, an arena and `open_cache`. Attention over the loaded tokens is unchanged."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # so that a GPU is calibrated anew
     page, tokens, num_blocks = 16, list(range(100)), 32
     pool = make_pool("stacked", num_blocks, page, 2, 32, BF16, device)
     ids = np.random.default_rng(4).permutation(num_blocks).astype(np.int32)

@@ -28,7 +28,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 def parsed(workload: ModuleType, *given: str, **more: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    workload.options(parser)
+    workload.add_options(parser)
     return argparse.Namespace(**vars(parser.parse_args(given)), **more)
 
 
@@ -37,7 +37,7 @@ def test_the_workload_runs(scripts: dict[str, ModuleType], tmp_path: Path) -> No
     for method in ("staged", "zero_copy", "batch_dma"):
         args = parsed(scripts["workload"], "--method", method, "--chunks", "2", "--repeat", "1", "--device", "cpu")
         done = subprocess.run(
-            scripts["workload"].as_command(args), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            scripts["workload"].workload_command(args), cwd=tmp_path, capture_output=True, text=True, timeout=300,
             env={**os.environ, "PYTHONPATH": str(FOLDER.parent.parent)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -58,15 +58,18 @@ def test_a_missing_profiler_is_named(name: str, tmp_path: Path) -> None:
 
 def test_commands_hand_the_workload_on(scripts: dict[str, ModuleType]) -> None:
     args = parsed(scripts["workload"], "--method", "zero_copy", output="out", no_metrics=False, launches=3)
-    trace, counters = scripts["nsys"].command("nsys", args), scripts["ncu"].command("ncu", ["a.sum", "b.sum"], args)
+    trace, counters = (
+        scripts["nsys"].profiler_command("nsys", args),
+        scripts["ncu"].profiler_command("ncu", ["a.sum", "b.sum"], args),
+    )
     assert trace[:2] == ["nsys", "profile"]
     assert "--gpu-metrics-devices=0" in trace
     assert counters[counters.index("--metrics") + 1] == "a.sum,b.sum"
     for command in (trace, counters):
-        assert command[-12:] == scripts["workload"].as_command(args)[-12:]
+        assert command[-12:] == scripts["workload"].workload_command(args)[-12:]
         assert command[-12:][1] == "zero_copy"
     args.no_metrics = True
-    assert not [part for part in scripts["nsys"].command("nsys", args) if "gpu-metrics" in part]
+    assert not [part for part in scripts["nsys"].profiler_command("nsys", args) if "gpu-metrics" in part]
 
 
 def test_only_counters_that_the_gpu_has_are_asked_for(scripts: dict[str, ModuleType]) -> None:
@@ -74,7 +77,7 @@ def test_only_counters_that_the_gpu_has_are_asked_for(scripts: dict[str, ModuleT
     listing = (
         "Device NVIDIA (sm_90)\n\npcie__read_bytes   Counter  byte  # of bytes\ngpu__time_duration Counter ns time\n"
     )
-    assert ncu.available(listing) == [ncu.TIME, ncu.LINK_READ]
+    assert ncu.available_metrics(listing) == [ncu.TIME, ncu.LINK_READ]
 
 
 RAW = """==PROF== Connected to process 1
@@ -87,10 +90,10 @@ RAW = """==PROF== Connected to process 1
 
 def test_the_raw_page_is_read(scripts: dict[str, ModuleType]) -> None:
     ncu = scripts["ncu"]
-    first, second = ncu.launches(RAW)
+    first, second = ncu.parse_launches(RAW)
     assert first == {ncu.TIME: pytest.approx(1e-3), ncu.LINK_READ: 5e7, ncu.ISSUE: 12.5}
     assert ncu.LINK_READ not in second
-    assert ncu.launches("nothing") == []
+    assert ncu.parse_launches("nothing") == []
 
 
 def test_verdicts(scripts: dict[str, ModuleType]) -> None:
