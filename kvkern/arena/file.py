@@ -1,12 +1,12 @@
-"""One file of slots in shared memory, created by whoever comes first and mapped by all. Knows bytes, not tensors or keys.
+"""The arena: one file of slots in shared memory. The first process creates it, and all processes map it.
 
-    file = header page | slot 0 | slot 1 | ...        slots as in slots.py
-    header page = sizes and identity, as in _FILE_HEADER; from byte 2048 on the processes a daemon has given the file to
+    file = header page | slot 0 | slot 1 | ...        slots as in arena/slots.py
+    header page = sizes and identity, as in _FILE_HEADER; from byte 2048 on the processes that a daemon gave the file to
 
-Life of the file: the first process creates and prefaults it under a record lock, the others wait for the lock and check
-that they mean the same geometry. Every process holds a shared flock while it maps the file, so a file nobody has locked
-is stale and is swept at the next start. With `expected` set (embedded mode) the last process to attach unlinks the name:
-the memory then dies with its mappings, even on kill -9.
+The first process creates and prefaults the file under a record lock. The other processes wait for the lock and check that
+they expect the same geometry. Every process holds a shared flock while it maps the file. So a file without a flock is
+stale, and the next start removes it. With `expected` set (embedded mode) the last process to attach unlinks the name: the
+memory then dies with its mappings, even on kill -9. This module knows bytes, not tensors or keys.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ class ArenaSpec:
 
     geometry: SlotGeometry
     num_slots: int
-    identity: bytes = bytes(32)  # of the user: a layout fingerprint, say; processes with another are refused
+    identity: bytes = bytes(
+        32
+    )  # chosen by the user of the arena, for example a layout fingerprint; must match to attach
 
     @classmethod
     def for_capacity(cls, geometry: SlotGeometry, capacity_nbytes: int, identity: bytes = bytes(32)) -> ArenaSpec:
-        """As many slots as fit. Raises ConfigError if that is none."""
+        """Return the spec of an arena with as many slots as fit. Raises ConfigError if none fits."""
         slots = (capacity_nbytes - PAGE) // geometry.slot_nbytes
         if slots < 1:
             raise ConfigError(
@@ -70,12 +72,12 @@ class ArenaSpec:
 
 
 class Slots(Protocol):
-    """What tiers and copiers need of an arena: headers, and somewhere a part for each. `Arena`, or tiers.hbm.HbmSlots."""
+    """What tiers and copiers use of an arena: a header and a part of payload for each slot. `Arena` or tiers.hbm.HbmSlots."""
 
     spec: ArenaSpec
     headers: npt.NDArray[np.void]  # [num_slots] of SlotGeometry.dtype
-    identities: npt.NDArray[np.void]  # [num_slots] V104: what the headers start with
-    heads: npt.NDArray[np.void]  # [num_slots] V of slots.HEAD
+    identities: npt.NDArray[np.void]  # [num_slots] V104: the first bytes of the headers
+    heads: npt.NDArray[np.void]  # [num_slots] V152 of slots.HEAD
 
     def parts(
         self,
@@ -88,19 +90,19 @@ class Slots(Protocol):
 
 
 class Arena:
-    """A mapped arena. Use `create_or_attach`; `close` when no view of it is used any more."""
+    """A mapped arena. Made by `create_or_attach`. Call `close` when no view of it is used any more."""
 
     def __init__(self, spec: ArenaSpec, path: Path, fd: int, memory: npt.NDArray[np.uint8]) -> None:
         self.spec = spec
         self.path = path
         self._fd = fd
-        # [num_slots] structured view of every slot's header, shared with every other process
+        # [num_slots] structured view of every slot's header; all processes share it
         self.headers = self._starts(spec.geometry.dtype, memory)
-        # [num_slots] views of what the headers start with: V104, see SlotGeometry.identities, and V152 of slots.HEAD
+        # [num_slots] views of the first bytes of the headers: V104, see SlotGeometry.identities, and V152 of slots.HEAD
         self.identities = self._starts(IDENTITY, memory)
         self.heads = self._starts(np.dtype(f"V{HEAD.itemsize}"), memory)
         self.bytes: npt.NDArray[np.uint8] = memory  # the whole file
-        # [MAX_PROCESSES] of (pid, start): who may be reading or writing slots; zeros where nobody. A daemon's record.
+        # [MAX_PROCESSES] (pid, start) of processes that may read or write slots; zeros if unused. Only a daemon writes it.
         self.processes: npt.NDArray[np.void] = np.ndarray((MAX_PROCESSES,), _PROCESS, memory.data, offset=_PROCESSES_AT)
 
     def _starts(self, dtype: np.dtype[np.void], memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
@@ -111,29 +113,32 @@ class Arena:
         self,
         rank: int,
     ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view: every slot's part of one rank
-        """What a rank's worker copies into and out of. Row i is slot i; rows are page-aligned."""
+        """Return the memory that a rank's worker copies into and out of. Row i is slot i. Rows are page-aligned."""
         geometry = self.spec.geometry
         if not 0 <= rank < geometry.world_size:
-            raise ArenaError(f"rank {rank} is outside [0, {geometry.world_size}) of arena {self.path}")
+            raise ArenaError(
+                f"rank {rank} is outside [0, {geometry.world_size}), the ranks of arena {self.path}; "
+                f"use the same world size in all processes"
+            )
         start = PAGE + geometry.header_nbytes + rank * geometry.part_stride
         shape, strides = (self.spec.num_slots, geometry.part_stride), (geometry.slot_nbytes, 1)
         return np.lib.stride_tricks.as_strided(self.bytes[start:], shape, strides)
 
     def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
-        """Called by a reader that holds a lease: these slots did not verify."""
+        """Mark slots whose payload failed its checksum. A reader that holds a lease calls it."""
         self.headers["state"][slots] = SlotState.BAD
 
     def descriptor(self) -> int:
-        """A descriptor of the file to pass to another process, opened anew: locks of this one do not travel with it."""
+        """Open the file anew and return the descriptor, to pass to another process. It shares no lock with this process."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
 
     def file_id(self) -> tuple[int, int]:
-        """Device and inode: two mappings of one memory have the same."""
+        """Return device and inode. Two mappings of the same memory have equal ids."""
         found = os.fstat(self._fd)
         return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """Drop the mapping once its last view is gone, and the lock. The file stays unless it was unlinked."""
+        """Close the descriptor. The mapping and its lock go with the last view. The file stays unless it was unlinked."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -142,13 +147,13 @@ class Arena:
 def create_or_attach(
     spec: ArenaSpec,
     path: Path,
-    expected: int = 0,  # processes that will attach in all; the last one unlinks the name. 0: never unlinked here
+    expected: int = 0,  # number of processes that will attach; the last one unlinks the name. 0: no process unlinks it
     prefault: bool = True,
     progress: Progress = lambda line: None,
 ) -> Arena:
-    """Map the arena at `path`, creating it if nobody has. Returns when every page is there (prefault).
+    """Map the arena at `path`, and create it if it does not exist. With `prefault`, returns when every page is allocated.
 
-    Raises ArenaError if the file system has no room, if the file is another arena's, or if the creator does not finish.
+    Raises ArenaError if the file system has no room, if the file is another arena, or if the creator does not finish.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -156,7 +161,9 @@ def create_or_attach(
             _check_owner(fd, path)
             fcntl.flock(fd, fcntl.LOCK_SH)
             with _record_lock(fd, path):
-                if _still_named(fd, path):  # else: swept, unlinked or given up by its creator while this process waited
+                if _still_named(
+                    fd, path
+                ):  # else the file was removed, or its creator failed, while this process waited
                     return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress))
         except BaseException:
             os.close(fd)
@@ -167,7 +174,7 @@ def create_or_attach(
 def _create_or_map(
     fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress
 ) -> npt.NDArray[np.uint8]:
-    """Create or attach, and unlink the name if this is the last process expected. Call under the record lock."""
+    """Create or attach, then unlink the name if this is the last expected process. Call under the record lock."""
     created = os.fstat(fd).st_size == 0
     memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
     attached = int(struct.unpack_from("<I", memory.data, 12)[0]) + 1
@@ -178,7 +185,7 @@ def _create_or_map(
 
 
 def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:
-    """Map an arena whose descriptor another process has passed. The arena owns `fd` from now on. Raises ArenaError."""
+    """Map an arena whose descriptor another process passed. The arena owns `fd` from now on. Raises ArenaError."""
     try:
         return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
     except BaseException:
@@ -187,9 +194,9 @@ def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = Tru
 
 
 def read_spec(path: Path) -> ArenaSpec | None:
-    """What the arena file at `path` holds, for a daemon to take it over; None if it is no finished arena.
+    """Return the spec of the arena file at `path`, so that a daemon can take it over. None if it is no finished arena.
 
-    Raises ArenaError if it is one of another version.
+    Raises ArenaError if the arena has another version, or belongs to another user.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -203,8 +210,8 @@ def read_spec(path: Path) -> ArenaSpec | None:
         _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
         if version != _FILE_VERSION:
             raise ArenaError(
-                f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; when no engine uses it any more "
-                f"remove the file: what it holds is a cache"
+                f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; remove the file when no engine "
+                f"uses it any more: it is only a cache"
             )
         spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
         return spec if os.fstat(fd).st_size == spec.nbytes else None
@@ -213,7 +220,10 @@ def read_spec(path: Path) -> ArenaSpec | None:
 
 
 def is_unfinished_arena(path: Path) -> bool:
-    """Whether an arena was begun at `path` and its header, which comes last, is missing. Raises OSError."""
+    """Return True if `path` holds an unfinished arena: the file exists, but its header was never written.
+
+    The creator writes the header last. Raises OSError.
+    """
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -224,8 +234,8 @@ def _check_owner(fd: int, path: Path) -> None:
     owner = os.fstat(fd).st_uid
     if owner != os.getuid():
         raise ArenaError(
-            f"arena {path} belongs to uid {owner}, this process is uid {os.getuid()}: its owner could read all of it; "
-            f"remove it, or use another arena_dir"
+            f"arena {path} belongs to uid {owner}, but this process is uid {os.getuid()}, and the owner could read all of "
+            f"it; remove the file, or use another arena_dir"
         )
 
 
@@ -238,7 +248,10 @@ def _still_named(fd: int, path: Path) -> bool:
 
 @contextmanager
 def _record_lock(fd: int, path: Path) -> Iterator[None]:
-    """Exclusive lock between open files (also within a process), independent of the flock that proves liveness."""
+    """Hold an exclusive lock on the file. It excludes other open files, also of this process.
+
+    It is independent of the flock that shows that the file is in use.
+    """
     request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0)
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
@@ -249,7 +262,7 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise ArenaError(
                     f"arena {path} is still being created by another process after {_LOCK_WAIT_S:.0f} s; "
-                    f"see whether that process hangs"
+                    f"check whether that process hangs, and end it"
                 ) from error
             time.sleep(0.02)
     try:
@@ -281,16 +294,18 @@ def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Prog
 def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> npt.NDArray[np.uint8]:
     raw = os.pread(fd, _FILE_HEADER.size, 0)
     if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
-        raise ArenaError(f"{path} exists but is no finished kvkern arena; if no engine uses it, remove it")
+        raise ArenaError(f"{path} exists, but is no finished kvkern arena; if no engine uses it, remove it")
     _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
     if version != _FILE_VERSION:
         raise ArenaError(
-            f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; upgrade the older side"
+            f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; use the same kvkern in all processes"
         )
     found = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
     if found != spec or os.fstat(fd).st_size != spec.nbytes:
         differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
-        raise ArenaError(f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options")
+        raise ArenaError(
+            f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options in all processes"
+        )
     memory = _map_file(fd, spec.nbytes, path)
     if prefault:
         populate(memory)
@@ -308,7 +323,7 @@ def _map_file(fd: int, nbytes: int, path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _allocate(fd: int, memory: npt.NDArray[np.uint8], path: Path, progress: Progress) -> None:
-    """Reserve and touch the pages, so that a full file system is an error now and not a SIGBUS later."""
+    """Reserve and touch all pages. So a full file system is an error now and not a SIGBUS later."""
     start, nbytes = time.monotonic(), len(memory)
     for offset in range(0, nbytes, _PIECE):
         try:
@@ -326,11 +341,11 @@ def _check_room(nbytes: int, path: Path) -> None:
     fs = os.statvfs(path.parent)
     room = fs.f_bavail * fs.f_frsize
     if nbytes > room:
-        raise ArenaError(_no_room(nbytes, path, f"{format_nbytes(room)} are free there"))
+        raise ArenaError(_no_room(nbytes, path, f"only {format_nbytes(room)} are free there"))
     memory = available_memory()
     if nbytes > memory:
         raise ArenaError(
-            _no_room(nbytes, path, f"this machine or container has {format_nbytes(memory)} of memory left")
+            _no_room(nbytes, path, f"this machine or container has only {format_nbytes(memory)} of memory left")
         )
 
 
@@ -342,7 +357,7 @@ def _no_room(nbytes: int, path: Path, why: str) -> str:
 
 
 def sweep_stale(directory: Path, prefix: str) -> list[Path]:
-    """Unlink this user's arenas that no process has mapped any more. Returns what was removed."""
+    """Unlink this user's arenas that no process maps any more. Returns the removed paths."""
     removed = []
     for path in directory.glob(f"{prefix}*"):
         try:
@@ -357,12 +372,12 @@ def sweep_stale(directory: Path, prefix: str) -> list[Path]:
                 path.unlink(missing_ok=True)
                 removed.append(path)
         except BlockingIOError:
-            continue  # alive
+            continue  # a process maps it
         finally:
             os.close(fd)
     return removed
 
 
 def arena_prefix(uid: int) -> str:
-    """Names of a user's arenas start with this: one arena per uid and trust domain."""
+    """Return the first part of the names of a user's arenas. There is one arena per uid and trust domain."""
     return f"kvkern-{uid}-"

@@ -1,4 +1,4 @@
-"""How much memory this machine or container has left for an arena."""
+"""Reads how much memory this machine or container has left for an arena."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes this process could still allocate: MemAvailable, or what the cgroup leaves where that is less."""
+    """Return the bytes that this process can still allocate: the smaller of MemAvailable and the cgroup's remaining limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     try:

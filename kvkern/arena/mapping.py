@@ -1,7 +1,8 @@
 """Maps a shared file at a 2 MiB boundary, so that the kernel can back it with huge pages. Knows addresses, not slots.
 
-Python's own mmap chooses any 4 KiB boundary, where a tmpfs file never gets huge pages. With them a copy between pages
-and arena misses the TLB less, and touching every page at start takes a fraction of the time: see docs/benchmarks.md.
+Python's own mmap chooses any 4 KiB boundary, and there a tmpfs file never gets huge pages. With huge pages, copies between
+the engine's pages and the arena have fewer TLB misses. Touching every page at start takes a fraction of the time. See
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 HUGE_PAGE = 2 << 20
-_COLLAPSE_NBYTES = 64 << 20  # one system call: an interrupt or a kill is answered between two
+_COLLAPSE_NBYTES = 64 << 20  # of one system call: an interrupt or a kill takes effect between two calls
 _PROT_NONE, _MAP_FIXED = 0, 0x10
 _MADV_COLLAPSE = 25  # Linux 6.1
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -34,7 +35,7 @@ def map_shared(
     fd: int,
     nbytes: int,  # of the file, from its start
 ) -> npt.NDArray[np.uint8]:
-    """[nbytes] uint8 over the file, readable and writable; unmapped when the last view of it is gone. Raises OSError."""
+    """Map the file, readable and writable, as [nbytes] uint8. It is unmapped with its last view. Raises OSError."""
     reserved = nbytes + HUGE_PAGE
     start = _mmap(None, reserved, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     address = -(-start // HUGE_PAGE) * HUGE_PAGE
@@ -49,12 +50,12 @@ def map_shared(
 
 
 def populate(memory: npt.NDArray[np.uint8]) -> None:
-    """Touch every page of a mapping from `map_shared`, in huge pages where this kernel and file system can."""
+    """Touch every page of a mapping from `map_shared`. Uses huge pages if this kernel and file system have them."""
     address, nbytes = memory.ctypes.data, len(memory)
     for at in range(0, nbytes - nbytes % HUGE_PAGE, _COLLAPSE_NBYTES):
         if _libc.madvise(address + at, min(_COLLAPSE_NBYTES, nbytes - nbytes % HUGE_PAGE - at), _MADV_COLLAPSE):
-            break  # unknown to this kernel, or no memory in one piece: small pages do as well
-    _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)  # where it is unknown, pages fault in on first use
+            break  # this kernel does not know the call, or has no memory in one piece: small pages work too
+    _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)  # if the kernel does not know it, pages fault in on first use
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:

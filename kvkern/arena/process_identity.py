@@ -1,4 +1,4 @@
-"""Names a process for good: its pid and its start time. Reads /proc; a pid alone is used again."""
+"""Identifies a process by its pid and its start time, read from /proc. The kernel uses a pid again, so a pid is not enough."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 if it is gone. With the pid it names a process for good."""
+    """Return the start time of a process in clock ticks since boot, or 0 if it has ended."""
     state, start = _process_stat(pid)
-    return start if state not in ("", "Z", "X") else 0  # a zombie has given its memory back
+    return start if state not in ("", "Z", "X") else 0  # a zombie has no memory mapped any more
 
 
 def process_alive(pid: int, start: int) -> bool:
-    """Whether the process with this pid and start time may still touch memory."""
+    """Return True if the process with this pid and start time can still access memory."""
     return start != 0 and process_start(pid) == start
 
 

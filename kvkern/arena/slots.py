@@ -1,18 +1,19 @@
-"""What a slot looks like in memory: header, then the payload of every rank. The header is also the remote value's header.
+"""The memory format of a slot: header, then the payload of every rank. A remote value has the same header.
 
     offset  field
     0       magic u64, version u32, header bytes u32, key 32 B, namespace root 32 B
     80      payload bytes u64, part bytes u64, world size u32, planes u32, generation u64, owner pid u64, owner start u64
-    128     state u32, codec u32, group u32, chunk tokens u32, position of the chunk in its sequence u32, private u32 (1: of an
-            engine alone, not for a store); reserved up to 256
+    128     state u32, codec u32, group u32, chunk tokens u32, position of the chunk in its sequence u32, private u32 (1: only
+            one engine uses it, so it goes to no store); reserved up to 256
     256     written u64[world_size]: the generation a rank has completed
     ...     checksum u64[world_size][planes], plane bytes u32[world_size][planes]; the header ends at a multiple of 4 KiB
 
-A checksum is sealed with the chunk's key and the slot's generation: payload or checksums that a late writer of another
-chunk, or of the same chunk before a reset, leaves in the slot can not verify, whatever the order of its stores. With the
-plane sizes beside them a slot can be verified by who knows no layout: a daemon after a crash, a remote store's reader.
+A checksum is sealed with the chunk's key and the slot's generation. A late writer of another chunk, or of the same chunk
+before a reset, may leave payload or checksums in the slot. These do not verify, whatever the order of the writer's stores.
+The header also has the plane sizes. So a process that knows no layout can verify a slot: a daemon after a crash, or the
+reader of a remote store.
 
-All integers little-endian. Knows bytes and offsets; knows nothing of files, indexes or tensors.
+All integers are little-endian. This module knows bytes and offsets, and no files, indexes or tensors.
 """
 
 from __future__ import annotations
@@ -48,21 +49,26 @@ def _structure(fields: _Fields, nbytes: int) -> np.dtype[np.void]:
 
 
 _IDENTITY = _structure(_IDENTITY_FIELDS, 104)
-IDENTITY = np.dtype("V104")  # a header's first bytes, up to and with `planes`, compared as one value
-HEAD = _structure([("identity", IDENTITY, 0), *_STATE_FIELDS], 152)  # what a reservation writes, as one value
+IDENTITY = np.dtype("V104")  # a header's first bytes, up to and including `planes`, compared as one value
+HEAD = _structure(
+    [("identity", IDENTITY, 0), *_STATE_FIELDS], 152
+)  # the fields that a reservation writes, as one value
 
 
 def seal(
     keys: npt.NDArray[np.void],  # [n] V32
     generations: npt.NDArray[np.uint64],  # [n] uint64
 ) -> npt.NDArray[np.uint64]:
-    """[n] uint64: what a checksum is XORed with in the header. Any other key or generation gives another value."""
+    """Return [n] uint64, the values that checksums are XORed with in the header.
+
+    Each depends on the key and the generation. Another key or generation gives another value.
+    """
     words: npt.NDArray[np.uint64] = np.ascontiguousarray(keys).view("<u8").reshape(-1, 4)[:, 0]
     return words ^ (generations * np.uint64(_GOLDEN))
 
 
 class SlotState(IntEnum):
-    """FREE -> WRITING -> READY -> FREE. BAD: a worker read it and it did not verify; the manager frees it."""
+    """FREE -> WRITING -> READY -> FREE. BAD: a worker read the slot and its checksum failed; the manager frees it."""
 
     FREE = 0
     WRITING = 1
@@ -71,31 +77,31 @@ class SlotState(IntEnum):
 
 
 def round_up(value: int, to: int) -> int:
-    """The least multiple of `to` that is not below `value`."""
+    """Return the smallest multiple of `to` that is at least `value`."""
     return -(-value // to) * to
 
 
 @dataclass(frozen=True, slots=True)
 class SlotGeometry:
-    """Sizes every process that maps an arena must agree on."""
+    """The sizes of a slot. They must be equal in all processes that map an arena."""
 
-    part_nbytes: int  # payload of one rank, the largest of all KV groups
-    max_planes: int  # checksums a rank has room for
+    part_nbytes: int  # payload of one rank in the largest KV group
+    max_planes: int  # number of checksums per rank
     world_size: int = 1
 
     @property
     def header_nbytes(self) -> int:
-        """4 KiB, or more where the checksums need it."""
+        """Header size: 4 KiB, or a larger multiple of it if the checksums need more."""
         return round_up(_FIXED_NBYTES + self.world_size * (8 + 12 * self.max_planes), PAGE)
 
     @property
     def part_stride(self) -> int:
-        """Bytes from one rank's part to the next: page-aligned, so that each can be registered and copied alone."""
+        """Bytes from one rank's part to the next. Page-aligned, so that each part can be registered and copied alone."""
         return round_up(self.part_nbytes, PAGE)
 
     @property
     def slot_nbytes(self) -> int:
-        """Header and all parts."""
+        """Slot size: the header and all ranks' parts."""
         return self.header_nbytes + self.world_size * self.part_stride
 
     def identities(
@@ -103,7 +109,7 @@ class SlotGeometry:
         keys: npt.NDArray[np.void],  # [n] V32
         namespaces: npt.NDArray[np.void] | np.void,  # [n] V32, or one for all
     ) -> npt.NDArray[np.void]:
-        """[n] V104: what the headers of these chunks start with, the format, the chunk and its sizes."""
+        """Return [n] V104, the first bytes of these chunks' headers: the format, the chunk and its sizes."""
         headers = np.empty(len(keys), dtype=_IDENTITY)
         values = {
             "magic": MAGIC, "version": VERSION, "header_nbytes": self.header_nbytes, "key": keys,
@@ -116,7 +122,7 @@ class SlotGeometry:
 
     @property
     def dtype(self) -> np.dtype[np.void]:
-        """Structured dtype of a header."""
+        """The structured dtype of a header."""
         ranks, planes = self.world_size, (self.world_size, self.max_planes)
         checksums = _FIXED_NBYTES + 8 * ranks
         fields = [

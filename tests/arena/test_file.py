@@ -1,4 +1,4 @@
-"""One file, many processes: who creates, who attaches, who is refused, and what is left when everybody is gone."""
+"""One file, many processes: creating, attaching, refusing, and what is left when all processes have ended."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def opened(path: Path, spec: ArenaSpec = SPEC, expected: int = 0) -> Iterator[Ar
 def test_create(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as arena:
         assert (tmp_path / "a").stat().st_size == SPEC.nbytes
-        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600  # whoever maps it can read all of it
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600  # a process that maps the file can read all of it
         assert arena.headers.shape == (5,)
         assert (arena.headers["state"] == SlotState.FREE).all()
         assert arena.bytes.size == SPEC.nbytes
@@ -116,7 +116,10 @@ def test_parts_of_all_ranks_and_headers_are_disjoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_outside_the_world(tmp_path: Path, rank: int) -> None:
-    with opened(tmp_path / "a") as arena, pytest.raises(ArenaError, match=rf"rank {rank} is outside \[0, 2\)"):
+    with (
+        opened(tmp_path / "a") as arena,
+        pytest.raises(ArenaError, match=rf"rank {rank} is outside \[0, 2\), the ranks of arena"),
+    ):
         arena.parts(rank)
 
 
@@ -160,7 +163,7 @@ def test_another_geometry_is_refused(tmp_path: Path, change: dict[str, object]) 
         with pytest.raises(ArenaError, match=f"another {word}: found ArenaSpec"):
             create_or_attach(replace(SPEC, **change), tmp_path / "a")
         assert (arena.parts(0) == 7).all()
-    with opened(tmp_path / "a"):  # the refused one left no lock behind
+    with opened(tmp_path / "a"):  # the refused process left no lock behind
         pass
 
 
@@ -197,17 +200,17 @@ def test_the_last_expected_process_unlinks(tmp_path: Path) -> None:
             assert not path.exists()
             peer.run("arena.parts(0)[0, 0] = 1")
             assert arena.parts(0)[0, 0] == 1
-        assert arena.parts(0)[0, 0] == 1  # the memory lives as long as somebody maps it
+        assert arena.parts(0)[0, 0] == 1  # the memory lives as long as a process maps it
 
 
 def test_alone_the_name_is_gone_at_once(tmp_path: Path) -> None:
-    """Embedded in one process: nothing to sweep, even after kill -9."""
+    """Embedded in one process, the arena has no name to remove later, even after kill -9."""
     with opened(tmp_path / "a", expected=1):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_waiting_attachers_wait_for_the_creator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody sees a half-made file, and one of many makes it."""
+    """No attacher sees an unfinished file, and only one of the four creates it."""
     made, started = [], threading.Event()
     slow = threading.Event()
     real = arena_module._create
@@ -272,7 +275,7 @@ def test_sweep_after_kill_and_never_alive(tmp_path: Path) -> None:
 
 
 def test_a_view_keeps_an_arena_alive_after_close(tmp_path: Path) -> None:
-    """`close` drops the file descriptor; the lock goes with the last view, so that nobody sweeps memory in use."""
+    """`close` closes the descriptor. The lock goes with the last view, so that no process removes memory in use."""
     arena = create_or_attach(SPEC, tmp_path / "kvkern-t-a")
     parts = arena.parts(0)
     arena.close()
@@ -285,8 +288,8 @@ def test_a_view_keeps_an_arena_alive_after_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "socket"])
-def test_sweep_passes_over_what_is_no_file(tmp_path: Path, kind: str) -> None:
-    """/dev/shm is everybody's: a folder or socket of that name must not keep an engine from starting."""
+def test_sweep_ignores_folders_and_sockets(tmp_path: Path, kind: str) -> None:
+    """All users share /dev/shm: a folder or socket with such a name must not keep an engine from starting."""
     import socket
 
     path = tmp_path / "kvkern-t-x"
@@ -362,9 +365,9 @@ BIG = replace(SPEC, num_slots=200)  # 4 MiB
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: to mount a small tmpfs")
 def test_a_small_mount(tmp_path: Path) -> None:
-    """What docker's 64 MiB /dev/shm does: an error that names the remedy, and what fits still works."""
+    """With docker's 64 MiB /dev/shm, a large arena is an error that names the remedy, and a small one still works."""
     with small_tmpfs(tmp_path, "1m") as folder:
-        with pytest.raises(ArenaError, match=r"needs 3\.\d+ MiB in .* 1 MiB are free .*--shm-size"):
+        with pytest.raises(ArenaError, match=r"needs 3\.\d+ MiB in .* only 1 MiB are free .*--shm-size"):
             create_or_attach(BIG, folder / "a")
         with opened(folder / "b"):
             pass
@@ -372,7 +375,7 @@ def test_a_small_mount(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: to mount a small tmpfs")
 def test_a_mount_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages are reserved, so a full file system is an error at start and never a SIGBUS."""
+    """The pages are reserved at start, so a full file system is an error then and never a SIGBUS."""
     monkeypatch.setattr(arena_module, "_check_room", lambda nbytes, path: None)
     with small_tmpfs(tmp_path, "1m") as folder:
         with pytest.raises(ArenaError, match="the kernel says: No space left"):
@@ -406,7 +409,7 @@ def test_a_refused_arena_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The creator fails and unlinks; one that waited on the old file must not be alone with it."""
+    """The creator fails and unlinks the file. A process that waited on the old file must not map it alone."""
     real, entered, go = arena_module._allocate, threading.Event(), threading.Event()
 
     def allocate(*args: object) -> None:
@@ -441,7 +444,7 @@ def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
 
 
 def locked_by_two(path: Path) -> bool:
-    """Whether a second open file of this process names the arena: the waiting thread has come that far."""
+    """Return True if two open files of this process name the arena: the waiting thread has opened it."""
     names = [
         os.readlink(f"/proc/self/fd/{fd}")
         for fd in os.listdir("/proc/self/fd")

@@ -1,4 +1,4 @@
-"""Shared files at 2 MiB boundaries: where they lie, when they go, and what happens without huge pages."""
+"""Shared files at 2 MiB boundaries: their addresses, when they are unmapped, and what happens without huge pages."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_populate_touches_every_page_and_changes_none(fd: int) -> None:
 
 
 def test_populate_without_huge_pages(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "_MADV_COLLAPSE", 9999)  # as a kernel before 6.1 answers
+    monkeypatch.setattr(mapping, "_MADV_COLLAPSE", 9999)  # the call then fails as on a kernel before 6.1
     memory = map_shared(fd, 3 * HUGE_PAGE + 4096)
     populate(memory)
     assert not memory.any()
 
 
-def test_what_cannot_be_mapped_raises_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_mapping_raises_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         map_shared(-1, 4096)
     with pytest.raises(OSError, match="memory"):

@@ -1,4 +1,4 @@
-"""Sizes and offsets of a slot: what other processes and remote stores read."""
+"""Sizes and offsets of a slot, as other processes and remote stores read them."""
 
 from __future__ import annotations
 
