@@ -1,1 +1,1 @@
-"""Adapters that plug kvkern into inference engines. Each is imported by its engine, never by kvkern itself."""
+"""Adapters that plug kvkern into inference engines. Each engine imports its adapter; kvkern itself imports none."""

@@ -4,7 +4,8 @@
         "kv_connector_module_path": "kvkern.integrations.vllm", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvkern": {"capacity": "8GiB"}}}'
 
-Read in this order: connector (what vLLM calls), manager (scheduler), worker, jobs, spec, identity, options, shim.
+Read in this order: connector (vLLM calls it), manager (scheduler side), worker, transfer_metadata (between the two), spec,
+namespace, options, shim (everything taken from vLLM). For the eviction policy: request_hints, stop_reasons, prefill_speed.
 """
 
 from .connector import KvkernConnector

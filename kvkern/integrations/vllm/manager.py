@@ -1,12 +1,13 @@
 """Scheduler side: answers vLLM's lookups and gives its transfers slots. Runs in the scheduler's thread, never blocks.
 
-    first lookup of a request:  acquire everything cached of it in one batch; RETRY until it is answered (a daemon takes
-                                a fraction of a millisecond); HIT is a promise, so what was acquired stays pinned
-    prepare_load:               the pins go over to the load (a ticket)
-    prepare_store:              reserve slots for chunks nobody has (a ticket)
-    every rank has finished:    `finish(ticket)` releases the lease or publishes the reservation
+    first lookup of a request:  acquire all its cached chunks in one batch. Answer RETRY until the lease is there (a daemon
+                                takes a fraction of a millisecond). HIT is a promise, so the chunks stay pinned
+    prepare_load:               hand the leases over to a ticket
+    prepare_store:              reserve slots for chunks that are not cached, under a ticket
+    every rank has finished:    `end_transfer(ticket)` releases the leases or publishes the reservations
 
-Tickets, not requests, own slots: they outlive aborts and resets until every worker is done with the memory.
+A ticket is the number of one transfer. Tickets own slots, requests do not: a ticket lives on after an abort or a reset,
+until every worker is done with the memory.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from ...policy.base import Use
 from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
 from .prefill_speed import PrefillSpeed
-from .request_hints import hinted
-from .stop_reasons import stop_of
+from .request_hints import with_hints
+from .stop_reasons import stop_reason
 from .transfer_metadata import GroupChunks, SlotSpec
 
 NO_TICKET = -1
-PIN_STEPS = 16  # a request that is not scheduled for so many steps loses its pins and looks up anew
-STORE_STEPS = 8  # how many steps a store may wait for slots before it takes what there is
-MAX_TENANTS = 65_536  # distinct cache salts since the start or the last reset; requests of more are not cached
+PIN_STEPS = 16  # a request that is not scheduled for this many steps loses its pins and looks up anew
+STORE_STEPS = 8  # how many steps a store may wait for slots before it takes the slots that are free
+MAX_TENANTS = (
+    65_536  # distinct cache salts since the start or the last reset; requests with further salts are not cached
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class KvGroup:
     """One KV group as the scheduler sees it."""
 
     group_id: int  # vLLM's index, part of the offload key
@@ -49,36 +52,38 @@ class Group:
 
 @dataclass
 class RequestState:
-    """What the manager remembers of a live request. Chains are in sequence order, by group id."""
+    """The manager's state of a live request. Chains are in sequence order, by group id."""
 
-    use: Use  # of the eviction policy: this request's number
-    came_s: float = field(default_factory=time.monotonic)
+    use: Use  # tells the eviction policy this request's number, namespace and hints
+    arrived_s: float = field(default_factory=time.monotonic)
     request: shim.Request | None = None
-    root: bytes = b""  # of its tenant's namespace; empty: not cached
-    theirs: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)
-    chains: dict[int, list[bytes]] = field(default_factory=dict)  # our keys, parallel to `theirs`
-    ours: dict[shim.OffloadKey, bytes] = field(default_factory=dict)
+    root: bytes = b""  # root of its tenant's namespace; empty: the request is not cached
+    offload_keys: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)  # vLLM's keys
+    chains: dict[int, list[bytes]] = field(default_factory=dict)  # chunk keys, parallel to `offload_keys`
+    key_of: dict[shim.OffloadKey, bytes] = field(default_factory=dict)  # vLLM's key -> chunk key
     leases: list[Lease] = field(default_factory=list)
     hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
-    pending: list[tuple[int, Future[Lease]]] = field(default_factory=list)  # (group, what was asked for)
-    boundaries: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
-    pinned_at: int = -1  # step; -1: not looked up
+    pending_lookups: list[tuple[int, Future[Lease]]] = field(default_factory=list)  # (group, lease to come)
+    boundary_lookups: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
+    pinned_at_step: int = -1  # -1: not looked up
     store_waits: int = 0
-    outdated: bool = False  # was alive when the cache was reset
-    load_failed: bool = False  # recomputes without loading; see KvkernManager.load_failed
-    broken: set[int] = field(default_factory=set)  # groups with a chunk that is not stored: what follows is unreachable
+    predates_reset: bool = False  # was alive when the cache was reset
+    load_failed: bool = False  # the request is computed without loading; see KvkernManager.note_failed_load
+    broken_groups: set[int] = field(
+        default_factory=set
+    )  # a chunk of the group is not stored: later ones are unreachable
 
 
 class KvkernManager(shim.OffloadingManager):
-    """vLLM's OffloadingManager over a cache. `bind` before the first request."""
+    """vLLM's OffloadingManager over a cache. Call `bind` before the first request."""
 
-    def __init__(self, cache: ChunkCache, groups: Iterable[Group]) -> None:
+    def __init__(self, cache: ChunkCache, groups: Iterable[KvGroup]) -> None:
         self._cache = cache
         self._groups = {group.group_id: group for group in groups}
         self._namespace: Callable[[], Namespace] | None = None
-        self._roots: dict[str | None, bytes] = {}  # of each tenant, by its cache salt
-        self._full = False  # there were more than MAX_TENANTS
-        self._epoch = ""  # of this engine alone, once it has been reset
+        self._roots: dict[str | None, bytes] = {}  # cache salt -> namespace root
+        self._too_many_tenants = False  # True after MAX_TENANTS was exceeded, which is logged once
+        self._epoch = ""  # set by a reset: from then on it makes this engine's namespaces different from all others
         self._requests: dict[str, RequestState] = {}
         self._waiting: set[str] = set()  # requests that hold pins between lookup and load
         self._windowed: frozenset[int] = frozenset()
@@ -93,21 +98,21 @@ class KvkernManager(shim.OffloadingManager):
     def bind(
         self, namespace: Callable[[], Namespace], windowed: Iterable[int] = (), tool_calls: Collection[int] = ()
     ) -> None:
-        """Give the namespace, asked for at the first request, when the engine's hash seed is known.
+        """Set what the engine's start reveals. `namespace` is called at the first request, when the hash seed is known.
 
-        `windowed` are the groups of sliding windows and states: there any cached chunk helps, not only a prefix.
-        `tool_calls` are the tokens that begin a call of a tool.
+        `windowed` are the groups of sliding windows and recurrent states. For these any cached chunk helps, not only a prefix.
+        `tool_calls` are the tokens that begin a tool call.
         """
         self._namespace = namespace
         self._tool_calls = tool_calls
         self._windowed = frozenset(windowed)
 
-    def attach(self, request: shim.Request) -> None:
-        """The request behind a context: its block hashes name every chunk, also those vLLM does not ask for."""
+    def attach_request(self, request: shim.Request) -> None:
+        """Take vLLM's request. Its block hashes name every chunk, including chunks that vLLM never looks up."""
         state = self._requests[request.request_id]
         state.request, state.root = request, self._root_of(request.cache_salt)
-        state.use = replace(state.use, namespace=b"" if self._epoch else state.root)  # empty: no store is asked
-        state.use = hinted(state.use, request.kv_transfer_params, state.root, request.session_id)
+        state.use = replace(state.use, namespace=b"" if self._epoch else state.root)  # empty: no remote store is asked
+        state.use = with_hints(state.use, request.kv_transfer_params, state.root, request.session_id)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
 
@@ -118,112 +123,126 @@ class KvkernManager(shim.OffloadingManager):
         return shim.RequestOffloadingContext()
 
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
-        """HIT if the chunk is cached and pinned for this request, else MISS. The first call asks for the whole prefix."""
+        """Return HIT if the chunk is pinned for this request, RETRY while its lease is not there, else MISS.
+
+        The first call of a request acquires its whole prefix.
+        """
         state = self._requests.get(req_context.req_id)
-        if state is None or state.load_failed or state.outdated or not state.root:
+        if state is None or state.load_failed or state.predates_reset or not state.root:
             return shim.LookupResult.MISS
-        if state.pinned_at < 0:
-            self._pin(req_context.req_id, state)
-        if not self._take_answers(state):
+        if state.pinned_at_step < 0:
+            self._acquire_prefix(req_context.req_id, state)
+        if not self._collect_leases(state):
             return shim.LookupResult.RETRY
         if key in state.hits:
             return shim.LookupResult.HIT
-        return shim.LookupResult.MISS if key in state.ours else self._look_up_boundary(state, key)
+        return shim.LookupResult.MISS if key in state.key_of else self._look_up_boundary(state, key)
 
     def get_load_source(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.CacheHitSource:
-        """Host memory."""
+        """Name the source of every hit: host memory."""
         return shim.CacheHitSource.HOST
 
     def prepare_load(self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext) -> shim.LoadStoreSpec:
-        """Hand the request's pins over to the load that is about to be submitted."""
+        """Hand the request's leases over to the ticket of the load that is about to be submitted."""
         state = self._requests[req_context.req_id]
         slot_of = {key: slot for lease in state.leases for key, slot in zip(lease.keys, lease.slots, strict=True)}
-        by_group = self._by_group(state, keys)
-        if all(key in slot_of for ours in by_group.values() for key in ours):
-            groups = tuple(GroupChunks.of(ours, [slot_of[key] for key in ours]) for ours in by_group.values())
-        else:  # vLLM loads what it was not promised: the worker cannot pair it and reports a failed load
-            shim.logger.error("kvkern: vLLM asks to load chunks that were no hit; the request is computed")
-            groups = tuple(GroupChunks.of((), ()) for _ in by_group)
-        ticket = self._ticket(state.leases)
+        by_group = self._keys_by_group(state, keys)
+        if all(key in slot_of for chain in by_group.values() for key in chain):
+            groups = tuple(
+                GroupChunks.from_lists(chain, [slot_of[key] for key in chain]) for chain in by_group.values()
+            )
+        else:  # the worker cannot pair chunks that were no hit, and reports a failed load
+            shim.logger.error(
+                "kvkern: vLLM asks to load %d chunks, of which %d were no hit. The request is computed instead. Please report "
+                "this as a bug.",
+                sum(map(len, by_group.values())),
+                sum(key not in slot_of for chain in by_group.values() for key in chain),
+            )
+            groups = tuple(GroupChunks.from_lists((), ()) for _ in by_group)
+        ticket = self._new_ticket(state.leases)
         state.leases = []
-        self._unpin(req_context.req_id, state)
+        self._release_pins(req_context.req_id, state)
         return SlotSpec(ticket, state.root, groups)
 
     def prepare_store(
         self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext
     ) -> shim.PrepareStoreOutput | None:
-        """Reserve slots for those chunks that nobody has; None: no slots at hand, vLLM offers the chunks again."""
+        """Reserve slots for the chunks that are not cached. None: no slots are free now, so vLLM offers the chunks again."""
         state = self._requests[req_context.req_id]
         if not state.root:
             return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
-        self._extend(state)
-        by_group = self._by_group(state, keys)
-        stored = [group for group_id, group in by_group.items() if not self._is_closed(state, group_id)]
+        self._name_new_chunks(state)
+        by_group = self._keys_by_group(state, keys)
+        stored = [group for group_id, group in by_group.items() if not self._stores_no_more(state, group_id)]
         wanted = [key for group in stored for key in group]
         if not self._cache.has_room(wanted) and state.store_waits < STORE_STEPS and not _is_finished(state):
             state.store_waits += 1
             return None
         state.store_waits = 0
-        theirs = {ours: key for key in keys if (ours := self._our_key(state, key))}
+        offload_key_of = {self._chunk_key(state, key): key for key in keys}
         reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
-        granted = [theirs[key] for reservation in reservations for key in reservation.keys]
-        groups = tuple(GroupChunks.of(r.keys, r.slots, r.generations) for r in reservations)
-        ticket = self._ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
+        granted = [offload_key_of[key] for reservation in reservations for key in reservation.keys]
+        groups = tuple(GroupChunks.from_lists(r.keys, r.slots, r.generations) for r in reservations)
+        ticket = self._new_ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
         return shim.PrepareStoreOutput(granted, SlotSpec(ticket, state.root, groups), [])
 
     def on_request_finished(self, req_context: shim.ReqContext) -> None:
-        """Drop the request's pins and state. Its tickets live on until the workers are done."""
+        """Release the request's pins and drop its state. Its tickets live on until the workers are done."""
         state = self._requests.pop(req_context.req_id, None)
         if state is not None:
-            self._unpin(req_context.req_id, state)
+            self._release_pins(req_context.req_id, state)
             if state.request is not None and state.root:
-                self._finish(state, state.request)
+                self._report_end(state, state.request)
 
-    def _finish(self, state: RequestState, request: shim.Request) -> None:
-        stop = state.use.stop or stop_of(request, self._tool_calls)
+    def _report_end(self, state: RequestState, request: shim.Request) -> None:
+        """Tell the cache how the request ended, and how fast the engine computes prompts."""
+        stop = state.use.stop or stop_reason(request, self._tool_calls)
         use = replace(state.use, output_tokens=request.num_output_tokens, stop=stop)
         group_id, group = next(iter(self._groups.items()))
         prompt = state.chains.get(group_id, [])[: request.num_prompt_tokens // group.chunk_tokens]
-        age_s = time.monotonic() - state.came_s
-        self._cache.finish(use, RequestEnd(prompt, request.num_prompt_tokens, age_s, self.prefill.tokens_s))
+        age_s = time.monotonic() - state.arrived_s
+        self._cache.finish(use, RequestEnd(prompt, request.num_prompt_tokens, age_s, self.prefill.tokens_per_s))
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
-        """Requests scheduled without a load, and those not scheduled for PIN_STEPS steps, give their pins back."""
+        """Release pins of requests that were scheduled without a load or not scheduled for PIN_STEPS steps."""
         self._step += 1
         for req_id in self._waiting.intersection(context.new_req_ids):
-            self._unpin(req_id, self._requests[req_id])
-        for req_id in [r for r in self._waiting if self._has_waited(self._requests[r])]:
-            self._unpin(req_id, self._requests[req_id])
+            self._release_pins(req_id, self._requests[req_id])
+        for req_id in [r for r in self._waiting if self._pins_expired(self._requests[r])]:
+            self._release_pins(req_id, self._requests[req_id])
 
-    def _has_waited(self, state: RequestState) -> bool:
-        """Whether what is pinned for it was not used for long. An answer that is still due is waited for, whatever it takes."""
-        return not state.pending and not state.boundaries and self._step - state.pinned_at > PIN_STEPS
+    def _pins_expired(self, state: RequestState) -> bool:
+        """Return True if the pins were not used for PIN_STEPS steps. While an answer is due, pins do not expire."""
+        return (
+            not state.pending_lookups and not state.boundary_lookups and self._step - state.pinned_at_step > PIN_STEPS
+        )
 
     def has_pending_work(self) -> bool:
-        """Keeps the engine stepping until slots of reset transfers are flushed."""
+        """Return True while a transfer runs, so that the engine keeps stepping until slots from before a reset are flushed."""
         return bool(self._tickets)
 
     def reset_cache(self) -> None:
         """Forget everything. Slots under a ticket are freed when their transfer has ended.
 
-        Live requests store nothing any more: part of their KV may be of the weights before the reset. From now on the
-        engine's namespaces are its own: nobody can tell whether another engine has the new weights too. What it shared
-        until then stays the others'. Nothing of its own goes to a remote store, where nobody could find it.
+        Live requests store nothing more, because part of their KV may be of the weights before the reset. From now on the
+        engine uses namespaces that no other engine has, because kvkern cannot tell whether other engines have the new weights
+        too. Chunks that the engine shared before stay available to the others. The engine's later chunks go to no remote
+        store, because no other engine could find them there.
         """
         for req_id, state in self._requests.items():
-            self._unpin(req_id, state)
-            state.outdated = True
+            self._release_pins(req_id, state)
+            state.predates_reset = True
         if self._epoch or not self._cache.shared:
             for root in self._roots.values():
                 self._cache.clear_soon(root)
         self._epoch, self._roots = uuid.uuid4().hex, {}
 
     def shutdown(self) -> None:
-        """The engine ends; a daemon is told that nothing more will come."""
+        """Close the cache at the engine's end. A daemon learns that nothing more will come."""
         self._cache.close()
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
-        """Counters since the last call."""
+        """Return the counters' increase since the last call, or None if nothing changed."""
         now = self._cache.counters.snapshot()
         stats = shim.OffloadingConnectorStats()
         for name in metric_definitions():
@@ -233,82 +252,85 @@ class KvkernManager(shim.OffloadingManager):
         self._reported = now
         return None if stats.is_empty() else stats
 
-    # -- the connector's --------------------------------------------------------------------------------------------
+    # -- called by the connector -------------------------------------------------------------------------------------
 
-    def finish(self, ticket: int) -> None:
-        """Every rank has ended the transfer of this ticket: release its lease, or publish what all ranks have written."""
+    def end_transfer(self, ticket: int) -> None:
+        """Release the ticket's leases, or publish the chunks that all ranks have written. Call when every rank has finished."""
         for owned in self._tickets.pop(ticket, ()):
             if isinstance(owned, Lease):
                 self._cache.release(owned)
             else:
                 self._cache.commit_soon(owned)
 
-    def load_failed(self, req_id: str) -> None:
-        """A load of this request did not verify: compute it without another load.
+    def note_failed_load(self, req_id: str) -> None:
+        """Let the request be computed without another load, after a load that did not verify.
 
         vLLM 0.32 keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
-        pool would wait for itself for ever.
+        pool would wait for itself forever.
         """
         if (state := self._requests.get(req_id)) is not None:
             state.load_failed = True
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _extend(self, state: RequestState) -> None:
-        """Name the chunks the request has filled since the last call."""
+    def _name_new_chunks(self, state: RequestState) -> None:
+        """Compute the keys of chunks that the request has filled since the last call."""
         hashes = state.request.block_hashes if state.request is not None else ()
         for group_id, group in self._groups.items():
-            theirs, step = state.theirs.setdefault(group_id, []), group.hashes_per_chunk
+            offload_keys, step = state.offload_keys.setdefault(group_id, []), group.hashes_per_chunk
             chain = state.chains.setdefault(group_id, [])
-            last = len(theirs) * step + step - 1  # index of the hash that names the next chunk
+            last = len(offload_keys) * step + step - 1  # index of the hash that names the next chunk
             if last < len(hashes):
                 fresh = [shim.make_offload_key(h, group_id) for h in islice(hashes, last, None, step)]
                 named = adopt_keys(state.root, fresh)
-                theirs += fresh
+                offload_keys += fresh
                 chain += named
-                state.ours.update(zip(fresh, named, strict=True))
+                state.key_of.update(zip(fresh, named, strict=True))
 
-    def _our_key(self, state: RequestState, key: shim.OffloadKey) -> bytes:
-        """Keys that are not in the request's chains name a boundary inside a chunk: hybrid models with aligned states."""
-        return state.ours.get(key) or adopt_keys(state.root, [key])[0]
+    def _chunk_key(self, state: RequestState, key: shim.OffloadKey) -> bytes:
+        """Return the chunk key of vLLM's key. A key outside the chains names a boundary inside a chunk.
 
-    def _by_group(self, state: RequestState, keys: Iterable[shim.OffloadKey]) -> dict[int, list[bytes]]:
-        """Our keys by group id, in the given order; every group is there, in the connector's order."""
+        Hybrid models with aligned states have such boundaries.
+        """
+        return state.key_of.get(key) or adopt_keys(state.root, [key])[0]
+
+    def _keys_by_group(self, state: RequestState, keys: Iterable[shim.OffloadKey]) -> dict[int, list[bytes]]:
+        """Return chunk keys by group id, in the given order. Contains every group, in the connector's order."""
         result: dict[int, list[bytes]] = {group_id: [] for group_id in self._groups}
         for key in keys:
-            result[shim.get_offload_group_idx(key)].append(self._our_key(state, key))
+            result[shim.get_offload_group_idx(key)].append(self._chunk_key(state, key))
         return result
 
-    def _pin(self, req_id: str, state: RequestState) -> None:
-        """Ask for everything cached of this request."""
-        self._extend(state)
+    def _acquire_prefix(self, req_id: str, state: RequestState) -> None:
+        """Start to acquire all cached chunks of this request."""
+        self._name_new_chunks(state)
         for group_id, chain in state.chains.items():
             asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=state.use)
-            state.pending.append((group_id, asked))
-        state.pinned_at = self._step
+            state.pending_lookups.append((group_id, asked))
+        state.pinned_at_step = self._step
         self._waiting.add(req_id)
 
-    def _take_answers(self, state: RequestState) -> bool:
-        """Note what was pinned, once everything asked for is answered. False: not yet."""
-        if not all(asked.done() for _, asked in state.pending):
+    def _collect_leases(self, state: RequestState) -> bool:
+        """Take over the leases once every pending lookup is answered. False: some are not answered yet."""
+        if not all(asked.done() for _, asked in state.pending_lookups):
             return False
-        for group_id, asked in state.pending:
+        for group_id, asked in state.pending_lookups:
             lease = asked.result()
             state.leases.append(lease)
             held = set(lease.keys)
-            chain = zip(state.theirs[group_id], state.chains[group_id], strict=True)
-            state.hits.update(key for key, ours in chain if ours in held)
-        if state.pending:
-            state.pinned_at, state.pending = self._step, []
+            chain = zip(state.offload_keys[group_id], state.chains[group_id], strict=True)
+            state.hits.update(offload_key for offload_key, key in chain if key in held)
+        if state.pending_lookups:
+            state.pinned_at_step, state.pending_lookups = self._step, []
         return True
 
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
-        asked = state.boundaries.get(key)
+        asked = state.boundary_lookups.get(key)
         if asked is None:
-            asked = state.boundaries[key] = self._cache.acquire_soon([self._our_key(state, key)], use=state.use)
+            asked = state.boundary_lookups[key] = self._cache.acquire_soon([self._chunk_key(state, key)], use=state.use)
         if not asked.done():
             return shim.LookupResult.RETRY
-        del state.boundaries[key]
+        del state.boundary_lookups[key]
         lease = asked.result()
         if not lease.keys:
             return shim.LookupResult.MISS
@@ -316,17 +338,17 @@ class KvkernManager(shim.OffloadingManager):
         state.hits.add(key)
         return shim.LookupResult.HIT
 
-    def _unpin(self, req_id: str, state: RequestState) -> None:
+    def _release_pins(self, req_id: str, state: RequestState) -> None:
         for lease in state.leases:
             self._cache.release(lease)
-        for asked in (*(asked for _, asked in state.pending), *state.boundaries.values()):
-            asked.add_done_callback(partial(_release_answer, self._cache))
-        state.leases, state.pending, state.boundaries = [], [], {}
-        state.hits, state.pinned_at = set(), -1
+        for asked in (*(asked for _, asked in state.pending_lookups), *state.boundary_lookups.values()):
+            asked.add_done_callback(partial(_release_result, self._cache))
+        state.leases, state.pending_lookups, state.boundary_lookups = [], [], {}
+        state.hits, state.pinned_at_step = set(), -1
         self._waiting.discard(req_id)
 
     def _root_of(self, salt: str | None) -> bytes:
-        """Namespace root of a tenant. Every tenant's keys and quota are its own, whatever vLLM's hashes hold."""
+        """Return the namespace root of a tenant. Every tenant has keys and a quota of its own, whatever vLLM hashes."""
         root = self._roots.get(salt)
         if root is None:
             assert self._namespace is not None, "bind() was not called"
@@ -336,10 +358,12 @@ class KvkernManager(shim.OffloadingManager):
             if self._epoch:
                 namespace = replace(namespace, weights=f"{namespace.weights}@{self._epoch}")
             if len(self._roots) >= MAX_TENANTS:
-                if not self._full:
-                    self._full = True
+                if not self._too_many_tenants:
+                    self._too_many_tenants = True
                     shim.logger.warning(
-                        "kvkern: more than %d cache salts; requests with new ones are computed", MAX_TENANTS
+                        "kvkern: requests use more than %d cache salts, the limit. Requests with further salts are computed. "
+                        "Restart the engine, or use fewer salts.",
+                        MAX_TENANTS,
                     )
                 return b""
             root = self._roots[salt] = namespace.root
@@ -347,20 +371,20 @@ class KvkernManager(shim.OffloadingManager):
         return root
 
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
-        if not wanted or self._is_closed(state, group_id):
+        if not wanted or self._stores_no_more(state, group_id):
             return Reservation((), (), ())
         shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens, private=bool(self._epoch))
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape, state.use)
         if (reservation.dropped or reservation.declined) and group_id not in self._windowed:
-            state.broken.add(group_id)
+            state.broken_groups.add(group_id)
         return reservation
 
     @staticmethod
-    def _is_closed(state: RequestState, group_id: int) -> bool:
-        """Whether nothing of this request and group is stored any more."""
-        return not state.root or state.outdated or group_id in state.broken
+    def _stores_no_more(state: RequestState, group_id: int) -> bool:
+        """Return True if no further chunk of this request and group is stored."""
+        return not state.root or state.predates_reset or group_id in state.broken_groups
 
-    def _ticket(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
+    def _new_ticket(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
         self._next_ticket += 1
         self._tickets[self._next_ticket] = owned
         return self._next_ticket
@@ -370,14 +394,14 @@ def _is_finished(state: RequestState) -> bool:
     return state.request is not None and state.request.is_finished()
 
 
-def _release_answer(cache: ChunkCache, asked: Future[Lease]) -> None:
+def _release_result(cache: ChunkCache, asked: Future[Lease]) -> None:
     cache.release(asked.result())
 
 
 def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, shim.OffloadingMetricMetadata]:
-    """Prometheus counters of this adapter, beside vLLM's own for bytes and seconds.
+    """Return the Prometheus counters of this adapter. vLLM has its own for bytes and seconds.
 
-    What a daemon counts for all its engines is its own to tell, and what no remote store can count is not shown as zero.
+    Left out are counters that a daemon keeps for all its engines, and remote counters of an engine without a remote store.
     """
     texts = {
         "lookup_chunks": "KV chunks asked for.",
@@ -385,17 +409,17 @@ def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, s
         "stored_chunks": "KV chunks stored.",
         "failed_chunks": "KV chunks reserved but not written by every rank.",
         "evicted_chunks": "KV chunks evicted to make room.",
-        "dropped_chunks": "KV chunks not stored for want of room.",
-        "declined_chunks": "KV chunks not stored since what is cached is worth more.",
+        "dropped_chunks": "KV chunks not stored because there was no room.",
+        "declined_chunks": "KV chunks not stored because every cached chunk is worth more.",
         "bad_chunks": "KV chunks that failed verification and were dropped.",
         "remote_lookup_chunks": "KV chunks looked for in the remote store.",
         "remote_hit_chunks": "Of those, chunks read and verified.",
-        "remote_unasked_chunks": "KV chunks not asked for: the remote store is slow to answer, or leaves others waiting.",
-        "remote_gated_chunks": "KV chunks left in the remote store since computing them is faster.",
-        "remote_late_chunks": "KV chunks read from the remote store when nobody waited for them any more.",
+        "remote_unasked_chunks": "KV chunks not asked for: the remote store is slow, or keeps other requests waiting.",
+        "remote_gated_chunks": "KV chunks not read from the remote store because computing them is faster.",
+        "remote_late_chunks": "KV chunks read from the remote store after their request had stopped waiting.",
         "remote_bad_chunks": "KV chunks of the remote store that failed verification.",
         "remote_written_chunks": "KV chunks written to the remote store.",
-        "remote_dropped_chunks": "KV chunks not written to the remote store: no room, or it failed.",
+        "remote_dropped_chunks": "KV chunks not written to the remote store: it has no room, or it failed.",
         "remote_failures": "Calls to the remote store that failed.",
         "faults": "Faults in the cache that were answered as a miss.",
     }

@@ -1,4 +1,4 @@
-"""Which namespace a vLLM engine's KV belongs to: model, weights, layout, parallel sizes and the identity of its hashes."""
+"""Builds the namespace of a vLLM engine's KV: model, weights, layout, parallel sizes and the identity of its block hashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _model_path(vllm_config: shim.VllmConfig) -> Path | None:
 
 
 def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
-    """Identity of the weights: the user's word, a fingerprint of local files, or the hub's resolved revision."""
+    """Return the identity of the weights: the user's name, a fingerprint of local files, or the hub's resolved revision."""
     if config.weights:
         return config.weights
     model = vllm_config.model_config
@@ -32,14 +32,14 @@ def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
     found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
     if not isinstance(found, str):
         raise ConfigError(
-            f"cannot tell which revision of {model.model!r} is loaded; "
-            f'set "weights" in the kvkern options to a name that changes with the weights'
+            f"The revision of the loaded model {model.model!r} cannot be found out. "
+            f'Set "weights" in the kvkern options to a name that changes with the weights.'
         )
     return Path(found).parent.name  # snapshots/<commit>/config.json
 
 
 def _architecture(vllm_config: shim.VllmConfig) -> str:
-    """Hash of the model's configuration: rope scaling, quantisation and dtype change KV without changing weights."""
+    """Hash the model's configuration, because rope scaling, quantisation and dtype change KV without changing weights."""
     model = vllm_config.model_config
     values = {k: v for k, v in model.hf_config.to_dict().items() if k not in _VOLATILE}
     values |= {"runtime_quantization": str(model.quantization), "runtime_dtype": str(model.dtype)}
@@ -47,19 +47,19 @@ def _architecture(vllm_config: shim.VllmConfig) -> str:
 
 
 def _packing(vllm_config: shim.VllmConfig) -> str:
-    """Who decides what lies where inside a page: to kvkern it is opaque bytes, and other builds may pack it otherwise."""
+    """Name the code that lays out a page. kvkern treats a page as opaque bytes, and another build may pack it differently."""
     return f"vllm-{shim.VLLM_VERSION}:{vllm_config.device_config.device_type}:{vllm_config.attention_config.backend}"
 
 
 def resolve_weights(vllm_config: shim.VllmConfig, config: Config) -> str:
-    """The `weights` field of the namespace. Reads files; call it once, at start."""
+    """Return the `weights` field of the namespace. Reads files; call it once, at start."""
     return f"{_weights(vllm_config, config)}:{_architecture(vllm_config)}"
 
 
 def namespace_of(
     vllm_config: shim.VllmConfig, offload: shim.OffloadingConfig, config: Config, weights: str
 ) -> Namespace:
-    """Namespace of adopted keys. Call when the engine has started: the hash seed is not known before."""
+    """Return the namespace of adopted keys. Call after the engine has started, because the hash seed is unknown before."""
     path = _model_path(vllm_config)
     cache, parallel = offload.cache, offload.parallel
     tokens = {group.tokens_per_block for group in offload.groups}
@@ -72,9 +72,9 @@ def namespace_of(
         dtype=offload.model.dtype,
         layout=f"{offload.kv_cache_layout}:{offload.worker_kv_bytes_per_block}:{layers}:{blocks}:{_packing(vllm_config)}",
         chunk_tokens=max(tokens) * cache.blocks_per_chunk,
-        group=None,  # in the adopted key
+        group=None,  # the adopted key contains the group
         tp_size=parallel.tp_size,
         pp_size=parallel.pp_size,
         salt=config.salt or None,
-        engine_hash=f"{algorithm}:{shim.none_hash().hex()}:{cache.tokens_per_hash}",
+        engine_hash=f"{algorithm}:{shim.block_hash_seed().hex()}:{cache.tokens_per_hash}",
     )

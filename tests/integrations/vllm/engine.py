@@ -16,7 +16,7 @@ import torch
 
 BLOCK_TOKENS = 32
 VOCAB = 512
-TOOL_CALL_TOKEN = 511  # as the models' tokenizer file says
+TOOL_CALL_TOKEN = 511  # the token that the models' tokenizer file gives
 
 
 def _llama(config_class: Any, **extra: Any) -> Any:
@@ -33,7 +33,7 @@ def _config(kind: str) -> Any:
     match kind:
         case "llama":
             return _llama(hf.LlamaConfig)
-        case "sliding":  # full attention and sliding window by turns: two KV groups
+        case "sliding":  # alternating full attention and sliding window: two KV groups
             layers = ["sliding_attention", "full_attention"]
             return _llama(
                 hf.Gemma3TextConfig, sliding_window=64, layer_types=layers, query_pre_attn_scalar=32,
@@ -47,7 +47,7 @@ def _config(kind: str) -> Any:
                 moe_intermediate_size=64, num_experts_per_tok=1, max_position_embeddings=4096,
                 initializer_range=0.1, bos_token_id=1, eos_token_id=2, topk_method="greedy", n_group=1, topk_group=1,
             )  # fmt: skip
-        case "recurrent":  # short convolutions and attention by turns: a state beside the KV
+        case "recurrent":  # alternating short convolutions and attention: a state beside the KV
             return _llama(
                 hf.Lfm2Config,
                 layer_types=["conv", "full_attention"],
@@ -71,7 +71,7 @@ def build_model(kind: str, path: Path) -> str:
     model = hf.AutoModelForCausalLM.from_config(config).to(torch.float32)
     model.save_pretrained(path)
     added = [{"id": TOOL_CALL_TOKEN, "content": "<tool_call>"}]
-    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))  # read by kvkern; vLLM runs without
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))  # kvkern reads it; vLLM does not
     return str(path)
 
 
@@ -82,7 +82,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one prompt."""
+    """The reply to one prompt."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -90,7 +90,7 @@ class Reply:
 
 
 class Engine:
-    """`vllm.LLM` with kvkern: a cache of its own, the node's with `kvkern_options={"socket": ...}`, none without either."""
+    """`vllm.LLM` with an embedded kvkern cache, or a daemon's (`kvkern_options={"socket": ...}`), or none (`capacity=None`)."""
 
     def __init__(self, model: str, capacity: str | None = "64MiB", blocks_per_chunk: int = 1, **options: Any) -> None:
         from vllm import LLM
@@ -123,7 +123,7 @@ class Engine:
 
     @property
     def cache(self) -> Any:
-        """The kvkern Cache of the scheduler."""
+        """The scheduler's kvkern cache."""
         return self.scheduler.connector._manager._cache
 
     @property
@@ -136,7 +136,7 @@ class Engine:
         return SamplingParams(max_tokens=tokens, temperature=0, logprobs=1, detokenize=False, ignore_eos=True)
 
     def run(self, prompts: Sequence[list[int]], tokens: int = 4, **kwargs: Any) -> list[Reply]:
-        """Greedy replies."""
+        """Return the greedy replies."""
         inputs = [{"prompt_token_ids": p} for p in prompts]
         outputs = self.llm.generate(inputs, self.params(tokens), use_tqdm=False, **kwargs)
         return [_reply(output) for output in outputs]
@@ -145,20 +145,26 @@ class Engine:
         return self.run([tokens_in], tokens)[0]
 
     def steps(self, condition: Callable[[], bool], limit: int = 2000) -> None:
-        """Step the engine until `condition`."""
+        """Step the engine until `condition()` holds."""
         for _ in range(limit):
             if condition():
                 return
             self.llm.llm_engine.step()
-        raise AssertionError("the engine did not get there")
+        raise AssertionError(f"the condition did not hold after {limit} steps")
 
     def settle(self) -> None:
-        """Step until no transfer is under way, and a daemon has acknowledged what was stored."""
+        """Step until no transfer is running and a daemon has acknowledged all stores."""
         self.steps(lambda: not self.scheduler.connector.has_pending_push_work())
         deadline = time.monotonic() + 30
         while getattr(self.cache, "_publishing", 0):
-            assert time.monotonic() < deadline, "the daemon acknowledges nothing"
+            assert time.monotonic() < deadline, "the daemon did not acknowledge the stores within 30 s"
             time.sleep(0.005)
+
+    def three_ways(self, tokens_in: list[int], tokens: int = 4) -> tuple[Reply, Reply, Reply]:
+        """Return (recompute, native hit, kvkern hit) of a prompt that no cache has yet."""
+        recompute, native = self.one(tokens_in, tokens), self.one(tokens_in, tokens)
+        self.reset_native()
+        return recompute, native, self.one(tokens_in, tokens)
 
     def reset_native(self) -> None:
         """Empty vLLM's own prefix cache, not kvkern's."""
@@ -170,7 +176,7 @@ class Engine:
         assert self.llm.reset_prefix_cache(reset_connector=True)
 
     def accounted(self) -> bool:
-        """Every slot is free or READY and unpinned: nothing leaked."""
+        """Return True if every slot is free, or READY and unpinned: no slot has leaked."""
         dram = self.dram
         return dram.num_free + len(dram) == dram.num_slots and not any(dram._pins) and not dram._doomed
 

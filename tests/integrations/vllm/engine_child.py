@@ -1,4 +1,4 @@
-"""An engine in a process of its own. argv: model, socket. stdin: a prompt a line, as JSON. stdout: `reply: {...}` lines."""
+"""An engine in a process of its own. argv: model, socket. stdin: one prompt per line, as JSON. stdout: `reply: {...}` lines."""
 
 from __future__ import annotations
 

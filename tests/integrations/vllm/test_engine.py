@@ -1,4 +1,4 @@
-"""One real engine through everything that happens to requests: hits, replies, preemption, aborts, resets, broken bytes."""
+"""One real engine and all that can happen to requests: hits, replies, preemption, aborts, resets, broken bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 def test_hit_equals_native_hit_and_recompute(engine: Engine) -> None:
-    text = prompt(700, 1)
-    recompute = engine.one(text)
-    native = engine.one(text)
-    engine.reset_native()
-    hit = engine.one(text)
+    recompute, native, hit = engine.three_ways(prompt(700, 1))
     assert (recompute.cached_tokens, native.cached_tokens, hit.cached_tokens) == (0, 672, 672)
     assert hit.tokens == native.tokens == recompute.tokens
     assert hit.logprobs == native.logprobs == recompute.logprobs  # float32: bit for bit
@@ -63,7 +59,7 @@ def test_prompts_nobody_has_seen_miss(engine: Engine) -> None:
 
 
 def test_preemption_keeps_the_tokens(engine: Engine) -> None:
-    """Eight requests that need 8 * 500 tokens in a pool of 40 * 32: vLLM preempts, and loads what it had computed."""
+    """Eight requests need 8 * 500 tokens in a pool of 40 * 32. vLLM preempts requests and later loads their computed chunks."""
     texts = [prompt(300, seed) for seed in range(20, 28)]
     preemptions = _count_preemptions(engine)
     together = engine.run(texts, tokens=200)
@@ -88,7 +84,7 @@ def _count_preemptions(engine: Engine) -> list[int]:
 
 
 def test_priority_and_shared_prefix_under_load(engine: Engine) -> None:
-    """Requests of different priority that share a prefix, loaded and computed at once."""
+    """Requests of different priority share a prefix. They are loaded and computed at the same time."""
     prefix = prompt(256, 30)
     texts = [prefix + prompt(100, 31 + i) for i in range(8)]
     engine.one(prefix)
@@ -127,7 +123,7 @@ def test_reset_with_connector_forgets_everything(engine: Engine) -> None:
 
 
 def test_reset_while_stores_are_in_flight(engine: Engine) -> None:
-    """The stock scheduler forgets its jobs; their slots come back only when the worker has flushed them."""
+    """The stock scheduler forgets its jobs. Their slots are freed only when the worker has flushed them."""
     engine.llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(600, 51)}, engine.params(64))
     engine.steps(lambda: bool(engine.scheduler.connector._tickets))
     engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
@@ -162,7 +158,7 @@ def _slot_of_chunk(engine: Engine, chunk: int) -> int:
 
 
 def test_overload_of_the_arena_evicts_and_stays_right(engine: Engine) -> None:
-    """More distinct chunks than slots: nothing is dropped, whatever is loaded is right."""
+    """With more distinct chunks than slots no chunk is dropped, and every loaded chunk is right."""
     dram = engine.dram
     rounds = dram.num_slots // 20 + 3
     dropped = engine.cache.counters.dropped_chunks

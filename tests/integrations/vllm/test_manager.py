@@ -1,4 +1,4 @@
-"""The manager over a cache that takes its time, as a daemon's may. No engine."""
+"""The manager over a cache that answers late, as a daemon may. No engine runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from kvkern.cache.manager import Cache
 from kvkern.integrations.vllm import shim
-from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, Group, KvkernManager
+from kvkern.integrations.vllm.manager import PIN_STEPS, STORE_STEPS, KvGroup, KvkernManager
 from kvkern.integrations.vllm.spec import KvkernSpec
 from kvkern.keys import Namespace
 from kvkern.metrics import CacheCounters
@@ -25,7 +25,7 @@ SPACE = Namespace(model="m", dtype="bfloat16", layout="l", chunk_tokens=16, weig
 
 
 class SlowCache(Cache):
-    """Answers when told to."""
+    """A cache that answers an `acquire_soon` only when `answer` is called."""
 
     room = True
 
@@ -48,12 +48,12 @@ class SlowCache(Cache):
 
 
 class Bench:
-    """A manager, and one request of three chunks."""
+    """A manager, and requests of three chunks."""
 
     def __init__(self, folder: Any) -> None:
         self.arena = make_arena(folder, slots=8)
         self.cache = SlowCache(DramTier(self.arena, LRU()))
-        self.manager = KvkernManager(self.cache, [Group(0, 1, 16)])
+        self.manager = KvkernManager(self.cache, [KvGroup(0, 1, 16)])
         self.manager.bind(lambda: SPACE)
 
     def request(self, name: str, salt: str | None = None, finished: bool = False) -> tuple[Any, list[shim.OffloadKey]]:
@@ -72,7 +72,7 @@ class Bench:
             status=shim.RequestStatus.FINISHED_STOPPED,
         )
         request.is_finished = lambda: finished
-        self.manager.attach(request)  # type: ignore[arg-type]
+        self.manager.attach_request(request)  # type: ignore[arg-type]
         return context, [shim.make_offload_key(h, 0) for h in hashes]
 
     def store(self, name: str) -> None:
@@ -81,7 +81,7 @@ class Bench:
         assert output is not None
         for reservation in self.manager._tickets[output.store_spec.ticket]:  # type: ignore[attr-defined]
             write(self.arena, reservation)  # type: ignore[arg-type]
-        self.manager.finish(output.store_spec.ticket)  # type: ignore[attr-defined]
+        self.manager.end_transfer(output.store_spec.ticket)  # type: ignore[attr-defined]
         self.manager.on_request_finished(context)
 
     def step(self) -> None:
@@ -108,7 +108,7 @@ def test_an_answer_that_takes_long_is_asked_for_once_and_then_used(bench: Bench)
         bench.step()
     assert (
         bench.manager.lookup(keys[0], context) is shim.LookupResult.HIT
-    )  # from the answer on, it waits as long as any
+    )  # pins expire PIN_STEPS steps after the answer, as for any request
     assert len(bench.cache.asked) == 1
 
 
@@ -181,7 +181,7 @@ def test_the_policy_learns_which_calls_are_of_one_request_and_how_it_ended(bench
 
 
 def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
-    """What follows a hole is unreachable."""
+    """Chunks after a hole are unreachable."""
     put(bench.cache, bench.arena, chain_keys("other", 8))
     context, keys = bench.request("first")
     state, policy = bench.manager._requests["first"], bench.cache._dram._policy
@@ -198,7 +198,7 @@ def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
 
 
 def test_no_counter_of_somebody_else_is_exported() -> None:
-    """Nor one that stays at zero."""
+    """And no counter that always stays at zero."""
 
     def names(**options: str) -> set[str]:
         return set(KvkernSpec.build_metric_definitions({"spec_name": "KvkernSpec", "kvkern": options}))

@@ -1,4 +1,4 @@
-"""Engines of every kind kvkern says it supports: KV groups, tensor parallelism, block sizes, prefix caching off."""
+"""Engines of every kind that kvkern supports: KV groups, tensor parallelism, block sizes, prefix caching off."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.vllm.engine import Engine, Reply, build_model, prompt
+from tests.integrations.vllm.engine import Engine, build_model, prompt
 from tests.node.conftest import Daemon, eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
-
-
-def three_ways(engine: Engine, text: list[int], tokens: int = 6) -> tuple[Reply, Reply, Reply]:
-    """(recompute, native hit, kvkern hit)."""
-    first, native = engine.one(text, tokens), engine.one(text, tokens)
-    engine.reset_native()
-    return first, native, engine.one(text, tokens)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +25,7 @@ def test_kinds_of_kv_groups(kind: str, exact_recompute: bool, tmp_path: Path) ->
     model = build_model(kind, tmp_path / kind)
     with Engine(model, num_gpu_blocks_override=200) as engine:
         for length in (100, 300, 700):
-            first, native, hit = three_ways(engine, prompt(length, length))
+            first, native, hit = engine.three_ways(prompt(length, length), 6)
             assert hit.cached_tokens == native.cached_tokens >= length - 2 * 32
             assert hit.tokens == native.tokens
             assert hit.logprobs == native.logprobs
@@ -71,7 +64,7 @@ def test_options_of_one_group(llama: str, options: dict[str, Any], cached: int) 
 
 
 def test_partial_chunk_loads_after_a_native_hit(llama: str) -> None:
-    """A native hit that ends inside a kvkern chunk: only the chunk's missing blocks are loaded, the whole is verified."""
+    """A native hit ends inside a kvkern chunk. Only the missing blocks are loaded, but the whole chunk is verified."""
     with Engine(llama, blocks_per_chunk=4) as engine:
         text = prompt(700, 11)
         first = engine.one(text, 6)
@@ -86,7 +79,7 @@ def test_tensor_parallel_ranks_share_a_slot(llama: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with Engine(llama, tensor_parallel_size=2) as engine:
         assert engine.dram._arena.spec.geometry.world_size == 2
-        first, native, hit = three_ways(engine, prompt(700, 12))
+        first, native, hit = engine.three_ways(prompt(700, 12), 6)
         assert hit.cached_tokens == 672
         assert hit.tokens == native.tokens == first.tokens
         assert hit.logprobs == native.logprobs

@@ -1,4 +1,4 @@
-"""Real engines on a real daemon: what one computes the others load; daemons and engines are killed; tenants stay apart."""
+"""Real engines on a real daemon: engines load each other's chunks, daemons and engines are killed, tenants stay apart."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def node_engine(llama: str, daemon: Daemon) -> Iterator[Engine]:
 
 
 class OtherEngine:
-    """An engine of another process on the same daemon."""
+    """An engine in another process on the same daemon."""
 
     def __init__(self, model: str, daemon: Daemon, log: Path) -> None:
         command = [sys.executable, "-m", "tests.integrations.vllm.engine_child", model, str(daemon.socket)]
@@ -73,7 +73,7 @@ class OtherEngine:
         raise AssertionError(f"the other engine ended; see {self._log.name}")
 
     def kill(self) -> None:
-        """kill -9 of all its processes."""
+        """Kill all its processes with SIGKILL."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -85,16 +85,12 @@ class OtherEngine:
 
 
 def idle(daemon: Daemon) -> bool:
-    """Whether nobody holds anything but granted slots in stock."""
+    """Return True if no client holds a lease and nothing is quarantined. Clients may keep granted slots in stock."""
     return daemon.stat().items() >= IDLE.items()
 
 
 def test_a_hit_through_the_daemon_equals_native_hit_and_recompute(node_engine: Engine, daemon: Daemon) -> None:
-    text = prompt(700, 101)
-    recompute = node_engine.one(text)
-    native = node_engine.one(text)
-    node_engine.reset_native()
-    hit = node_engine.one(text)
+    recompute, native, hit = node_engine.three_ways(prompt(700, 101))
     assert (recompute.cached_tokens, native.cached_tokens, hit.cached_tokens) == (0, 672, 672)
     assert hit.tokens == native.tokens == recompute.tokens
     assert hit.logprobs == native.logprobs == recompute.logprobs
@@ -191,7 +187,7 @@ def test_tenants_never_share(node_engine: Engine, daemon: Daemon) -> None:
 def test_after_a_reset_an_engine_neither_reads_nor_feeds_what_it_shared(
     node_engine: Engine, daemon: Daemon, llama: str, tmp_path: Path
 ) -> None:
-    """It may have new weights and the others not; nobody can tell. What was shared stays the others'."""
+    """The engine may have new weights that the others do not have. Chunks it shared before stay available to the others."""
     text, later = prompt(700, 108), prompt(700, 109)
     node_engine.one(text)
     salted(node_engine, text, "a")
@@ -215,11 +211,11 @@ def test_after_a_reset_an_engine_neither_reads_nor_feeds_what_it_shared(
 
 
 def test_a_recording_says_what_vllm_did(node_engine: Engine, daemon: Daemon, tmp_path: Path) -> None:
-    """Prompts, replies, sessions and how they ended; a turn that vLLM answers from its own cache too."""
+    """The recording has prompts, replies, sessions and stop reasons, also of a turn that vLLM answers from its own cache."""
     from vllm import SamplingParams
 
     def ask(tokens: list[int], forced: int, params: SamplingParams, **more: Any) -> list[int]:
-        """A reply that is all the token `forced`."""
+        """Return a reply that repeats the token `forced`."""
         params.logit_bias, params.temperature, params.detokenize = {forced: 100.0}, 0, False
         inputs = {"prompt_token_ids": tokens}
         node_engine.llm.llm_engine.add_request(f"recorded-{len(tokens)}-{forced}", inputs, params, **more)
@@ -256,7 +252,7 @@ def test_a_recording_says_what_vllm_did(node_engine: Engine, daemon: Daemon, tmp
 
 
 def salted(engine: Engine, tokens: list[int], salt: str) -> int:
-    """Cached tokens of a prompt under a salt, when vLLM has forgotten it."""
+    """Return the cached tokens of a prompt under a salt, after vLLM has emptied its own cache."""
     engine.reset_native()
     inputs = {"prompt_token_ids": tokens, "cache_salt": salt}
     (output,) = engine.llm.generate([inputs], engine.params(), use_tqdm=False)

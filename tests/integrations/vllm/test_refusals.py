@@ -1,4 +1,4 @@
-"""What is refused at start: by name, with the value, the limit and the remedy. No engine gets as far as serving."""
+"""Refusals at start. Each error names the setting, the value, the limit and the remedy. No engine starts to serve."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_unsupported_settings(llama: str, changes: dict[str, Any], error: type[K
 
 
 def test_sleep_is_refused(llama: str) -> None:
-    """It unmaps what queued transfers are about to read. CPUs have none, so it is set behind vLLM's back."""
+    """Sleep unmaps memory that queued transfers are about to read. vLLM refuses it on CPUs, so the test sets it afterwards."""
     config = vllm_config(llama)
     config.model_config.enable_sleep_mode = True
-    with pytest.raises(UnsupportedError, match=r"enable_sleep_mode is set.*leave it out"):
+    with pytest.raises(UnsupportedError, match=r"enable_sleep_mode is set\..*leave it out"):
         options.refuse_unsupported(config)
 
 
@@ -73,7 +73,7 @@ def test_bad_options(extra: dict[str, Any], words: list[str]) -> None:
 def test_capacity_that_cannot_be(
     llama: str, capacity: str, error: type[KvkernError], words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Through a real engine start: a worker's error reaches the user in its log, the scheduler's as an exception."""
+    """Starts a real engine. A worker's error reaches the user in the log, the scheduler's error as an exception."""
     with pytest.raises((error, RuntimeError)) as caught, Engine(llama, capacity=capacity):
         pass
     shown = "".join([str(caught.value), *capfd.readouterr()])

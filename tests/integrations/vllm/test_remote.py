@@ -1,4 +1,4 @@
-"""Real engines that share nothing but a remote store: what one has computed, another loads, bit for bit."""
+"""Real engines that share only a remote store: one computes, another loads the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hints of clients: what is understood, and that nothing they send does harm."""
+"""Hints of clients: which ones are understood, and that no other input does harm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from kvkern.integrations.vllm.request_hints import hinted
+from kvkern.integrations.vllm.request_hints import with_hints
 from kvkern.policy.base import Stop, Use
 
 pytestmark = pytest.mark.vllm
@@ -16,21 +16,22 @@ USE = Use(request=7)
 
 
 def test_session_and_stop() -> None:
-    said = hinted(USE, {"kvkern": {"session": "a", "stop": "tool_call"}, "other": 1}, b"t")
+    said = with_hints(USE, {"kvkern": {"session": "a", "stop": "tool_call"}, "other": 1}, b"t")
     assert (said.request, said.stop) == (7, Stop.TOOL_CALL)
     assert 0 < said.session < 1 << 53
-    assert hinted(USE, {"kvkern": {"session": "a"}}, b"t").session == said.session
-    assert hinted(USE, {"kvkern": {"session": "a"}}, b"u").session != said.session
+    assert with_hints(USE, {"kvkern": {"session": "a"}}, b"t").session == said.session
+    assert with_hints(USE, {"kvkern": {"session": "a"}}, b"u").session != said.session
     assert (
-        hinted(USE, {"kvkern": {"session": 5}}, b"t").session == hinted(USE, {"kvkern": {"session": "5"}}, b"t").session
+        with_hints(USE, {"kvkern": {"session": 5}}, b"t").session
+        == with_hints(USE, {"kvkern": {"session": "5"}}, b"t").session
     )
 
 
 def test_the_session_that_vllm_knows() -> None:
-    known = hinted(USE, None, b"t", "a")
-    assert known.session == hinted(USE, {"kvkern": {"session": "a"}}, b"t").session
-    assert hinted(USE, {"kvkern": {"stop": "end_turn"}}, b"t", "a").session == known.session
-    assert hinted(USE, {"kvkern": {"session": "b"}}, b"t", "a").session != known.session
+    known = with_hints(USE, None, b"t", "a")
+    assert known.session == with_hints(USE, {"kvkern": {"session": "a"}}, b"t").session
+    assert with_hints(USE, {"kvkern": {"stop": "end_turn"}}, b"t", "a").session == known.session
+    assert with_hints(USE, {"kvkern": {"session": "b"}}, b"t", "a").session != known.session
 
 
 BAD: list[Any] = [
@@ -44,4 +45,4 @@ BAD: list[Any] = [
 
 @pytest.mark.parametrize("params", BAD)
 def test_what_is_not_understood_is_ignored(params: Any) -> None:
-    assert hinted(USE, params, b"t") == USE
+    assert with_hints(USE, params, b"t") == USE

@@ -1,4 +1,4 @@
-"""How replies ended, read from their tokens: what the tokenizer's file names, and what vLLM's own request says."""
+"""Stop reasons read from a reply's tokens: from the tool-call tokens of the tokenizer's file, and from vLLM's own request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import SamplingParams
 
 from kvkern.integrations.vllm import shim
-from kvkern.integrations.vllm.stop_reasons import stop_of, tool_call_ids
+from kvkern.integrations.vllm.stop_reasons import stop_reason, tool_call_ids
 from kvkern.policy.base import Stop
 
 pytestmark = pytest.mark.vllm
@@ -27,7 +27,7 @@ def config(tokenizer: str) -> Any:
 
 
 def ended(tokens: list[int], status: shim.RequestStatus) -> shim.Request:
-    """vLLM's own request, with this reply."""
+    """Return vLLM's own request with this reply."""
     request = shim.Request("r", [1, 2, 3], SamplingParams(max_tokens=9), None)
     request.append_output_token_ids(tokens)
     request.status = status
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_is_not_here(tmp_path: Path) -> None:
     ("tokens", "status", "stop"),
     [
         ([3, 7, 4], STATUS.FINISHED_STOPPED, Stop.TOOL_CALL),
-        ([3, 9], STATUS.FINISHED_ABORTED, Stop.TOOL_CALL),  # at a stop string of the front end
+        ([3, 9], STATUS.FINISHED_ABORTED, Stop.TOOL_CALL),  # the front end aborts at a stop string
         ([3, 4], STATUS.FINISHED_STOPPED, Stop.END_TURN),
         ([3, 4], STATUS.FINISHED_LENGTH_CAPPED, Stop.UNKNOWN),
         ([3, 4], STATUS.FINISHED_ABORTED, Stop.UNKNOWN),
@@ -69,5 +69,5 @@ def test_a_tokenizer_that_is_not_here(tmp_path: Path) -> None:
     ],
 )
 def test_how_a_reply_ended(tokens: list[int], status: shim.RequestStatus, stop: Stop) -> None:
-    assert stop_of(ended(tokens, status), CALLS) == stop
-    assert stop_of(ended(tokens, status), frozenset()) == Stop.UNKNOWN
+    assert stop_reason(ended(tokens, status), CALLS) == stop
+    assert stop_reason(ended(tokens, status), frozenset()) == Stop.UNKNOWN
