@@ -1,4 +1,4 @@
-"""Fixtures of every test, and hypothesis without a stopwatch."""
+"""Fixtures of all tests. Turns off the time limits of hypothesis."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +13,13 @@ from kvkern.policy.lru import LRU
 from kvkern.tiers.dram import DramTier
 from tests.support import make_arena
 
-# Two workers share two cores with whatever else runs there: time says nothing about the code.
+# Two workers share two cores with other programs, so the time of a test says nothing about the code.
 settings.register_profile("kvkern", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvkern")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of Triton kernels run where Triton can: its interpreter is chosen by the environment, before the import."""
+    """Skip tests of Triton kernels that cannot run here. The environment chooses Triton's interpreter before the import."""
     no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set; `make test` has a phase with it")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[tuple[Cache, object]]:
-    """(a cache of eight small slots, its arena)."""
+    """A cache of eight small slots, and its arena."""
     arena = make_arena(tmp_path)
     yield Cache(DramTier(arena, LRU())), arena
     arena.close()

@@ -1,9 +1,10 @@
-"""What several test files need: arenas in a temporary folder, distinct keys, guarded memory. Asserts nothing itself."""
+"""Helpers of several test files: arenas in a temporary folder, distinct keys, guarded memory, threads. Asserts nothing."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ SHAPE = ChunkShape(NAMESPACE, group=0, chunk_tokens=16)
 
 
 def key(*parts: object) -> bytes:
-    """A 32-byte key of its own for every tuple of parts."""
+    """Return a 32-byte key, a different one for every tuple of parts."""
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
 def chain_keys(name: object, count: int, start: int = 0) -> list[bytes]:
-    """Keys of chunks [start, start + count) of one sequence."""
+    """Return the keys of chunks [start, start + count) of one sequence."""
     return [key(name, i) for i in range(start, start + count)]
 
 
@@ -39,7 +40,7 @@ def make_arena(
 
 
 def write(arena: Arena, reservation: Reservation, ranks: Iterable[int] | None = None) -> None:
-    """What `Transfer.store` leaves in the headers, without any payload."""
+    """Mark the reserved slots written by these ranks (default: all), as `Copier.store` does. Writes no payload."""
     slots = np.array(reservation.slots, dtype=np.int64)
     for rank in range(arena.spec.geometry.world_size) if ranks is None else ranks:
         arena.headers["written"][slots, rank] = np.array(reservation.generations, dtype=np.uint64)
@@ -52,12 +53,21 @@ def put(cache: Cache | DramTier, arena: Arena, chain: Sequence[bytes]) -> int:
     return cache.commit(reservation)
 
 
+def run_in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run `work(i)` in a thread of its own for each i in [0, count), and wait for all of them."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def guarded(
     nbytes: int,
     seed: int,
     guard: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([nbytes] uint8 noise, the whole buffer): the noise lies inside a buffer of GUARD bytes."""
+    """Return [nbytes] uint8 noise and the whole buffer: the noise has `guard` bytes of GUARD on both sides."""
     whole = torch.full((nbytes + 2 * guard,), GUARD, dtype=torch.uint8)
     inner = whole[guard : guard + nbytes]
     inner.copy_(torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
@@ -65,7 +75,7 @@ def guarded(
 
 
 def twin(tensors: Sequence[torch.Tensor], device: str = "cpu") -> list[torch.Tensor]:
-    """The same views of copies of their storages on `device`; tensors that share a storage go on sharing one."""
+    """Copy the tensors' storages to `device` and return the same views of them. Tensors that share a storage still do."""
     copies: dict[int, torch.UntypedStorage] = {}
     out = []
     for t in tensors:
@@ -79,7 +89,7 @@ def twin(tensors: Sequence[torch.Tensor], device: str = "cpu") -> list[torch.Ten
 
 
 def storage_bytes(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[np.uint8]]:
-    """Copies of the whole storages behind some tensors, guards included."""
+    """Copy the whole storages behind some tensors, guards included."""
     return [
         torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone().cpu().numpy()
         for t in tensors

@@ -1,5 +1,7 @@
-"""The public API: what each call promises, what it refuses, and what it leaves behind. The proof of logits is in
-test_paged_engine.py."""
+"""The public API: what each call promises, what it refuses, and what it leaves behind.
+
+test_paged_engine.py proves the logits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import torch
 import kvkern
 from kvkern.api import PagedCache
 from kvkern.errors import ArenaError, ConfigError, KvkernError, LayoutError
-from tests.support import guarded
+from tests.support import guarded, run_in_threads
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 40, 4, 2
 CHUNK = BLOCK_TOKENS * PER_CHUNK
@@ -97,7 +99,7 @@ def test_tables_and_tokens_of_any_kind(cache: PagedCache, kind: Callable[[list[i
 
 @pytest.mark.parametrize("start", [0, BLOCK_TOKENS, CHUNK, CHUNK + BLOCK_TOKENS, 3 * CHUNK])
 def test_load_from_the_middle(cache: PagedCache, tensors: list[torch.Tensor], start: int) -> None:
-    """Blocks before `start` stay as they are; the answer still counts from token 0."""
+    """Blocks before `start` stay as they are. The result still counts from token 0."""
     cache.store(TOKENS, TABLE)
     first = start // BLOCK_TOKENS
     want, before = blocks_of(tensors, TABLE[first:6]), blocks_of(tensors, ELSEWHERE[:first])
@@ -140,7 +142,7 @@ def test_store_from_the_middle(cache: PagedCache) -> None:
 
 
 def test_match_and_store_of_a_request_are_one_use(cache: PagedCache) -> None:
-    """GRIT learns from what comes back: a store is no return of what its own match asked for."""
+    """GRIT learns from chunks that are used again. A store is no second use of the chunks that its own match asked for."""
     learned = cache._cache._dram._policy.model.events
     with cache.match(TOKENS[: CHUNK + 1]) as hit:
         pass
@@ -153,7 +155,7 @@ def test_match_and_store_of_a_request_are_one_use(cache: PagedCache) -> None:
     assert once > 0
     assert cache.store(TOKENS, TABLE, match=again) == 0
     assert learned.sum() == once
-    cache.store(TOKENS, TABLE)  # whose match nobody knows: one more use
+    cache.store(TOKENS, TABLE)  # without its match, it counts as one more use
     assert learned.sum() > once
 
 
@@ -161,7 +163,7 @@ def test_clear(cache: PagedCache) -> None:
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit:
         assert cache.clear() == 3
-        assert cache.load(hit, ELSEWHERE) == 3 * CHUNK  # pinned before the clear: still what it was
+        assert cache.load(hit, ELSEWHERE) == 3 * CHUNK  # pinned before the clear, so still readable
         assert cache.match(TOKENS).num_tokens == 0
     assert cache.stats()["free_slots"] == cache.stats()["slots"]
 
@@ -184,7 +186,7 @@ def test_a_match_pins_until_its_release(tensors: list[torch.Tensor], tmp_path: P
 def test_a_match_collected_inside_the_cache_does_not_deadlock(
     cache: PagedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Match in a reference cycle (a traceback holds one) is collected whenever Python allocates, also under the lock."""
+    """Python may collect a Match in a reference cycle (as in a traceback) at any allocation, also under the lock."""
     cache.store(TOKENS, TABLE)
     holder: list[Any] = [cache.match(TOKENS)]
     holder.append(holder)
@@ -200,11 +202,11 @@ def test_a_match_collected_inside_the_cache_does_not_deadlock(
     thread = threading.Thread(target=lambda: cache._cache.lookup([]), daemon=True)
     thread.start()
     thread.join(5)
-    assert not thread.is_alive()  # a daemon: if it is stuck, it ends with the process
+    assert not thread.is_alive()  # a daemon thread: if it is stuck, it ends with the process
 
 
-def test_a_collected_match_still_drops_what_was_bad(cache: PagedCache) -> None:
-    """Otherwise every later request hits the spoiled chunk, and no store ever replaces it."""
+def test_a_collected_match_still_drops_bad_chunks(cache: PagedCache) -> None:
+    """Otherwise every later request would hit the spoiled chunk, and no store would replace it."""
     cache.store(TOKENS, TABLE)
     hit = cache.match(TOKENS)
     cache._transfer._arena.parts(0)[hit.lease.slots[1], 3] ^= 1
@@ -226,7 +228,7 @@ def test_salts_and_models_never_meet(tensors: list[torch.Tensor], tmp_path: Path
 
 
 def test_threads_on_distinct_blocks(tmp_path: Path) -> None:
-    """Eight engines' requests at once over one cache: every load brings what its store had."""
+    """Eight threads store and load through one cache. Every load returns the bytes that the thread stored."""
     tensors = make_tensors()
     wrong: list[object] = []
     with closing(open_cache(tensors, tmp_path, slots=12, threads=2)) as cache:
@@ -241,11 +243,7 @@ def test_threads_on_distinct_blocks(tmp_path: Path) -> None:
                     if cache.load(hit, target) and not same(blocks_of(tensors, target), want):
                         wrong.append((i, step))
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(work, 8)
         assert wrong == []
         assert cache.stats()["faults"] == 0
         assert cache.stats()["hit_chunks"] > 400
@@ -274,7 +272,7 @@ def test_bad_input_is_refused(cache: PagedCache, name: str) -> None:
 
 @pytest.mark.parametrize("table", [[0, NUM_BLOCKS], [0, -2]], ids=str)
 def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int]) -> None:
-    """And the same tokens can be stored with a right table afterwards."""
+    """The same tokens can then be stored with a correct table."""
     with pytest.raises(KvkernError):
         cache.store([5] * CHUNK, table)
     assert cache.stats()["free_slots"] == cache.stats()["slots"]
@@ -282,7 +280,7 @@ def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int
 
 
 def test_an_absent_block_is_never_stored_as_zeros(cache: PagedCache, tensors: list[torch.Tensor]) -> None:
-    """Engines pad block tables with -1: what they did not compute must not become a hit."""
+    """Engines pad block tables with -1. A chunk that was not computed must not become a hit."""
     try:
         stored = cache.store(TOKENS, [*TABLE[:3], -1, *TABLE[4:]])
     except KvkernError:
@@ -310,7 +308,7 @@ def test_a_negative_start_of_a_store_is_refused(cache: PagedCache) -> None:
 
 
 def test_bad_input_loses_nothing_that_is_stored(cache: PagedCache) -> None:
-    """Failure rule 3."""
+    """Failure rule 3: bad input is an exception, and all stored chunks stay cached."""
     cache.store(TOKENS, TABLE)
     with cache.match(TOKENS) as hit, pytest.raises(LayoutError):
         cache.load(hit, [*TABLE[:5], NUM_BLOCKS])
@@ -346,7 +344,7 @@ OPENING: dict[str, tuple[dict[str, Any], type[KvkernError], str]] = {
 
 @pytest.mark.parametrize("name", OPENING)
 def test_opening_refuses(tensors: list[torch.Tensor], tmp_path: Path, name: str) -> None:
-    """With a reason, and nothing is left behind."""
+    """The error names the reason, and no file is left behind."""
     options, error, message = OPENING[name]
     with pytest.raises(error, match=message):
         open_cache(tensors, tmp_path, **options)
@@ -374,7 +372,7 @@ def test_opening_leaves_the_engines_blocks_alone(tmp_path: Path) -> None:
 
 
 def test_shared_memory_has_no_name_from_the_start(tensors: list[torch.Tensor]) -> None:
-    """The default folder: nothing is left in /dev/shm, even by kill -9."""
+    """In the default folder, the arena has no name, so nothing is left in /dev/shm, even after kill -9."""
     mine = f"kvkern-{os.getuid()}-"
     before = {name for name in os.listdir("/dev/shm") if name.startswith(mine)}
     layout = kvkern.layout.flash_attention(tensors)
@@ -402,8 +400,8 @@ def test_package_exports() -> None:
         kvkern.opencache  # noqa: B018
 
 
-def test_a_store_behind_it(tensors: list[torch.Tensor], tmp_path: Path) -> None:
-    """Its options, and how fast the engine computes, which nothing here could measure."""
+def test_a_remote_store_behind_the_cache(tensors: list[torch.Tensor], tmp_path: Path) -> None:
+    """Its options, and the engine's prefill speed, which the caller must give."""
     remote = {"remote": f"file://{tmp_path}/values?capacity=64MiB", "persist": "all"}
     with closing(open_cache(tensors, tmp_path, remote_queue="1MiB", remote_timeout=2, **remote)) as first:
         assert first.store(TOKENS, TABLE) == 3

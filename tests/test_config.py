@@ -1,4 +1,4 @@
-"""What a user may write, and what each mistake answers."""
+"""The options that a user may write, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_sizes(text: int | str, nbytes: int) -> None:
     0, -1, "0", "0GiB", "0.0001B", "-5GiB", "", "GiB", "8G", "8 GiBs", "eight", "1e9", "8,5GiB", "nan", "inf", 8.5e9, None,
     True, [8], b"8GiB", MAX_CAPACITY_NBYTES + 1, "65TiB", "9" * 40, "8iB",
 ], ids=repr)  # fmt: skip
-def test_sizes_that_are_none(bad: Any) -> None:
+def test_texts_that_are_no_size(bad: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"capacity is {bad!r}")):
         parse_nbytes(bad)
 

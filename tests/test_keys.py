@@ -1,4 +1,4 @@
-"""Namespaces: the published vectors, and that whatever must not meet gets another root."""
+"""Namespaces: the published vectors, and different roots for namespaces that must not share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_namespace_without_identity_is_refused(change: dict[str, Any]) -> None
 
 
 def test_text_moved_between_fields_is_another_namespace() -> None:
-    """Lengths are part of the bytes: `ab` + `c` is not `a` + `bc`."""
+    """Lengths are part of the encoding, so `ab` + `c` differs from `a` + `bc`."""
     assert canonical({"model": "ab", "salt": "c"}) != canonical({"model": "a", "salt": "bc"})
     assert canonical({"a": "b" + chr(0) * 4}) != canonical({"a": "b", chr(0) * 4: ""})
     assert canonical({}) == b""
@@ -122,7 +122,7 @@ def test_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
 
 
 def test_fingerprint_of_large_files_reads_samples(tmp_path: Path) -> None:
-    """Ends and evenly spaced samples: a file of gigabytes costs eight reads, and a sparse one is fine."""
+    """The samples are at both ends and evenly spaced between them, so a file of gigabytes costs eight reads."""
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.truncate(3 << 30)
@@ -136,7 +136,7 @@ def test_fingerprint_of_large_files_reads_samples(tmp_path: Path) -> None:
 
 
 def safetensors(path: Path, tensors: list[tuple[str, list[int]]], data: bytes, changed_at: int = -1) -> str:
-    """Fingerprint of a file with these tensors, one byte of the data changed."""
+    """Write a file with these tensors and one changed byte of the data. Returns its fingerprint."""
     header = json.dumps({"__metadata__": {"format": "pt"}} | {
         name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} for name, (begin, end) in tensors
     }).encode()  # fmt: skip
@@ -148,7 +148,7 @@ def safetensors(path: Path, tensors: list[tuple[str, list[int]]], data: bytes, c
 
 
 def test_fingerprint_sees_a_change_in_any_one_tensor(tmp_path: Path) -> None:
-    """Between the eight samples of a file too: a merged adapter changes a few tensors and leaves the rest alone."""
+    """Also between the eight samples of a file: merging an adapter changes only a few tensors."""
     count, nbytes = 100, 40_000
     tensors = [(f"layer.{i}", [i * nbytes, (i + 1) * nbytes]) for i in range(count)]
     data, path = bytes(count * nbytes), tmp_path / "model.safetensors"
@@ -178,7 +178,7 @@ def test_fingerprint_of_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [{}, {"config.json": b"{}"}], ids=["empty", "no weights"])
-def test_no_weights_is_an_error_that_says_what_to_do(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_without_a_weight_file_the_error_names_the_remedy(tmp_path: Path, files: dict[str, bytes]) -> None:
     with pytest.raises(ConfigError, match=r"holds no weight file .* set `weights` yourself"):
         model(tmp_path / "a", files)
 

@@ -1,7 +1,8 @@
-"""What a cache is to engines, and how a fault in it ends. The manager, a daemon's client and HBM over DRAM each are one.
+"""The cache's interface to engines, and the one place where a fault becomes a miss.
 
-The one place where a fault becomes a miss: an unexpected error in a tier is counted, logged once per kind, and answered
-as if nothing were cached. Calls are batched, in prefix order, and linear in the number of chunks.
+Three classes have this interface: the manager, the client of a daemon, and HBM over DRAM. An unexpected error in a tier is
+counted, logged once per kind, and answered as if nothing were cached. Calls are batched, in prefix order, and their cost
+is linear in the number of chunks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..errors import KvkernError
 from ..metrics import CacheCounters
@@ -20,99 +21,101 @@ from ..tiers.base import ChunkShape, Lease, Reservation
 
 logger = logging.getLogger("kvkern")
 
+T = TypeVar("T")
+
 NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """What is known of a request at its end, beside its `Use`."""
+    """What the engine knows of a request at its end, in addition to its `Use`."""
 
-    prompt: Sequence[bytes] = ()  # its chunks, from the first on
+    prompt: Sequence[bytes] = ()  # keys of its chunks, from the first on
     prompt_tokens: int = 0
-    age_s: float = 0.0  # since it came
-    prefill_tokens_s: float = 0.0  # how fast the engine computes prompts at present; 0: unknown
+    age_s: float = 0.0  # seconds since it arrived
+    prefill_tokens_s: float = 0.0  # tokens/s that the engine prefills at present; 0: unknown
 
 
 class ChunkCache(Protocol):
-    """What engines use: a `Cache` of their own, or a daemon's through node.client.NodeClient.
+    """The cache as engines use it: their own `Cache`, or a daemon's through node.client.cache_client.NodeClient.
 
-    `use` is what the caller knows of the request, for the eviction policy. Its time and namespace are filled in here.
+    `use` describes the request for the eviction policy. The cache fills in its time and namespace.
     """
 
     counters: CacheCounters
     faults: Faults
 
     def lookup(self, keys: Sequence[bytes]) -> int:
-        """Length of the longest prefix that could be acquired now. Pins and counts nothing."""
+        """Return the length of the longest prefix that can be acquired now. Pins and counts nothing."""
 
     def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
-        """`acquire_soon`, waited for."""
+        """Call `acquire_soon` and wait for its result."""
 
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
-        """Pin the longest cached prefix, or all cached chunks. Never blocks; the lease is the caller's to release."""
+        """Pin the longest cached prefix, or all cached chunks. Never blocks. The caller must release the lease."""
 
     def release(self, lease: Lease) -> int:
         """End a lease. Returns how many of its chunks failed verification."""
 
     def release_later(self, lease: Lease) -> None:
-        """For finalizers."""
+        """End a lease soon. Safe to call in a finalizer."""
 
     def reserve(
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
     ) -> Reservation:
-        """Slots to write those of `wanted` into that nobody has."""
+        """Reserve slots for the chunks of `wanted` that are neither cached nor being written."""
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Whether `reserve` has slots for these now, if it ever will. False: ask again a little later."""
+        """Return True if `reserve` has slots for these now, or never will have. False: ask again a little later."""
 
     def commit(self, reservation: Reservation) -> int:
-        """`commit_soon`, waited for."""
+        """Call `commit_soon` and wait for its result."""
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
-        """Publish what every rank has written. Never blocks; the result is how many chunks were published."""
+        """Publish the chunks that every rank has written. Never blocks. The result is the number of published chunks."""
 
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
-        """How the request `use.request` ended. Never blocks, and may be lost."""
+        """Tell the cache how the request `use.request` ended. Never blocks. The information may be lost."""
 
     def note_prefill(self, tokens_s: float) -> None:
-        """How fast the engine computes prompts, for who decides whether to load or to compute."""
+        """Tell the cache how many tokens/s the engine prefills. The remote tier then decides to load or to compute."""
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """`clear_soon`, waited for."""
+        """Call `clear_soon` and wait for its result."""
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
-        """Forget a namespace before anything that is asked later. Never blocks; the result is how many chunks it had."""
+        """Forget a namespace. Later calls do not see its chunks. Never blocks. The result is the number of its chunks."""
 
     def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
-        """Say what a namespace root stands for."""
+        """Tell the cache which fields a namespace root stands for."""
 
     def usage(self) -> dict[str, int]:
-        """Slots and what they are used for."""
+        """Return the number of slots, and of slots per use."""
 
     @property
     def shared(self) -> bool:
-        """Whether other engines read what this one stores, and it what they store."""
+        """True if this engine and others read each other's chunks."""
 
     def close(self) -> None:
-        """Nothing more will be asked."""
+        """End the cache. No call may follow."""
 
 
 class BackingTier(Protocol):
-    """What stands behind DRAM: remote.tier.RemoteTier. Thread-safe; never blocks."""
+    """The tier behind DRAM: remote.tier.RemoteTier. Thread-safe. Never blocks."""
 
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
-        """A lease of what this one has and the store adds to it."""
+        """Replace `lease` by a lease that also has the chunks that the store adds."""
 
     def note_prefill(self, tokens_s: float) -> None:
-        """An engine computes that fast."""
+        """Tell the tier how many tokens/s an engine prefills."""
 
     def close(self, drain_s: float) -> None:
-        """Nothing more will be asked. What waits to be written may take so long."""
+        """End the tier. No call may follow. Waiting writes get at most `drain_s` seconds."""
 
 
 class Faults:
-    """The one place where a fault becomes a miss: counted, logged once per kind."""
+    """The one place where a fault becomes a miss. Each fault is counted, and logged once per kind."""
 
     def __init__(self, counters: CacheCounters) -> None:
         self._counters = counters
@@ -120,16 +123,25 @@ class Faults:
 
     @contextmanager
     def are_misses(self) -> Iterator[None]:
-        """Count and log what goes wrong inside; bad input is raised."""
+        """Count and log an unexpected error in the block, and end it. Bad input (KvkernError) is raised."""
         try:
             yield
         except KvkernError:
-            raise  # bad input is the caller's to see
+            raise  # the caller must see bad input
         except Exception as error:
             self._counters.faults += 1
             kind = type(error).__name__
             if kind not in self._logged:
                 self._logged.add(kind)
                 logger.exception(
-                    "kvkern: a fault in the cache was answered as a miss; further %s are only counted", kind
+                    "kvkern: the cache answered a fault as a miss; further %s are only counted in `faults`, see the "
+                    "traceback for the cause",
+                    kind,
                 )
+
+
+def completed(value: T) -> Future[T]:
+    """Return a future that has its result already."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future

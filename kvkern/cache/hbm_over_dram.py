@@ -1,14 +1,15 @@
-"""HBM above DRAM: a cache of chunks over both. Slots [0, n) are DRAM's, those from n on HBM's. Knows keys, not devices.
+"""HBM above DRAM: one cache of chunks over both tiers. Slots [0, n) are in DRAM, slots from n on are in HBM.
 
-    reserve    what nobody has: HBM's free slots first, in prefix order; the rest goes to DRAM at once. Nobody waits for room
-    acquire    each chunk from where it is, HBM first; the prefix ends where neither has one
-    spill      in the background, whenever fewer than an eighth of HBM is free: what is least recently used is copied down,
-               published there, and then dropped here: at no time is it in neither. What DRAM has already is only dropped,
-               and what it has no room for stays
-    promote    in the background, when a lease ends: what came from DRAM is copied up as far as there is room
+    reserve    new chunks take HBM's free slots first, in prefix order; the rest goes to DRAM at once. No call waits for room
+    acquire    each chunk from its tier, HBM first; the prefix ends at the first chunk that is in neither tier
+    spill      in the background, whenever fewer than an eighth of HBM's slots is free: copies the least recently used chunks
+               down, publishes them in DRAM, then drops them in HBM, so each chunk is always in one of the tiers. A chunk that
+               DRAM has already is only dropped. A chunk that DRAM has no room for stays
+    promote    in the background, when a lease ends: copies its chunks from DRAM up, as far as HBM has room
 
-A chunk that moves is read under a lease. `clear` and the start of a move exclude each other: either the move finds its chunk
-gone, or the clear finds the slot that is being written, which is never published then.
+A chunk that moves is read under a lease. `clear` and the start of a move exclude each other. So either the move finds that
+its chunk is gone, or the clear finds the slot that is being written, and that slot is never published. This module knows
+keys, not devices.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..tiers.base import ChunkShape, Lease, Reservation
 from ..tiers.hbm import HbmTier, SlotMover, begin_moved_slots, finish_moved_slots
-from .base import NO_LEASE, NO_RESERVATION, Faults, RequestEnd
+from .base import NO_LEASE, NO_RESERVATION, Faults, RequestEnd, completed
 from .manager import Cache
 
 logger = logging.getLogger("kvkern")
 
-MOVE_SLOTS = 32  # of one move: bounds how long its slots are held, not work
-_SLOTS_PER_SPARE = 8  # one slot in so many is kept free
+MOVE_SLOTS = 32  # most slots of one move: bounds how long they are leased, not the work
+_SLOTS_PER_SPARE = 8  # one slot in eight is kept free
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,18 @@ class HbmOverDramReservation(Reservation):
 
 @dataclass(slots=True)
 class HbmCounters:
-    """Counts of chunks."""
+    """Counts of chunks in HBM."""
 
-    hbm_hit_chunks: int = 0  # of the hits, found in HBM
-    hbm_stored_chunks: int = 0  # of those stored, into HBM
-    hbm_spilled_chunks: int = 0  # copied down
-    hbm_promoted_chunks: int = 0  # copied up
-    hbm_lost_chunks: int = 0  # dropped from HBM, for the copy failed
+    hbm_hit_chunks: int = 0  # of the hits, those found in HBM
+    hbm_stored_chunks: int = 0  # of the stored chunks, those stored in HBM
+    hbm_spilled_chunks: int = 0  # copied down to DRAM
+    hbm_promoted_chunks: int = 0  # copied up to HBM
+    hbm_lost_chunks: int = 0  # dropped from HBM because the copy down failed
 
 
 @dataclass(slots=True)
 class HbmOverDramCounters(CacheCounters):
-    """What the engine sees; what only DRAM and what is behind it count is added when read."""
+    """The counters that the engine sees. `snapshot` adds the faults and the remote counters of the two tiers."""
 
     others: tuple[CacheCounters, ...] = field(default=())
 
@@ -84,7 +85,7 @@ class HbmOverDramCounters(CacheCounters):
 
 
 class HbmManager(Cache):
-    """The manager of HBM's slots."""
+    """The manager of the slots in HBM."""
 
     def __init__(self, tier: HbmTier) -> None:
         super().__init__(tier)
@@ -92,7 +93,7 @@ class HbmManager(Cache):
 
     @property
     def num_free(self) -> int:
-        """Slots nobody owns; may have changed since."""
+        """Number of free slots. It may change at any time."""
         return self._tier.num_free
 
     def pin_least_recent(self, count: int) -> Lease:
@@ -103,7 +104,7 @@ class HbmManager(Cache):
 
 
 class HbmCache:
-    """`ChunkCache` of one engine with HBM above a cache of its own. Thread-safe."""
+    """`ChunkCache` of one engine, with HBM above the engine's own DRAM cache. Thread-safe."""
 
     def __init__(
         self,
@@ -116,13 +117,13 @@ class HbmCache:
         self._hbm, self._dram = hbm, dram
         self._hbm_slots, self._dram_slots = hbm_slots, dram_slots
         self._mover = mover
-        self.first_slot = dram_slots.spec.num_slots  # of HBM
+        self.first_slot = dram_slots.spec.num_slots  # first slot of HBM
         self.spare = max(1, hbm_slots.spec.num_slots // _SLOTS_PER_SPARE)
         self.counters: CacheCounters = HbmOverDramCounters(others=(hbm.counters, dram.counters))
         self.hbm_counters = HbmCounters()
         self.faults: Faults = dram.faults
-        self._lock = threading.Lock()  # of counters and what follows
-        self._to_promote: dict[bytes, None] = {}  # chunks to promote, the latest last; bounded by the slots
+        self._lock = threading.Lock()  # guards the counters and the next two fields
+        self._to_promote: dict[bytes, None] = {}  # chunks to promote, the newest last; at most as many as HBM's slots
         self._scheduled = False
         self._closed = threading.Event()
         self._moving = threading.Lock()  # see `clear`
@@ -156,7 +157,7 @@ class HbmCache:
 
         try:
             if here:
-                self._dram.touch(keys, use)  # its policy learns of the whole sequence
+                self._dram.touch(keys, use)  # so DRAM's policy learns of the whole sequence
             self._dram.acquire_soon([key for key in keys if key not in here], prefix, use).add_done_callback(joined)
         except BaseException:
             self._hbm.release(hbm)
@@ -212,7 +213,7 @@ class HbmCache:
         )
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Reserving here never has to wait."""
+        """Return True: `reserve` never needs to wait for slots."""
         return True
 
     def commit(self, reservation: Reservation) -> int:
@@ -228,8 +229,8 @@ class HbmCache:
         return above + below
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
-        """See ChunkCache; done at once."""
-        return _done(self.commit(reservation))
+        """See ChunkCache. The result is there at once."""
+        return completed(self.commit(reservation))
 
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """See ChunkCache."""
@@ -241,7 +242,7 @@ class HbmCache:
         self._dram.note_prefill(tokens_s)
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """See ChunkCache. A chunk in both tiers counts once a tier."""
+        """See ChunkCache. A chunk in both tiers counts twice."""
         with self._moving:
             count = self._hbm.clear(namespace) + self._dram.clear(namespace)
         with self._lock:
@@ -249,15 +250,15 @@ class HbmCache:
         return count
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
-        """See ChunkCache; done at once."""
-        return _done(self.clear(namespace))
+        """See ChunkCache. The result is there at once."""
+        return completed(self.clear(namespace))
 
     def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
         """See ChunkCache."""
         self._dram.describe_namespace(root, fields)
 
     def usage(self) -> dict[str, int]:
-        """DRAM's slots, HBM's, and what went where."""
+        """Return the slots of DRAM and of HBM, and the counts of HbmCounters."""
         hbm = self._hbm.usage()
         with self._lock:
             moved = asdict(self.hbm_counters)
@@ -265,26 +266,26 @@ class HbmCache:
 
     @property
     def shared(self) -> bool:
-        """It is one engine's."""
+        """False: only one engine uses this cache."""
         return False
 
     def wait_for_moves(self) -> None:
-        """Wait until nothing is left to spill or promote."""
+        """Wait until no chunk is left to spill or promote."""
         while self._scheduled:
             with suppress(RuntimeError):  # closed meanwhile
                 self._pool.submit(lambda: None).result()
 
     def close(self) -> None:
-        """End the move that is under way. What only HBM has is gone; DRAM's manager is its owner's to close."""
+        """End after the present move. Chunks that are only in HBM are lost. The owner of DRAM's manager closes it."""
         self._closed.set()
         with suppress(RuntimeError):  # closed before
             self._pool.submit(self._mover.close)
         self._pool.shutdown(wait=True)
 
-    # -- leases of both ------------------------------------------------------------------------------------------------
+    # -- leases of both tiers ------------------------------------------------------------------------------------------
 
     def _join_leases(self, keys: Sequence[bytes], prefix: bool, hbm: Lease, dram: Lease) -> HbmOverDramLease:
-        """One lease of two, in the order of `keys`. What HBM has behind the end of the prefix is released."""
+        """Join two leases into one, in the order of `keys`. Releases HBM's chunks behind the end of the prefix."""
         here, there = set(hbm.keys), set(dram.keys)
         from_hbm, from_dram = iter(hbm.slots), iter(dram.slots)
         found: list[tuple[bytes, int]] = []
@@ -306,7 +307,7 @@ class HbmCache:
             self.hbm_counters.hbm_hit_chunks += num_hbm
         return HbmOverDramLease(tuple(key for key, _ in found), tuple(slot for _, slot in found), hbm, dram)
 
-    # -- moves, on the thread of this object ---------------------------------------------------------------------------
+    # -- moves, on this object's own thread ----------------------------------------------------------------------------
 
     def _queue_for_promotion(self, keys: Iterable[bytes]) -> None:
         for key in keys:
@@ -316,7 +317,7 @@ class HbmCache:
             del self._to_promote[next(iter(self._to_promote))]
 
     def _schedule_moves(self) -> None:
-        """Have the moves made that are due."""
+        """Start the moves on the background thread if there are any and none is running."""
         with self._lock:
             if self._scheduled or self._closed.is_set() or not (self._to_promote or self._hbm.num_free < self.spare):
                 return
@@ -334,8 +335,12 @@ class HbmCache:
                         self._promote(wanted[at : at + MOVE_SLOTS])
                 with self.faults.are_misses():
                     self._make_room()
-            except KvkernError as error:  # nobody waits here to see it
-                logger.warning("kvkern: chunks were not moved between HBM and DRAM: %s", error)
+            except KvkernError as error:  # no caller waits for this thread
+                logger.warning(
+                    "kvkern: some chunks were not moved between HBM and DRAM: %s; what is not in DRAM is computed again. "
+                    "Leave the option `hbm` out if this happens again",
+                    error,
+                )
                 with self._lock:
                     self.counters.faults += 1
             with self._lock:
@@ -344,16 +349,16 @@ class HbmCache:
                     return
 
     def _make_room(self) -> None:
-        """Spill until the spare slots are free, or nothing can go: the next release or commit comes back to that."""
+        """Spill until the spare slots are free, or no chunk can go. The next release or commit tries again."""
         while (short := self.spare - self._hbm.num_free) > 0 and not self._closed.is_set():
             if not self._spill(min(short, MOVE_SLOTS)):
                 return
 
     def _spill(self, count: int) -> bool:
-        """Make up to `count` slots of HBM free, and say whether any is. What DRAM has no room for stays."""
+        """Free up to `count` slots of HBM. Returns True if any slot became free. Chunks that DRAM has no room for stay."""
         before = self._hbm.num_free
         lease = self._hbm.pin_least_recent(count)
-        moved, gone = 0, set(lease.keys)  # after a copy that failed all go: none is tried again and again
+        moved, gone = 0, set(lease.keys)  # after a failed copy all go, so that no chunk is tried forever
         try:
             moved = self._copy_between_tiers(lease, self._hbm_slots, self._dram, self._dram_slots, self._down)
             gone = self._dram.present_keys(lease.keys)
@@ -391,13 +396,16 @@ class HbmCache:
         target: Slots,  # of `other`
         copy: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], None],
     ) -> int:
-        """Copy to the other tier what it lacks and has room for, heads first. Returns how many chunks; cleared ones stay."""
+        """Copy to the other tier the chunks that it lacks and has room for, heads first. Returns how many were published.
+
+        Chunks that were cleared meanwhile are not copied.
+        """
         with self._moving:
             known = other.present_keys(lease.keys)
             slots = np.array(lease.slots, dtype=np.int64)
             ready = (source.headers["state"][slots] == SlotState.READY).tolist()
             at = slots[[ok and key not in known for key, ok in zip(lease.keys, ready, strict=True)]]
-            at = at[np.argsort(source.headers["position"][at], kind="stable")]  # heads first, as policies want
+            at = at[np.argsort(source.headers["position"][at], kind="stable")]  # heads first, as policies expect
             grant = other.grant(len(at))
             count = len(grant.slots)
             at = at[:count]
@@ -419,9 +427,3 @@ class HbmCache:
         with self._lock:
             self.counters.evicted_chunks += len(grant.evicted)
         return published
-
-
-def _done(value: int) -> Future[int]:
-    future: Future[int] = Future()
-    future.set_result(value)
-    return future

@@ -30,7 +30,7 @@ def make_tensors() -> list[torch.Tensor]:
 
 
 def open_cache(tensors: list[torch.Tensor], folder: Path, hbm: int = 8, dram: int = 16, **options: Any) -> PagedCache:
-    """With so many slots."""
+    """Open a cache with `hbm` and `dram` slots."""
     defaults = {
         "model": "m", "weights": "w", "blocks_per_chunk": PER_CHUNK, "capacity": 4096 + dram * SLOT_NBYTES,
         "hbm": hbm * PART_NBYTES, "arena_dir": folder, "threads": 1,
@@ -57,7 +57,7 @@ def settled(cache: PagedCache) -> dict[str, int | float]:
 
 
 def loads(cache: PagedCache, tensors: list[torch.Tensor], name: int, first: int, chunks: int) -> int:
-    """How many of a sequence's chunks come back as they are in its own blocks, by way of the last blocks."""
+    """Load a sequence into the last blocks and compare with its own blocks. Returns the number of loaded chunks."""
     elsewhere = table(NUM_BLOCKS - chunks * PER_CHUNK, chunks)
     for t in tensors:
         t[:, elsewhere] = 0
@@ -85,7 +85,9 @@ def test_stored_in_hbm_spilled_to_dram_loaded_from_either(
         assert loads(cache, tensors, 1, 0, 6) == 6
         assert cache.stats()["hbm_hit_chunks"] == 6
 
-        assert cache.store(tokens(2, 5), table(12, 5)) == 5  # 2 fit, 3 go to DRAM at once, and one is spilled for room
+        assert (
+            cache.store(tokens(2, 5), table(12, 5)) == 5
+        )  # 2 fit, 3 go to DRAM at once, and one is spilled to free a slot
         stats = settled(cache)
         assert (stats["hbm_free_slots"], stats["hbm_stored_chunks"], stats["stored_chunks"]) == (1, 8, 11)
         assert (stats["hbm_spilled_chunks"], stats["hbm_lost_chunks"], stats["free_slots"]) == (1, 0, 12)
@@ -98,7 +100,7 @@ def test_stored_in_hbm_spilled_to_dram_loaded_from_either(
 
 
 def test_all_of_it_survives_many_spills_and_promotions(tensors: list[torch.Tensor], tmp_path: Path) -> None:
-    """Ten sequences through an HBM of four slots: all come back, whole, in any order."""
+    """Ten sequences go through an HBM of four slots. All come back whole, in any order."""
     with closing(open_cache(tensors, tmp_path, hbm=4, dram=40, policy="lru")) as cache:
         for name in range(10):
             assert cache.store(tokens(name, 3), table(name * 5, 3)) == 3
@@ -128,10 +130,10 @@ def test_used_again_is_promoted(tensors: list[torch.Tensor], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("where", ["hbm", "dram", "spilled"])
 def test_spoiled_bytes_are_a_miss(tensors: list[torch.Tensor], tmp_path: Path, where: str) -> None:
-    """In either tier, and when they were spoiled before they were copied down: a spill seals, it does not sum anew."""
+    """In either tier, and also if the bytes were spoiled before the spill: a spill seals the checksum and sums nothing."""
     with closing(open_cache(tensors, tmp_path, hbm=8, dram=40, policy="lru")) as cache:
         both: Any = cache._cache
-        both._queue_for_promotion = lambda keys: None  # a spoiled chunk may be promoted before anybody has read it
+        both._queue_for_promotion = lambda keys: None  # else a spoiled chunk could be promoted before it is read
         cache.store(tokens(1, 6), table(0, 6))
         if where == "dram":
             both._spill(8)
@@ -163,7 +165,7 @@ def test_clear_forgets_both(tensors: list[torch.Tensor], tmp_path: Path) -> None
 
 
 def test_leased_chunks_stay(tensors: list[torch.Tensor], tmp_path: Path) -> None:
-    """Nothing can be spilled: stores go to DRAM, and what was promised can be loaded."""
+    """No leased chunk can be spilled: stores go to DRAM, and the leased chunks can be loaded."""
     with closing(open_cache(tensors, tmp_path, hbm=4, dram=16, policy="lru")) as cache:
         cache.store(tokens(1, 3), table(0, 3))
         with cache.match(tokens(1, 3)) as hit:

@@ -1,4 +1,4 @@
-"""HBM above DRAM by its parts, where an order of events matters. Through the public API it is in test_hbm.py."""
+"""HBM above DRAM: the order of moves, leases and clears. tests/cache/test_hbm_over_dram.py tests the public API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, write
 
 
 class Parts:
-    """A stacked cache over small slots, whose copies a test may stop."""
+    """HBM over DRAM with small slots. A test may run code during a copy."""
 
     def __init__(self, folder: Path, hbm: int = 8, dram: int = 16) -> None:
         self.arena: Arena = make_arena(folder, slots=dram)
@@ -35,7 +35,7 @@ class Parts:
         self.slots = HbmSlots(geometry, np.zeros((hbm, geometry.part_stride), dtype=np.uint8))
         self.hbm, self.dram = HbmManager(HbmTier(self.slots)), Cache(DramTier(self.arena, LRU()))
         self.rows = HostSlotMover(self.slots, self.arena)
-        self.closed: list[str] = []  # by which thread
+        self.closed: list[str] = []  # names of the threads that closed it
         self.during: Callable[[], object] = lambda: None  # called while a copy is under way
         self.cache = HbmCache(self.hbm, self.slots, self.dram, self.arena, self)
         self.cache.spare = 0
@@ -52,6 +52,21 @@ class Parts:
     def close(self) -> None:
         self.closed.append(threading.current_thread().name)
 
+    def move_until_settled(self) -> None:
+        """Start the background moves that are due, and wait until none is left."""
+        self.wake()
+        self.cache.wait_for_moves()
+
+    def fail_moves(self, error: Exception, spare: int) -> None:
+        """Raise `error` in every copy, and let the background moves try to free `spare` slots."""
+
+        def fail() -> None:
+            raise error
+
+        self.during = fail
+        self.cache.spare = spare
+        self.move_until_settled()
+
     def put(self, chain: list[bytes]) -> int:
         reservation: Any = self.cache.reserve(chain, chain, SHAPE)
         for slots, part in ((self.slots, reservation.hbm), (self.arena, reservation.dram)):
@@ -61,7 +76,7 @@ class Parts:
         return self.cache.commit(reservation)
 
     def check(self, lease: Lease) -> None:
-        """The payload of every leased slot is its key's."""
+        """Check that every leased slot has the header and the payload of its key."""
         for key, slot in zip(lease.keys, lease.slots, strict=True):
             above = slot >= self.cache.first_slot
             rows, at = (self.slots, slot - self.cache.first_slot) if above else (self.arena, slot)
@@ -157,10 +172,10 @@ def test_without_room_below_everything_stays(tmp_path: Path) -> None:
     assert parts.put(chain) == 8
     assert parts.put(other) == 4  # in DRAM
     lease = parts.cache.acquire(other)
-    assert not parts.cache._spill(4)  # all of DRAM is leased: nothing can go there
+    assert not parts.cache._spill(4)  # all of DRAM is leased, so no chunk can go there
     assert parts.cache.lookup(chain) == 8
     parts.cache.release(lease)
-    assert parts.cache._spill(4)  # now it evicts what it had, for what is used more
+    assert parts.cache._spill(4)  # now DRAM evicts the chunks of `other`, which were used less
     assert (parts.cache.lookup(chain), parts.cache.lookup(other)) == (8, 0)
     assert parts.cache.counters.evicted_chunks == 4
     assert parts.cache.hbm_counters.hbm_lost_chunks == 0
@@ -171,21 +186,13 @@ def test_without_room_below_everything_stays(tmp_path: Path) -> None:
 def test_a_copy_that_fails_loses_only_its_chunks(parts: Parts) -> None:
     chain = chain_keys("a", 6)
     parts.put(chain)
-
-    def fail() -> None:
-        raise OSError("the link is down")
-
-    parts.during = fail
-    parts.cache.spare = 5
-    parts.wake()
-    parts.cache.wait_for_moves()
+    parts.fail_moves(OSError("the link is down"), spare=5)
     stats = parts.cache.counters.snapshot()
     assert stats["faults"] >= 1
     parts.during = lambda: None
-    parts.wake()
-    parts.cache.wait_for_moves()
+    parts.move_until_settled()
     assert parts.hbm.num_free >= 5
-    assert parts.cache.usage()["free_slots"] + len(parts.dram.all_keys()) == 16  # nothing is left granted
+    assert parts.cache.usage()["free_slots"] + len(parts.dram.all_keys()) == 16  # no slot is left granted
     lease = parts.cache.acquire(chain)
     parts.check(lease)
     parts.cache.release(lease)
@@ -193,21 +200,14 @@ def test_a_copy_that_fails_loses_only_its_chunks(parts: Parts) -> None:
 
 def test_bad_input_while_moving_is_said_and_counted(parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     parts.put(chain_keys("a", 6))
-
-    def fail() -> None:
-        raise ConfigError("no such row")
-
-    parts.during = fail
-    parts.cache.spare = 3
-    parts.wake()
-    parts.cache.wait_for_moves()
+    parts.fail_moves(ConfigError("no such row"), spare=3)
     assert "no such row" in caplog.text
     assert parts.cache.counters.snapshot()["faults"] >= 1
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_what_fails_below_leaves_nothing_held_above(parts: Parts, late: bool) -> None:
-    """Bad input is raised; HBM's part of it is given back."""
+    """Bad input in DRAM is raised, and HBM's leases and slots of the call are given back."""
     chain = chain_keys("a", 4)
     parts.put(chain)
     failed: Future[Lease] = Future()
@@ -258,7 +258,7 @@ def test_windows_take_what_there_is(parts: Parts) -> None:
     lease = parts.cache.acquire(chain)
     assert lease.keys == (chain[0],)
     parts.cache.release(lease)
-    assert parts.hbm.pin_least_recent(8).keys  # the rest is not pinned any more
+    assert parts.hbm.pin_least_recent(8).keys  # the other chunks are not pinned any more
 
 
 def test_finalizers_end_leases(parts: Parts) -> None:
@@ -280,7 +280,7 @@ operations = st.lists(
 @given(operations)
 @settings(max_examples=150)
 def test_any_order_of_events(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]) -> None:
-    """A lease's slots hold its chunks while it lasts; what is cached is found; every slot is accounted for."""
+    """A lease's slots hold its chunks while it lasts. Cached chunks are found. No slot is lost."""
     parts = Parts(tmp_path_factory.mktemp("arena"), hbm=5, dram=9)
     cache, leases = parts.cache, []
     chains = [chain_keys(name, 1 + name % 4) for name in range(6)]

@@ -1,10 +1,9 @@
-"""The manager: counting, faults that become misses, overload, and many threads at once."""
+"""The manager: counting, faults that become misses, overload, and many threads."""
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from kvkern.errors import ConfigError
 from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
 from kvkern.tiers.dram import DramTier
-from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, put, write
+from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena, put, run_in_threads, write
 
 
 @pytest.fixture
@@ -73,7 +72,9 @@ def test_bad_chunks_are_logged_once_a_release(cache: Cache, arena: Arena, caplog
     arena.mark_bad(np.array(lease.slots))
     with caplog.at_level(logging.WARNING, logger="kvkern"):
         assert cache.release(lease) == 4
-    assert [r.getMessage() for r in caplog.records] == ["kvkern: 4 chunk(s) failed verification and were dropped"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "kvkern: 4 chunk(s) failed verification and were dropped; if it happens again, check the host's memory"
+    ]
     assert cache.lookup(chain_keys("a", 4)) == 0
     assert cache.usage()["free_slots"] == 8
 
@@ -94,7 +95,7 @@ CALLS = {
 def test_a_fault_is_a_miss(
     method: str, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Failure rule 1: counted, logged once a kind, and the lock is free again."""
+    """Failure rule 1: every fault is counted, each kind is logged once, and the lock is free again."""
 
     def broken(self: DramTier, *args: object) -> None:
         raise OSError("bus error, or what a broken disk says")
@@ -120,7 +121,7 @@ def test_bad_input_is_the_callers_to_see(cache: Cache, monkeypatch: pytest.Monke
 
 
 def test_overload_never_drops_a_store_while_anything_unleased_can_go(cache: Cache, arena: Arena) -> None:
-    """A thousand distinct sequences through eight slots, one of them leased all the while."""
+    """A thousand distinct sequences go through eight slots. Three of the slots are leased throughout."""
     put(cache, arena, chain_keys("kept", 3))
     lease = cache.acquire(chain_keys("kept", 3))
     for i in range(1000):
@@ -131,7 +132,7 @@ def test_overload_never_drops_a_store_while_anything_unleased_can_go(cache: Cach
 
 
 def test_two_stores_at_once_can_starve_only_each_other(cache: Cache, arena: Arena) -> None:
-    """What is being written cannot be evicted: the second store gets the rest."""
+    """Chunks that are being written cannot be evicted: the second store gets the other slots."""
     a, b = chain_keys("a", 6), chain_keys("b", 6)
     first, second = cache.reserve(a, a, SHAPE), cache.reserve(b, b, SHAPE)
     assert (len(first.slots), len(second.slots), second.dropped) == (6, 2, 4)
@@ -143,7 +144,7 @@ def test_two_stores_at_once_can_starve_only_each_other(cache: Cache, arena: Aren
 
 
 def test_release_is_linear_after_a_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts set constructions instead of seconds: one a release, not one a chunk."""
+    """A release builds a fixed number of sets, not one per chunk. The test counts sets instead of seconds."""
     from kvkern.tiers import dram
 
     made = []
@@ -166,7 +167,7 @@ def test_release_is_linear_after_a_clear(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_threads(tmp_path: Path) -> None:
-    """Eight threads store, read, clear and spoil; payload stands for the key, so a mix-up shows."""
+    """Eight threads store, read, clear and spoil. A slot's payload is its key, so the test sees a mixed-up slot."""
     arena = make_arena(tmp_path, slots=32, part_nbytes=64)
     cache = Cache(DramTier(arena, LRU()))
     parts = arena.parts(0)
@@ -196,11 +197,7 @@ def test_threads(tmp_path: Path) -> None:
             if rng.random() < 0.01:
                 cache.clear()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(work, 8)
     assert wrong == []
     assert cache.counters.faults == 0
     assert cache.counters.hit_chunks > 0
