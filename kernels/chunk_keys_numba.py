@@ -57,9 +57,8 @@ def adopt_keys(
         return chunk_keys_ref.adopt_keys(root, engine_keys)
     count = len(engine_keys)
     key = np.frombuffer(root, np.uint32)
-    rows = np.frombuffer(
-        b"".join(engine_keys) + bytes(4 * _BLOCK_WORDS), np.uint32
-    )  # the kernel reads the last block whole
+    # the kernel reads the last block whole, so there is one more block behind the keys
+    rows = np.frombuffer(b"".join(engine_keys) + bytes(4 * _BLOCK_WORDS), np.uint32)
     keys = np.empty((count + LANES - 1, 8), dtype=np.uint32)
     hash_rows(
         key.ctypes.data, rows.ctypes.data, _ENGINE_KEY_NBYTES, _ENGINE_KEY_NBYTES // 4, count,  # inputs

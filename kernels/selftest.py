@@ -100,5 +100,6 @@ def _compare_copies(
     if not (np.array_equal(out, back) and np.array_equal(out, alone)):
         raise LayoutError(
             f"layout {layout.name!r} does not round-trip: checksums differ: {out} by gather, {back} by scatter, {alone} "
-            f"by checksum_chunks. Backend {backend!r} computes wrong checksums: use another one, and report this"
+            f"by checksum_chunks. The kernels of backend {backend!r} or the memory are faulty: "
+            f"try another backend, and report this"
         )

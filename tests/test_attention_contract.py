@@ -61,16 +61,13 @@ def make_pool(kind: str, blocks: int, page: int, heads: int, dim: int, dtype: to
         k = [noise(blocks, page, heads, dim) for _ in range(LAYERS)]
         v = [noise(blocks, page, heads, dim) for _ in range(LAYERS)]
         return Pool(PagedTensors.bind(L.split_kv(k, v), L.interleave(k, v)), k, v)
-    if kind == "stacked":
-        caches = [noise(2, blocks, page, heads, dim) for _ in range(LAYERS)]
-        return Pool(
-            PagedTensors.bind(L.flash_attention(caches), caches), [c[0] for c in caches], [c[1] for c in caches]
-        )
-    if kind == "block outermost":
-        caches = [noise(blocks, 2, page, heads, dim).transpose(0, 1) for _ in range(LAYERS)]
-        return Pool(
-            PagedTensors.bind(L.flash_attention(caches), caches), [c[0] for c in caches], [c[1] for c in caches]
-        )
+    if kind in ("stacked", "block outermost"):
+        if kind == "stacked":
+            caches = [noise(2, blocks, page, heads, dim) for _ in range(LAYERS)]
+        else:
+            caches = [noise(blocks, 2, page, heads, dim).transpose(0, 1) for _ in range(LAYERS)]
+        paged = PagedTensors.bind(L.flash_attention(caches), caches)
+        return Pool(paged, [c[0] for c in caches], [c[1] for c in caches])
     order = kind.removeprefix("fused ")
     shape = (blocks, page, heads, 2 * dim) if order == "NHD" else (blocks, heads, page, 2 * dim)
     caches = [noise(*shape) for _ in range(LAYERS)]
