@@ -1,1 +1,1 @@
-"""The tiers chunks live in. Each answers for whole batches of keys, in prefix order, and says how far it got."""
+"""The tiers that hold chunks. Each takes whole batches of keys, in prefix order, and reports how far it got."""

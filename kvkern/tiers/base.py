@@ -1,4 +1,4 @@
-"""What tiers and their users hand each other: leases, reservations, what has changed. Knows no slot's bytes."""
+"""The values that tiers exchange with their users: leases, reservations, changes of the index. Knows no bytes of slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..policy.base import EvictionPolicy, Keys
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Read rights to the slots of a prefix. They stay as they are until `release`; release exactly once."""
+    """Read rights to the slots of a prefix. The slots do not change until `release`. Release exactly once."""
 
     keys: tuple[bytes, ...]
     slots: tuple[int, ...]
@@ -19,35 +19,35 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Write rights to free slots for chunks nobody has. Ends with `commit` or `abort`, exactly once."""
+    """Write rights to slots for chunks that are not cached yet. Ends with `commit` or `abort`, exactly once."""
 
     keys: tuple[bytes, ...]
     slots: tuple[int, ...]
-    generations: tuple[int, ...]  # what each rank writes into the header's `written`
-    dropped: int = 0  # chunks that found no room: everything else is leased or being written
-    declined: int = 0  # chunks that the policy holds to be worth less than what it would evict for them
+    generations: tuple[int, ...]  # each rank writes it into the header's `written` when its part is complete
+    dropped: int = 0  # chunks without a slot, because all other slots are leased or being written
+    declined: int = 0  # chunks without a slot, because the policy holds every cached chunk to be worth more
     evicted: tuple[bytes, ...] = ()
     chain: tuple[bytes, ...] = field(default=(), repr=False)  # the sequence from its first chunk on
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
-    """Header fields that are the same for every chunk of a KV group; the sizes are the arena's."""
+    """Header fields that are equal for all chunks of a KV group. The arena's geometry has the sizes."""
 
     namespace: bytes  # 32-byte root
     group: int
     chunk_tokens: int
-    private: bool = False  # no other engine will ever name these chunks: nothing of them goes to a remote store
+    private: bool = False  # no other engine can name these chunks, so none of them goes to a remote store
 
 
 @dataclass(slots=True)
 class IndexChanges:
-    """What has become of an index since somebody took them: the last word on every key that came or went."""
+    """The keys that an index gained or lost since the changes were last taken. For each key, the last change counts."""
 
-    ready: dict[bytes, bool] = field(default_factory=dict)  # the last to change is last
+    ready: dict[bytes, bool] = field(default_factory=dict)  # key -> is it READY now; the newest change is last
 
     def note(self, keys: Iterable[bytes], ready: bool) -> None:
-        """These have come, or gone."""
+        """Record that these keys became READY, or ceased to be."""
         for key in keys:
             self.ready.pop(key, None)
             self.ready[key] = ready
@@ -67,43 +67,53 @@ class IndexChanges:
 class AdoptionResult:
     """What a restarted daemon found in its arena."""
 
-    ready: int  # verified and served again
-    torn: int  # said to be READY, but did not verify: freed
+    ready: int  # slots that verified and are served again
+    torn: int  # slots whose header said READY, but that did not verify; they are freed
     unfinished: dict[int, tuple[int, int]]  # slot -> (pid, start) of its writer; not free until `give_back`
-    unserved: tuple[int, ...]  # whole, but cleared or marked BAD while somebody read them; not free until `give_back`
+    unserved: tuple[
+        int, ...
+    ]  # complete, but cleared or marked BAD while a process read them; not free until `give_back`
 
 
 def prefix_length(keys: Keys, index: Container[bytes]) -> int:
-    """How many of `keys`, from the first on, are in `index` without a gap."""
+    """Return how many of `keys`, from the first on and without a gap, are in `index`."""
     hits = map(index.__contains__, keys)
     return next((count for count, hit in enumerate(hits) if not hit), len(keys))
 
 
 class Outbox(Protocol):
-    """Takes chunks to a remote store. Called with the cache's lock held; never blocks."""
+    """The write-behind queue of a remote store. Called with the cache's lock held. Never blocks.
+
+    A slot *departs* when its chunk is evicted but still waits to be written. The queue then owns the slot until
+    `DramTier.free_departed`.
+    """
 
     def stored(self, keys: Keys, slots: Sequence[int]) -> None:
-        """These were computed and are READY now."""
+        """Note that these chunks were computed and are READY now."""
 
     def hit(self, keys: Keys, slots: Sequence[int]) -> None:
-        """These are leased to a reader."""
+        """Note that these chunks are leased to a reader."""
 
     def admit(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
-        """Those of what the policy declines that are to be stored all the same, since they are to be written."""
+        """Return the chunks that get a slot although the policy declines them, because they are to be written."""
 
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
-        """Those of what is evicted that are to be written first; `depart` follows at once."""
+        """Return the evicted chunks that are to be written first. `depart` follows at once."""
 
     def depart(self, keys: Keys, slots: Sequence[int]) -> list[int]:
-        """These slots are no chunk's any more, and stay as they are until `DramTier.departed`. Returns those it does not
-        need: their chunks are on the way already."""
+        """Take over the slots of evicted chunks. They do not change until `DramTier.free_departed`.
+
+        Returns the slots that it does not need, because their chunks are being written already.
+        """
 
     def lost(self, keys: Keys) -> None:
-        """These are evicted unwritten: their slots are needed at once."""
+        """Note that these chunks are evicted without being written, because their slots are needed at once."""
 
     def recall(self, count: int) -> list[int]:
-        """Up to `count` slots that have departed and are not being read yet: what is worth least, given up."""
+        """Give up to `count` departed slots back, those of the least worth. Slots that are being read are not given back."""
 
     def forget(self, keys: Keys, namespace: bytes | None) -> list[int]:
-        """These chunks are cleared, and with them what has departed of their namespace, or of all: what waits is not
-        written. Returns the slots that had departed."""
+        """Drop the waiting writes of these cleared chunks, and of all departed chunks of `namespace` (None: of all).
+
+        Returns the slots that had departed.
+        """

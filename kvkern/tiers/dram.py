@@ -1,13 +1,13 @@
-"""The DRAM tier: which chunk is in which slot of the arena. Allocates, evicts and publishes; never touches payload.
+"""The DRAM tier: which chunk is in which slot of the arena. It allocates, evicts and publishes, and never touches payload.
 
-    FREE -> WRITING   reserve: a writer owns the slot, the index already knows the key (so nobody writes it twice)
+    FREE -> WRITING   reserve: a writer owns the slot; the key is known at once, so that no chunk is written twice
                       grant: a client in another process owns the slot and names the chunk later, in the header
     WRITING -> READY  commit or publish: every rank has marked its part written under this generation
     WRITING -> FREE   abort, or the namespace was cleared meanwhile
     READY -> FREE     eviction (never while pinned), drop, clear
 
-The policy knows what is READY and what `reserve` has given a slot, pinned while it is leased or being written; what is
-granted it learns of when it is published.
+The policy knows the chunks that are READY and those that `reserve` gave a slot. They are pinned in it while they are leased
+or being written. The policy learns of a granted chunk when the chunk is published.
 
 Not thread-safe: `Cache` holds the lock. Every structure is bounded by the number of slots.
 """
@@ -29,7 +29,7 @@ from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.namespace_shares import NamespaceShares
 from .base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, prefix_length
-from .slot_headers import begin_slots, verify_slots
+from .slot_headers import begin_slots, find_left_slots
 
 _UNKNOWN = Use()
 
@@ -47,15 +47,15 @@ class DramTier:
         self._state: list[SlotState] = [SlotState.FREE] * num_slots
         self._pins: list[int] = [0] * num_slots
         self._num_leased = 0  # slots of `_index` that are pinned
-        self._doomed: set[int] = set()  # pinned slots that are freed with their last lease
+        self._doomed: set[int] = set()  # pinned slots of dropped chunks; freed with their last lease
         self._free: list[int] = list(range(num_slots - 1, -1, -1))
-        self._granted: set[int] = set()  # WRITING slots whose chunk only their header names
-        self._stale: set[int] = set()  # WRITING slots that a clear has overtaken: never published
+        self._granted: set[int] = set()  # WRITING slots whose chunk is named only in their header
+        self._stale: set[int] = set()  # WRITING slots whose chunk was cleared meanwhile: never published
         self._owner = (os.getpid(), process_start(os.getpid()))
-        self.changes: IndexChanges | None = None  # set: keys that become and cease to be READY are noted there
+        self.changes: IndexChanges | None = None  # if set, it records the keys that become READY or cease to be
         self.outbox: Outbox | None = None
-        self.spare = 0  # slots that are kept free, or on their way to the outbox: what is evicted is written from them
-        self._departing: set[int] = set()  # the outbox's
+        self.spare = 0  # number of slots that are free or departing; evicted chunks are written from departing slots
+        self._departing: set[int] = set()  # slots that the outbox owns
 
     def __len__(self) -> int:
         return sum(1 for state in self._state if state is SlotState.READY)
@@ -67,21 +67,21 @@ class DramTier:
 
     @property
     def num_free(self) -> int:
-        """Slots nobody owns."""
+        """Number of free slots."""
         return len(self._free)
 
     def contains(self, keys: Keys) -> int:
-        """Length of the longest READY prefix of `keys`. No side effect."""
+        """Return the length of the longest READY prefix of `keys`. No side effect."""
         return prefix_length(keys, self._index)
 
     def present_keys(self, keys: Keys, writing: bool = False) -> set[bytes]:
-        """Those of these that are READY, or with `writing` on their way to it. No side effect."""
+        """Return the keys that are READY, and with `writing` also those being written. No side effect."""
         return {key for key in keys if key in self._index or (writing and key in self._writing)}
 
     def acquire(self, keys: Keys, prefix: bool = True, use: Use = _UNKNOWN) -> Lease:
-        """Pin the longest READY prefix of `keys`, or every READY one of them with `prefix=False` (sliding windows).
+        """Pin the longest READY prefix of `keys`. With `prefix=False` (sliding windows), pin every READY key.
 
-        All that was asked for counts as used: policies learn from misses too.
+        All of `keys` count as used, because policies learn from misses too.
         """
         self._policy.access(keys, use)
         lease = self._lease(keys[: self.contains(keys)]) if prefix else self.lease(keys)
@@ -90,11 +90,11 @@ class DramTier:
         return lease
 
     def acquire_all(self) -> Lease:
-        """Pin every READY chunk; nobody uses them by that."""
+        """Pin every READY chunk. This counts as no use."""
         return self._lease(self.all_keys())
 
     def release(self, lease: Lease) -> None:
-        """End a lease; its slots become evictable again, or free if they were dropped meanwhile."""
+        """End a lease. Its slots become evictable again, or free if their chunks were dropped meanwhile."""
         pins, doomed = self._pins, self._doomed
         idle = []
         for slot in lease.slots:
@@ -111,19 +111,19 @@ class DramTier:
             self._policy.unpin(self._keys_of(idle))
 
     def touch(self, keys: Keys, use: Use = _UNKNOWN) -> None:
-        """Used, though nobody reads them here: an engine hit them in its own cache. Without keys: how a request ended."""
+        """Count the keys as used: an engine hit them in its own cache. Without keys, `use` says how a request ended."""
         self._policy.access(keys, use)
 
     def reserve(self, chain: Keys, wanted: Keys, shape: ChunkShape, use: Use = _UNKNOWN) -> Reservation:
-        """Slots for those of `wanted` that are neither READY nor WRITING, evicting others if need be.
+        """Reserve slots for the chunks of `wanted` that are neither READY nor WRITING. Evicts other chunks if necessary.
 
-        `chain` is the sequence from its first chunk, and counts as used. The policy is offered all that could get room,
-        and names what goes: resident chunks, or some of those just offered, which are declined then. If leases leave too
-        little room, the first of `wanted` get it.
+        `chain` is the sequence from its first chunk, and counts as used. The policy is offered the new chunks that could
+        get a slot, and names the victims: cached chunks, or some of the new chunks, which are then declined. If leases
+        leave too few slots, the first chunks of `wanted` get them.
         """
         for key in wanted:
             if len(key) != KEY_NBYTES:
-                raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}")
+                raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}, as from PagedCache.keys")
         use = replace(use, namespace=shape.namespace)
         self._policy.access(chain, use)
         missing = [key for key in dict.fromkeys(wanted) if key not in self._index and key not in self._writing]
@@ -132,7 +132,7 @@ class DramTier:
             self._policy.insert(offered, use)
         evicted, declined = self._make_room(len(offered), offered)
         if declined and self.outbox is not None and not shape.private:
-            # written first, out of a spare slot; the policy names them again
+            # these are written to the remote store from a spare slot; the policy names them as victims again
             room = len(self._free) - len(offered) + len(declined)
             admitted = self.outbox.admit([key for key in offered if key in declined], self._policy)[: max(0, room)]
             if admitted:
@@ -140,7 +140,7 @@ class DramTier:
                 declined.difference_update(admitted)
         kept = [key for key in offered if key not in declined] if declined else offered
         granted, left = kept[: len(self._free)], kept[len(self._free) :]
-        if left:  # the policy has named less than it was asked for
+        if left:  # the policy named fewer victims than it was asked for
             self._policy.remove(left)
         if granted:
             self._policy.pin(granted)
@@ -152,7 +152,7 @@ class DramTier:
         )  # fmt: skip
 
     def commit(self, reservation: Reservation) -> int:
-        """Publish what every rank has written; free the rest. Returns the number of chunks published."""
+        """Publish the chunks that every rank has written, and free the others. Returns how many were published."""
         headers = self._arena.headers
         slots = np.array(reservation.slots, dtype=np.int64)
         generations = np.array(reservation.generations, dtype=np.uint64)
@@ -168,7 +168,7 @@ class DramTier:
         return len(ready)
 
     def grant(self, count: int) -> Reservation:
-        """Up to `count` slots for a client to fill and name; evicts if need be. Its keys are empty."""
+        """Reserve up to `count` slots that a client fills and names. Evicts if necessary. The result has no keys."""
         evicted, _ = self._make_room(count, ())
         slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
         for slot in slots:
@@ -177,9 +177,9 @@ class DramTier:
         at, headers = np.array(slots, dtype=np.int64), self._arena.headers
         generations: npt.NDArray[np.uint64] = headers["generation"][at] + np.uint64(1)
         values = {
-            "generation": generations,  # whoever was granted it before can not complete it any more
-            "namespace": np.void(bytes(32)),  # of no chunk yet: the clear of a namespace does not meet it
-            "owner_pid": 0, "owner_start": 0, "state": SlotState.WRITING,  # for the daemon after this one
+            "generation": generations,  # so that a former owner of the slot cannot complete it
+            "namespace": np.void(bytes(32)),  # the slot has no chunk yet, so a clear of a namespace ignores it
+            "owner_pid": 0, "owner_start": 0, "state": SlotState.WRITING,  # the next daemon reads these
         }  # fmt: skip
         for name, value in values.items():
             headers[name][at] = value
@@ -193,10 +193,11 @@ class DramTier:
         use: Use = _UNKNOWN,
         computed: bool = True,  # False: a remote store has them already
     ) -> list[bool]:
-        """Make granted slots READY whose header names the given key and that every rank has written; free the others.
+        """Make granted slots READY if their header names the given key and every rank has written them. Free the others.
 
-        Which of them were published; a chunk that somebody else has published meanwhile was not, and who still writes one
-        of them does so in vain. The sequence they are part of counts as used.
+        Returns for each chunk whether it was published. A chunk that another writer published meanwhile is not. A writer
+        that has reserved one of the published chunks is disowned: its slot is never published. The reservation's chain
+        counts as used.
         """
         headers, geometry = self._arena.headers, self._arena.spec.geometry
         slots = np.array(reservation.slots, dtype=np.int64)
@@ -224,30 +225,35 @@ class DramTier:
         return result
 
     def give_back(self, slots: Iterable[int]) -> None:
-        """Granted slots that nobody can be writing any more are free again."""
+        """Free granted slots. Call it when no writer can write them any more."""
         mine = self._granted.intersection(slots)
         self._granted -= mine
         self._free_slots(sorted(mine))
 
     def abort(self, reservation: Reservation) -> None:
-        """Give the slots back. Only when no writer can still be writing them."""
+        """Free reserved slots. Call it when no writer can write them any more."""
         self._free_slots(reservation.slots)
 
     def drop_bad(self, lease: Lease) -> int:
-        """Forget the slots of this lease that a reader marked BAD; they are freed with their last lease. Returns the count."""
+        """Forget the chunks of this lease whose slots a reader marked BAD. Returns how many.
+
+        Their slots are freed with their last lease.
+        """
         slots = np.array(lease.slots, dtype=np.int64)
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
         return self._drop_slots(bad)
 
     def clear(self, namespace: bytes | None = None, fresh: Collection[int] = ()) -> int:
-        """Forget everything, or a namespace. What is being written is never published, but for granted slots that are
-        `fresh`: their writer says that it has begun them after it asked for this. Returns the count.
+        """Forget all chunks, or those of a namespace. Returns how many.
+
+        Chunks that are being written are never published. Granted slots in `fresh` are the exception: their writer says
+        that it began them after it asked for this clear.
         """
         ready, writing = list(self._index.values()), list(self._writing.values())
         granted = self._granted.difference(fresh)
         begun = list(
             granted.difference(self._slots_of_namespace(list(granted), bytes(32)))
-        )  # the others name no chunk yet
+        )  # the other granted slots name no chunk yet
         if namespace is not None:
             ready, writing, begun = (self._slots_of_namespace(slots, namespace) for slots in (ready, writing, begun))
         self._disown_writers(writing)  # a new writer of the same key gets a slot of its own
@@ -257,7 +263,7 @@ class DramTier:
         return len(writing) + self._drop_slots(ready)
 
     def _disown_writers(self, slots: Iterable[int]) -> None:
-        """What is being written there is not the chunk's any more, and is never published."""
+        """Take WRITING slots away from their chunks. What is being written there is never published."""
         for slot in slots:
             if (key := self._key_of[slot]) is not None:
                 del self._writing[key]
@@ -266,46 +272,35 @@ class DramTier:
             self._stale.add(slot)
 
     def adopt(self, alive: Callable[[int, int], bool], use: Use = _UNKNOWN) -> AdoptionResult:
-        """Take over what lies in an arena whose daemon is gone. Call once, before anything else.
+        """Take over the chunks in an arena whose daemon has ended. Call it once, before any other method.
 
-        READY slots whose header and payload verify are served again; the rest is free, but for slots that may still be
-        written or read, since their writer is `alive(pid, start)`. To keep them for readers, `alive` says so of any writer.
+        READY slots whose header and payload verify are served again. Slots whose writer is `alive(pid, start)` may still be
+        written or read, so they are kept. All other slots are freed. To keep slots for readers, pass an `alive` that
+        returns True for every writer.
         """
         headers = self._arena.headers
-        state = headers["state"].copy()  # readers that are alive may still mark slots BAD
-        ready = np.flatnonzero(state == SlotState.READY)
-        ready = ready[np.argsort(headers["position"][ready], kind="stable")]  # heads first, as policies want
-        good = ready[verify_slots(self._arena, ready)]
-        unfinished, unserved = {}, []
-        for slot in np.flatnonzero((state == SlotState.WRITING) | (state == SlotState.BAD)).tolist():
-            owner = int(headers["owner_pid"][slot]), int(headers["owner_start"][slot])
-            if not alive(*owner):
-                continue
-            if state[slot] == SlotState.BAD or (headers["written"][slot] == headers["generation"][slot]).all():
-                unserved.append(slot)
-            else:
-                unfinished[slot] = owner
+        num_ready, good, unfinished, unserved = find_left_slots(self._arena, alive)
         held = [*unfinished, *unserved]
         keep: dict[bytes, int] = {}
         for key, slot in zip(headers["key"][good], good.tolist(), strict=True):
-            keep.setdefault(bytes(key), slot)  # a chunk may lie in two slots
+            keep.setdefault(bytes(key), slot)  # a chunk may be in two slots
         taken = {*keep.values(), *held}
         self._free = [slot for slot in self._free if slot not in taken]
         headers["state"][np.array(self._free, dtype=np.int64)] = SlotState.FREE
         for slot in held:
             self._state[slot] = SlotState.WRITING
         self._granted.update(held)
-        self._stale.update(held)  # their writers' reservations went with the daemon
+        self._stale.update(held)  # their writers' reservations ended with the old daemon
         self._make_ready(list(keep.values()), list(keep))
-        found: dict[bytes, list[bytes]] = {}  # by namespace
+        found: dict[bytes, list[bytes]] = {}  # namespace -> keys
         for key, slot in keep.items():
             found.setdefault(bytes(headers["namespace"][slot]), []).append(key)
         for namespace, keys in found.items():
             self._policy.insert(keys, replace(use, namespace=namespace))
-        return AdoptionResult(len(keep), len(ready) - len(keep), unfinished, tuple(unserved))
+        return AdoptionResult(len(keep), num_ready - len(keep), unfinished, tuple(unserved))
 
     def describe_chunks(self, keys: Keys) -> list[dict[str, int | str]]:
-        """What the headers of these chunks say, for operators; chunks that are not READY are left out."""
+        """Return the header fields of these chunks, for operators. Leaves out chunks that are not READY."""
         names = ("generation", "group", "chunk_tokens", "position", "payload_nbytes")
         rows = []
         for key in keys:
@@ -320,12 +315,15 @@ class DramTier:
         return rows
 
     def all_keys(self) -> list[bytes]:
-        """All READY chunks."""
+        """Return the keys of all READY chunks."""
         return list(self._index)
 
     def trim(self, namespace: bytes, limit: int) -> tuple[int, bool]:
-        """Evict chunks of a namespace until it has `limit` slots. Returns how many, without shares none, and whether leases
-        keep it above."""
+        """Evict chunks of a namespace until it has at most `limit` slots.
+
+        Returns how many were evicted, and whether leases keep the namespace above the limit. Without NamespaceShares it
+        evicts nothing.
+        """
         if not isinstance(self._policy, NamespaceShares):
             return 0, False
         named = self._policy.victims_of(namespace, self._policy.size(namespace) - limit)
@@ -336,7 +334,7 @@ class DramTier:
         return self._drop_slots([self._index[key] for key in dict.fromkeys(keys) if key in self._index])
 
     def _lease(self, keys: Keys) -> Lease:
-        """Pin these. All are READY."""
+        """Pin these keys. All must be READY."""
         slots, pins = tuple(map(self._index.__getitem__, keys)), self._pins
         fresh = []
         for key, slot in zip(keys, slots, strict=True):
@@ -349,11 +347,11 @@ class DramTier:
         return Lease(tuple(keys), slots)
 
     def lease(self, keys: Keys) -> Lease:
-        """Pin those of these that are READY; nobody uses them by that."""
+        """Pin those of the keys that are READY. This counts as no use."""
         return self._lease([key for key in keys if key in self._index])
 
     def free_departed(self, slots: Iterable[int]) -> None:
-        """The outbox is done with these."""
+        """Free departed slots that the outbox does not need any more."""
         mine = self._departing.intersection(slots)
         self._departing -= mine
         self._free_slots(sorted(mine))
@@ -364,7 +362,7 @@ class DramTier:
         return found
 
     def _make_ready(self, slots: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Index chunks whose slots are complete; the state in the header comes last."""
+        """Put chunks with complete slots into the index. The state in the header is written last."""
         for key, slot in zip(keys, slots, strict=True):
             self._writing.pop(key, None)
             self._index[key] = slot
@@ -375,7 +373,10 @@ class DramTier:
         self._arena.headers["state"][list(slots)] = SlotState.READY
 
     def _unpin_with_ancestors(self, keys: Sequence[bytes], chain: Keys) -> None:
-        """Evictable from now on, and none before what hangs on it: what is idle of the sequence finds its place with them."""
+        """Unpin written chunks, and keep the order that no ancestor is evicted before its descendants.
+
+        For that, the idle chunks of the sequence are pinned and then unpinned together with them.
+        """
         if not keys:
             return
         written, order = set(keys), dict.fromkeys([*chain, *keys])
@@ -386,12 +387,12 @@ class DramTier:
         self._policy.unpin([key for key in order if key in written])
 
     def _drop_slots(self, slots: Iterable[int]) -> int:
-        """READY slots leave the index now; pinned ones are freed with their last lease. Returns how many were in it."""
+        """Remove READY slots from the index. Pinned slots are freed with their last lease. Returns how many were removed."""
         count = 0
         for slot in slots:
             key = self._key_of[slot]
             if key is None:
-                continue  # dropped before, still leased
+                continue  # it was dropped before and is still leased
             count += 1
             self._policy.remove([key])
             if self._pins[slot]:
@@ -399,7 +400,7 @@ class DramTier:
                 self._key_of[slot] = None
                 self._doomed.add(slot)
                 self._num_leased -= 1
-                # neither READY nor FREE: a restarted daemon must not serve it, nor give it away under its readers
+                # neither READY nor FREE: a restarted daemon must not serve it, and must not free it while it is read
                 self._arena.headers["state"][slot] = SlotState.WRITING
             else:
                 self._free_slots([slot])
@@ -409,10 +410,11 @@ class DramTier:
         return [key for slot in slots if (key := self._key_of[slot]) is not None]
 
     def _make_room(self, wanted: int, offered: Sequence[bytes]) -> tuple[list[bytes], set[bytes]]:
-        """(what was evicted for `wanted` slots, what the policy has named of `offered`, which has no slot yet).
+        """Evict chunks until there are `wanted` free slots. Returns the evicted chunks and the declined chunks of `offered`.
 
-        What the outbox chooses leaves its slot later, and slots for now come out of the spare ones. When those are used up
-        the outbox gives slots back, and at last what goes is freed at once, unwritten.
+        `offered` are new chunks without a slot; the policy may name them as victims. A chunk that the outbox chooses frees
+        its slot only when it is written. Until then, new chunks take the spare slots. If these are not enough, the outbox
+        gives departed slots back. If that is not enough either, chunks are evicted without being written.
         """
         evicted: list[bytes] = []
         declined: set[bytes] = set()
@@ -431,7 +433,10 @@ class DramTier:
         return evicted, declined
 
     def _evict(self, named: Iterable[bytes], write: bool = True) -> list[bytes]:
-        """Take away what is READY and idle of these. A policy that names anything else costs hits, never bytes."""
+        """Evict those of the named chunks that are READY and not pinned. Returns them.
+
+        If a policy names other chunks, the cache loses hits, never bytes.
+        """
         index, pins = self._index, self._pins
         keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
         chosen: list[bytes] = []
@@ -448,7 +453,7 @@ class DramTier:
                 self._remove_from_index(key)
                 self._key_of[slot] = None
                 self._state[slot] = SlotState.WRITING
-            self._arena.headers["state"][slots] = SlotState.WRITING  # a restarted daemon must not serve it
+            self._arena.headers["state"][slots] = SlotState.WRITING  # a restarted daemon must not serve them
             self._departing.update(slots)
             self.free_departed(self.outbox.depart(chosen, slots))
         self._free_slots([slot for key in keys if (slot := index.get(key)) is not None])
@@ -475,7 +480,10 @@ class DramTier:
         self._free.extend(slots)
 
     def _begin_writing(self, keys: Sequence[bytes], slots: Sequence[int], shape: ChunkShape, chain: Keys) -> list[int]:
-        """Headers of new WRITING slots; the generation moves on, so a late writer of an old one changes nothing."""
+        """Write the headers of new WRITING slots. Returns their generations.
+
+        A generation is one more than the slot's last one, so a late writer of the old chunk changes nothing.
+        """
         for key, slot in zip(keys, slots, strict=True):
             self._writing[key] = slot
             self._key_of[slot] = key

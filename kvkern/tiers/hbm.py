@@ -1,11 +1,11 @@
-"""The HBM tier: slots on the GPU, their headers on the host. Same states, index and leases as DRAM's; knows no device.
+"""The HBM tier: slots on the GPU, their headers on the host. States, index and leases are those of the DRAM tier.
 
-    FREE -> WRITING -> READY      as in DRAM, but nothing is evicted to make room: what finds none goes to DRAM at once
-    READY -> READY and pinned     pin_least_recent: what is least recently used, for who copies it down
+    FREE -> WRITING -> READY      as in DRAM, but no chunk is evicted for a new one: without a free slot it goes to DRAM
+    READY -> READY and pinned     pin_least_recent: the least recently used chunks, pinned to be copied down
     READY -> FREE                 dropped, when DRAM has it
 
-A chunk that moves between tiers keeps its header but for generation and owner. Its checksums are sealed anew, not summed
-anew: what a copy spoils does not verify when it is read.
+A chunk that moves between tiers keeps its header, except generation and owner. Its checksums are sealed again, but not
+computed again. So if a copy spoils a byte, the chunk fails its checksum when it is read. This module knows no device.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .dram import DramTier
 
 
 class SlotMover(Protocol):
-    """Moves parts of slots between the tiers. Both return when the bytes are where they belong; any thread."""
+    """Copies parts of slots between the tiers. Both methods return when all bytes are copied. Any thread may call them."""
 
     def copy_down(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
         """Copy the parts of slots `hbm[i]` to slots `dram[i]`."""
 
     def copy_up(self, hbm: npt.NDArray[np.int64], dram: npt.NDArray[np.int64]) -> None:
-        """The other way."""
+        """Copy the parts of slots `dram[i]` to slots `hbm[i]`."""
 
     def close(self) -> None:
-        """Nothing is moved any more. By a thread that has moved, or may."""
+        """End the mover. Call it in a thread that may copy."""
 
 
 class HostSlotMover:
-    """`SlotMover` where the host reads both tiers."""
+    """`SlotMover` for a host that can read both tiers."""
 
     def __init__(self, hbm: Slots, dram: Slots) -> None:
         self._hbm, self._dram = hbm.parts(0), dram.parts(0)
@@ -69,13 +69,15 @@ class HostSlotMover:
 
 
 class HbmSlots:
-    """`Slots` whose parts are rows of a buffer on a device: what is there of an arena without a file."""
+    """`Slots` whose parts are rows of a buffer on a device. Like an arena, but without a file."""
 
     def __init__(
         self,
         geometry: SlotGeometry,
-        rows: npt.NDArray[np.uint8],  # [num_slots, part_stride] uint8; on a GPU for its address: no host may read it
-        owner: object = None,  # kept as long as the rows are needed
+        rows: npt.NDArray[
+            np.uint8
+        ],  # [num_slots, part_stride] uint8; on a GPU only its address counts: the host must not read it
+        owner: object = None,  # owner of the buffer; kept alive as long as this object
     ) -> None:
         self.spec = ArenaSpec(geometry, len(rows))
         self.headers: npt.NDArray[np.void] = np.zeros(len(rows), dtype=geometry.dtype)
@@ -91,9 +93,9 @@ class HbmSlots:
         self,
         rank: int,
     ) -> npt.NDArray[np.uint8]:  # [num_slots, part_stride] uint8 view
-        """See `Arena.parts`. Raises ArenaError for other ranks' parts: they are on other GPUs."""
+        """See `Arena.parts`. Raises ArenaError for the parts of other ranks, because they are on other GPUs."""
         if rank:
-            raise ArenaError(f"rank {rank}'s parts of the HBM tier are on another GPU")
+            raise ArenaError(f"rank {rank}'s parts of the HBM tier are on another GPU; use rank 0, or leave hbm out")
         return self._rows
 
     def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
@@ -102,9 +104,14 @@ class HbmSlots:
 
 
 def count_slots(geometry: SlotGeometry, nbytes: int) -> int:
-    """Slots that fit into so much device memory: parts only, headers are the host's. Raises ConfigError if none does."""
+    """Return how many slots fit into `nbytes` of device memory. Only parts count: headers are on the host.
+
+    Raises ConfigError if no slot fits.
+    """
     if geometry.world_size != 1:
-        raise ConfigError(f"hbm with {geometry.world_size} ranks: a GPU holds one rank's parts only; leave hbm out")
+        raise ConfigError(
+            f"hbm with {geometry.world_size} ranks is not possible: a GPU holds the parts of one rank only; leave hbm out"
+        )
     if not (count := nbytes // geometry.part_stride):
         raise ConfigError(
             f"hbm {format_nbytes(nbytes)} holds no chunk: one takes {format_nbytes(geometry.part_stride)}; raise hbm, or "
@@ -114,15 +121,18 @@ def count_slots(geometry: SlotGeometry, nbytes: int) -> int:
 
 
 class HbmTier(DramTier):
-    """Index, free list and leases over slots on a GPU. See DramTier; LRU, as DRAM's policy says what is worth keeping."""
+    """Index, free list and leases over slots on a GPU. See DramTier.
+
+    Its policy is LRU. DRAM's policy decides which chunks are worth keeping.
+    """
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots, LRU())
 
     def pin_least_recent(self, count: int) -> Lease:
-        """Pin up to `count` chunks, the least recently used. They stay READY until who asked has dropped them."""
+        """Pin up to `count` chunks, the least recently used. They stay READY until the caller drops them."""
         idle = [key for key in self._policy.victims(count) if key in self._index and not self._pins[self._index[key]]]
-        self._policy.insert(idle, Use())  # naming them has made the policy forget them
+        self._policy.insert(idle, Use())  # `victims` made the policy forget them
         return self._lease(idle)
 
     def _make_room(self, wanted: int, offered: Sequence[bytes]) -> tuple[list[bytes], set[bytes]]:
@@ -135,9 +145,9 @@ def begin_moved_slots(
     target: Slots,
     to: npt.NDArray[np.int64],  # [n] int64, granted to the caller
     generations: npt.NDArray[np.uint64],  # [n] uint64, of the grant
-    owner: tuple[int, int],  # pid and start time of who copies
+    owner: tuple[int, int],  # pid and start time of the process that copies
 ) -> None:
-    """Name the chunks that are about to be copied, in the headers they go to."""
+    """Write the chunks' names into the headers of the target slots, before the copy."""
     heads = source.heads[at].view(HEAD)
     heads["generation"], heads["state"] = generations, SlotState.WRITING
     heads["owner_pid"], heads["owner_start"] = owner
@@ -151,7 +161,7 @@ def finish_moved_slots(
     to: npt.NDArray[np.int64],
     generations: npt.NDArray[np.uint64],
 ) -> None:
-    """Seal the checksums of copied chunks for their new slots, then mark these written."""
+    """Seal the checksums of copied chunks for their new slots, then mark the new slots written."""
     old, new = source.headers, target.headers
     keys: npt.NDArray[np.void] = old["key"][at]
     change = seal(keys, old["generation"][at]) ^ seal(keys, generations)

@@ -1,7 +1,8 @@
-"""Headers of the arena's slots: written when a chunk begins, verified when a restart finds them. Knows no index."""
+"""Headers of the arena's slots: writes them for new chunks, and verifies them after a restart. Knows no index."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .base import ChunkShape
 
 _NO_POSITION = (1 << 32) - 1
-_VERIFY_SLOTS = 256  # at a time: bounds memory, not work
+_VERIFY_SLOTS = 256  # slots verified at a time: bounds memory, not work
 
 
 def begin_slots(
@@ -26,9 +27,9 @@ def begin_slots(
     keys: Keys,  # n
     shape: ChunkShape,
     chain: Keys,  # the sequence the chunks belong to, from its first chunk on
-    owner: tuple[int, int],  # pid and start time of who writes
+    owner: tuple[int, int],  # pid and start time of the writer
 ) -> None:
-    """Write the headers of chunks that are about to be written."""
+    """Write the headers of chunks whose payload is written next."""
     if not len(slots):
         return
     positions = dict(zip(chain, range(len(chain)), strict=True))
@@ -44,14 +45,40 @@ def begin_slots(
     arena.heads[slots] = heads.view(arena.heads.dtype)
 
 
+def find_left_slots(
+    arena: Slots,
+    alive: Callable[[int, int], bool],  # True if the process with this pid and start time is alive
+) -> tuple[int, npt.NDArray[np.int64], dict[int, tuple[int, int]], list[int]]:
+    """Find the slots that a former daemon left in the arena.
+
+    Returns the number of READY slots, those of them that verify (heads first, as policies expect), and the slots of living
+    writers: the unfinished ones with their writer, and the others, which are complete or BAD.
+    """
+    headers = arena.headers
+    state = headers["state"].copy()  # a copy, because living readers may still mark slots BAD
+    ready = np.flatnonzero(state == SlotState.READY)
+    ready = ready[np.argsort(headers["position"][ready], kind="stable")]
+    good = ready[verify_slots(arena, ready)]
+    unfinished, unserved = {}, []
+    for slot in np.flatnonzero((state == SlotState.WRITING) | (state == SlotState.BAD)).tolist():
+        owner = int(headers["owner_pid"][slot]), int(headers["owner_start"][slot])
+        if not alive(*owner):
+            continue
+        if state[slot] == SlotState.BAD or (headers["written"][slot] == headers["generation"][slot]).all():
+            unserved.append(slot)
+        else:
+            unfinished[slot] = owner
+    return len(ready), good, unfinished, unserved
+
+
 def verify_slots(
     arena: Slots,
     slots: npt.NDArray[np.int64],  # [n] int64
 ) -> npt.NDArray[np.bool_]:
-    """[n] bool: whose header is whole and whose payload has the checksums that the header says, on every rank."""
+    """Return [n] bool: True if the slot's header is complete and its payload has the header's checksums on every rank."""
     good = np.zeros(len(slots), dtype=np.bool_)
     if not len(slots):
-        return good  # a daemon with a new arena has no use for numba and its 125 MB
+        return good  # a daemon with a new arena does not need numba and its 125 MB
     from ..kernels.paged_copy_numba import checksum_planes
 
     headers, geometry = arena.headers, arena.spec.geometry

@@ -1,4 +1,4 @@
-"""States of slots, leases, reservations and eviction of the DRAM tier; the random walk is in test_dram_model.py."""
+"""The DRAM tier: states of slots, leases, reservations and eviction. test_dram_model.py has the random walk."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_free_writing_ready_free(tier: DramTier, arena: Arena) -> None:
     assert states(arena, reservation.slots) == {SlotState.WRITING}
     assert (tier.contains(chain), tier.num_free, len(tier)) == (0, 5, 0)
     write(arena, reservation)
-    assert tier.contains(chain) == 0  # not before the manager says so
+    assert tier.contains(chain) == 0  # not before the commit
     assert tier.commit(reservation) == 3
     assert states(arena, reservation.slots) == {SlotState.READY}
     assert (tier.contains(chain), tier.num_free, len(tier)) == (3, 5, 3)
@@ -92,8 +92,8 @@ def test_only_the_chunks_all_ranks_wrote_are_published(tier: DramTier, arena: Ar
     assert tier.contains(chain) == 3
 
 
-def test_nobody_writes_a_key_twice(tier: DramTier, arena: Arena) -> None:
-    """Neither while it is being written nor once it is there."""
+def test_a_key_is_never_written_twice(tier: DramTier, arena: Arena) -> None:
+    """A key gets no second slot while it is being written or after it is READY."""
     chain = chain_keys("a", 4)
     first = tier.reserve(chain, chain[:2], SHAPE)
     second = tier.reserve(chain, chain, SHAPE)
@@ -181,24 +181,24 @@ def test_growing_a_sequence_never_evicts_its_own_prefix(tier: DramTier, arena: A
     longer = chain_keys("a", 12)
     assert put(tier, arena, longer) == 4
     assert tier.contains(longer) == 8
-    again = tier.reserve(longer, longer, SHAPE)  # all room is this sequence's own
+    again = tier.reserve(longer, longer, SHAPE)  # all slots hold chunks of this sequence
     assert (again.keys, again.evicted, again.declined, again.dropped) == ((), (), 4, 0)
 
 
 def test_a_grown_sequence_leaves_from_its_new_tail(tier: DramTier, arena: Arena) -> None:
-    """Two turns of one conversation, then pressure: the first turn is worth more than the second."""
+    """Two turns of one conversation, then eviction: the first turn is worth more than the second."""
     put(tier, arena, chain_keys("a", 4))
     put(tier, arena, chain_keys("a", 8))
     put(tier, arena, chain_keys("x", 2))
     assert tier.contains(chain_keys("a", 8)) == 6
 
 
-def test_pinned_chunks_stay_and_what_finds_no_room_is_dropped(tier: DramTier, arena: Arena) -> None:
+def test_pinned_chunks_stay_and_chunks_without_a_slot_are_dropped(tier: DramTier, arena: Arena) -> None:
     fill(tier, arena, "a", "b")
     lease = tier.acquire(chain_keys("a", 4)[:3])
     x = chain_keys("x", 6)
     reservation = tier.reserve(x, x, SHAPE)
-    assert reservation.keys == tuple(x[:5])  # the first chunks get the room
+    assert reservation.keys == tuple(x[:5])  # the first chunks get the slots
     assert reservation.dropped == 1
     assert tier.contains(chain_keys("a", 4)) == 3
     assert set(lease.slots).isdisjoint(reservation.slots)
@@ -218,7 +218,7 @@ def test_leases_count(tier: DramTier, arena: Arena) -> None:
 
 
 def test_clear_during_a_lease(tier: DramTier, arena: Arena) -> None:
-    """What is being read stays readable, is no hit any more, and is free with its last lease."""
+    """A leased chunk stays readable after the clear, is no hit any more, and its slot is freed with the last lease."""
     fill(tier, arena, "a")
     chain = chain_keys("a", 4)
     first, second = tier.acquire(chain), tier.acquire(chain[:2])
@@ -235,7 +235,7 @@ def test_clear_during_a_lease(tier: DramTier, arena: Arena) -> None:
 
 
 def test_clear_while_writing(tier: DramTier, arena: Arena) -> None:
-    """The old writer keeps its slots until its commit, which publishes nothing; a new writer gets others."""
+    """The old writer keeps its slots until its commit, which publishes nothing. A new writer gets other slots."""
     chain = chain_keys("a", 3)
     old = tier.reserve(chain, chain, SHAPE)
     assert tier.clear() == 3
@@ -256,7 +256,7 @@ def test_a_late_writer_of_an_old_generation_changes_nothing(tier: DramTier, aren
     new = tier.reserve(other, other, SHAPE)
     assert set(new.slots) == set(late.slots)
     assert set(zip(new.slots, new.generations, strict=True)).isdisjoint(zip(late.slots, late.generations, strict=True))
-    write(arena, late)  # WRITTEN of the old generation
+    write(arena, late)  # it marks the slot written under the old generation
     assert tier.commit(new) == 0
     assert tier.num_free == 8
 
@@ -288,7 +288,7 @@ def test_a_bad_slot_is_counted_once(tier: DramTier, arena: Arena) -> None:
 
 
 def test_generations_go_on_in_an_arena_that_was_used_before(arena: Arena) -> None:
-    """A restarted manager over the same file: writers of its predecessor are late ones."""
+    """A restarted manager over the same file must reject the writers of the former manager."""
     chain = chain_keys("a", 8)
     before = DramTier(arena, LRU()).reserve(chain, chain, SHAPE)
     after = DramTier(arena, LRU()).reserve(chain, chain, SHAPE)
@@ -305,11 +305,11 @@ def test_keys_of_another_length_leak_nothing(tier: DramTier, arena: Arena, bad: 
     assert put(tier, arena, chain_keys("a", 8)) == 8
 
 
-# -- what the policy says, and what it is told ---------------------------------------------------------------------------
+# -- the policy: its answers, and the calls it gets ----------------------------------------------------------------------
 
 
 class Toy(LRU):
-    """Declines what is `unwanted`, and notes what it is told."""
+    """Declines the chunks in `unwanted`, and records the calls it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ def test_declined_and_dropped_are_told_apart(arena: Arena) -> None:
 
 
 def test_a_policy_that_names_too_much_costs_no_bytes(arena: Arena) -> None:
-    """What is leased, being written, unknown or named twice is not freed on its word."""
+    """A chunk that is leased, being written, unknown or named twice is not freed because the policy names it."""
 
     class Wrong(LRU):
         def victims(self, count: int) -> list[bytes]:
@@ -394,18 +394,18 @@ def test_chunks_being_written_are_pinned_and_then_older_than_their_ancestors(tie
     begun = tier.reserve(chain, chain, SHAPE)
     put(tier, arena, chain_keys("b", 2))
     x = chain_keys("x", 8)
-    late = tier.reserve(x, x, SHAPE)  # all but what is being written may go
+    late = tier.reserve(x, x, SHAPE)  # all chunks that are not being written may go
     assert (len(late.slots), late.dropped, set(begun.slots) & set(late.slots)) == (4, 4, set())
     tier.abort(late)
     put(tier, arena, chain[:2])
     write(arena, begun)
     assert tier.commit(begun) == 4
     put(tier, arena, chain_keys("c", 6))
-    assert tier.contains(chain) == 2  # the tail went first, though its ancestors were used before it was there
+    assert tier.contains(chain) == 2  # the tail went first, although its ancestors were used before it was published
 
 
 @pytest.mark.parametrize("end", ["abort", "commit unwritten", "clear, then commit"])
-def test_what_was_not_written_leaves_the_policy(tier: DramTier, arena: Arena, end: str) -> None:
+def test_unwritten_chunks_leave_the_policy(tier: DramTier, arena: Arena, end: str) -> None:
     chain = chain_keys("a", 3)
     reservation = tier.reserve(chain, chain, SHAPE)
     if end == "abort":

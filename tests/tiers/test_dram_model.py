@@ -1,4 +1,4 @@
-"""Random walks over the DRAM tier against a model that is a few dictionaries."""
+"""Random walks over the DRAM tier, compared with a model made of a few dictionaries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kvkern.tiers.dram import DramTier
 from tests.support import SHAPE, key, make_arena, put, write
 
 SLOTS, RANKS = 5, 2
-# Sequences as paths in a tree of two branches a node: they share prefixes.
+# Sequences are paths in a binary tree, so they share prefixes.
 paths = st.lists(st.booleans(), min_size=1, max_size=6).map(tuple)
 
 
@@ -39,11 +39,11 @@ def chain_of(path: tuple[bool, ...]) -> list[bytes]:
 
 
 class Strict:
-    """A policy that holds its tier to the protocol, in front of another one."""
+    """A policy that checks that the tier keeps to the protocol, and forwards every call to another policy."""
 
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
-        self.pinned: dict[bytes, bool] = {}  # of every resident chunk
+        self.pinned: dict[bytes, bool] = {}  # resident chunk -> is it pinned
 
     def access(self, chain: Keys, use: Use) -> None:
         self.inner.access(chain, use)
@@ -76,7 +76,7 @@ class Strict:
 
 
 class Contrary(LRU):
-    """Evicts what was used last, and sometimes less than it was asked for."""
+    """Evicts the chunks that were used last, and sometimes fewer than it was asked for."""
 
     def victims(self, count: int) -> list[bytes]:
         chosen = list(reversed(self._order))[: count - count // 3]
@@ -86,15 +86,15 @@ class Contrary(LRU):
 
 @dataclass
 class Writer:
-    """A reservation and what its ranks have done so far."""
+    """A reservation, and the ranks that have written each of its chunks."""
 
     reservation: Reservation
     epoch: int
-    written: list[set[int]] = field(default_factory=list)  # per chunk: ranks
+    written: list[set[int]] = field(default_factory=list)  # per chunk: the ranks that have written it
 
 
 class Walk(RuleBasedStateMachine):
-    """`ready` and `writing` are the model; everything else follows from them."""
+    """`ready` and `writing` are the model. All other expected values follow from them."""
 
     writers: Bundle[Writer] = Bundle("writers")
     leases: Bundle[Lease] = Bundle("leases")
@@ -143,7 +143,7 @@ class Walk(RuleBasedStateMachine):
         assert [k for k in missing if k in got.keys] == list(got.keys)
         assert set(got.evicted) <= set(idle)
         assert len(got.keys) <= free + len(got.evicted)
-        if self.make is LRU:  # never dropped while anything unleased can go, and never for another's sake
+        if self.make is LRU:  # a chunk is never dropped while an unleased chunk can go
             others = [k for k in idle if k not in chain]
             least = max(0, len(fits) - free - len(others))
             tail = [k for k in reversed(chain) if k in idle or k in fits][:least]
@@ -259,7 +259,7 @@ TestWalk.settings = settings(max_examples=120, stateful_step_count=40, deadline=
 
 
 class ContraryWalk(Walk):
-    """Whatever the policy names, no slot is lost, leased or written twice."""
+    """No slot is lost, leased or written twice, whatever chunks the policy names."""
 
     make = Contrary
 
@@ -270,7 +270,7 @@ TestContraryWalk.settings = settings(max_examples=60, stateful_step_count=40, de
 
 @pytest.mark.parametrize("shares", [False, True], ids=["whole", "shares"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_policy_is_told_or_says_what_the_protocol_forbids(name: str, shares: bool) -> None:
+def test_tier_and_policies_keep_to_the_protocol(name: str, shares: bool) -> None:
     def one() -> EvictionPolicy:
         return make_policy(name, SLOTS)
 
@@ -283,7 +283,7 @@ def test_no_policy_is_told_or_says_what_the_protocol_forbids(name: str, shares: 
 @settings(max_examples=200, deadline=None, database=None, print_blob=False)
 @given(st.lists(st.tuples(st.sampled_from(["store", "read"]), paths), max_size=30))
 def test_eviction_never_breaks_a_prefix(steps: list[tuple[str, tuple[bool, ...]]]) -> None:
-    """Engines store and read whole prefixes, one at a time: what is resident is closed under `ancestor of`."""
+    """If engines store and read whole prefixes, one at a time, then every ancestor of a resident chunk is resident."""
     with tempfile.TemporaryDirectory() as folder:
         arena = make_arena(Path(folder), slots=SLOTS, part_nbytes=64)
         tier = DramTier(arena, LRU())

@@ -1,4 +1,4 @@
-"""What a daemon asks of the DRAM tier: slots that others fill and name, and the arena of a daemon that is gone."""
+"""The DRAM tier under a daemon: slots that clients fill and name, and the arena of a daemon that has ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def anybody(pid: int, start: int) -> bool:
 
 
 def named(granted: Reservation, chain: Sequence[bytes]) -> Reservation:
-    """Granted slots for the chunks of a sequence."""
+    """Return granted slots with the keys of a sequence."""
     return Reservation(tuple(chain), granted.slots, granted.generations, chain=tuple(chain))
 
 
@@ -46,7 +46,7 @@ def begin(arena: Arena, reservation: Reservation, shape: ChunkShape = SHAPE) -> 
 
 
 def grant(tier: DramTier, arena: Arena, chain: Sequence[bytes], shape: ChunkShape = SHAPE) -> Reservation:
-    """Granted, named and written."""
+    """Grant slots, name the chunks in the headers, and mark them written."""
     granted = named(tier.grant(len(chain)), chain)
     begin(arena, granted, shape)
     write(arena, granted)
@@ -58,7 +58,7 @@ def states(arena: Arena, slots: Sequence[int]) -> set[int]:
 
 
 def paged(seed: int, layers: int) -> PagedTensors:
-    """A KV group of so many layers, 512 bytes a block and plane, full of noise."""
+    """Make a KV group with `layers` layers of random bytes, 512 bytes per block and plane."""
     generator = torch.Generator().manual_seed(seed)
     shape = (2, NUM_BLOCKS, 4, 2, 64)
     tensors = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(layers)]
@@ -67,7 +67,7 @@ def paged(seed: int, layers: int) -> PagedTensors:
 
 
 class Engines:
-    """A tier over an arena, and a real transfer for every rank with two KV groups of different sizes."""
+    """A tier over an arena, and a real copier for every rank, with two KV groups of different sizes."""
 
     def __init__(self, folder: Path) -> None:
         groups = [[paged(10 * rank + group, layers=2 - group) for group in range(2)] for rank in range(RANKS)]
@@ -78,7 +78,7 @@ class Engines:
         self.transfers = [HostCopier(groups[rank], self.arena, rank, PER_CHUNK, 1) for rank in range(RANKS)]
 
     def put(self, name: object, chunks: int, group: int = 0) -> Reservation:
-        """Grant, name, store on every rank from blocks 0, 1, ..., publish."""
+        """Grant slots, name the chunks, store them on every rank from blocks 0, 1, ..., and publish."""
         keys = chain_keys(name, chunks)
         granted = named(self.tier.grant(chunks), keys)
         begin(self.arena, granted, ChunkShape(NAMESPACE, group, 16))
@@ -96,7 +96,7 @@ class Engines:
         return granted
 
     def restart(self, alive: Callable[[int, int], bool] = nobody) -> AdoptionResult:
-        """A new daemon on the same arena."""
+        """Start a new tier on the same arena, as a restarted daemon does."""
         self.tier = DramTier(self.arena, LRU())
         return self.tier.adopt(alive)
 
@@ -137,7 +137,7 @@ def test_a_granted_slot_becomes_ready(tier: DramTier, arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, SLOTS, SLOTS + 3])
-def test_grant_gives_what_there_is(tier: DramTier, arena: Arena, count: int) -> None:
+def test_grant_gives_at_most_the_slots_that_can_be_freed(tier: DramTier, arena: Arena, count: int) -> None:
     granted = tier.grant(count)
     assert len(set(granted.slots)) == len(granted.generations) == min(count, SLOTS)
     assert granted.dropped == max(0, count - SLOTS)
@@ -146,7 +146,7 @@ def test_grant_gives_what_there_is(tier: DramTier, arena: Arena, count: int) -> 
     assert states(arena, range(SLOTS)) == {SlotState.FREE}
 
 
-def test_nothing_is_published_of_nothing(tier: DramTier) -> None:
+def test_publishing_an_empty_reservation(tier: DramTier) -> None:
     assert tier.publish(Reservation((), (), ()), NAMESPACE) == []
 
 
@@ -161,7 +161,7 @@ def test_grant_evicts_tails_and_spares_leases(tier: DramTier, arena: Arena) -> N
     assert tier.contains(chain) == 2
 
 
-def test_whoever_had_a_slot_before_cannot_complete_it(tier: DramTier, arena: Arena) -> None:
+def test_a_former_owner_cannot_complete_a_slot(tier: DramTier, arena: Arena) -> None:
     old = named(tier.grant(1), [key("old")])
     begin(arena, old)
     tier.give_back(old.slots)
@@ -195,7 +195,7 @@ def spoil_sizes(arena: Arena, granted: Reservation) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_rank, spoil_key, spoil_namespace, spoil_generation, spoil_sizes])
-def test_what_the_header_does_not_confirm_is_not_published(
+def test_a_slot_whose_header_differs_is_not_published(
     tier: DramTier, arena: Arena, spoil: Callable[[Arena, Reservation], None]
 ) -> None:
     chain = chain_keys("a", 3)
@@ -253,7 +253,7 @@ def test_what_is_being_written_is_not_published_after_a_clear(
     granted = grant(tier, arena, chain_keys("a", 2))
     other = grant(tier, arena, chain_keys("b", 1), OTHER)
     tier.clear(namespace)
-    assert tier.num_free == SLOTS - 3  # the writers still have them
+    assert tier.num_free == SLOTS - 3  # the writers still own three slots
     assert tier.publish(granted, NAMESPACE) == [False, False]
     assert tier.publish(other, OTHER.namespace) == [namespace is not None]
     again = grant(tier, arena, chain_keys("a", 2))
@@ -281,7 +281,7 @@ def test_drop_counts_what_was_there_and_waits_for_leases(tier: DramTier, arena: 
 
 
 def test_changes_tell_the_index_in_order(tier: DramTier, arena: Arena) -> None:
-    tier.publish(grant(tier, arena, chain_keys("early", 1)), NAMESPACE)  # nobody has asked yet
+    tier.publish(grant(tier, arena, chain_keys("early", 1)), NAMESPACE)  # changes are not recorded yet
     tier.changes = IndexChanges()
     chain = chain_keys("a", SLOTS - 1)
     tier.publish(grant(tier, arena, chain), NAMESPACE)
@@ -293,7 +293,7 @@ def test_changes_tell_the_index_in_order(tier: DramTier, arena: Arena) -> None:
     assert known == set(tier.all_keys())
 
 
-def test_info_says_what_headers_say(tier: DramTier, arena: Arena) -> None:
+def test_describe_chunks_returns_the_header_fields(tier: DramTier, arena: Arena) -> None:
     chain = chain_keys("a", 2)
     granted = grant(tier, arena, chain)
     tier.publish(granted, NAMESPACE)
@@ -413,18 +413,18 @@ def test_tails_are_evicted_before_heads_after_a_restart(engines: Engines) -> Non
 def test_unwritten_slots_stay_with_a_living_writer(tier: DramTier, arena: Arena) -> None:
     named_slots = named(tier.grant(2), chain_keys("a", 2))
     begin(arena, named_slots)
-    tier.grant(1)  # its owner is not written down
+    tier.grant(1)  # the header names no owner
     write(arena, named_slots, [0])
     new = DramTier(arena, LRU())
     adopted = new.adopt(lambda pid, start: (pid, start) == WRITER)
     assert adopted == AdoptionResult(0, 0, dict.fromkeys(sorted(named_slots.slots), WRITER), ())
     assert new.num_free == SLOTS - 2
     write(arena, named_slots)
-    assert new.publish(named_slots, NAMESPACE) == [False, False]  # its reservation went with the daemon
+    assert new.publish(named_slots, NAMESPACE) == [False, False]  # its reservation ended with the old daemon
     assert new.num_free == SLOTS
 
 
-def test_unwritten_slots_of_nobody_are_free(tier: DramTier, arena: Arena) -> None:
+def test_unwritten_slots_without_a_living_writer_are_free(tier: DramTier, arena: Arena) -> None:
     begin(arena, named(tier.grant(2), chain_keys("a", 2)))
     tier.grant(1)
     new = DramTier(arena, LRU())
@@ -433,8 +433,8 @@ def test_unwritten_slots_of_nobody_are_free(tier: DramTier, arena: Arena) -> Non
     assert states(arena, range(SLOTS)) == {SlotState.FREE}
 
 
-def test_stock_stays_while_anybody_lives(tier: DramTier, arena: Arena) -> None:
-    """A client may begin to write a granted slot just as the daemon dies."""
+def test_granted_slots_are_kept_while_a_process_lives(tier: DramTier, arena: Arena) -> None:
+    """A client may begin to write a granted slot while the daemon dies."""
     stock = tier.grant(2)
     new = DramTier(arena, LRU())
     assert set(new.adopt(anybody).unfinished) == set(stock.slots)
@@ -445,7 +445,7 @@ def test_stock_stays_while_anybody_lives(tier: DramTier, arena: Arena) -> None:
 
 @pytest.mark.parametrize("alive", [nobody, anybody])
 @pytest.mark.parametrize("how", ["clear", "drop", "bad"])
-def test_what_was_forgotten_under_a_reader_is_not_served_again(
+def test_a_chunk_forgotten_while_it_was_read_is_not_served_again(
     engines: Engines, how: str, alive: Callable[[int, int], bool]
 ) -> None:
     granted, chain = engines.put("a", 2), chain_keys("a", 2)
@@ -459,7 +459,7 @@ def test_what_was_forgotten_under_a_reader_is_not_served_again(
     adopted = engines.restart(alive)
     assert (adopted.ready, adopted.torn, adopted.unfinished) == (0, 0, {})
     assert engines.tier.contains(chain) == 0
-    kept = set(granted.slots) if alive is anybody else set()  # its reader may be reading still
+    kept = set(granted.slots) if alive is anybody else set()  # a process may still read it
     assert set(adopted.unserved) == kept
     assert set(engines.tier.grant(SLOTS).slots).isdisjoint(kept)
     engines.tier.give_back(range(SLOTS))
