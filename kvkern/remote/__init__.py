@@ -1,4 +1,4 @@
-"""The remote tier: values in stores that exist and scale, shared by every node.
+"""The remote tier: chunks as values in a store that every node shares.
 
-base.py is what a store has to do, value.py what a chunk is there, tier.py what goes there and comes back.
+stores/base.py says what a store has to do. value_format.py says what a chunk is there. tier.py moves chunks both ways.
 """

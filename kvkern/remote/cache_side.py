@@ -1,4 +1,4 @@
-"""What the remote tier has to do with on this side: the cache, where faults end, and requests that wait. Knows no store."""
+"""What the remote tier needs from its node: the cache, and the place where faults become misses. Knows no store."""
 
 from __future__ import annotations
 
@@ -11,29 +11,36 @@ from ..tiers.base import Lease, Reservation
 
 
 class CacheSide(Protocol):
-    """The cache's side. Thread-safe."""
+    """The cache, as the remote tier uses it. Thread-safe."""
 
     def lease(self, keys: Sequence[bytes], prefix: bool = True, hit: bool = False) -> Lease:
-        """Pin those of these that are READY, or the longest prefix; counts as no use, and as hits only if told so."""
+        """Pin those of `keys` that are READY; with `prefix` their longest prefix.
+
+        The policy does not count this as a use. The chunks count as hits only with `hit`.
+        """
 
     def release(self, lease: Lease) -> int:
         """End a lease."""
 
     def grant(self, count: int) -> Reservation:
-        """Slots to read into."""
+        """Reserve `count` free slots to read into."""
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Granted slots that nothing is read into any more."""
+        """Free granted slots. Nothing reads into them any more."""
 
     def promote(self, reservation: Reservation, namespace: bytes, use: Use | None, pin: bool, prefix: bool) -> Lease:
-        """Publish what was read and verified; what is READY then, or its longest prefix, pinned for its reader, or not."""
+        """Publish chunks that were read and verified.
 
-    def departed(self, slots: Sequence[int]) -> None:
-        """The outbox is done with these slots."""
+        With `pin` the lease holds the reservation's keys that are READY then, with `prefix` their longest prefix. Without
+        `pin` the lease is empty.
+        """
+
+    def free_departed(self, slots: Sequence[int]) -> None:
+        """Free slots of evicted chunks. The outbox does not need them any more."""
 
 
 class FaultsAsMisses(Protocol):
-    """Where a fault becomes a miss: cache.Faults."""
+    """The place where a fault becomes a miss: `Faults` of kvkern/cache/base.py."""
 
     def are_misses(self) -> AbstractContextManager[None]:
-        """Count and log what goes wrong inside."""
+        """Count and log the exceptions of the block, and suppress them."""

@@ -1,11 +1,12 @@
-"""Keeps calls from a store that fails: open after failures in a row, then one trial now and then until it works again.
+"""Keeps calls away from a store that fails. It opens after FAILURES failures in a row. Then it lets one trial call through at
+a time, until one works.
 
-    closed --FAILURES in a row--> open --pause--> one call tries --works--> closed
+    closed --FAILURES in a row--> open --pause--> one trial call --works--> closed
                                    ^---fails, the pause doubles---'
 
-A call that was answered in part, soon, is neither: it adds nothing to the row and does not end it. If it was the one that
-tried, the store is asked again, and one failure more opens it for as long as the next pause would have been.
-Pauses are drawn between half and the whole, so that nodes do not come back to a store all at once.
+A call that was soon answered in part is neither a success nor a failure: it adds nothing to the row and does not end it.
+If the trial call was answered in part, calls are let through again, and one more failure opens the breaker for the next,
+doubled pause. Pauses are drawn between half and the whole, so that the nodes do not all come back to a store at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class CircuitBreaker:
-    """Of one store. Thread-safe as far as `allows` goes; the rest is the tier's loop's."""
+    """The breaker of one store. Call `allows_call` from any thread, and everything else on the tier's loop."""
 
     def __init__(
         self, name: str, clock: Callable[[], float] = time.monotonic, draw: Callable[[], float] = random.random
@@ -35,48 +36,57 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls fail; one of them may be a trial."""
+        """True while the store fails. A trial call may be under way."""
         return self._until is not None
 
-    def allows(self) -> bool:
-        """Whether a call would be made now. Changes nothing."""
+    def allows_call(self) -> bool:
+        """Return True if a call may be made now. Changes nothing."""
         return self._until is None or (self._clock() >= self._until and not self._trying)
 
-    def begin(self) -> bool:
-        """Whether the caller may call now, and then says how it went: of those that wait for an open one the first."""
-        if not self.allows():
+    def begin_call(self) -> bool:
+        """Return True if the caller may call now; the caller then reports how the call went.
+
+        While the breaker is open, only the first caller after the pause gets True.
+        """
+        if not self.allows_call():
             return False
         self._trying = self._until is not None
         return True
 
     def succeeded(self) -> None:
-        """A call has worked."""
+        """Report that a call has worked."""
         if self._until is not None:
             logger.warning("kvkern: remote %s works again", self._name)
         self._failures, self._pause_s, self._until, self._trying = 0, FIRST_PAUSE_S, None, False
 
-    def partly(self) -> None:
-        """A call was answered for some of its keys, soon: one server of many has failed."""
+    def partly_answered(self) -> None:
+        """Report that a call was soon answered for some of its keys: one server of many has failed."""
         if self._trying:
-            logger.warning("kvkern: remote %s works again, in part", self._name)
+            logger.warning(
+                "kvkern: remote %s works again, but not for all keys: one of its servers fails. Check its servers",
+                self._name,
+            )
             self._until, self._trying = None, False
 
     def failed(self, why: object) -> None:
-        """A call has not. Said once until it works again. While it is open only the one that tries counts."""
+        """Report that a call has failed. Logged once until a call works. While it is open, only the trial call counts."""
         if self._until is not None and not self._trying:
-            return  # begun before: as many as there were would double the pause as often
+            return  # it began before the breaker opened: each such call would double the pause again
         self._failures += 1
         if self._until is None and self._failures < FAILURES:
             return
         if self._until is None:
             logger.warning(
-                "kvkern: remote %s fails (%s); until it works again everything there is a miss", self._name, why
+                "kvkern: remote %s fails (%s). Every lookup there is a miss until it works again. Check the store and the "
+                "network",
+                self._name,
+                why,
             )
         self._trying = False
         self._until = self._clock() + self._pause_s * (1 + self._draw()) / 2
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
 
     def trip(self, why: object) -> None:
-        """It fails, without a doubt: nobody has answered at the start."""
+        """Open the breaker at once. Called if the store does not answer at the start."""
         self._failures = FAILURES
         self.failed(why)

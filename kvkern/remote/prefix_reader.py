@@ -1,11 +1,11 @@
-"""What a request gets from the store: what its lease lacks of a prefix, as long as waiting for it is better than computing.
+"""Reads from the store the part of a prefix that a request's lease lacks, as long as waiting is better than computing.
 
-    takes    nothing is asked: the store fails, leaves others waiting, has just said no, or asking takes too long
+    admits   False if the store fails, is stalled, has just said that the next chunk is absent, or if asking takes too long
     serve    known absent? -> exists -> worth it? -> windows: grant, get, verify, promote
-             before each step the request says how long it waits for it (speeds.py); that over, it gets what has come
+             before each step cost_model.py says how long the request waits for it; then it gets the chunks that have come
 
-What is still being read then ends in DRAM. A key that the store could not answer for ends the prefix, and nothing is
-concluded from it: it is not absent, not gone, not spoiled. Of the tier's loop, but for `takes`.
+Reads that are under way at that time end in DRAM. A key that the store could not answer for ends the prefix. Nothing is
+concluded from such a key: it is not absent, not gone, not spoiled. Used on the tier's loop; `admits` from any thread.
 """
 
 from __future__ import annotations
@@ -32,261 +32,272 @@ from .cost_model import CostModel, WaitLimit
 from .presence_cache import PresenceCache
 from .store_calls import StoreCalls
 from .stores.base import Got, RemoteError
-from .value_format import accept, incoming_parts, new_headers
+from .value_format import accept_values, allocate_headers, incoming_parts
 from .waiting_request import WaitingRequest
 
 logger = logging.getLogger("kvkern")
 
-FIRST_ASKED, ASKED_TIMES = 16, 4  # chunks of a prefix in the first call, and how that grows: some stores ask one by one
-READS_AHEAD = 2  # windows of a request under way: one is verified, one is read. Stores have threads of their own
-MAX_WAITING = 256  # requests that wait for the store; more are answered with what DRAM has
-MAX_NAMESPACES = 1024  # whose tokens a chunk are known
+FIRST_ASKED, ASKED_TIMES = 16, 4  # chunks of a prefix in the first question, and its growth: some stores ask key by key
+READS_AHEAD = 2  # windows of a request under way: one is verified, one is read. Stores have their own threads
+MAX_WAITING = 256  # requests that wait for the store; further ones get only what DRAM has
+MAX_NAMESPACES = 1024  # for which the tokens per chunk are remembered
 
 
 class PrefixReader:
-    """Of one store."""
+    """The reader of one store."""
 
     def __init__(
         self,
         arena: Arena,
-        local: CacheSide,
+        cache: CacheSide,
         calls: StoreCalls,
-        works: Callable[[], bool],  # whether the breaker lets a call through
-        speeds: CostModel,
-        known: PresenceCache,
+        store_works: Callable[[], bool],  # False: the breaker lets no call through
+        costs: CostModel,
+        presence: PresenceCache,
         counters: CacheCounters,
         faults: FaultsAsMisses,
-        window: Callable[[float | None], int],  # seconds a chunk -> chunks of a call
-        chunk_tokens: Callable[[], int],  # of what an engine has stored here lately, of whatever namespace
+        window_chunks: Callable[[float | None], int],  # seconds a chunk -> chunks of a call
+        chunk_tokens: Callable[[], int],  # of the chunks an engine stored here last, in any namespace
     ) -> None:
-        self._arena, self._local, self._calls, self._works = arena, local, calls, works
-        self._speeds, self._known, self._counters, self._faults = speeds, known, counters, faults
-        self._window, self._any_tokens = window, chunk_tokens
-        self._tokens: BoundedDict[bytes, int] = BoundedDict(MAX_NAMESPACES)  # namespace -> tokens of a chunk, as read
+        self._arena, self._cache, self._calls, self._store_works = arena, cache, calls, store_works
+        self._costs, self._presence, self._counters, self._faults = costs, presence, counters, faults
+        self._window_chunks, self._latest_chunk_tokens = window_chunks, chunk_tokens
+        self._chunk_tokens: BoundedDict[bytes, int] = BoundedDict(MAX_NAMESPACES)  # by namespace, from values read
         self._owner = (os.getpid(), process_start(os.getpid()))
-        self._coming: dict[bytes, asyncio.Future[None]] = {}  # chunks that are being read
-        self._lock = threading.Lock()  # of what follows
-        self.waiting = 0  # requests that are served; some have been answered
+        self._being_read: dict[bytes, asyncio.Future[None]] = {}  # key -> the end of the window that reads it
+        self._lock = threading.Lock()  # protects the lines below
+        self.num_waiting = 0  # requests in `serve`; some may be answered already
 
     # -- a request -----------------------------------------------------------------------------------------------------
 
-    def takes(self, asked: WaitingRequest) -> bool:
-        """Whether to `serve` it: then it counts as waiting. From any thread; asks nobody."""
-        (lease,) = asked.held
-        missing = len(asked.keys) - len(lease.keys)
+    def admits(self, request: WaitingRequest) -> bool:
+        """Return True if `serve` must follow; the request counts as waiting then. Any thread. Makes no call to the store."""
+        (lease,) = request.leases
+        missing = len(request.keys) - len(lease.keys)
         if lease.slots:
-            asked.chunk_tokens = int(self._arena.headers["chunk_tokens"][lease.slots[0]])
+            request.chunk_tokens = int(self._arena.headers["chunk_tokens"][lease.slots[0]])
         else:
-            asked.chunk_tokens = self._tokens.get(asked.use.namespace) or self._any_tokens()
+            request.chunk_tokens = self._chunk_tokens.get(request.use.namespace) or self._latest_chunk_tokens()
         with self._lock:
-            if not missing or not asked.use.namespace or self.waiting >= MAX_WAITING:
+            if not missing or not request.use.namespace or self.num_waiting >= MAX_WAITING:
                 return False
             self._counters.remote_lookup_chunks += missing
-            if not self._works() or (asked.prefix and self._known.is_absent(asked.keys[len(lease.keys)])):
+            if not self._store_works() or (request.prefix and self._presence.is_absent(request.keys[len(lease.keys)])):
                 return False
-            if self._calls.stalled or not self._speeds.asks(missing, asked.chunk_tokens):
+            if self._calls.stalled or not self._costs.worth_asking(missing, request.chunk_tokens):
                 self._counters.remote_unasked_chunks += missing
                 return False
-            self.waiting += 1
+            self.num_waiting += 1
         return True
 
-    async def serve(self, asked: WaitingRequest) -> None:
-        """Answer it, soon, with what there is by then."""
+    async def serve(self, request: WaitingRequest) -> None:
+        """Answer the request within its wait limits, with the chunks that have come by then."""
         try:
             with self._faults.are_misses():
                 try:
-                    await self._fetch(asked, asked.missing())
+                    await self._fetch(request, request.missing())
                 except RemoteError as error:
-                    logger.debug("kvkern: a remote read failed: %s", error)  # counted and told by `StoreCalls`
+                    logger.debug(
+                        "kvkern: a remote read failed: %s", error
+                    )  # `StoreCalls` has counted it, the breaker logs it
         finally:
             with self._lock:
-                self.waiting -= 1
-            asked.rest()
-            asked.reply()
+                self.num_waiting -= 1
+            request.stop_timer()
+            request.reply()
 
-    async def _fetch(self, asked: WaitingRequest, keys: list[bytes]) -> None:
-        """Take in as many of `keys` as can be had, in their order; with `prefix` without a gap."""
-        while keys and asked.waits():
-            if (coming := self._coming.get(keys[0])) is not None:
-                count = next((i for i, key in enumerate(keys) if self._coming.get(key) is not coming), len(keys))
-                asked.wait(self._read_wait(asked, count, len(keys)).request_s)
-                if asked.waits():
+    async def _fetch(self, request: WaitingRequest, keys: list[bytes]) -> None:
+        """Bring as many of `keys` as possible, in their order; with `prefix` without a gap."""
+        while keys and request.is_waiting():
+            if (coming := self._being_read.get(keys[0])) is not None:
+                count = next((i for i, key in enumerate(keys) if self._being_read.get(key) is not coming), len(keys))
+                request.wait_at_most(self._read_limit(request, count, len(keys)).request_s)
+                if request.is_waiting():
                     await asyncio.wait([coming])
-                if not asked.waits() or len(left := self._take_read(asked, keys)) == len(keys):
+                if not request.is_waiting() or len(left := self._lease_cached(request, keys)) == len(keys):
                     return
                 keys = left
                 continue
-            there = await self._which_are_there(asked, keys)
-            if not asked.waits():
+            there = await self._find_present(request, keys)
+            if not request.is_waiting():
                 return
-            left = self._take_read(asked, keys)
-            if len(left) < len(keys) or keys[0] in self._coming:
-                keys = left  # another request has read of it, or does, since this one asked
+            left = self._lease_cached(request, keys)
+            if len(left) < len(keys) or keys[0] in self._being_read:
+                keys = left  # since this request asked, another one has read some of them, or reads them now
                 continue
-            mine = there[: next((i for i, key in enumerate(there) if key in self._coming), len(there))]
-            worth = self._speeds.worth(len(mine), asked.chunk_tokens)
+            mine = there[: next((i for i, key in enumerate(there) if key in self._being_read), len(there))]
+            worth = self._costs.chunks_worth_reading(len(mine), request.chunk_tokens)
             self._counters.remote_gated_chunks += len(mine) - worth
-            if not worth or not await self._read_all(asked, mine[:worth]):
+            if not worth or not await self._read_windows(request, mine[:worth]):
                 return
-            if worth == len(there) or worth < len(mine) or not asked.prefix:
-                return  # that was all there is, or more than is worth it
+            if worth == len(there) or worth < len(mine) or not request.prefix:
+                return  # the store has no more, or the rest is not worth reading
             keys = keys[worth:]
 
-    def _take_read(self, asked: WaitingRequest, keys: list[bytes]) -> list[bytes]:
-        """Take what others have brought meanwhile. What is still missing."""
-        found = self._local.lease(keys, asked.prefix, hit=True)
+    def _lease_cached(self, request: WaitingRequest, keys: list[bytes]) -> list[bytes]:
+        """Lease chunks that other requests have brought meanwhile. Returns the keys that are still missing."""
+        found = self._cache.lease(keys, request.prefix, hit=True)
         if not found.keys:
             return keys
-        asked.held.append(found)
+        request.leases.append(found)
         got = set(found.keys)
-        return keys[len(found.keys) :] if asked.prefix else [key for key in keys if key not in got]
+        return keys[len(found.keys) :] if request.prefix else [key for key in keys if key not in got]
 
-    async def _which_are_there(self, asked: WaitingRequest, keys: list[bytes]) -> list[bytes]:
-        if asked.prefix:
-            keys = keys[: next((i for i, key in enumerate(keys) if self._known.is_absent(key)), len(keys))]
+    async def _find_present(self, request: WaitingRequest, keys: list[bytes]) -> list[bytes]:
+        """Return the keys that the store has; with `prefix` those before the first gap."""
+        if request.prefix:
+            keys = keys[: next((i for i, key in enumerate(keys) if self._presence.is_absent(key)), len(keys))]
         if not keys:
             return []
-        wait = self._speeds.ask_wait(len(keys), asked.chunk_tokens)
-        asked.wait(wait.request_s - asked.question_s)
+        wait = self._costs.ask_limit(len(keys), request.chunk_tokens)
+        request.wait_at_most(wait.request_s - request.question_s)
         began = time.monotonic()
-        count = FIRST_ASKED if asked.prefix else len(keys)
-        there = list(await self._calls.exists(keys[:count], wait.late_s))
-        while len(there) < len(keys) and all(there) and asked.waits():  # what is behind a gap need not be known
+        count = FIRST_ASKED if request.prefix else len(keys)
+        there = list(await self._calls.exists(keys[:count], wait.stalled_after_s))
+        while len(there) < len(keys) and all(there) and request.is_waiting():  # keys behind a gap need no answer
             count *= ASKED_TIMES
-            late_s = max(0.0, wait.late_s - (time.monotonic() - began))
-            there += await self._calls.exists(keys[len(there) : len(there) + count], late_s)
-        asked.question_s += (took_s := time.monotonic() - began)
+            stalled_after_s = max(0.0, wait.stalled_after_s - (time.monotonic() - began))
+            there += await self._calls.exists(keys[len(there) : len(there) + count], stalled_after_s)
+        request.question_s += (took_s := time.monotonic() - began)
         if None not in there:
-            self._speeds.note_ask(took_s)
+            self._costs.note_ask(took_s)
         absent = next((i for i, is_there in enumerate(there) if not is_there and is_there is not None), None)
         if absent is not None:
-            self._known.note_absent(keys[absent])
-        if asked.prefix:
+            self._presence.note_absent(keys[absent])
+        if request.prefix:
             return keys[: next((i for i, is_there in enumerate(there) if not is_there), len(there))]
         return [key for key, is_there in zip(keys, there, strict=True) if is_there]
 
     # -- its chunks ----------------------------------------------------------------------------------------------------
 
-    async def _read_all(self, asked: WaitingRequest, keys: list[bytes]) -> bool:
-        """Read these, window by window, the next one while one is being taken in. Whether all came."""
+    async def _read_windows(self, request: WaitingRequest, keys: list[bytes]) -> bool:
+        """Read `keys` window by window; one window is verified while the next is read. Returns True if all came."""
         began, at, whole = time.monotonic(), 0, True
         under_way: deque[tuple[list[bytes], asyncio.Task[Reservation], asyncio.Future[None]]] = deque()
         loop = asyncio.get_running_loop()
         try:
             while True:
-                while whole and at < len(keys) and len(under_way) < READS_AHEAD and asked.waits():
-                    usual, left = self._window(self._speeds.read_s), len(keys) - at
-                    window = keys[at : at + (left if 2 * left < 3 * usual else usual)]  # no small one at the end
-                    wait = self._read_wait(asked, len(window), len(keys) - at)
+                while whole and at < len(keys) and len(under_way) < READS_AHEAD and request.is_waiting():
+                    usual, left = self._window_chunks(self._costs.read_s), len(keys) - at
+                    window = keys[at : at + (left if 2 * left < 3 * usual else usual)]  # no small window at the end
+                    wait = self._read_limit(request, len(window), len(keys) - at)
                     at += len(window)
                     over = loop.create_future()
-                    self._coming.update(dict.fromkeys(window, over))
-                    under_way.append((window, loop.create_task(self._read(window, asked, wait.late_s)), over))
+                    self._being_read.update(dict.fromkeys(window, over))
+                    task = loop.create_task(self._read_window(window, request, wait.stalled_after_s))
+                    under_way.append((window, task, over))
                     if len(under_way) == 1:
-                        asked.wait(wait.request_s)
+                        request.wait_at_most(wait.request_s)
                 if not under_way:
                     break
                 window, task, _ = under_way[0]
                 read = await task
-                began = self._note_read(asked, read, began)
-                taken = self._take_in(asked, read, whole)
-                whole = whole and (taken == len(window) or not asked.prefix)
-                self._settle(*under_way.popleft())
+                began = self._note_read(request, read, began)
+                taken = self._publish(request, read, whole)
+                whole = whole and (taken == len(window) or not request.prefix)
+                self._end_window(*under_way.popleft())
                 if not whole:
-                    asked.reply()  # what is still under way is behind a gap
-                elif under_way and asked.waits():
+                    request.reply()  # the windows under way are behind a gap
+                elif under_way and request.is_waiting():
                     left = len(keys) - at + sum(len(window) for window, _, _ in under_way)
-                    asked.wait(self._read_wait(asked, len(under_way[0][0]), left).request_s)
+                    request.wait_at_most(self._read_limit(request, len(under_way[0][0]), left).request_s)
         finally:
-            for window, task, over in under_way:  # one has failed: what the others have read is given back
+            for window, task, over in under_way:  # one has failed: give back the slots of the others
                 await asyncio.wait([task])
                 if task.exception() is None:
-                    self._local.give_back(task.result().slots)
-                self._settle(window, task, over)
+                    self._cache.give_back(task.result().slots)
+                self._end_window(window, task, over)
         return whole and at == len(keys)
 
-    def _read_wait(self, asked: WaitingRequest, chunks: int, missing: int) -> WaitLimit:
-        return self._speeds.read_wait(chunks, missing, asked.chunk_tokens)
+    def _read_limit(self, request: WaitingRequest, chunks: int, missing: int) -> WaitLimit:
+        return self._costs.read_limit(chunks, missing, request.chunk_tokens)
 
-    def _note_read(self, asked: WaitingRequest, read: Reservation, began: float) -> float:
-        """A window has come, or nothing of it: from now on the next one does."""
+    def _note_read(self, request: WaitingRequest, read: Reservation, began: float) -> float:
+        """Note how long a window took. Returns the time at which the next window begins."""
         now = time.monotonic()
         if read.keys:
-            self._speeds.note_read(len(read.keys), now - began)
-            asked.chunk_tokens = int(self._arena.headers["chunk_tokens"][read.slots[0]])
-            self._tokens.put(asked.use.namespace, asked.chunk_tokens)
+            self._costs.note_read(len(read.keys), now - began)
+            request.chunk_tokens = int(self._arena.headers["chunk_tokens"][read.slots[0]])
+            self._chunk_tokens.put(request.use.namespace, request.chunk_tokens)
         return now
 
-    def _take_in(self, asked: WaitingRequest, read: Reservation, whole: bool) -> int:
-        """Publish what was read. How much of it is the request's now: of a prefix nothing that is behind a gap."""
+    def _publish(self, request: WaitingRequest, read: Reservation, whole: bool) -> int:
+        """Publish a window. Returns how many chunks the request leases now; with `prefix` none behind a gap."""
         if not read.keys:
             return 0
-        self._known.note_there(read.keys)
+        self._presence.note_found(read.keys)
         self._counters.remote_hit_chunks += len(read.keys)
-        self._counters.remote_late_chunks += len(read.keys) * (not asked.waits())
-        lease = self._local.promote(read, asked.use.namespace, asked.use, whole and asked.waits(), asked.prefix)
+        self._counters.remote_late_chunks += len(read.keys) * (not request.is_waiting())
+        lease = self._cache.promote(
+            read, request.use.namespace, request.use, whole and request.is_waiting(), request.prefix
+        )
         if lease.keys:
-            asked.held.append(lease)
+            request.leases.append(lease)
         return len(lease.keys)
 
-    def _settle(self, window: list[bytes], task: asyncio.Task[Reservation], over: asyncio.Future[None]) -> None:
-        """A window is over: who waits for its chunks looks for them."""
+    def _end_window(self, window: list[bytes], task: asyncio.Task[Reservation], over: asyncio.Future[None]) -> None:
+        """Tell the requests that wait for chunks of this window that it is over."""
         for key in window:
-            if self._coming.get(key) is over:
-                del self._coming[key]
+            if self._being_read.get(key) is over:
+                del self._being_read[key]
         over.set_result(None)
 
-    async def _read(self, keys: list[bytes], asked: WaitingRequest, late_s: float) -> Reservation:
-        """Read a window into granted slots, and verify it: what is good, to be promoted or given back."""
-        granted = self._local.grant(len(keys))
+    async def _read_window(self, keys: list[bytes], request: WaitingRequest, stalled_after_s: float) -> Reservation:
+        """Read a window into granted slots and verify it. Returns the good chunks; the caller promotes or frees them."""
+        granted = self._cache.grant(len(keys))
         keys = keys[: len(granted.slots)]
         if not keys:
             return Reservation((), (), ())
         good: list[int] = []
         try:
-            shape = ChunkShape(asked.use.namespace, 0, 0)  # group and tokens come with the value
+            shape = ChunkShape(request.use.namespace, 0, 0)  # the value brings group and tokens
             slots, under = np.array(granted.slots, dtype=np.int64), np.array(granted.generations, dtype=np.uint64)
-            begin_slots(self._arena, slots, under, keys, shape, asked.keys, self._owner)
-            headers = new_headers(self._arena.spec.geometry, len(keys))
+            begin_slots(self._arena, slots, under, keys, shape, request.keys, self._owner)
+            headers = allocate_headers(self._arena.spec.geometry, len(keys))
             into = incoming_parts(self._arena, headers, granted.slots)
-            async with asked.turn:
-                got = await self._calls.get(keys, into, late_s)
-            good = await self._verified(keys, asked, slots, headers, list(got))
+            async with request.read_lock:
+                got = await self._calls.get(keys, into, stalled_after_s)
+            good = await self._verified(keys, request, slots, headers, list(got))
         finally:
             kept = set(good)
-            self._local.give_back([slot for row, slot in enumerate(granted.slots) if row not in kept])
+            self._cache.give_back([slot for row, slot in enumerate(granted.slots) if row not in kept])
         return Reservation(
             tuple(keys[row] for row in good), tuple(granted.slots[row] for row in good),
-            tuple(granted.generations[row] for row in good), chain=tuple(asked.keys),
+            tuple(granted.generations[row] for row in good), chain=tuple(request.keys),
         )  # fmt: skip
 
     async def _verified(
         self,
         keys: list[bytes],
-        asked: WaitingRequest,
+        request: WaitingRequest,
         slots: npt.NDArray[np.int64],
         headers: npt.NDArray[np.uint8],
         got: list[Got],
     ) -> list[int]:
-        """Rows that are what was asked for; with `prefix` those before the first that is not. What is spoiled is deleted."""
+        """Return the rows that verify; with `prefix` those before the first bad one. Deletes spoiled values in the store."""
         hits = [row for row, outcome in enumerate(got) if outcome is Got.HIT]
         at = np.array(hits, dtype=np.int64)
         named = np.frombuffer(b"".join(keys), dtype="V32")
-        fine = await asyncio.to_thread(accept, self._arena, headers[at], slots[at], named[at], asked.use.namespace)
+        fine = await asyncio.to_thread(
+            accept_values, self._arena, headers[at], slots[at], named[at], request.use.namespace
+        )
         good = [row for row, ok in zip(hits, fine.tolist(), strict=True) if ok]
         spoiled = [row for row, outcome in enumerate(got) if outcome is Got.WRONG_SIZE]
         spoiled += [row for row, ok in zip(hits, fine.tolist(), strict=True) if not ok]
         if Got.MISS in got:
-            self._known.note_absent(keys[got.index(Got.MISS)])  # what is behind it the store has perhaps not looked for
+            self._presence.note_absent(keys[got.index(Got.MISS)])  # the store may not have looked for keys behind it
         if spoiled:
             self._counters.remote_bad_chunks += len(spoiled)
-            logger.warning("kvkern: %d chunk(s) of the remote store did not verify and are deleted there", len(spoiled))
+            logger.warning(
+                "kvkern: %d of %d chunks from the remote store did not verify; they count as misses and are deleted there. "
+                "If this goes on, check the store's disks, memory and network", len(spoiled), len(keys),
+            )  # fmt: skip
             await self._delete([keys[row] for row in spoiled])
         unbroken = next((count for count, row in enumerate(good) if count != row), len(good))
-        return good[:unbroken] if asked.prefix else good
+        return good[:unbroken] if request.prefix else good
 
     async def _delete(self, keys: list[bytes]) -> None:
         try:
             await self._calls.delete(keys)
         except RemoteError as error:
-            logger.debug("kvkern: spoiled chunks stay in the remote store: %s", error)  # what came with them is good
+            logger.debug("kvkern: spoiled chunks stay in the remote store: %s", error)  # the other chunks are good

@@ -1,7 +1,7 @@
-"""What is known of keys without asking: found absent just now, written at some time. Bounded; of the tier's loop.
+"""What is known of keys without asking the store. Bounded. Used on the tier's loop.
 
-absent     for ABSENT_S after it was found so, unless it was written since; nothing else makes a key absent
-written    until it is found gone: how long the store has kept it
+absent     the store said so in the last ABSENT_S, and the key was not written since; nothing else makes a key absent
+written    when this node wrote the key, until the key is found gone: tells how long the store keeps values
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from collections.abc import Sequence
 from ..bounded_dict import BoundedDict
 from .cost_model import CostModel
 
-ABSENT_S = 1.0  # what was just not there is not asked for again so soon: others' writes take as long
+ABSENT_S = 1.0  # an absent key is not asked for again so soon: the writes of other nodes take as long
 MAX_ABSENT = 65_536
 MAX_REMEMBERED = 65_536  # chunks whose time of writing is known
 
 
 class PresenceCache:
-    """Of one store. `is_absent` may be asked from any thread."""
+    """Known keys of one store. Call `is_absent` from any thread."""
 
-    def __init__(self, speeds: CostModel) -> None:
-        self._speeds = speeds
-        self.absent: BoundedDict[bytes, float] = BoundedDict(MAX_ABSENT)  # key -> until when it is not asked for
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
+        self.absent: BoundedDict[bytes, float] = BoundedDict(MAX_ABSENT)  # key -> until when kvkern does not ask for it
         self.written_at: BoundedDict[bytes, float] = BoundedDict(MAX_REMEMBERED)
 
     def is_absent(self, key: bytes) -> bool:
-        """Whether asking for it again would be too soon."""
+        """Return True if the store was found to lack `key` so lately that asking again is too soon."""
         until = self.absent.get(key)
         return until is not None and time.monotonic() < until
 
     def note_absent(self, key: bytes) -> None:
-        """The store has said that it is not there."""
+        """Note that the store does not have `key`."""
         now = time.monotonic()
         if (written := self.written_at.pop(key, None)) is not None:
-            self._speeds.note_gone(now - written)
+            self._costs.note_gone(now - written)
         self.absent.put(key, now + ABSENT_S)
 
-    def note_there(self, keys: Sequence[bytes]) -> None:
-        """These have come, one at least."""
+    def note_found(self, keys: Sequence[bytes]) -> None:
+        """Note that the store had `keys`, at least one."""
         now = time.monotonic()
-        self._speeds.note_there(now - min(self.written_at.get(key, now) for key in keys))
+        self._costs.note_still_there(now - min(self.written_at.get(key, now) for key in keys))
 
     def note_written(self, keys: Sequence[bytes]) -> None:
-        """The store has taken them."""
+        """Note that the store has taken `keys`."""
         now = time.monotonic()
         for key in keys:
             self.written_at.put(key, now)

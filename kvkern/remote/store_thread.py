@@ -1,4 +1,4 @@
-"""A store and the thread that alone calls it, by an event loop. Opened once, perhaps before there is an arena."""
+"""A store and the one thread that calls it, with an event loop. It is opened once, perhaps before there is an arena."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ T = TypeVar("T")
 
 
 class StoreThread:
-    """`open`, then `run` from any thread; `stop` ends the thread. The store is closed before that, by `close` or a call."""
+    """Call `open` first, then `run` from any thread. Close the store before `stop` ends the thread; `close` does both."""
 
     def __init__(self, store: RemoteStore) -> None:
         self.store = store
         self.loop = asyncio.new_event_loop()
-        self.failure = ""  # why nobody has answered to `open`; later calls connect by themselves
+        self.open_failure = (
+            ""  # why the store did not answer to `open`; empty: it did. Later calls connect by themselves
+        )
         self._thread = threading.Thread(target=self._run, name="kvkern-remote", daemon=True)
 
     @property
     def alive(self) -> bool:
-        """Whether there is a thread."""
+        """True while the thread runs."""
         return self._thread.is_alive()
 
     def open(self, timeout_s: float = OPEN_S) -> None:
-        """Raises ConfigError for what the user has to mend; nothing is left then. Nothing if it is open already."""
+        """Start the thread and open the store, unless that was done before.
+
+        Raises ConfigError for a mistake that the user has to correct; the thread has ended then.
+        """
         if self.alive:
             return
         self._thread.start()
@@ -43,20 +48,23 @@ class StoreThread:
             raise
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """What it returns or raises, in the thread."""
+        """Run `call` on the store's thread. Returns its result or raises its exception."""
         return asyncio.run_coroutine_threadsafe(call, self.loop).result()
 
     def close(self) -> None:
-        """Close the store, as well as that goes, and end the thread. For who has not given it to a tier that has started."""
+        """Close the store and end the thread; a RemoteError while closing is only logged.
+
+        Call this if the store was never handed to a running tier.
+        """
         try:
             self.run(self.store.close())
         except RemoteError as error:
-            logger.debug("kvkern: a remote store does not close: %s", error)
+            logger.debug("kvkern: a remote store was not closed properly: %s", error)
         finally:
             self.stop()
 
     def stop(self) -> None:
-        """End the thread. Nothing is under way, and the store is closed."""
+        """End the thread. The store must be closed, and no call under way."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
@@ -66,7 +74,7 @@ class StoreThread:
             async with asyncio.timeout(timeout_s):
                 await self.store.open()
         except (RemoteError, TimeoutError) as error:
-            self.failure = str(error) or f"no answer for {timeout_s:.0f} s"
+            self.open_failure = str(error) or f"no answer for {timeout_s:.0f} s"
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)

@@ -1,11 +1,10 @@
-"""The remote tier: chunks that DRAM lacks come from a store, and what DRAM has or evicts goes there, by write-behind.
+"""The remote tier: reads chunks that DRAM lacks from a store, and writes chunks that DRAM has or evicts there, behind.
 
-    extend   what a lease lacks of a prefix:  known absent? -> exists -> worth it? -> windows: grant, get, verify, promote
-    write    of the outbox the most worth:    exists -> put what is not there -> give the slots back
+    extend   the missing part of a prefix:    known absent? -> exists -> worth it? -> windows: grant, get, verify, promote
+    write    the most valuable of the outbox: exists -> put the missing ones -> give the slots back
 
-One thread with an event loop; stores are called there and nowhere else. How requests are served is fetch.py's. Slots under
-a call are the call's until it returns, however long that takes. While the breaker is open nothing is asked and nothing
-leaves.
+One thread with an event loop calls the store; no other thread does. prefix_reader.py serves requests. A call owns its slots
+until it returns, however long that takes. While the breaker is open, kvkern neither asks nor writes.
 """
 
 from __future__ import annotations
@@ -38,64 +37,66 @@ from .value_format import outgoing_parts
 from .waiting_request import WaitingRequest
 from .write_behind import NO_SLOT, PendingWrite, WriteBehind
 
-WINDOW_S = 0.05  # what a call should take: a lease grows by so much at a time
-FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call, before it is known and within limits
+WINDOW_S = 0.05  # seconds that one call should take: a lease grows by so much at a time
+FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call: before the speed is known; limits
 RETRY_S = 0.2
 
 
 class RemoteTier:
-    """`start`, then `extend` from any thread; `close` ends it."""
+    """Call `start`, then `extend` from any thread, and `close` at the end."""
 
     def __init__(
         self,
         store: RemoteStore,
         name: str,  # for messages; no secrets
         arena: Arena,
-        local: CacheSide,
+        cache: CacheSide,
         counters: CacheCounters,
         faults: FaultsAsMisses,
         mode: Persist,
-        queue_nbytes: int,  # of what may wait to be written
+        queue_nbytes: int,  # chunks that may wait to be written
         timeout_s: float,  # of a call
-        opened: StoreThread | None = None,  # the store's thread, if it is open already; the tier's from `start` on
+        store_thread: StoreThread | None = None,  # if the store is open already; the tier owns it from `start` on
     ) -> None:
-        self._store, self._name, self._arena, self._local = store, name, arena, local
-        self._opened = opened or StoreThread(store)
+        self._store, self._name, self._arena, self._cache = store, name, arena, cache
+        self._store_thread = store_thread or StoreThread(store)
         self._counters, self._faults = counters, faults
         geometry = arena.spec.geometry
         self.breaker = CircuitBreaker(name)
-        self.speeds = CostModel(geometry.slot_nbytes)
+        self.costs = CostModel(geometry.slot_nbytes)
         limit = max(1, queue_nbytes // geometry.slot_nbytes)
         self.spare = 0 if mode is Persist.HOT else min(limit, max(1, arena.spec.num_slots // 8))
-        self.outbox = WriteBehind(
-            arena, mode, limit, self.speeds, counters, self.breaker.allows, self._wake_writers
-        )  # fmt: skip
-        self._loop = self._opened.loop
+        allows = self.breaker.allows_call
+        self.outbox = WriteBehind(arena, mode, limit, self.costs, counters, allows, self._wake_writers)
+        self._loop = self._store_thread.loop
         self._wake = asyncio.Event()
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls = StoreCalls(store, self.breaker, counters, timeout_s)
-        self.known = PresenceCache(self.speeds)
+        self.presence = PresenceCache(self.costs)
         self.reader = PrefixReader(
-            arena, local, self._calls, self.breaker.allows, self.speeds, self.known, counters, faults, self._window,
+            arena, cache, self._calls, allows, self.costs, self.presence, counters, faults, self._window_chunks,
             lambda: self.outbox.chunk_tokens,
         )  # fmt: skip
-        self._lock = threading.Lock()  # of `_closing`: what is given to the loop is there before the end of it
+        self._lock = threading.Lock()  # of `_closing`: no callback reaches the loop after its end
         self._closing = False
         self._writing = False  # set before chunks leave the outbox
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Open the store. Raises ConfigError for what the user has to mend; nobody there is a miss until somebody is."""
-        self._opened.open()
-        if self._opened.failure:
-            self.breaker.trip(self._opened.failure)
+        """Open the store. If it does not answer, every lookup is a miss until it does.
+
+        Raises ConfigError for a mistake that the user has to correct.
+        """
+        self._store_thread.open()
+        if self._store_thread.open_failure:
+            self.breaker.trip(self._store_thread.open_failure)
         try:
-            verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # numba is loaded now, not while a request waits
-            self._opened.run(self._register())
+            verify_slots(self._arena, np.zeros(1, dtype=np.int64))  # loads numba now, not while a request waits
+            self._store_thread.run(self._register())
         except BaseException:
-            self._opened.close()
+            self._store_thread.close()
             raise
         self._loop.call_soon_threadsafe(self._spawn, self._write())
 
@@ -106,8 +107,8 @@ class RemoteTier:
             self.breaker.trip(error)
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Write what waits, for so long; then end calls under way and the thread."""
-        if not self._opened.alive:
+        """Write waiting chunks for at most `drain_s`. Then wait for calls under way and end the thread."""
+        if not self._store_thread.alive:
             return
         end = time.monotonic() + drain_s
         while not self.idle and not self.breaker.is_open and time.monotonic() < end:
@@ -115,35 +116,36 @@ class RemoteTier:
         with self._lock:
             self._closing = self._calls.closed = True
         try:
-            self._opened.run(self._finish())
+            self._store_thread.run(self._finish())
         finally:
-            self._opened.stop()
+            self._store_thread.stop()
 
     def usage(self) -> dict[str, int | float | str]:
-        """For operators: whether it works, what waits, and what moving a chunk has cost."""
-        known = {
-            "remote_read_ms_per_chunk": self.speeds.read_s and 1e3 * self.speeds.read_s,
-            "remote_write_ms_per_chunk": self.speeds.write_s and 1e3 * self.speeds.write_s,
-            "prefill_tokens_s": self.speeds.prefill_tokens_s,
+        """Return figures for operators: whether the store works, how much waits, and what moving a chunk costs."""
+        measured = {
+            "remote_read_ms_per_chunk": self.costs.read_s and 1e3 * self.costs.read_s,
+            "remote_write_ms_per_chunk": self.costs.write_s and 1e3 * self.costs.write_s,
+            "prefill_tokens_s": self.costs.prefill_tokens_s,
         }
         return {
-            "remote": self._name, "remote_works": int(not self.breaker.is_open), "remote_waiting_requests": self.reader.waiting,
-            "remote_queue_chunks": len(self.outbox), **{name: value for name, value in known.items() if value is not None},
+            "remote": self._name, "remote_works": int(not self.breaker.is_open),
+            "remote_waiting_requests": self.reader.num_waiting, "remote_queue_chunks": len(self.outbox),
+            **{name: value for name, value in measured.items() if value is not None},
         }  # fmt: skip
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits to be written, and nothing is being written."""
+        """True if no chunk waits to be written and none is being written."""
         return not len(self.outbox) and not self._writing
 
     async def _finish(self) -> None:
-        """Every call ends soon after its timeout: the memory is nobody's then."""
+        """Wait for all calls, then close the store. Each call ends soon after its timeout; then nobody uses the memory."""
         self._wake.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
         left = self.outbox.take(len(self.outbox))
-        self.outbox.dropped(len(left))
-        self._local.departed([entry.slot for entry in left if entry.slot != NO_SLOT])
+        self.outbox.count_dropped(len(left))
+        self._cache.free_departed([entry.slot for entry in left if entry.slot != NO_SLOT])
         await self._close_store()
 
     async def _close_store(self) -> None:
@@ -156,28 +158,28 @@ class RemoteTier:
         task.add_done_callback(self._tasks.discard)
 
     def note_prefill(self, tokens_s: float) -> None:
-        """An engine computes that fast."""
-        self.speeds.note_prefill(tokens_s)
+        """Note that an engine computes `tokens_s` prompt tokens per second."""
+        self.costs.note_prefill(tokens_s)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
-        """A lease of what this one has and the store adds to it. Done at once if that is sure to be nothing."""
-        asked = WaitingRequest(list(keys), use, prefix, [lease])
+        """Return a lease of the chunks of `lease` and those that the store adds. It is done at once if the store adds none."""
+        request = WaitingRequest(list(keys), use, prefix, [lease])
         with self._lock:
-            if not self._closing and self.reader.takes(asked):
-                self._loop.call_soon_threadsafe(self._begin, asked)
-                return asked.answer
-        asked.reply()
-        return asked.answer
+            if not self._closing and self.reader.admits(request):
+                self._loop.call_soon_threadsafe(self._begin, request)
+                return request.answer
+        request.reply()
+        return request.answer
 
-    def _begin(self, asked: WaitingRequest) -> None:
-        self._spawn(self.reader.serve(asked))
+    def _begin(self, request: WaitingRequest) -> None:
+        self._spawn(self.reader.serve(request))
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def _wake_writers(self) -> None:
-        """From any thread, often."""
+        """Wake the writer. Called from any thread, and often."""
         with self._lock:
             if not self._woken and not self._closing:
                 self._woken = True
@@ -192,29 +194,32 @@ class RemoteTier:
 
     async def _write_all(self) -> None:
         self._writing = True
-        while not self._closing and (entries := self.outbox.take(self._window(self.speeds.write_s))):
+        while not self._closing and (entries := self.outbox.take(self._window_chunks(self.costs.write_s))):
             with self._faults.are_misses():
                 await self._write_window(entries)
         self._writing = False
 
     async def _write_window(self, entries: list[PendingWrite]) -> None:
-        """Write those that the store lacks, and give everything back."""
-        lease = self._local.lease([entry.key for entry in entries if entry.slot == NO_SLOT], prefix=False)
+        """Write the entries that the store lacks, then give back all slots and leases."""
+        lease = self._cache.lease([entry.key for entry in entries if entry.slot == NO_SLOT], prefix=False)
         owned = {entry.key: entry.slot for entry in entries if entry.slot != NO_SLOT}
         slots = owned | dict(zip(lease.keys, lease.slots, strict=True))
         try:
-            self.outbox.dropped(len(entries) - len(slots))  # evicted or cleared before their turn came
+            self.outbox.count_dropped(len(entries) - len(slots))  # evicted or cleared before their turn came
             keys = sorted(slots, key=lambda key: int(self._arena.headers["position"][slots[key]]))
             written = await self._put(keys, slots)
             self._counters.remote_written_chunks += written
         finally:
-            self._local.departed(list(owned.values()))
-            self._local.release(lease)
+            self._cache.free_departed(list(owned.values()))
+            self._cache.release(lease)
 
     async def _put(self, keys: list[bytes], slots: dict[bytes, int]) -> int:
-        """How many were written. A call that fails is tried once more, a little later; a key that is not answered is not."""
-        if not self.breaker.allows():
-            self.outbox.dropped(len(keys))
+        """Write `keys` that the store lacks. Returns how many were written.
+
+        A call that fails is tried once more, a little later. A key that was not answered is not tried again.
+        """
+        if not self.breaker.allows_call():
+            self.outbox.count_dropped(len(keys))
             return 0
         for last in (False, True):
             try:
@@ -223,34 +228,36 @@ class RemoteTier:
                     key for key, is_there in zip(keys, there, strict=True) if not is_there and is_there is not None
                 ]
                 written = await self._put_missing(missing, slots)
-                self.outbox.dropped(there.count(None) + len(missing) - written)  # not answered, or no room
+                self.outbox.count_dropped(
+                    there.count(None) + len(missing) - written
+                )  # not answered, or the store is full
                 return written
             except RemoteError:
                 if last or self.breaker.is_open or self._closing:
                     break
                 await asyncio.sleep(RETRY_S * (0.5 + random.random()))
-        self.outbox.dropped(len(keys))
+        self.outbox.count_dropped(len(keys))
         return 0
 
     async def _put_missing(self, keys: list[bytes], slots: dict[bytes, int]) -> int:
-        """How many of these the store has taken: those that it has said yes to."""
+        """Write `keys`. Returns how many the store has confirmed."""
         if not keys:
             return 0
         began = time.monotonic()
         taken = await self._calls.put(keys, outgoing_parts(self._arena, [slots[key] for key in keys]))
         written = [key for key, ok in zip(keys, taken, strict=True) if ok]
-        self.known.note_written(written)
+        self.presence.note_written(written)
         if written:
-            self.speeds.note_write(len(written), time.monotonic() - began)
+            self.costs.note_write(len(written), time.monotonic() - began)
         return len(written)
 
-    # -- what both do --------------------------------------------------------------------------------------------------
+    # -- reading and writing -------------------------------------------------------------------------------------------
 
-    def _window(
+    def _window_chunks(
         self,
-        chunk_s: float | None,  # what moving one has taken
+        chunk_s: float | None,  # seconds to move one chunk; None: not known
     ) -> int:
-        """Chunks of a call: as many as take WINDOW_S."""
+        """Return how many chunks to move in one call: as many as take WINDOW_S, within limits."""
         slot_nbytes = self._arena.spec.geometry.slot_nbytes
         least, most = (max(1, nbytes // slot_nbytes) for nbytes in WINDOW_NBYTES)
         wanted = FIRST_WINDOW_NBYTES // slot_nbytes if chunk_s is None else int(WINDOW_S / max(chunk_s, 1e-9))

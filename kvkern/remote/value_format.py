@@ -1,16 +1,16 @@
 """A chunk's value in a remote store, version 1: a slot as it lies in the arena, its header and then the parts of all ranks.
 
     offset            field
-    0                 the slot's header (slots.py): what the chunk is, its sizes, plane checksums sealed with key and generation
-    240               in what is reserved there: 16 bytes of BLAKE3 over the header but for these, owner and state
+    0                 the slot's header (arena/slots.py): key, namespace, sizes, plane checksums sealed with key and generation
+    240               in the header's reserved bytes: 16 bytes of BLAKE3 over the header without these, owner and state
     header_nbytes     part of rank 0, part of rank 1, ...; each at a multiple of 4 KiB
 
-A value travels from slot to store and back without a copy. On its way back the header goes to memory of its own, never
-into the slot: state, owner and generation there are the manager's, and a stale writer must not find its generation
-again. From the header that came the slot's own takes the checksums, sealed anew with the slot's generation, and then
-the whole payload is summed: all of it, for the header's own hash vouches for the sizes of its planes. State, owner and
-process of the value's header mean nothing to who reads it. Bytes of a part behind its planes are whatever was in the
-slot: a remote store belongs to the arena's trust domain. `codec` is 0, none.
+A value travels from slot to store and back without a copy. On the way back the header goes to separate memory, never into
+the slot: the manager owns state, owner and generation there, and a stale writer must not find its generation again. The
+slot's header takes the checksums from the header that came, sealed anew with the slot's generation. Then the whole payload
+is summed. That covers all of it, because the header's own hash protects the sizes of its planes. Readers ignore state,
+owner and process of a value's header. The bytes of a part behind its planes are whatever was in the slot: a remote store
+belongs to the arena's trust domain. `codec` is 0, none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HASH = slice(240, 256)
 
 
 def slot_parts(arena: Arena, slot: int) -> Parts:
-    """A slot's memory in the pieces of a value."""
+    """Return the memory of a slot as header and payload."""
     geometry = arena.spec.geometry
     start = PAGE + slot * geometry.slot_nbytes
     whole = arena.bytes.data[start : start + geometry.slot_nbytes]
@@ -38,7 +38,7 @@ def slot_parts(arena: Arena, slot: int) -> Parts:
 
 
 def outgoing_parts(arena: Arena, slots: Sequence[int]) -> list[Parts]:
-    """Values to write. The slots are complete, and leased or the caller's until they are written."""
+    """Return the values of `slots`, ready to write. The slots are complete; the caller leases or owns them until written."""
     parts = [slot_parts(arena, slot) for slot in slots]
     for header, _ in parts:
         header[_HASH] = _hash_of(header)
@@ -46,32 +46,35 @@ def outgoing_parts(arena: Arena, slots: Sequence[int]) -> list[Parts]:
 
 
 def _hash_of(header: memoryview | npt.NDArray[np.uint8]) -> bytes:
-    """Without owner and state: they may change while a value is sent."""
+    """Hash a header without its own hash, owner and state: the last two may change while a value is sent."""
     return blake3(bytes(header[:112]) + bytes(header[132:240]) + bytes(header[256:])).digest(16)
 
 
-def new_headers(
+def allocate_headers(
     geometry: SlotGeometry, count: int
 ) -> npt.NDArray[np.uint8]:  # [count, header_nbytes] uint8, page-aligned
-    """Memory for headers that come."""
+    """Allocate memory for the headers of values that will be read."""
     raw = np.zeros(count * geometry.header_nbytes + PAGE, dtype=np.uint8)
     start = -raw.ctypes.data % PAGE
     return raw[start : start + count * geometry.header_nbytes].reshape(count, geometry.header_nbytes)
 
 
 def incoming_parts(arena: Arena, headers: npt.NDArray[np.uint8], slots: Sequence[int]) -> list[Parts]:
-    """Where values are read to: row i of `headers`, and the payload of slot i."""
+    """Return where to read values: row i of `headers`, and the payload of `slots[i]`."""
     return [(memoryview(headers[row]), slot_parts(arena, slot)[1]) for row, slot in enumerate(slots)]
 
 
-def accept(
+def accept_values(
     arena: Arena,
-    headers: npt.NDArray[np.uint8],  # [n, header_nbytes] as they came
-    slots: npt.NDArray[np.int64],  # [n] granted, their headers begun for these keys, payload read
-    keys: npt.NDArray[np.void],  # [n] V32, what was asked for
+    headers: npt.NDArray[np.uint8],  # [n, header_nbytes] as they were read
+    slots: npt.NDArray[np.int64],  # [n] granted; their headers are begun for these keys, their payload is read
+    keys: npt.NDArray[np.void],  # [n] V32, the keys that were asked for
     namespace: bytes,  # 32-byte root
 ) -> npt.NDArray[np.bool_]:
-    """[n] bool: which values are what was asked for, bit for bit. Their slots are complete then, and can be published."""
+    """Verify values. Returns [n] bool: True where a value is the chunk that was asked for, bit for bit.
+
+    The slots of those values are complete then and can be published.
+    """
     if not len(slots):
         return np.zeros(0, dtype=np.bool_)
     geometry, mine = arena.spec.geometry, arena.headers

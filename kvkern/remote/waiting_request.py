@@ -1,4 +1,4 @@
-"""A request that waits for chunks from the store: what it has, what it lacks, and until when it waits."""
+"""A request that waits for chunks from the store: its leases, its missing chunks, and how long it waits."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ from ..tiers.base import Lease
 
 @dataclass
 class WaitingRequest:
-    """A request that waits."""
+    """One such request. Used on the tier's loop, apart from `answer`."""
 
-    keys: list[bytes]  # of its sequence
+    keys: list[bytes]  # of its sequence, in prefix order
     use: Use
     prefix: bool
-    held: list[Lease]
+    leases: list[Lease]  # what it has got so far; first what DRAM had
     chunk_tokens: int = 0  # 0: not known yet
     answer: Future[Lease] = field(default_factory=Future)
-    question_s: float = 0.0  # that its questions have taken: what is read for others in between makes them several
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of its reads: one at a time, in order
+    question_s: float = (
+        0.0  # spent on its questions so far; reads for other requests in between can make it ask several times
+    )
+    read_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # its reads go one at a time, in order
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self.answer.set_running_or_notify_cancel()  # so that nobody can cancel it: its leases would be nobody's
+        self.answer.set_running_or_notify_cancel()  # so that nobody can cancel it: then nobody would release its leases
 
-    def waits(self) -> bool:
-        """Whether it has not been answered."""
+    def is_waiting(self) -> bool:
+        """Return True if it has not been answered yet."""
         return not self.answer.done()
 
-    def wait(self, seconds: float) -> None:
-        """From now on for so long, whatever was said before; then it is answered. On the tier's loop."""
-        self.rest()
+    def wait_at_most(self, seconds: float) -> None:
+        """Answer it `seconds` from now, whatever limit was set before. Answers at once if `seconds` is 0 or less."""
+        self.stop_timer()
         if seconds > 0:
             self._timer = asyncio.get_running_loop().call_later(seconds, self.reply)
         else:
             self.reply()
 
-    def rest(self) -> None:
-        """End what `wait` has begun."""
+    def stop_timer(self) -> None:
+        """Drop the limit of `wait_at_most`."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def reply(self) -> None:
-        """With what there is."""
+        """Answer it with all leases it has. Does nothing if it is answered already."""
         if not self.answer.done():
-            keys = tuple(key for lease in self.held for key in lease.keys)
-            self.answer.set_result(Lease(keys, tuple(slot for lease in self.held for slot in lease.slots)))
+            keys = tuple(key for lease in self.leases for key in lease.keys)
+            self.answer.set_result(Lease(keys, tuple(slot for lease in self.leases for slot in lease.slots)))
 
     def missing(self) -> list[bytes]:
-        """What the first lease lacks."""
-        (first,) = self.held
+        """Return the keys that the first lease lacks. Call it before there is a second one."""
+        (first,) = self.leases
         if self.prefix:
             return self.keys[len(first.keys) :]
         there = set(first.keys)

@@ -1,11 +1,11 @@
-"""What is to be written, in order of its worth. Filled under the cache's lock, emptied by the tier's loop; bounded.
+"""The queue of chunks to write, the most valuable first. Bounded. Filled under the cache's lock, emptied by the tier's loop.
 
-    worth    P(use) where the policy predicts it, else nothing; among equals heads before tails, since a tail needs its heads
-    full     what is worth least is dropped, and counted
+    worth    P(use) if the policy predicts it, else 0; among equals heads before tails, since a tail needs its heads
+    full     the chunks that are worth least are dropped and counted
 
-An entry either is a chunk that is cached (modes all, hot: it is leased when its turn comes, if it is still there), or owns
-a slot that a chunk has been evicted from (modes evicted, predicted): the outbox gives such slots back unwritten when the
-tier needs them.
+There are two kinds of entries. In the modes all and hot, the chunk is cached; it is leased when its turn comes, if it is
+still there. In the modes evicted and predicted, the entry owns the slot of an evicted chunk; the queue gives such slots
+back unwritten when the DRAM tier needs them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NO_SLOT = -1
 
 @runtime_checkable
 class Predicts(Protocol):
-    """A policy that knows how likely a chunk is used again."""
+    """A policy that predicts how likely a chunk is used again."""
 
     def chances(self, keys: Keys, horizon_s: float) -> list[float]:
-        """The probability of each to be used within so many seconds."""
+        """Return for each key the probability that it is used within `horizon_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +40,37 @@ class PendingWrite:
     """A chunk to write."""
 
     key: bytes
-    slot: int  # that is the outbox's, or NO_SLOT
+    slot: int  # owned by the queue; NO_SLOT: the chunk is cached
     worth: tuple[float, int]  # (chance, -position)
 
 
 class WriteBehind:
-    """`tiers.base.Outbox`."""
+    """`Outbox` of kvkern/tiers/base.py."""
 
     def __init__(
         self,
         arena: Arena,
         mode: Persist,
-        limit: int,  # chunks that may wait
-        speeds: CostModel,
+        limit: int,  # cached chunks that may wait
+        costs: CostModel,
         counters: CacheCounters,
-        works: Callable[[], bool],  # whether the store takes anything now
+        store_works: Callable[[], bool],  # False: the store takes nothing now
         wake: Callable[[], None],
     ) -> None:
         self._positions, self._private = arena.headers["position"], arena.headers["private"]
         self._tokens, self._namespaces = arena.headers["chunk_tokens"], arena.headers["namespace"]
-        self._mode, self._limit, self._speeds, self._counters = mode, limit, speeds, counters
-        self._works, self._wake = works, wake
+        self._mode, self._limit, self._costs, self._counters = mode, limit, costs, counters
+        self._store_works, self._wake = store_works, wake
         self._lock = threading.Lock()
         self._entries: dict[bytes, PendingWrite] = {}
         self._was_hit = np.zeros(arena.spec.num_slots, dtype=np.bool_)  # since the slot's chunk was stored
-        self._chances: dict[bytes, float] = {}  # of what was chosen last
-        self.chunk_tokens = 0  # of the chunks seen last
+        self._chances: dict[bytes, float] = {}  # of the keys that `choose` returned last
+        self.chunk_tokens = 0  # tokens per chunk of the chunks seen last
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    # -- the tier's ----------------------------------------------------------------------------------------------------
+    # -- called by the DRAM tier -----------------------------------------------------------------------------------------
 
     def stored(self, keys: Keys, slots: Sequence[int]) -> None:
         """See Outbox."""
@@ -95,31 +95,33 @@ class WriteBehind:
     def admit(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """See Outbox."""
         if self._mode is Persist.ALL:
-            return list(keys) if self._works() else []
+            return list(keys) if self._store_works() else []
         return self.choose(keys, policy)
 
     def choose(self, keys: Keys, policy: EvictionPolicy) -> list[bytes]:
         """See Outbox."""
         if self._mode not in (Persist.EVICTED, Persist.PREDICTED) or not keys:
             return []
-        if not self._works():
-            self.dropped(len(keys))
+        if not self._store_works():
+            self.count_dropped(len(keys))
             return []
         if self._mode is Persist.EVICTED or not isinstance(policy, Predicts):
             self._chances = {}
             return list(keys)
-        threshold = self._speeds.threshold(self.chunk_tokens)
-        chances = policy.chances(keys, self._speeds.residency_s)
+        threshold = self._costs.write_threshold(self.chunk_tokens)
+        chances = policy.chances(keys, self._costs.residency_s)
         self._chances = {key: chance for key, chance in zip(keys, chances, strict=True) if chance > threshold}
-        if not self._chances and self._speeds.probes_write():
-            hoped = self._speeds.threshold(self.chunk_tokens, hoped=True)
+        if not self._chances and self._costs.write_probe_is_due():
+            hoped = self._costs.write_threshold(self.chunk_tokens, as_if_fast=True)
             likely = heapq.nlargest(PROBE_CHUNKS, zip(chances, keys, strict=True))
             self._chances = {key: chance for chance, key in likely if chance > hoped}
         return list(self._chances)
 
     def depart(self, keys: Keys, slots: Sequence[int]) -> list[int]:
         """See Outbox."""
-        waiting = [key in self._entries for key in keys]  # it left a slot before, and has been computed again since
+        waiting = [
+            key in self._entries for key in keys
+        ]  # an older copy waits: evicted before, and computed again since
         leaving = zip(keys, slots, waiting, strict=True)
         self._add(self._entry(key, slot, slot) for key, slot, twice in leaving if not twice)
         return [slot for slot, twice in zip(slots, waiting, strict=True) if twice]
@@ -127,7 +129,7 @@ class WriteBehind:
     def lost(self, keys: Keys) -> None:
         """See Outbox."""
         if self._mode in (Persist.EVICTED, Persist.PREDICTED):
-            self.dropped(len(keys))
+            self.count_dropped(len(keys))
 
     def recall(self, count: int) -> list[int]:
         """See Outbox."""
@@ -151,18 +153,18 @@ class WriteBehind:
             self._drop(gone)
         return [entry.slot for entry in gone if entry.slot != NO_SLOT]
 
-    # -- the loop's ----------------------------------------------------------------------------------------------------
+    # -- called on the remote tier's loop --------------------------------------------------------------------------------
 
     def take(self, count: int) -> list[PendingWrite]:
-        """Up to so many of the most worth, heads first; the caller's from now on."""
+        """Take out up to `count` entries, the most valuable and heads first. The caller owns them and their slots."""
         with self._lock:
             taken = heapq.nlargest(count, self._entries.values(), key=_worth)
             for entry in taken:
                 del self._entries[entry.key]
         return taken
 
-    def dropped(self, count: int) -> None:
-        """So many are not written after all. From any thread."""
+    def count_dropped(self, count: int) -> None:
+        """Count chunks that will not be written after all. Call it from any thread."""
         with self._lock:
             self._counters.remote_dropped_chunks += count
 

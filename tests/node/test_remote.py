@@ -18,14 +18,15 @@ from kvkern.assemble import open_remote_store
 from kvkern.cache.base import RequestEnd
 from kvkern.config import RemoteConfig
 from kvkern.errors import ConfigError
-from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import server as server_module
 from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
 from kvkern.remote import cost_model as cost_model_module
-from kvkern.remote.stores import base
+from kvkern.remote.stores import registry
 from kvkern.remote.stores.base import RemoteError
+from kvkern.remote.stores.url import RemoteUrl
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, read_verified, served, store
 from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, chain_keys
@@ -59,11 +60,11 @@ def stores(monkeypatch: pytest.MonkeyPatch, values: dict[bytes, bytes]) -> list[
     """All that daemons of this process make, over the same values."""
     made: list[MemoryStore] = []
 
-    def make(url: base.RemoteUrl) -> MemoryStore:
+    def make(url: RemoteUrl) -> MemoryStore:
         made.append(MemoryStore(values))
         return made[-1]
 
-    monkeypatch.setattr(base, "make_store", make)
+    monkeypatch.setattr(registry, "make_store", make)
     return made
 
 
@@ -100,7 +101,7 @@ def test_a_prompt_computed_on_another_node_is_loaded(start: Any, stores: list[Me
 def test_an_answer_that_takes_long_is_no_daemon_that_is_gone(
     start: Any, stores: list[MemoryStore], values: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "ANSWER_S", 0.6)
+    monkeypatch.setattr(reconnecting_link, "ANSWER_S", 0.6)
     monkeypatch.setattr(server_module, "SWEEP_S", 0.1)
     (_, one), (server, two) = start("one"), start("two")
     store(one, A)
@@ -202,7 +203,7 @@ def test_a_store_that_is_refused_when_the_first_engine_comes(
             if wrong:
                 raise ConfigError("wrong password; mend it")
 
-    monkeypatch.setattr(base, "make_store", lambda url: Guarded())
+    monkeypatch.setattr(registry, "make_store", lambda url: Guarded())
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, remote=RemoteConfig("memory://m"))
     with served(config):
 
@@ -232,7 +233,7 @@ def test_a_store_that_neither_opens_nor_closes(monkeypatch: pytest.MonkeyPatch, 
         async def close(self) -> None:
             raise RemoteError("not that either")
 
-    monkeypatch.setattr(base, "make_store", lambda url: Gone())
+    monkeypatch.setattr(registry, "make_store", lambda url: Gone())
     if isinstance(why, ConfigError):
         with pytest.raises(ConfigError, match="wrong password"):
             open_remote_store(RemoteConfig("memory://m"))
@@ -258,7 +259,7 @@ def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--remote", "ftp://h"], "no remote store has the scheme 'ftp'"),
+        (["--remote", "ftp://h"], "No remote store has the scheme 'ftp'"),
         (["--remote", "nonsense"], "has no scheme"),
         (["--remote", "file:///proc/nowhere/x"], "/proc/nowhere"),
         (["--persist", "all"], "persist is 'all', but there is no --remote"),

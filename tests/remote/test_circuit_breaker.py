@@ -16,7 +16,7 @@ def breaker(clock: Clock) -> CircuitBreaker:
 def pause_s(breaker: CircuitBreaker, clock: Clock) -> float:
     """Until it lets somebody try."""
     began = clock.now
-    while not breaker.allows():
+    while not breaker.allows_call():
         clock.now += 0.01
         assert clock.now - began < 2 * LONGEST_PAUSE_S
     return clock.now - began
@@ -24,15 +24,15 @@ def pause_s(breaker: CircuitBreaker, clock: Clock) -> float:
 
 def test_failures_in_a_row_open_it(breaker: CircuitBreaker) -> None:
     for _ in range(FAILURES - 1):
-        assert breaker.begin()
+        assert breaker.begin_call()
         breaker.failed("x")
     breaker.succeeded()
     for _ in range(FAILURES):
         assert not breaker.is_open
-        assert breaker.begin()
+        assert breaker.begin_call()
         breaker.failed("x")
     assert breaker.is_open
-    assert not breaker.begin()
+    assert not breaker.begin_call()
 
 
 def test_one_call_tries_and_the_pause_doubles_up_to_a_limit(breaker: CircuitBreaker, clock: Clock) -> None:
@@ -40,12 +40,12 @@ def test_one_call_tries_and_the_pause_doubles_up_to_a_limit(breaker: CircuitBrea
     expected = FIRST_PAUSE_S
     for _ in range(10):
         assert pause_s(breaker, clock) == pytest.approx(expected, abs=0.02)
-        assert breaker.begin()
-        assert not breaker.begin()
+        assert breaker.begin_call()
+        assert not breaker.begin_call()
         breaker.failed("x")
         expected = min(2 * expected, LONGEST_PAUSE_S)
     pause_s(breaker, clock)
-    assert breaker.begin()
+    assert breaker.begin_call()
     breaker.succeeded()
     assert not breaker.is_open
     breaker.trip("x")
@@ -54,7 +54,7 @@ def test_one_call_tries_and_the_pause_doubles_up_to_a_limit(breaker: CircuitBrea
 
 def test_calls_that_were_under_way_do_not_lengthen_the_pause(breaker: CircuitBreaker, clock: Clock) -> None:
     """A store that hangs fails all at once: as many calls as wait for it."""
-    assert all(breaker.begin() for _ in range(200))
+    assert all(breaker.begin_call() for _ in range(200))
     for _ in range(200):
         breaker.failed("no answer")
     assert pause_s(breaker, clock) == pytest.approx(FIRST_PAUSE_S, abs=0.02)
@@ -62,15 +62,15 @@ def test_calls_that_were_under_way_do_not_lengthen_the_pause(breaker: CircuitBre
 
 def test_answers_in_part_end_no_row_and_begin_none(breaker: CircuitBreaker) -> None:
     for _ in range(FAILURES - 1):
-        assert breaker.begin()
+        assert breaker.begin_call()
         breaker.failed("x")
         for _ in range(FAILURES):
-            assert breaker.begin()
-            breaker.partly()
+            assert breaker.begin_call()
+            breaker.partly_answered()
         assert not breaker.is_open
     breaker.failed("x")
     assert breaker.is_open
-    breaker.partly()  # begun before
+    breaker.partly_answered()  # begun before
     assert breaker.is_open
 
 
@@ -78,14 +78,14 @@ def test_an_answer_in_part_to_the_one_that_tries(breaker: CircuitBreaker, clock:
     """It is asked again; the next failure is not the first one."""
     breaker.trip("x")
     pause_s(breaker, clock)
-    assert breaker.begin()
-    breaker.partly()
+    assert breaker.begin_call()
+    breaker.partly_answered()
     assert not breaker.is_open
-    assert breaker.begin()
+    assert breaker.begin_call()
     breaker.failed("x")
     assert breaker.is_open
     assert pause_s(breaker, clock) == pytest.approx(2 * FIRST_PAUSE_S, abs=0.02)
-    assert breaker.begin()
+    assert breaker.begin_call()
     breaker.succeeded()
     for _ in range(FAILURES - 1):
         breaker.failed("x")
@@ -93,12 +93,12 @@ def test_an_answer_in_part_to_the_one_that_tries(breaker: CircuitBreaker, clock:
 
 
 def test_a_late_failure_lets_nobody_else_try_at_once(breaker: CircuitBreaker, clock: Clock) -> None:
-    assert all(breaker.begin() for _ in range(FAILURES + 1))
+    assert all(breaker.begin_call() for _ in range(FAILURES + 1))
     for _ in range(FAILURES):
         breaker.failed("x")
     pause_s(breaker, clock)
-    assert breaker.begin()
+    assert breaker.begin_call()
     breaker.failed("begun long ago")
-    assert not breaker.allows()
+    assert not breaker.allows_call()
     breaker.succeeded()  # and the one that tries works
     assert not breaker.is_open

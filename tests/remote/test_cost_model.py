@@ -32,121 +32,121 @@ FAST_S = CHUNK_NBYTES / 10e9
 
 
 @pytest.fixture
-def speeds(clock: Clock) -> CostModel:
+def costs(clock: Clock) -> CostModel:
     made = CostModel(CHUNK_NBYTES, clock)
     made.note_prefill(15_000)
     return made
 
 
 def test_what_is_not_known_refuses_nothing(clock: Clock) -> None:
-    speeds = CostModel(CHUNK_NBYTES, clock)
-    assert speeds.worth(7, 0) == speeds.worth(7, CHUNK_TOKENS) == 7
-    assert speeds.ask_wait(7, CHUNK_TOKENS) == speeds.read_wait(7, 7, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
-    assert speeds.asks(1, CHUNK_TOKENS)
-    assert speeds.threshold(CHUNK_TOKENS) == pytest.approx(Costs().threshold)
+    costs = CostModel(CHUNK_NBYTES, clock)
+    assert costs.chunks_worth_reading(7, 0) == costs.chunks_worth_reading(7, CHUNK_TOKENS) == 7
+    assert costs.ask_limit(7, CHUNK_TOKENS) == costs.read_limit(7, 7, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+    assert costs.worth_asking(1, CHUNK_TOKENS)
+    assert costs.write_threshold(CHUNK_TOKENS) == pytest.approx(Costs().threshold)
 
 
 COMPUTE_S = CHUNK_TOKENS / 15_000  # a chunk
 
 
-def test_what_was_never_measured_gets_a_share_of_computing(speeds: CostModel) -> None:
-    assert speeds.ask_wait(4, CHUNK_TOKENS) == (ASK_SHARE * 4 * COMPUTE_S, LEAST_WAIT_S)
-    assert speeds.ask_wait(1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
-    assert speeds.read_wait(4, 20, CHUNK_TOKENS).request_s == pytest.approx(FIRST_READ_SHARE * 20 * COMPUTE_S)
-    assert speeds.read_wait(4, 1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+def test_what_was_never_measured_gets_a_share_of_computing(costs: CostModel) -> None:
+    assert costs.ask_limit(4, CHUNK_TOKENS) == (ASK_SHARE * 4 * COMPUTE_S, LEAST_WAIT_S)
+    assert costs.ask_limit(1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
+    assert costs.read_limit(4, 20, CHUNK_TOKENS).request_s == pytest.approx(FIRST_READ_SHARE * 20 * COMPUTE_S)
+    assert costs.read_limit(4, 1000, CHUNK_TOKENS) == (FIRST_WAIT_S, FIRST_WAIT_S)
 
 
-def test_a_question_may_take_some_times_what_it_takes(speeds: CostModel, clock: Clock) -> None:
-    speeds.note_ask(0.001)
-    assert speeds.ask_wait(1000, CHUNK_TOKENS) == (LEAST_WAIT_S, LEAST_WAIT_S)
-    assert speeds.ask_wait(1, CHUNK_TOKENS) == (ASK_SHARE * COMPUTE_S, LEAST_WAIT_S)
+def test_a_question_may_take_some_times_what_it_takes(costs: CostModel, clock: Clock) -> None:
+    costs.note_ask(0.001)
+    assert costs.ask_limit(1000, CHUNK_TOKENS) == (LEAST_WAIT_S, LEAST_WAIT_S)
+    assert costs.ask_limit(1, CHUNK_TOKENS) == (ASK_SHARE * COMPUTE_S, LEAST_WAIT_S)
     for _ in range(200):
-        speeds.note_ask(0.1)
-    assert speeds.ask_wait(1000, CHUNK_TOKENS).request_s == pytest.approx(ASK_TIMES * 0.1, rel=0.01)
+        costs.note_ask(0.1)
+    assert costs.ask_limit(1000, CHUNK_TOKENS).request_s == pytest.approx(ASK_TIMES * 0.1, rel=0.01)
     for _ in range(200):
-        speeds.note_ask(4.0)
-    assert not speeds.asks(1000, CHUNK_TOKENS)  # four seconds, of the seventeen that computing takes
-    assert speeds.ask_wait(10_000, CHUNK_TOKENS).request_s == LONGEST_ASK_S
+        costs.note_ask(4.0)
+    assert not costs.worth_asking(1000, CHUNK_TOKENS)  # four seconds, of the seventeen that computing takes
+    assert costs.ask_limit(10_000, CHUNK_TOKENS).request_s == LONGEST_ASK_S
     for _ in range(200):
-        speeds.note_ask(6.0)
-    assert not speeds.asks(10_000, CHUNK_TOKENS)
-    assert not speeds.asks(10_000, 0)  # computing is not known
+        costs.note_ask(6.0)
+    assert not costs.worth_asking(10_000, CHUNK_TOKENS)
+    assert not costs.worth_asking(10_000, 0)  # computing is not known
     clock.now += PROBE_S
-    assert speeds.asks(1000, CHUNK_TOKENS)
-    assert speeds.ask_wait(1000, CHUNK_TOKENS).request_s == 0  # to measure it: nobody waits
-    speeds.note_ask(0.001)
-    assert speeds.asks(1000, CHUNK_TOKENS)
+    assert costs.worth_asking(1000, CHUNK_TOKENS)
+    assert costs.ask_limit(1000, CHUNK_TOKENS).request_s == 0  # to measure it: nobody waits
+    costs.note_ask(0.001)
+    assert costs.worth_asking(1000, CHUNK_TOKENS)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.89])
 def test_a_window_may_take_some_times_what_it_takes_and_no_longer_than_computing(
-    speeds: CostModel, share: float
+    costs: CostModel, share: float
 ) -> None:
     read_s = share * COMPUTE_S
-    speeds.note_read(1, read_s)
+    costs.note_read(1, read_s)
     for chunks in (1, 3, 8, 50):
-        wait = speeds.read_wait(chunks, 1000, CHUNK_TOKENS)
-        assert wait.late_s == pytest.approx(max(LEAST_WAIT_S, READ_TIMES * chunks * read_s))
-        assert wait.request_s == pytest.approx(min(wait.late_s, chunks * COMPUTE_S))
+        wait = costs.read_limit(chunks, 1000, CHUNK_TOKENS)
+        assert wait.stalled_after_s == pytest.approx(max(LEAST_WAIT_S, READ_TIMES * chunks * read_s))
+        assert wait.request_s == pytest.approx(min(wait.stalled_after_s, chunks * COMPUTE_S))
         assert wait.request_s > chunks * read_s  # what is just fast enough is waited for
-    assert speeds.read_wait(1 << 20, 1 << 20, CHUNK_TOKENS) == (LONGEST_WAIT_S, LONGEST_WAIT_S)
-    assert speeds.read_wait(1 << 20, 1 << 20, 0) == (LONGEST_WAIT_S, LONGEST_WAIT_S)  # computing is not known
+    assert costs.read_limit(1 << 20, 1 << 20, CHUNK_TOKENS) == (LONGEST_WAIT_S, LONGEST_WAIT_S)
+    assert costs.read_limit(1 << 20, 1 << 20, 0) == (LONGEST_WAIT_S, LONGEST_WAIT_S)  # computing is not known
 
 
-def test_what_does_not_pay_is_not_waited_for(speeds: CostModel, clock: Clock) -> None:
-    speeds.note_read(8, 8 * COMPUTE_S)
+def test_what_does_not_pay_is_not_waited_for(costs: CostModel, clock: Clock) -> None:
+    costs.note_read(8, 8 * COMPUTE_S)
     clock.now += PROBE_S
-    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
-    assert speeds.read_wait(PROBE_CHUNKS, 8, CHUNK_TOKENS).request_s == 0
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    assert costs.read_limit(PROBE_CHUNKS, 8, CHUNK_TOKENS).request_s == 0
 
 
-def test_a_slow_store_is_left_and_tried_now_and_then(speeds: CostModel, clock: Clock) -> None:
-    speeds.note_read(8, 8 * 0.1)
-    assert speeds.worth(8, CHUNK_TOKENS) == 0
+def test_a_slow_store_is_left_and_tried_now_and_then(costs: CostModel, clock: Clock) -> None:
+    costs.note_read(8, 8 * 0.1)
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
-    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
-    assert speeds.worth(8, CHUNK_TOKENS) == 0  # another request's try is under way
-    speeds.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # still is
-    assert speeds.worth(8, CHUNK_TOKENS) == 0
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0  # another request's try is under way
+    costs.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # still is
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
-    assert speeds.worth(8, CHUNK_TOKENS) == PROBE_CHUNKS
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == PROBE_CHUNKS
 
 
-def test_asking_that_takes_too_long_is_tried_by_one_request_now_and_then(speeds: CostModel, clock: Clock) -> None:
-    speeds.note_ask(8 * COMPUTE_S)
+def test_asking_that_takes_too_long_is_tried_by_one_request_now_and_then(costs: CostModel, clock: Clock) -> None:
+    costs.note_ask(8 * COMPUTE_S)
     for _ in range(2):
-        assert not speeds.asks(8, CHUNK_TOKENS)
+        assert not costs.worth_asking(8, CHUNK_TOKENS)
         clock.now += PROBE_S
-        assert speeds.asks(8, CHUNK_TOKENS)
+        assert costs.worth_asking(8, CHUNK_TOKENS)
 
 
 @pytest.mark.parametrize("before", [0, 1, 1000])
-def test_reads_that_hung_once_are_forgotten_by_the_first_try(speeds: CostModel, clock: Clock, before: int) -> None:
+def test_reads_that_hung_once_are_forgotten_by_the_first_try(costs: CostModel, clock: Clock, before: int) -> None:
     if before:
-        speeds.note_read(before, before * FAST_S)
-    speeds.note_read(50, 20.0)
-    assert speeds.worth(8, CHUNK_TOKENS) == 0
+        costs.note_read(before, before * FAST_S)
+    costs.note_read(50, 20.0)
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
-    speeds.note_read(speeds.worth(8, CHUNK_TOKENS), PROBE_CHUNKS * FAST_S)
-    assert speeds.worth(8, CHUNK_TOKENS) == 8
+    costs.note_read(costs.chunks_worth_reading(8, CHUNK_TOKENS), PROBE_CHUNKS * FAST_S)
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 8
 
 
-def test_one_slow_read_after_a_pause_does_not_count_more_than_others(speeds: CostModel, clock: Clock) -> None:
-    speeds.note_read(1000, 1000 * FAST_S)
+def test_one_slow_read_after_a_pause_does_not_count_more_than_others(costs: CostModel, clock: Clock) -> None:
+    costs.note_read(1000, 1000 * FAST_S)
     clock.now += 100 * PROBE_S
-    speeds.note_read(1, 0.1)
-    assert speeds.worth(8, CHUNK_TOKENS) == 8
+    costs.note_read(1, 0.1)
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 8
 
 
-def test_a_store_that_was_emptied_is_held_to_keep_things_again(speeds: CostModel) -> None:
-    speeds.note_gone(10.0)
-    assert speeds.residency_s == 10.0
+def test_a_store_that_was_emptied_is_held_to_keep_things_again(costs: CostModel) -> None:
+    costs.note_gone(10.0)
+    assert costs.residency_s == 10.0
     for _ in range(100):
-        speeds.note_there(5.0)  # says nothing
-    assert speeds.residency_s == 10.0
+        costs.note_still_there(5.0)  # says nothing
+    assert costs.residency_s == 10.0
     for _ in range(100):
-        speeds.note_there(600.0)
-    assert 590 < speeds.residency_s < 600
+        costs.note_still_there(600.0)
+    assert 590 < costs.residency_s < 600
 
 
 class Likely(Grit):
@@ -158,39 +158,39 @@ class Likely(Grit):
         return [self.of[key] for key in keys]
 
 
-def test_writes_that_hung_once_are_tried_again(tmp_path: Path, speeds: CostModel, clock: Clock) -> None:
+def test_writes_that_hung_once_are_tried_again(tmp_path: Path, costs: CostModel, clock: Clock) -> None:
     """Nothing else measures them: a threshold that nothing reaches would stay for ever."""
     keys = chain_keys("a", 5)
     policy = Likely(8)
     policy.of = dict(zip(keys, (0.6, 0.01, 0.8, 0.7, 0.9), strict=True))
     arena = make_arena(tmp_path)
     outbox = WriteBehind(
-        arena, Persist.PREDICTED, 8, speeds, CacheCounters(), lambda: True, lambda: None,
+        arena, Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
     )  # fmt: skip
     outbox.chunk_tokens = CHUNK_TOKENS
     assert outbox.choose(keys, policy) == [keys[i] for i in (0, 2, 3, 4)]
-    speeds.note_write(8, 8 * FAST_S)
+    costs.note_write(8, 8 * FAST_S)
     assert len(outbox.choose(keys, policy)) == 4
-    speeds.note_write(8, 8.0)
+    costs.note_write(8, 8.0)
     assert outbox.choose(keys, policy) == []
     clock.now += PROBE_S
     probed = outbox.choose(keys, policy)
     assert sorted(probed) == sorted([keys[2], keys[4]])
-    speeds.note_write(len(probed), len(probed) * FAST_S)
+    costs.note_write(len(probed), len(probed) * FAST_S)
     assert len(outbox.choose(keys, policy)) == 4
     arena.close()
 
 
-def test_what_would_not_pay_anyway_is_no_try(tmp_path: Path, speeds: CostModel, clock: Clock) -> None:
+def test_what_would_not_pay_anyway_is_no_try(tmp_path: Path, costs: CostModel, clock: Clock) -> None:
     keys = chain_keys("a", 3)
     policy = Likely(8)
     policy.of = dict.fromkeys(keys, 0.01)
     arena = make_arena(tmp_path)
     outbox = WriteBehind(
-        arena, Persist.PREDICTED, 8, speeds, CacheCounters(), lambda: True, lambda: None,
+        arena, Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
     )  # fmt: skip
     outbox.chunk_tokens = CHUNK_TOKENS
-    speeds.note_write(8, 8.0)
+    costs.note_write(8, 8.0)
     clock.now += PROBE_S
     assert outbox.choose(keys, policy) == []
     arena.close()

@@ -21,7 +21,7 @@ import pytest
 
 from kvkern.arena.slots import SlotGeometry
 from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote.stores.base import value_name
 from kvkern.remote.stores.file.value_files import file_name
 from kvkern.remote.stores.registry import make_store
@@ -42,9 +42,9 @@ HEADER = GEOMETRY.header_nbytes
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recovery takes no minutes; and a load of unknown worth waits however little time the machine gives."""
     monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 1.0)
-    monkeypatch.setattr(speeds_module, "PROBE_S", 0.3)
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "PROBE_S", 0.3)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
 
 
 @contextmanager
@@ -465,7 +465,7 @@ def test_many_requests_while_nobody_answers(tmp_path: Path, monkeypatch: pytest.
                 two.cache.release(answer.result(PATIENCE_S + LATE_S))
             assert time.monotonic() - began < PATIENCE_S + LATE_S
             eventually(lambda: two.tier.breaker.is_open, "the breaker")
-            eventually(lambda: two.tier.reader.waiting == 0, "the end of the calls")
+            eventually(lambda: two.tier.reader.num_waiting == 0, "the end of the calls")
             assert two.tier.breaker._pause_s <= 4 * breaker_module.FIRST_PAUSE_S
             proxy.heal()
             comes_back(two, B)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote.cost_model import FOREVER_S
 from kvkern.remote.stores.base import value_name
 from kvkern.remote.stores.registry import make_store
@@ -49,7 +49,7 @@ def two(tmp_path: Path, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) 
         assert one.compute(LONG) == 24
         one.settle()
         assert one.counters["remote_written_chunks"] == 24
-        two.tier.known.note_written(LONG)  # as if it had: what is found gone would tell how long things stay
+        two.tier.presence.note_written(LONG)  # as if it had: what is found gone would tell how long things stay
         yield two
 
 
@@ -58,15 +58,15 @@ def owners(chain: list[bytes], cluster: RedisCluster) -> list[int]:
 
 
 def nothing_concluded(node: Node) -> None:
-    assert not set(LONG) & set(node.tier.known.absent)
-    assert set(LONG) <= set(node.tier.known.written_at)
-    assert node.tier.speeds.residency_s == FOREVER_S
+    assert not set(LONG) & set(node.tier.presence.absent)
+    assert set(LONG) <= set(node.tier.presence.written_at)
+    assert node.tier.costs.residency_s == FOREVER_S
     assert node.counters["faults"] == node.counters["remote_bad_chunks"] == 0
 
 
 def test_a_server_that_is_killed(two: Node, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
     has = owners(LONG, cluster)
     dead = next(owner for owner in (0, 1, 2) if has[0] != owner)
     there = has.index(dead)
@@ -88,13 +88,13 @@ def test_a_server_that_is_killed(two: Node, cluster: RedisCluster, monkeypatch: 
     assert two.hits(new) == new_has.index(dead)
     behind = next(i for i, owner in enumerate(fresh_has) if owner != dead)
     assert two.hits(fresh[behind:]) == 0  # that its server says is not there
-    assert fresh[behind] in two.tier.known.absent
+    assert fresh[behind] in two.tier.presence.absent
 
 
 def test_a_server_that_is_paused(two: Node, cluster: RedisCluster) -> None:
     has = owners(LONG, cluster)
     paused = has[3]
-    two.tier.speeds.note_ask(0.005)
+    two.tier.costs.note_ask(0.005)
     cluster.servers[paused].stop()
     try:
         waited = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import prefix_reader as fetch_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.circuit_breaker import FAILURES
@@ -66,8 +66,8 @@ def informed(node: Node, six_chunks_s: float = COMPUTE_S, ask_s: float = 0.001, 
     """It knows what everything takes."""
     node.tier.outbox.chunk_tokens = SHAPE.chunk_tokens
     node.tier.note_prefill(6 * SHAPE.chunk_tokens / six_chunks_s)
-    node.tier.speeds.note_ask(ask_s)
-    node.tier.speeds.note_read(1000, 1000 * read_s)
+    node.tier.costs.note_ask(ask_s)
+    node.tier.costs.note_read(1000, 1000 * read_s)
 
 
 def timed(call: Callable[[], int]) -> tuple[int, float]:
@@ -137,7 +137,7 @@ def test_a_store_that_hangs_for_ever_costs_a_request_per_timeout_until_it_is_not
 def test_the_first_question_waits_for_a_share_of_computing(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 300.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 300.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         one.tier.outbox.chunk_tokens = SHAPE.chunk_tokens
         one.tier.note_prefill(6 * SHAPE.chunk_tokens / 2.0)  # two seconds
@@ -151,20 +151,20 @@ def test_the_first_question_waits_for_a_share_of_computing(
 def test_questions_of_a_request_share_its_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it asks for lies on both sides of what somebody else is reading: it has to ask twice."""
     waits: list[float] = []
-    wait = WaitingRequest.wait
+    wait = WaitingRequest.wait_at_most
 
     def noted(asked: WaitingRequest, seconds: float) -> None:
         waits.append(seconds)
         wait(asked, seconds)
 
     for name in ("LEAST_WAIT_S", "LONGEST_ASK_S", "LONGEST_WAIT_S"):
-        monkeypatch.setattr(speeds_module, name, 100.0)
+        monkeypatch.setattr(cost_model_module, name, 100.0)
     with node(tmp_path, store, slots=64) as one:
         informed(one, six_chunks_s=600.0)
         store.kind, store.hangs = "get", asyncio.Event()
         first = one.cache.acquire_soon(A, True, USE)
         eventually(lambda: ("get", 6) in store.calls, "the read of somebody else")
-        monkeypatch.setattr(WaitingRequest, "wait", noted)
+        monkeypatch.setattr(WaitingRequest, "wait_at_most", noted)
         store.kind, store.delay_s = "", 0.3
         second = one.cache.acquire_soon(B + A + C, True, USE)
         eventually(lambda: one.counters["remote_hit_chunks"] == 6, "its own first read")
@@ -186,14 +186,14 @@ def test_what_is_slow_to_ask_is_not_asked_for_little(tmp_path: Path, store: Stuc
         assert not answer.result().keys
         assert one.counters["remote_unasked_chunks"] == 6
         assert not [what for what, _ in store.calls if what == "exists"]
-        one.tier.speeds._asked_at -= 100  # PROBE_S later
+        one.tier.costs._asked_at -= 100  # PROBE_S later
         one.hits(A)  # nobody waits for the measurement
-        eventually(lambda: (one.tier.speeds.ask_s or 1) < 0.2, "the measurement")
+        eventually(lambda: (one.tier.costs.ask_s or 1) < 0.2, "the measurement")
 
 
 def test_many_who_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch_module, "MAX_WAITING", 3)
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
     with node(tmp_path, store) as one:
         store.kind, store.hangs = "exists", asyncio.Event()
         answers = [one.cache.acquire_soon(chain_keys(("absent", i), 3), True, USE) for i in range(5)]
@@ -201,7 +201,7 @@ def test_many_who_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyP
         one.tier._loop.call_soon_threadsafe(store.hangs.set)
         for answer in answers:
             one.cache.release(answer.result(30))
-        eventually(lambda: one.tier.reader.waiting == 0)
+        eventually(lambda: one.tier.reader.num_waiting == 0)
         assert one.hits(A) == 6
 
 
@@ -219,7 +219,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_store_that_becomes_slow_on_the_way_gives_what_has_come(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 2.0)  # of a window
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 2.0)  # of a window
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         informed(one, six_chunks_s=60.0)  # 200 s for all, 20 s for a window
         store.kind, store.first, store.hangs = "get", 2, asyncio.Event()
@@ -229,7 +229,7 @@ def test_a_store_that_becomes_slow_on_the_way_gives_what_has_come(
         eventually(lambda: one.tier._calls.stalled, "the mark")
         assert one.cache.acquire_soon(A, True, USE).done()
         one.tier._loop.call_soon_threadsafe(store.hangs.set)
-        eventually(lambda: not one.tier.reader.waiting, "the end of the request")
+        eventually(lambda: not one.tier.reader.num_waiting, "the end of the request")
         assert one.counters["remote_late_chunks"] == 4  # two windows were under way
         assert one.cache.lookup(LONG) == 8
 
@@ -238,7 +238,7 @@ def test_a_store_that_becomes_slow_on_the_way_gives_what_has_come(
 def test_a_window_is_waited_for_no_longer_than_computing_it_takes(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 300.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 300.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         informed(one, six_chunks_s=6.0)  # 2 s for a window, 20 s for all
         store.kind, store.first, store.hangs = "get", 1, asyncio.Event()
@@ -278,7 +278,7 @@ def test_a_first_read_that_turns_out_not_to_pay_is_the_last(tmp_path: Path, stor
         one.tier.note_prefill(20 * SHAPE.chunk_tokens / 8.0)  # 0.8 s for a window
         store.kind, store.seconds = "get", 0.85
         one.hits(LONG)
-        eventually(lambda: not one.tier.reader.waiting, "the end of the request")
+        eventually(lambda: not one.tier.reader.num_waiting, "the end of the request")
         assert [what for what, _ in store.calls].count("get") <= 2  # that were under way
         assert one.hits(C) == 0
         assert one.counters["remote_gated_chunks"] == 6
@@ -287,7 +287,7 @@ def test_a_first_read_that_turns_out_not_to_pay_is_the_last(tmp_path: Path, stor
 def test_who_waits_for_somebody_else_s_read_waits_no_longer(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 2.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 2.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         informed(one)
         store.kind, store.hangs = "get", asyncio.Event()
@@ -307,20 +307,20 @@ def test_who_waits_for_somebody_else_s_read_waits_no_longer(
 def test_a_node_that_only_reads_learns_the_tokens_of_a_chunk(tmp_path: Path, store: Stuck) -> None:
     with node(tmp_path, store, slots=64) as one:
         told: list[int] = []
-        real = one.tier.speeds.worth
+        real = one.tier.costs.chunks_worth_reading
 
-        def worth(chunks: int, chunk_tokens: int) -> int:
+        def chunks_worth_reading(chunks: int, chunk_tokens: int) -> int:
             told.append(chunk_tokens)
             return real(chunks, chunk_tokens)
 
-        one.tier.speeds.worth = worth  # type: ignore[method-assign]
+        one.tier.costs.chunks_worth_reading = chunks_worth_reading  # type: ignore[method-assign]
         eventually(lambda: one.hits(A) == 6)  # the first one waits for a second at most
         assert one.tier.outbox.chunk_tokens in (0, SHAPE.chunk_tokens)  # a hit in DRAM tells it
         one.tier.outbox.chunk_tokens = 0
         one.hits(B)
         assert told[0] == 0
         assert told[-1] == SHAPE.chunk_tokens
-        assert dict(one.tier.reader._tokens) == {NAMESPACE: SHAPE.chunk_tokens}
+        assert dict(one.tier.reader._chunk_tokens) == {NAMESPACE: SHAPE.chunk_tokens}
 
 
 def test_what_dram_has_of_a_prefix_tells_the_tokens_of_a_chunk(tmp_path: Path, store: Stuck) -> None:
@@ -330,7 +330,7 @@ def test_what_dram_has_of_a_prefix_tells_the_tokens_of_a_chunk(tmp_path: Path, s
         lease = one.cache._acquire(A, True, USE)
 
         asked = WaitingRequest(list(A), USE, True, [lease])
-        assert one.tier.reader.takes(asked)
+        assert one.tier.reader.admits(asked)
         assert asked.chunk_tokens == SHAPE.chunk_tokens
-        one.tier.reader.waiting -= 1
+        one.tier.reader.num_waiting -= 1
         one.cache.release(lease)

@@ -29,7 +29,7 @@ import pytest
 from kvkern.policy.base import Use
 from kvkern.policy.persist_modes import Persist
 from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import presence_cache as known_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.stores.registry import make_store
@@ -80,9 +80,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes_module, "DramTier", Counted)
     monkeypatch.setattr(worker, "payload", cache(worker.payload))
     monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 0.5)
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", PATIENCE_S)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", PATIENCE_S)
-    monkeypatch.setattr(speeds_module, "PROBE_S", 0.2)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(cost_model_module, "PROBE_S", 0.2)
     monkeypatch.setattr(known_module, "ABSENT_S", 0.1)
     monkeypatch.setattr(known_module, "MAX_ABSENT", MAX_REMEMBERED)
     monkeypatch.setattr(known_module, "MAX_REMEMBERED", MAX_REMEMBERED)
@@ -149,7 +149,7 @@ class Engine(threading.Thread):
         if self._rng.random() < 0.1:  # it is gone before it is answered
             answer.add_done_callback(lambda answer: self._node.cache.release_later(answer.result()))
             return
-        lease = answer.result(speeds_module.LONGEST_WAIT_S + LATE_S)
+        lease = answer.result(cost_model_module.LONGEST_WAIT_S + LATE_S)
         patience_s = max(PATIENCE_S, len(chain) * 0.2)
         assert time.monotonic() - began < patience_s + LATE_S
         if prefix:
@@ -396,7 +396,7 @@ def at_rest(node: Node) -> None:
 
     def let_go() -> bool:
         node.cache.lookup(())  # ends what was to be released later; some is only answered now
-        return not (tier.reader.waiting or any(dram._pins))
+        return not (tier.reader.num_waiting or any(dram._pins))
 
     eventually(let_go, "the end of every lease")
     node.settle()
@@ -407,9 +407,9 @@ def at_rest(node: Node) -> None:
     assert counters.faults == counters.bad_chunks == 0
     assert counters.hit_chunks <= counters.lookup_chunks
     eventually(lambda: len(tier._tasks) == 1, "the end of every task but the one that writes")
-    assert not tier.reader._coming
-    assert len(tier.known.absent) <= MAX_REMEMBERED
-    assert len(tier.known.written_at) <= MAX_REMEMBERED
+    assert not tier.reader._being_read
+    assert len(tier.presence.absent) <= MAX_REMEMBERED
+    assert len(tier.presence.written_at) <= MAX_REMEMBERED
 
 
 def recovered(folder: Path, url: str, nodes: list[Node], seed: int) -> None:

@@ -13,7 +13,7 @@ from kvkern.arena.slots import SlotGeometry, SlotState
 from kvkern.errors import ConfigError
 from kvkern.policy.base import Use
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.tiers.base import ChunkShape
@@ -28,8 +28,8 @@ A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -219,17 +219,17 @@ def test_a_store_too_slow_to_pay_is_not_read_but_measured_now_and_then(tmp_path:
         one.settle()
         two.compute(chain_keys("own", 1))
         two.tier.note_prefill(16 / 0.02)  # 20 ms a chunk
-        two.tier.speeds.note_read(1000, 1000 * 0.03)
+        two.tier.costs.note_read(1000, 1000 * 0.03)
         assert two.hits(A) == 0
         assert two.counters["remote_gated_chunks"] == 6
-        two.tier.speeds._read_at -= 100  # PROBE_S later
+        two.tier.costs._read_at -= 100  # PROBE_S later
         assert two.hits(A) == 0  # nobody waits for the measurement
         eventually(lambda: two.cache.lookup(A) == 2, "what was read for it in DRAM")
         assert two.counters["remote_late_chunks"] == 2
         for _ in range(10):  # it is fast, and this is found out
-            two.tier.speeds._read_at -= 100
+            two.tier.costs._read_at -= 100
             two.hits(B)
-        two.tier.speeds.note_read(1000, 1.0)
+        two.tier.costs.note_read(1000, 1.0)
         assert two.hits(C) == 6
 
 
@@ -419,7 +419,7 @@ def test_what_is_cleared_is_not_written_any_more(tmp_path: Path, store: MemorySt
     gate, other = asyncio.Event(), ChunkShape(bytes(31) + b"x", group=0, chunk_tokens=16)
     first, mine, theirs = (chain_keys(name, 6) for name in ("first", "mine", "theirs"))
     with node(tmp_path, store, mode=Persist.EVICTED, slots=48) as one:
-        one.tier._window = lambda chunk_s: 4  # type: ignore[method-assign]
+        one.tier._window_chunks = lambda chunk_s: 4  # type: ignore[method-assign]
         store.gate = gate
         for chain, shape in ((first, SHAPE), (mine, SHAPE), (theirs, other)):
             reservation = one.cache.reserve(chain, chain, shape, USE)

@@ -13,7 +13,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import tier as tier_module
 from kvkern.remote.stores.base import Got, Parts, RemoteError
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
@@ -90,8 +90,8 @@ def fails(error: BaseException) -> Step:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_an_engine_computes_what_is_being_read(tmp_path: Path, store: Scripted, 
     """Its patience over, it writes the chunks itself; then they come."""
     with node(tmp_path, store) as one, Gate() as gate:
         store.before["get"] = gate
-        one.tier.speeds.note_prefill(1e9)
+        one.tier.costs.note_prefill(1e9)
         one.tier.outbox.chunk_tokens = 16
         assert one.hits(A) == 0
         gate.wait()
@@ -472,8 +472,8 @@ def test_what_is_read_long_after_it_was_written(tmp_path: Path) -> None:
     with node(tmp_path, MemoryStore()) as one:
         one.compute(A)
         one.settle()
-        one.tier.speeds.note_gone(0.0)
-        one.tier.known.written_at[A[3]] -= 1000
+        one.tier.costs.note_gone(0.0)
+        one.tier.presence.written_at[A[3]] -= 1000
         one.cache.drop(A)
         assert one.hits(A) == 6
-        assert one.tier.speeds.residency_s == pytest.approx(50, rel=0.1)
+        assert one.tier.costs.residency_s == pytest.approx(50, rel=0.1)

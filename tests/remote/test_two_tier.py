@@ -13,12 +13,12 @@ import pytest
 
 from kvkern.policy.base import Stop
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import presence_cache as known_module
 from kvkern.remote.cost_model import FOREVER_S, CostModel
 from kvkern.remote.stores.base import Got, Parts
 from kvkern.replay import two_tier
-from kvkern.replay.policy_driver import requests
+from kvkern.replay.policy_driver import trace_requests
 from kvkern.replay.trace import Trace
 from tests.node.conftest import write_payload
 from tests.remote.nodes import node
@@ -90,11 +90,11 @@ def test_hits_and_writes_are_those_of_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Persist
 ) -> None:
     monkeypatch.setattr(known_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 60.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 60.0)
     monkeypatch.setattr(CostModel, "note_gone", lambda self, age_s: None)
-    monkeypatch.setattr(CostModel, "note_there", lambda self, age_s: None)
-    monkeypatch.setattr(CostModel, "threshold", lambda self, tokens, hoped=False: THRESHOLD)
+    monkeypatch.setattr(CostModel, "note_still_there", lambda self, age_s: None)
+    monkeypatch.setattr(CostModel, "write_threshold", lambda self, tokens, as_if_fast=False: THRESHOLD)
     trace = conversations(1)
     replayed = two_tier.replay(trace, "grit", DRAM, REMOTE, mode, THRESHOLD, hints=False)
     hits = 0
@@ -103,9 +103,9 @@ def test_hits_and_writes_are_those_of_the_replay(
     with node(tmp_path, store, mode=mode, slots=DRAM + spare, predict=True) as one:
         now = [0.0]
         one.cache._clock = lambda: now[0]
-        for chain, use in requests(trace, False, lambda done: None):
+        for chain, use in trace_requests(trace, False, lambda done: None):
             now[0] = store.now_s = use.now_s
-            one.tier.speeds.residency_s = store.residency_s
+            one.tier.costs.residency_s = store.residency_s
             mine = replace(use, namespace=NAMESPACE)
             lease = one.cache.acquire(chain, use=mine)
             hits += len(lease.keys)

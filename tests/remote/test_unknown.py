@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import cost_model as speeds_module
+from kvkern.remote import cost_model as cost_model_module
 from kvkern.remote import store_calls as calls_module
 from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.remote.cost_model import FOREVER_S
@@ -57,8 +57,8 @@ class Sharded(MemoryStore):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
-    monkeypatch.setattr(speeds_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(speeds_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
     monkeypatch.setattr(calls_module, "LATE_SHARE", 100.0)  # soon enough, whenever it is
 
 
@@ -76,9 +76,9 @@ def written(one: Node) -> None:
 
 
 def nothing_concluded(one: Node, keys: Sequence[bytes]) -> None:
-    assert not set(keys) & set(one.tier.known.absent)
-    assert set(keys) <= set(one.tier.known.written_at)
-    assert one.tier.speeds.residency_s == FOREVER_S
+    assert not set(keys) & set(one.tier.presence.absent)
+    assert set(keys) <= set(one.tier.presence.written_at)
+    assert one.tier.costs.residency_s == FOREVER_S
     assert one.counters["remote_bad_chunks"] == one.counters["faults"] == 0
     assert not [what for what, _ in one.store.calls if what == "delete"]  # type: ignore[attr-defined]
 
@@ -117,12 +117,12 @@ def test_what_is_absent_beside_it_is_absent(tmp_path: Path, store: Sharded, kind
     with node(tmp_path, store) as one:
         written(one)
         store.down, store.kinds = {A[1]}, {kind}
-        del store.values[A[4]], one.tier.known.written_at[A[4]]
+        del store.values[A[4]], one.tier.presence.written_at[A[4]]
         for _ in range(2):
             assert one.hits(A) == 1
             one.cache.drop(A[:1])
         nothing_concluded(one, A[1:2])
-        assert A[4] in one.tier.known.absent  # its server has said so
+        assert A[4] in one.tier.presence.absent  # its server has said so
 
 
 def test_the_first_key_is_not_answered(tmp_path: Path, store: Sharded) -> None:
@@ -159,12 +159,12 @@ def test_a_server_that_hangs_closes_the_store(tmp_path: Path, store: Sharded, mo
     monkeypatch.undo()
     with node(tmp_path, store, timeout_s=0.5) as one:
         written(one)
-        one.tier.speeds.note_ask(0.001)
+        one.tier.costs.note_ask(0.001)
         store.down, store.takes_s = {A[3]}, 0.5
         for _ in range(FAILURES):
             assert not one.tier.breaker.is_open
             assert one.hits(A) == 0  # it has not waited for so long
-            eventually(lambda: not one.tier.reader.waiting, "the end of the call")
+            eventually(lambda: not one.tier.reader.num_waiting, "the end of the call")
         assert one.tier.breaker.is_open
         assert one.counters["remote_failures"] == FAILURES
         nothing_concluded(one, A)
@@ -182,8 +182,8 @@ def test_writes_that_are_not_answered_are_dropped_and_the_others_are_not(
         assert one.compute(chain) == 6
         one.settle()
         expected = {chain[0], chain[2], chain[3], chain[5]}
-        assert set(store.values) == set(one.tier.known.written_at) == expected
+        assert set(store.values) == set(one.tier.presence.written_at) == expected
         assert one.counters["remote_written_chunks"] == 4
         assert one.counters["remote_dropped_chunks"] == 2
-        assert not one.tier.known.absent
+        assert not one.tier.presence.absent
         assert not one.tier.breaker.is_open

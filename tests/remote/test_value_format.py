@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
 from kvkern.arena.slots import SlotGeometry
 from kvkern.policy.lru import LRU
-from kvkern.remote.value_format import accept, incoming_parts, new_headers, outgoing_parts
+from kvkern.remote.value_format import accept_values, allocate_headers, incoming_parts, outgoing_parts
 from kvkern.tiers.base import ChunkShape
 from kvkern.tiers.dram import DramTier
 from kvkern.tiers.slot_headers import begin_slots
@@ -73,10 +73,10 @@ def read(arena: Arena, key: bytes, value: bytes | bytearray) -> list[bytes] | No
     slots: npt.NDArray[np.int64] = np.array([7], dtype=np.int64)
     arena.headers["generation"][7] += np.uint64(1)
     begin_slots(arena, slots, arena.headers["generation"][slots], [key], ChunkShape(NAMESPACE, 0, 0), KEYS, (1, 1))
-    headers = new_headers(GEOMETRY, 1)
+    headers = allocate_headers(GEOMETRY, 1)
     ((header, payload),) = incoming_parts(arena, headers, [7])
     header[:], payload[:] = value[:HEADER], value[HEADER:]
-    (good,) = accept(arena, headers, slots, np.frombuffer(key, "V32"), NAMESPACE)
+    (good,) = accept_values(arena, headers, slots, np.frombuffer(key, "V32"), NAMESPACE)
     return payload_of(bytes(header) + bytes(payload)) if good else None
 
 
@@ -195,7 +195,7 @@ def test_the_tier_serves_what_was_stored(
     made, stored = node
     assert isinstance(made.store, MemoryStore)
     made.cache.clear()
-    made.tier.known.absent.clear()
+    made.tier.presence.absent.clear()
     values = [bytearray(stored[key]) for key in A]
     for change, order in changes:
         some = [values[i] for i in order]

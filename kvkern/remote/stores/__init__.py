@@ -1,1 +1,1 @@
-"""Clients of the stores that nodes share: files, Redis, Mooncake, object storage. Each knows keys and bytes only."""
+"""Clients of the stores that nodes share: files, Redis, Mooncake, object storage. Each knows only keys and bytes."""

@@ -1,4 +1,4 @@
-"""Threads of a store whose client blocks: the calls of a loop run there, and are never left behind."""
+"""Threads for a store whose client blocks. The event loop waits for every call, also if the caller was cancelled."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ T = TypeVar("T")
 
 
 class BlockingCalls:
-    """A pool for blocking calls."""
+    """A thread pool for blocking calls."""
 
     def __init__(self, count: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"kvkern-{name}")
 
     async def run(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises. Cancelled, it still waits: memory of the caller is in use until the end."""
+        """Run `call` in a thread. Returns its result or raises its exception.
+
+        If it is cancelled it still waits, because the call uses memory of the caller until its end.
+        """
         future = asyncio.get_running_loop().run_in_executor(self._pool, call)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
@@ -26,10 +29,10 @@ class BlockingCalls:
             except asyncio.CancelledError as error:
                 cancelled = error
         if cancelled is not None:
-            future.exception()  # looked at, so that asyncio does not report it
+            future.exception()  # read it, so that asyncio does not report it
             raise cancelled
         return future.result()
 
     def close(self) -> None:
-        """Wait for calls under way and end the threads."""
+        """Wait for the calls under way, then end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)

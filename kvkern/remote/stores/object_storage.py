@@ -1,20 +1,20 @@
-"""Object stores: a value is an object. Amazon S3 and whatever speaks its protocol, Google Cloud Storage, Azure Blob Storage.
+"""Object stores: a value is an object. Amazon S3 and stores with its protocol, Google Cloud Storage, Azure Blob Storage.
 
     s3://bucket/prefix?region=eu-central-1&endpoint=http://minio:9000&virtual_hosted=no&concurrency=64
     gs://bucket/prefix?service_account=PATH      az://container/prefix?account=NAME      s3://key_id:secret@bucket
 
     put     one PUT of header and payload, sent from the caller's memory    get     GET; the size is known before the body
-    exists  HEADs side by side                                             delete  bulk where there is a request for that
+    exists  HEADs side by side                                             delete  in bulk where the store has a request for it
 
-Credentials are what obstore finds by itself (environment, instance role, workload identity) or those of the URL: user and
-password are S3's access key id and secret, Azure's account and its key. The rights needed are to get, put, list and
-delete: without the right to list, S3 says "forbidden" of an object that is not there.
+obstore finds the credentials (environment, instance role, workload identity), or the URL gives them: user and password are
+S3's access key id and secret, or Azure's account and its key. The credentials need the rights to get, put, list and delete.
+Without the right to list, S3 answers "forbidden" for an object that is not there.
 
-A body comes in pieces, which obstore joins and this copies to where the caller wants it, on a thread. Bodies are sent
-unsigned, which spares a SHA-256: TLS guards them on the way, and the tier verifies the checksums of all it gets.
-Requests are repeated a few times within seconds. An object that fails after that is UNKNOWN, or None, and nothing more is
-begun; what is not done by the end of a call is cancelled. A cancelled PUT may read the caller's memory for some moments
-more, so the call waits until every view that it gave away has come back.
+A body comes in pieces. obstore joins them, and this module copies the body into the caller's memory, on a thread. Bodies are
+sent unsigned, which saves a SHA-256: TLS protects them on the way, and the tier verifies the checksums of all it reads.
+obstore repeats a request a few times within seconds. If it still fails, the object is UNKNOWN or None, and no further request
+is begun. Requests that are not done at the end of a call are cancelled. A cancelled PUT may read the caller's memory for a
+few moments more, so the call waits until every memoryview that it gave away is released.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from ...errors import ConfigError
-from .base import Got, Parts, RemoteError, answered, answered_get, value_name
+from .base import Got, Parts, RemoteError, checked_answers, checked_get_answers, value_name
 from .blocking_calls import BlockingCalls
 from .url import RemoteUrl
 
-_CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "60s"}  # http: only where an endpoint says so
+_CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "60s"}  # http only if the endpoint's URL says so
 _BACKOFF = {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=1), "base": 2}
 _RETRY = {"max_retries": 3, "retry_timeout": timedelta(seconds=10), "backoff": _BACKOFF}
 _OPEN_S = 15.0
 _COPY_THREADS = 2
 _RELEASE_POLL_S = 0.001
-_FAULTS = (BaseError, OSError, ValueError, NotImplementedError)  # what obstore raises
+_FAULTS = (BaseError, OSError, ValueError, NotImplementedError)  # raised by obstore
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 _MISCONFIGURED = (
     *_NO_BUCKET, "InvalidBucketName", "InvalidAccessKeyId", "SignatureDoesNotMatch", "PermanentRedirect",
@@ -52,18 +52,20 @@ _FULL = ("QuotaExceeded", "StorageFull", "507 Insufficient Storage")
 
 
 def make(url: RemoteUrl) -> ObjectStore:
-    """Raises ConfigError for an option that is none, or where obstore lacks something that it cannot guess."""
+    """Make the store of a URL. Raises ConfigError for a wrong URL or option, or if obstore misses something."""
     if not url.host or url.port:
         raise ConfigError(
-            f"{url} names no bucket; expected s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
+            f"{url} does not name a bucket. Say s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
         )
     if bool(url.user) != bool(url.password):
-        raise ConfigError(f"{url} has a user or a password only; give both, or leave credentials to the environment")
+        raise ConfigError(
+            f"{url} has only a user or only a password. Give both, or leave the credentials to the environment"
+        )
     maker: Any = {"s3": _s3, "gs": _gs, "az": _az}[url.scheme]
     try:
         store = maker(url, prefix=url.path.strip("/") or None, client_options=_CLIENT, retry_config=_RETRY)
     except _FAULTS as error:
-        raise ConfigError(f"{url} cannot be used: {_said(error)}") from error
+        raise ConfigError(f"{url} cannot be used: {_short_message(error)}. Correct the URL's options") from error
     return ObjectStore(str(url), store, url.integer("concurrency", 64, 1, 1024), bulk_delete=url.scheme == "s3")
 
 
@@ -81,7 +83,8 @@ def _gs(url: RemoteUrl, **common: object) -> Any:
     url.check_options("service_account", "endpoint", "concurrency")
     if url.user:
         raise ConfigError(
-            f"{url} has no use for user and password; give service_account=PATH or leave it to the environment"
+            f"{url} has a user and a password, which gs:// does not use. Give service_account=PATH, or leave the "
+            f"credentials to the environment"
         )
     names = {"service_account": "service_account", "endpoint": "base_url"}
     return GCSStore(url.host, **{to: url.text(name) for name, to in names.items() if url.text(name)}, **common)
@@ -98,13 +101,13 @@ def _az(url: RemoteUrl, **common: object) -> Any:
 
 
 class ObjectStore:
-    """`RemoteStore` over a bucket. Made by `make`."""
+    """`RemoteStore` over a bucket. Use `make`."""
 
     def __init__(
         self,
         url: str,
-        store: Any,  # of obstore
-        concurrency: int,  # requests at a time, of reads, of writes and of questions
+        store: Any,  # S3Store, GCSStore or AzureStore of obstore
+        concurrency: int,  # requests at a time; separately for reads, writes and questions
         bulk_delete: bool,
     ) -> None:
         self._url = url
@@ -112,22 +115,24 @@ class ObjectStore:
         self._concurrency = concurrency
         self._bulk_delete = bulk_delete
         self._reads, self._writes = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
-        self._looks = asyncio.Semaphore(concurrency)  # who asks does not wait for who reads, nor the other way round
+        self._questions = asyncio.Semaphore(concurrency)  # a question does not wait for reads, nor a read for questions
         self._copiers = BlockingCalls(_COPY_THREADS, "objects-copy")
 
     async def open(self) -> None:
         try:
             await asyncio.wait_for(self._probe(), _OPEN_S)
         except TimeoutError as error:
-            raise RemoteError(f"{self._url}: no answer in {_OPEN_S:.0f} s") from error
+            raise RemoteError(
+                f"{self._url} gave no answer in {_OPEN_S:.0f} s. Check the endpoint and the network"
+            ) from error
         except _FAULTS as error:
             refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
             if refused or any(word in str(error) for word in _MISCONFIGURED):
                 raise ConfigError(
-                    f"{self._url} cannot be used: {_said(error)}; check the bucket, its region, the credentials, and their "
-                    f"rights to get, put, list and delete"
+                    f"{self._url} cannot be used: {_short_message(error)}. Check the bucket, its region, the credentials, "
+                    f"and their rights to get, put, list and delete"
                 ) from error
-            raise RemoteError(f"{self._url}: {_said(error)}") from error
+            raise RemoteError(f"{self._url}: {_short_message(error)}") from error
 
     async def _probe(self) -> None:
         name = value_name(b"") + "probe"
@@ -137,7 +142,7 @@ class ObjectStore:
             if any(word in str(error) for word in _NO_BUCKET):
                 raise
         await obstore.put_async(self._store, name, [b"kvkern"], use_multipart=False)
-        with suppress(FileNotFoundError):  # another node's is gone already
+        with suppress(FileNotFoundError):  # another node has deleted it already
             await obstore.delete_async(self._store, name)
 
     async def close(self) -> None:
@@ -156,11 +161,11 @@ class ObjectStore:
             except FileNotFoundError:
                 there[row] = False
 
-        return answered(there, await self._each(len(keys), look, self._looks, timeout_s))
+        return checked_answers(there, await self._for_each_row(len(keys), look, self._questions, timeout_s))
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         got: list[Got | None] = [None] * len(keys)
-        end = len(keys)  # the first miss
+        end = len(keys)  # row of the first miss
 
         async def read(row: int) -> None:
             nonlocal end
@@ -169,7 +174,7 @@ class ObjectStore:
                 if got[row] == Got.MISS:
                     end = min(end, row)
 
-        return answered_get(got, await self._each(len(keys), read, self._reads, timeout_s))
+        return checked_get_answers(got, await self._for_each_row(len(keys), read, self._reads, timeout_s))
 
     async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
         taken: list[bool | None] = [None] * len(keys)
@@ -177,7 +182,7 @@ class ObjectStore:
         async def write(row: int) -> None:
             taken[row] = await self._put(value_name(keys[row]), values[row])
 
-        return answered(taken, await self._each(len(keys), write, self._writes, timeout_s))
+        return checked_answers(taken, await self._for_each_row(len(keys), write, self._writes, timeout_s))
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         names = [value_name(key) for key in keys]
@@ -190,7 +195,7 @@ class ObjectStore:
             await obstore.delete_async(self._store, names)
 
         count, call = (min(1, len(keys)), many) if self._bulk_delete else (len(keys), one)
-        for error in await self._each(count, call, self._writes, timeout_s):
+        for error in await self._for_each_row(count, call, self._writes, timeout_s):
             raise error
 
     # -- one object ----------------------------------------------------------------------------------------------------
@@ -208,11 +213,13 @@ class ObjectStore:
         body = await found.bytes_async()
         if len(body) != nbytes:
             return Got.WRONG_SIZE
-        await self._copiers.run(lambda: _copy(memoryview(body), into))
+        await self._copiers.run(lambda: _copy_parts(memoryview(body), into))
         return Got.HIT
 
     async def _put(self, name: str, value: Parts) -> bool:
-        views = [memoryview(part) for part in value if len(part)]  # of our own: they tell when obstore has dropped them
+        views = [
+            memoryview(part) for part in value if len(part)
+        ]  # our own views: they show when obstore has dropped them
         try:
             await obstore.put_async(self._store, name, views, use_multipart=False)
         except _FAULTS as error:
@@ -220,19 +227,19 @@ class ObjectStore:
                 return False
             raise
         finally:
-            await _given_back(views)
+            await _wait_until_unused(views)
         return True
 
     # -- many of them --------------------------------------------------------------------------------------------------
 
-    async def _each(
+    async def _for_each_row(
         self,
         count: int,
         call: Callable[[int], Awaitable[None]],
         limit: asyncio.Semaphore,
         timeout_s: float,
     ) -> list[RemoteError]:
-        """`call` for each row, in order, many at a time, until one fails. Returns when none is under way any more."""
+        """Run `call` for each row, in order, many at a time, until one fails. Returns when none is under way any more."""
         rows = deque(range(count))
 
         async def work() -> None:
@@ -243,7 +250,7 @@ class ObjectStore:
                             await call(rows.popleft())
                         except _FAULTS as error:
                             rows.clear()
-                            raise RemoteError(f"{self._url}: {_said(error)}") from error
+                            raise RemoteError(f"{self._url}: {_short_message(error)}") from error
 
         tasks = [asyncio.ensure_future(work()) for _ in range(min(count, self._concurrency))]
         if not tasks:
@@ -251,7 +258,7 @@ class ObjectStore:
         try:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)
         finally:
-            await _ended(tasks)
+            await _cancel_and_wait(tasks)
         errors = []
         for error in [task.exception() for task in tasks if not task.cancelled()]:
             if isinstance(error, RemoteError):
@@ -259,25 +266,25 @@ class ObjectStore:
             elif error is not None:
                 raise error
         if late:
-            errors.append(RemoteError(f"{self._url}: {count} objects not done in {timeout_s:.1f} s"))
+            errors.append(RemoteError(f"{self._url}: a call for {count} objects not done in {timeout_s:.1f} s"))
         return errors
 
 
-def _said(error: BaseException) -> str:
-    """The first paragraph of what obstore says, without its dump of the request."""
+def _short_message(error: BaseException) -> str:
+    """Return the first paragraph of an error of obstore, without its dump of the request."""
     return " ".join(str(error).partition("\n\nDebug source")[0].split())[:400] or type(error).__name__
 
 
-def _copy(body: memoryview, into: Parts) -> None:
+def _copy_parts(body: memoryview, into: Parts) -> None:
     whole, at = np.frombuffer(body, dtype=np.uint8), 0
     for part in into:
         if len(part):
-            np.copyto(np.frombuffer(part, dtype=np.uint8), whole[at : at + len(part)])  # without the GIL
+            np.copyto(np.frombuffer(part, dtype=np.uint8), whole[at : at + len(part)])  # numpy copies without the GIL
             at += len(part)
 
 
-async def _given_back(views: Sequence[memoryview]) -> None:
-    """Wait until nobody reads the views any more, and nobody can."""
+async def _wait_until_unused(views: Sequence[memoryview]) -> None:
+    """Release the views. Waits until obstore does not use them any more."""
 
     def held() -> bool:
         for view in views:
@@ -287,19 +294,19 @@ async def _given_back(views: Sequence[memoryview]) -> None:
                 return True
         return False
 
-    await _until(lambda: not held(), lambda: asyncio.sleep(_RELEASE_POLL_S))
+    await _wait_until(lambda: not held(), lambda: asyncio.sleep(_RELEASE_POLL_S))
 
 
-async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel them and wait for their end."""
+async def _cancel_and_wait(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel the tasks and wait for their end."""
     pending = list(tasks)
     for task in pending:
         task.cancel()
-    await _until(lambda: all(task.done() for task in pending), lambda: asyncio.wait(pending))
+    await _wait_until(lambda: all(task.done() for task in pending), lambda: asyncio.wait(pending))
 
 
-async def _until(done: Callable[[], bool], wait: Callable[[], Awaitable[object]]) -> None:
-    """Like Threads.run: cancelled, it still waits."""
+async def _wait_until(done: Callable[[], bool], wait: Callable[[], Awaitable[object]]) -> None:
+    """Wait until `done`, also if cancelled, like `BlockingCalls.run`."""
     cancelled: asyncio.CancelledError | None = None
     while not done():
         try:

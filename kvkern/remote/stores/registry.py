@@ -1,4 +1,4 @@
-"""From a URL to a store: which module makes the stores of a scheme. To add a store, add its line to BUILT_IN."""
+"""Makes the store of a URL. To add a store of kvkern, add the line of its scheme to `_BUILT_IN`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from .base import RemoteStore
 from .url import RemoteUrl
 
-ENTRY_POINTS = "kvkern.remotes"  # name: a URL scheme; object: a function of a RemoteUrl that makes a RemoteStore
+ENTRY_POINTS = "kvkern.remotes"  # of another package; name: a URL scheme; object: `make(url: RemoteUrl) -> RemoteStore`
 
 Maker = Callable[[RemoteUrl], RemoteStore]
 
@@ -27,13 +27,16 @@ _BUILT_IN: dict[str, tuple[str, str]] = {  # scheme -> (module of this package w
 
 
 def make_store(url: RemoteUrl) -> RemoteStore:
-    """The store of a URL, not yet connected. Raises ConfigError for an unknown scheme, option, or a missing package."""
+    """Make the store of a URL, not connected. Raises ConfigError for an unknown scheme or option, or a missing package."""
     return _maker_of(url.scheme)(url)
 
 
 @asynccontextmanager
-async def opened(url: RemoteUrl, timeout_s: float) -> AsyncIterator[RemoteStore]:
-    """The store of a URL, open in the block. Raises what `open` does, and TimeoutError; it is closed in any case."""
+async def opened_store(url: RemoteUrl, timeout_s: float) -> AsyncIterator[RemoteStore]:
+    """Yield the opened store of a URL, and close it after the block.
+
+    Raises the exceptions of `open`, and TimeoutError after `timeout_s`; the store is closed then too.
+    """
     store = make_store(url)
     try:
         async with asyncio.timeout(timeout_s):
@@ -50,17 +53,17 @@ def _maker_of(scheme: str) -> Maker:
             maker: Maker = import_module(f"{__package__}.{module}").make
         except ImportError as error:
             raise ConfigError(
-                f"{scheme}:// needs a package that is not installed ({error}); pip install 'kvkern[{extra}]'"
+                f"{scheme}:// needs a package that is not installed ({error}). Install it: pip install 'kvkern[{extra}]'"
             ) from error
         return maker
     others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if scheme not in others:
         known = ", ".join(sorted({*_BUILT_IN, *others}))
-        raise ConfigError(f"no remote store has the scheme {scheme!r}; known: {known}")
+        raise ConfigError(f"No remote store has the scheme {scheme!r}. Use one of: {known}")
     try:
         other: Maker = others[scheme].load()
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{scheme}:// is registered, but cannot be loaded ({error}); mend or remove its package"
+            f"{scheme}:// is registered, but its package cannot be loaded ({error}). Repair or remove the package"
         ) from error
     return other

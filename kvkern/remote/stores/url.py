@@ -27,24 +27,25 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """Raises ConfigError. `?password_file=PATH` takes the password from a file, now and not again."""
+        """Parse a URL. `?password_file=PATH` reads the password from a file, once. Raises ConfigError."""
         try:
             parts = urlsplit(text)
             port = parts.port
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        except ValueError:  # whose words may be the password's
+        except ValueError:  # its text may show the password
             raise ConfigError(
-                f"remote URL is malformed; expected {EXAMPLES}, in user and password %2F for / and %40 for @"
+                f"The remote URL is malformed. Expected {EXAMPLES}. In user and password write / as %2F and @ as %40"
             ) from None
         if not parts.scheme or "://" not in text:
-            raise ConfigError(f"remote URL has no scheme; expected {EXAMPLES}")
+            raise ConfigError(f"The remote URL has no scheme. Expected {EXAMPLES}")
         if "@" in parts.path or "@" in parts.fragment:
             raise ConfigError(
-                f"remote URL of {parts.scheme}:// has an @ behind its host; write / in a password as %2F, @ in a path as %40"
+                f"The remote URL of {parts.scheme}:// has an @ behind its host. "
+                "Write / in a password as %2F and @ in a path as %40"
             )
         options = dict(pairs)
         if len(options) < len(pairs):
-            raise ConfigError(f"remote URL of {parts.scheme}:// gives an option twice; give each once")
+            raise ConfigError(f"The remote URL of {parts.scheme}:// gives an option twice. Give each option once")
         password = unquote(parts.password or "")
         if "password_file" in options:
             password = _secret(options.pop("password_file"))
@@ -63,11 +64,11 @@ class RemoteUrl:
         reject_unknown(self.options, set(known), f"the options of {self}")
 
     def text(self, name: str, default: str = "") -> str:
-        """An option."""
+        """Return an option, or `default`."""
         return self.options.get(name, default)
 
     def integer(self, name: str, default: int, least: int, most: int) -> int:
-        """An option. Raises ConfigError if it is no integer within the limits."""
+        """Return an option as an integer. Raises ConfigError if it is not one in `least`..`most`."""
         given = self.options.get(name)
         if given is None:
             return default
@@ -76,26 +77,26 @@ class RemoteUrl:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise ConfigError(f"{name} of {self} is {given!r}; expected an integer in {least}..{most}")
+            raise ConfigError(f"{name} of {self} is {given!r}. Give an integer in {least}..{most}")
         return value
 
     def nbytes(self, name: str, default: int) -> int:
-        """An option such as 8GiB. Raises ConfigError."""
+        """Return an option such as 8GiB in bytes. Raises ConfigError."""
         given = self.options.get(name)
         return default if given is None else parse_nbytes(given, f"{name} of {self}")
 
     def flag(self, name: str, default: bool) -> bool:
-        """An option that is yes or no. Raises ConfigError."""
+        """Return an option that is yes or no. Raises ConfigError."""
         given = self.options.get(name)
         if given is None:
             return default
         if given not in ("yes", "no"):
-            raise ConfigError(f"{name} of {self} is {given!r}; expected yes or no")
+            raise ConfigError(f"{name} of {self} is {given!r}. Give yes or no")
         return given == "yes"
 
 
 def _host(netloc: str) -> str:
-    """As it was given: names of containers and of nodes may tell cases apart, which `hostname` of urllib does not."""
+    """Return the host as it was written: names of containers and nodes may be case-sensitive, urllib's `hostname` is not."""
     address = netloc.rpartition("@")[2]
     return address[1:].partition("]")[0] if address.startswith("[") else address.partition(":")[0]
 
@@ -104,4 +105,6 @@ def _secret(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"password_file {path} of the remote URL cannot be read: {error}") from error
+        raise ConfigError(
+            f"The password_file {path} of the remote URL cannot be read: {error}. Give a readable file"
+        ) from error

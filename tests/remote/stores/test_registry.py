@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvkern.errors import ConfigError
-from kvkern.remote.stores import base
-from kvkern.remote.stores.base import RemoteError, answered, answered_get
+from kvkern.remote.stores import registry
+from kvkern.remote.stores.base import RemoteError, checked_answers, checked_get_answers
 from kvkern.remote.stores.blocking_calls import BlockingCalls
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
@@ -63,9 +63,9 @@ def test_a_password_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no scheme; expected redis://"), ("host:6379", "has no scheme|malformed"), ("file:/x", "has no scheme"),
+        ("", r"has no scheme\. Expected redis://"), ("host:6379", "has no scheme|malformed"), ("file:/x", "has no scheme"),
         ("redis://h:port", "malformed"), ("redis://h:99999", "malformed"), ("redis://h?a", "malformed"),
-        ("redis://user:123/4secret@h", "has an @ behind its host; write / in a password as %2F"),
+        ("redis://user:123/4secret@h", r"has an @ behind its host\. Write / in a password as %2F"),
         ("s3://AKIA:wsecret/x@bucket", "malformed"), ("default:secret@cache:6379", "has no scheme|malformed"),
         ("redis://h?a=1&a=2", "gives an option twice"), ("redis://[::1", "malformed"),
     ],
@@ -79,18 +79,18 @@ def test_urls_that_are_none(text: str, message: str) -> None:
 
 def test_options_that_are_none() -> None:
     url = RemoteUrl.parse("redis://me:hush@h?connections=two&size=x&tls=maybe&conections=3")
-    with pytest.raises(ConfigError, match=r"connections of redis://h is 'two'; expected an integer in 1..9"):
+    with pytest.raises(ConfigError, match=r"connections of redis://h is 'two'\. Give an integer in 1..9"):
         url.integer("connections", 1, 1, 9)
     with pytest.raises(ConfigError, match="size of redis://h is 'x'; expected a size"):
         url.nbytes("size", 1)
-    with pytest.raises(ConfigError, match="tls of redis://h is 'maybe'; expected yes or no"):
+    with pytest.raises(ConfigError, match=r"tls of redis://h is 'maybe'\. Give yes or no"):
         url.flag("tls", True)
     with pytest.raises(ConfigError, match="unknown key 'conections' in the options of redis://h; did you mean"):
         url.check_options("connections", "size", "tls")
 
 
 def test_an_unknown_scheme() -> None:
-    with pytest.raises(ConfigError, match=r"no remote store has the scheme 'ftp'; known: .*file, .*redis"):
+    with pytest.raises(ConfigError, match=r"No remote store has the scheme 'ftp'\. Use one of: .*file, .*redis"):
         make_store(RemoteUrl.parse("ftp://h"))
 
 
@@ -98,26 +98,26 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError("No module named 'redis'")
 
-    monkeypatch.setattr(base, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"redis:// needs a package .*; pip install 'kvkern\[redis\]'"):
+    monkeypatch.setattr(registry, "import_module", missing)
+    with pytest.raises(ConfigError, match=r"redis:// needs a package .*\. Install it: pip install 'kvkern\[redis\]'"):
         make_store(RemoteUrl.parse("redis://h"))
 
 
 def test_a_third_party_s_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = metadata.EntryPoint("mine", "tests.remote.stores.test_registry:_make_mine", base.ENTRY_POINTS)
-    monkeypatch.setattr(base, "entry_points", lambda group: [point] if group == "kvkern.remotes" else [])
+    point = metadata.EntryPoint("mine", "tests.remote.stores.test_registry:_make_mine", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "kvkern.remotes" else [])
     store = make_store(RemoteUrl.parse("mine://h"))
     assert isinstance(store, MemoryStore)
 
 
 def test_a_third_party_s_store_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
-        metadata.EntryPoint(name, f"{at}:make", base.ENTRY_POINTS) for name, at in (("a", "no_such"), ("b", "json"))
+        metadata.EntryPoint(name, f"{at}:make", registry.ENTRY_POINTS) for name, at in (("a", "no_such"), ("b", "json"))
     ]
-    monkeypatch.setattr(base, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
     for scheme in ("a", "b"):
         with pytest.raises(
-            ConfigError, match=rf"{scheme}:// is registered, but cannot be loaded \(.*\); mend or remove"
+            ConfigError, match=rf"{scheme}:// is registered, but its package cannot be loaded \(.*\)\. Repair or remove"
         ):
             make_store(RemoteUrl.parse(f"{scheme}://h"))
 
@@ -156,8 +156,8 @@ def test_threads_wait_for_what_was_cancelled() -> None:
 
 def test_what_was_not_answered() -> None:
     failure = [RemoteError("one of many")]
-    assert answered([None, True, False], failure) == [None, True, False]
-    assert answered_get([HIT, None, MISS, None, HIT], failure) == [HIT, UNKNOWN, MISS, MISS, HIT]
-    assert answered_get([None, HIT], failure) == [UNKNOWN, HIT]
+    assert checked_answers([None, True, False], failure) == [None, True, False]
+    assert checked_get_answers([HIT, None, MISS, None, HIT], failure) == [HIT, UNKNOWN, MISS, MISS, HIT]
+    assert checked_get_answers([None, HIT], failure) == [UNKNOWN, HIT]
     with pytest.raises(RemoteError, match="one of many"):
-        answered_get([None, None], failure)
+        checked_get_answers([None, None], failure)

@@ -1,1 +1,1 @@
-"""A directory as a remote store. `make` is in store.py."""
+"""A directory as a remote store. store.py has `make`."""

@@ -1,23 +1,24 @@
-"""How much the values of a directory take, and which of them go first. Knows names, sizes and times, never contents.
+"""Keeps the values of a directory below a capacity. Knows names, sizes and times of files, never contents.
 
     root / kvkern<version> / <first 2 hex digits of the key> / <64 hex digits>     a value, of any version of kvkern
-                                                             / .kvkern-<16 hex digits>.tmp    one that is being written
-    whatever has another name is not ours: it is neither counted nor touched
+                                                             / .kvkern-<16 hex digits>.tmp    a value that is being written
+    files with other names are not kvkern's: they are neither counted nor touched
 
-    last use = mtime: set by the write, refreshed by a reader that finds it older than REFRESH_S
+    last use = mtime: a write sets it; a reader that finds it older than REFRESH_S refreshes it
 
-    scan     every file: count its bytes, keep the POOL least recently used; leftover temporaries go
+    scan     every file: count its bytes, keep the POOL least recently used; delete leftover temporaries
     room     while counted + reserved > capacity: take the oldest of the pool
-               used since the scan? back to the young end    else unlink it and uncount it
+               used since the scan? put it back as the youngest    else unlink it and uncount it
 
-With at most POOL values the pool is all of them in order of last use, own writes included: exact LRU to REFRESH_S. With
-more, the scan finds the POOL oldest, which is exact as well, and the next scan is due when half of them are gone.
+With at most POOL values, the pool holds all of them in order of last use, with the process's own writes. That is exact LRU
+up to REFRESH_S. With more values, the scan finds the POOL oldest, which is exact too. The next scan is due when half of the
+pool is gone.
 
-Several writers, of any node, share a directory without talking. Each counts its own writes at once and those of others
-at its next scan. One that needs room and finds the oldest gone does not count that as room: another has taken it for
-values not yet seen here. So each removes as much as it writes, and together they stay at the capacity, give or take what
-they wrote between two scans while it filled up. An excess that a scan finds is there for all to see: they agree on which
-values are the oldest, and one that is gone has been removed for everybody.
+Several writers, on any node, share a directory without communicating. Each counts its own writes at once and the writes of
+others at its next scan. If a writer needs room and finds the oldest value gone already, it does not count that as room:
+another writer has used the room for values not yet seen here. So each writer removes as much as it writes. Together they
+stay at the capacity, plus or minus what they wrote between two scans while the directory filled up. If a scan finds an
+excess, all writers see the same excess and agree on the oldest values; there a value that is gone counts as removed for all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from contextlib import suppress
 
 POOL = 32_768  # values; some 10 MB
 REFRESH_S = 60.0
-LEFTOVER_S = 900.0  # a temporary this old has no writer any more
+LEFTOVER_S = 900.0  # a temporary file this old has no writer any more
 
 _VERSION = re.compile(r"kvkern[0-9]{1,9}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
@@ -43,118 +44,118 @@ _Found = list[tuple[int, str, int]]  # last use in ns, name below root, bytes
 
 
 class DirectoryCapacity:
-    """Accounts of one directory. Called from many threads; `scan` from one. Raises OSError."""
+    """The accounts of one directory. Call `scan` from one thread, and the rest from any thread. Raises OSError."""
 
     def __init__(self, root: str, capacity_nbytes: int, pool: int = POOL) -> None:
         self.capacity_nbytes = capacity_nbytes
-        self.closing = False  # set: a scan ends early
+        self.closing = False  # set it to end a scan early
         self._root = root
         self._max_pool = pool
         self._lock = threading.Lock()
-        self._pool: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name: last use, bytes; the oldest first
-        self._complete = False  # the pool holds every value that is counted
-        self._counted: dict[str, int] = {}  # directory: bytes
-        self._used = 0  # their sum
-        self._reserved = 0  # of values that are being written
-        self._leaving = 0  # of values that are being removed, which are counted still
-        # While a scan is under way: what it has counted so far, what is still to come, own writes since its start.
-        self._fresh: dict[str, int] = {}
-        self._to_come: set[str] = set()
-        self._since: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._pool: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name -> last use, bytes; the oldest first
+        self._complete = False  # the pool holds every counted value
+        self._counted_nbytes: dict[str, int] = {}  # directory -> bytes
+        self._used_nbytes = 0  # the sum of `_counted_nbytes`
+        self._reserved_nbytes = 0  # bytes of values that are being written
+        self._leaving_nbytes = 0  # bytes of values that are being removed; they are still counted
+        # During a scan: the bytes counted so far, the directories still to come, this process's writes since its start.
+        self._recounted: dict[str, int] = {}
+        self._not_scanned_yet: set[str] = set()
+        self._written_since_scan: OrderedDict[str, tuple[int, int]] = OrderedDict()
 
     @property
     def used_nbytes(self) -> int:
-        """As far as this process knows."""
-        return self._used
+        """Bytes of all values, as far as this process knows."""
+        return self._used_nbytes
 
     @property
     def wants_scan(self) -> bool:
-        """The candidates run out before the values do."""
+        """True if the pool is half empty but does not hold every value."""
         return not self._complete and len(self._pool) < self._max_pool // 2
 
     # -- by writers ----------------------------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> bool:
-        """Make room for a value that is about to be written, or say that there is none now."""
+        """Make room for a value that will be written. Returns False if there is no room now."""
         with self._lock:
-            self._reserved += nbytes
+            self._reserved_nbytes += nbytes
         if nbytes <= self.capacity_nbytes and self._trim(for_all=False):
             return True
         self.release(nbytes)
         return False
 
     def release(self, nbytes: int) -> None:
-        """A reserved value was not written."""
+        """Undo `reserve`: the value was not written."""
         with self._lock:
-            self._reserved -= nbytes
+            self._reserved_nbytes -= nbytes
 
     def wrote(
         self,
         name: str,
         nbytes: int,
-        replaced_nbytes: int,  # of the value that had this name, as far as the caller has seen
+        replaced_nbytes: int,  # of the value that had this name before, as far as the caller knows
     ) -> None:
-        """A reserved value is there."""
+        """Count a reserved value that was written."""
         entry = time.time_ns(), nbytes
         with self._lock:
-            self._reserved -= nbytes
-            counted = self._since.get(name) or self._pool.get(name)
+            self._reserved_nbytes -= nbytes
+            counted = self._written_since_scan.get(name) or self._pool.get(name)
             if counted is not None or self._complete:
                 replaced_nbytes = 0 if counted is None else counted[1]
-            self._count(name, nbytes - replaced_nbytes)
-            self._young(self._since, name, entry)
+            self._add_nbytes(name, nbytes - replaced_nbytes)
+            self._put_youngest(self._written_since_scan, name, entry)
             if self._complete:
-                self._complete = self._young(self._pool, name, entry)
+                self._complete = self._put_youngest(self._pool, name, entry)
 
     def removed(self, name: str, nbytes: int) -> None:
-        """A value is not there any more."""
+        """Uncount a value that is gone."""
         with self._lock:
             self._pool.pop(name, None)
-            self._since.pop(name, None)
-            self._count(name, -nbytes)
+            self._written_since_scan.pop(name, None)
+            self._add_nbytes(name, -nbytes)
 
     def trim(self) -> bool:
-        """Evict what a scan has found to be above the capacity; False if that much cannot be found."""
+        """Evict the excess over the capacity that a scan has found. Returns False if too few candidates are left."""
         return self._trim(for_all=True)
 
     def evict(self, nbytes: int) -> bool:
-        """Make the disk less full, whatever the capacity says: by this much or some of the whole. False: nothing to evict."""
-        goal, freed = max(nbytes, self._used // 64), 0
+        """Free `nbytes` of the disk, at least 1/64 of all values, whatever the capacity is. False: nothing was evicted."""
+        goal, freed = max(nbytes, self._used_nbytes // 64), 0
         while freed < goal:
             with self._lock:
-                victim = self._take()
+                victim = self._pop_oldest()
             if victim is None:
                 break
-            freed += self._drop(*victim, for_all=False)
+            freed += self._remove_value(*victim, for_all=False)
         return freed > 0
 
     def _trim(self, for_all: bool) -> bool:
         while True:
             with self._lock:
-                if self._used + self._reserved - self._leaving <= self.capacity_nbytes:
+                if self._used_nbytes + self._reserved_nbytes - self._leaving_nbytes <= self.capacity_nbytes:
                     return True
-                victim = self._take()
+                victim = self._pop_oldest()
             if victim is None:
                 return False
-            self._drop(*victim, for_all)
+            self._remove_value(*victim, for_all)
 
-    def _take(self) -> tuple[str, int, int] | None:
+    def _pop_oldest(self) -> tuple[str, int, int] | None:
         if not self._pool:
-            self._complete = False  # what is still counted is not where it was
+            self._complete = False  # some counted values are no longer where they were
             return None
         name, (last_use, nbytes) = self._pool.popitem(last=False)
-        self._leaving += nbytes
+        self._leaving_nbytes += nbytes
         return name, last_use, nbytes
 
-    def _drop(self, name: str, last_use: int, nbytes: int, for_all: bool) -> int:
-        """Bytes less: none if it was used meanwhile, or has gone for somebody else's values."""
+    def _remove_value(self, name: str, last_use: int, nbytes: int, for_all: bool) -> int:
+        """Remove a value. Returns the bytes freed: 0 if it was used meanwhile, or if another writer has removed it."""
         path = f"{self._root}/{name}"
         try:
             try:
                 now = os.lstat(path)
                 if now.st_mtime_ns > last_use:
                     with self._lock:
-                        self._complete &= self._young(self._pool, name, (now.st_mtime_ns, now.st_size))
+                        self._complete &= self._put_youngest(self._pool, name, (now.st_mtime_ns, now.st_size))
                     return 0
                 os.unlink(path)
             except FileNotFoundError:
@@ -163,31 +164,31 @@ class DirectoryCapacity:
             self.removed(name, nbytes)
         finally:
             with self._lock:
-                self._leaving -= nbytes
+                self._leaving_nbytes -= nbytes
         return nbytes
 
-    def _young(self, pool: OrderedDict[str, tuple[int, int]], name: str, entry: tuple[int, int]) -> bool:
+    def _put_youngest(self, pool: OrderedDict[str, tuple[int, int]], name: str, entry: tuple[int, int]) -> bool:
         if name not in pool and len(pool) >= self._max_pool:
             return False
         pool[name] = entry
         pool.move_to_end(name)
         return True
 
-    def _count(self, name: str, nbytes: int) -> None:
+    def _add_nbytes(self, name: str, nbytes: int) -> None:
         directory = name.rpartition("/")[0]
-        before = self._counted.get(directory, 0)
-        self._counted[directory] = max(0, before + nbytes)
-        self._used += self._counted[directory] - before
-        if directory not in self._to_come:  # the scan has been there, or will not come
-            self._fresh[directory] = max(0, self._fresh.get(directory, 0) + nbytes)
+        before = self._counted_nbytes.get(directory, 0)
+        self._counted_nbytes[directory] = max(0, before + nbytes)
+        self._used_nbytes += self._counted_nbytes[directory] - before
+        if directory not in self._not_scanned_yet:  # the scan has passed it, or none is under way
+            self._recounted[directory] = max(0, self._recounted.get(directory, 0) + nbytes)
 
     # -- by the scan ---------------------------------------------------------------------------------------------------
 
     def scan(self) -> None:
-        """Count what is there and find the least recently used."""
+        """Count all values and find the least recently used ones."""
         directories = list(self._directories())
         with self._lock:
-            self._fresh, self._to_come, self._since = {}, set(directories), OrderedDict()
+            self._recounted, self._not_scanned_yet, self._written_since_scan = {}, set(directories), OrderedDict()
         found: _Found = []
         dropped = 0
         for directory in directories:
@@ -195,20 +196,20 @@ class DirectoryCapacity:
                 return
             nbytes = self._scan_directory(directory, found)
             with self._lock:
-                self._fresh[directory] = nbytes
-                self._to_come.discard(directory)
+                self._recounted[directory] = nbytes
+                self._not_scanned_yet.discard(directory)
             if len(found) > 2 * self._max_pool:
                 dropped += self._keep_oldest(found)
         dropped += self._keep_oldest(found)
         with self._lock:
             self._pool = OrderedDict((name, (last_use, nbytes)) for last_use, name, nbytes in found)
-            self._complete = not dropped and len(self._since) < self._max_pool
+            self._complete = not dropped and len(self._written_since_scan) < self._max_pool
             if self._complete:
-                for name, entry in self._since.items():
-                    self._complete &= self._young(self._pool, name, entry)
-            self._counted = self._fresh
-            self._used = sum(self._counted.values())
-            self._fresh, self._since = {}, OrderedDict()
+                for name, entry in self._written_since_scan.items():
+                    self._complete &= self._put_youngest(self._pool, name, entry)
+            self._counted_nbytes = self._recounted
+            self._used_nbytes = sum(self._counted_nbytes.values())
+            self._recounted, self._written_since_scan = {}, OrderedDict()
 
     def _keep_oldest(self, found: _Found) -> int:
         found.sort()

@@ -1,9 +1,9 @@
-"""One value at a time as a file: written whole or not at all, read into the caller's memory. Knows no capacity, no threads.
+"""Values as files: written whole or not at all, read into the caller's memory. Knows no capacity and no threads.
 
     create  open .kvkern-<random>.tmp in the value's directory, write, rename
-    read    open, fstat: the size must be right; preadv
+    read    open, fstat (the size must be right), preadv
 
-Raises OSError as the system gives it; `prepare` turns what a user can mend into ConfigError.
+Raises the OSErrors of the system. `prepare` turns the errors that a user can correct into ConfigError.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _Move = Callable[[int, list[memoryview], int], int]  # os.preadv, os.pwritev
 
 
 def file_name(key: bytes) -> str:
-    """Below the root."""
+    """Return the path of a value below the root."""
     folder, _, name = value_name(key).rpartition("/")
     return f"{folder}/{name[:2]}/{name}"
 
 
 class ValueFolder:
-    """The files of a store. `prepare` first; then from any thread."""
+    """The files of a store. Call `prepare` first; then use it from any thread."""
 
     def __init__(
         self,
@@ -55,36 +55,36 @@ class ValueFolder:
         self._direct = False
         self._parent_device = 0
         self._is_mount = False
-        self._share = 0  # rights of the group
+        self._group_rights = 0  # rights that the directory gives its group
 
     def prepare(self) -> int:
-        """Bytes of the file system, after a look at what it can do. The directory is made if its parent is there."""
+        """Make the directory if its parent exists, and check what it can do. Returns the bytes of the file system."""
         try:
             return self._prepare()
         except OSError as error:
             if error.errno not in _MISCONFIGURED:
                 raise
             raise ConfigError(
-                f"file://{self._root} cannot be used: {error}; it must be a directory that this user may write to, or "
-                f"one that can be made in an existing directory"
+                f"file://{self._root} cannot be used: {error}. Give a directory that this user may write to, or one that can "
+                f"be made in an existing directory"
             ) from error
 
     def size(self, name: str) -> int | None:
-        """Bytes of a value, None if there is none."""
+        """Return the bytes of a value, or None if there is none."""
         try:
             return os.stat(f"{self._root}/{name}").st_size
         except FileNotFoundError:
             return None
 
     def touch(self, name: str) -> bool:
-        """A value is used; False if there is none."""
+        """Note that a value is used. Returns False if there is none."""
         with suppress(FileNotFoundError):
             _touch(f"{self._root}/{name}")
             return True
         return False
 
     def read(self, name: str, into: Parts) -> Got:
-        """A value, if there is one and its size is that of the memory."""
+        """Read a value, if there is one and it has the size of `into`."""
         try:
             return self._read(f"{self._root}/{name}", into)
         except OSError as error:
@@ -93,11 +93,11 @@ class ValueFolder:
         return self._read(f"{self._root}/{name}", into)  # another node replaced it between open and read
 
     def create(self, name: str, value: Parts) -> bool:
-        """Write a value. False if the disk or a quota is full. No trace is left of what did not succeed."""
+        """Write a value. Returns False if the disk or a quota is full. A failed write leaves no file behind."""
         folder = f"{self._root}/{name.rpartition('/')[0]}"
         temporary = _temporary(folder)
         try:
-            fd = self._new(temporary, self._direct_flag(value))
+            fd = self._create_file(temporary, self._direct_flag(value))
             try:
                 try:
                     if _move_all(os.pwritev, fd, value) != len(value[0]) + len(value[1]):
@@ -105,7 +105,7 @@ class ValueFolder:
                     if self._sync:
                         os.fdatasync(fd)
                 finally:
-                    os.close(fd)  # raises what a network file system found out late
+                    os.close(fd)  # raises errors that a network file system noticed late
                 os.rename(temporary, f"{self._root}/{name}")
             except OSError:
                 with suppress(OSError):
@@ -120,7 +120,7 @@ class ValueFolder:
         return True
 
     def remove(self, name: str) -> int | None:
-        """Bytes a value had, None if there was none."""
+        """Remove a value. Returns its bytes, or None if there was none."""
         with suppress(FileNotFoundError):
             nbytes = os.lstat(f"{self._root}/{name}").st_size
             os.unlink(f"{self._root}/{name}")
@@ -138,7 +138,7 @@ class ValueFolder:
             return Got.MISS
         try:
             found = os.fstat(fd)
-            # Through the page cache, the header by itself makes the kernel read ahead while it copies.
+            # Through the page cache, reading the header alone makes the kernel read ahead while it copies.
             if found.st_size != nbytes or _move_all(os.preadv, fd, into, together=bool(direct)) != nbytes:
                 return Got.WRONG_SIZE
             if abs(time.time() - found.st_mtime) > REFRESH_S:
@@ -150,8 +150,8 @@ class ValueFolder:
     def _direct_flag(self, parts: Parts) -> int:
         return os.O_DIRECT if self._direct and all(map(_is_aligned, parts)) else 0
 
-    def _new(self, path: str, flags: int) -> int:
-        """A file that was not there, and the directories it is in."""
+    def _create_file(self, path: str, flags: int) -> int:
+        """Create a file that must not exist, and the directories it is in. Returns its descriptor."""
         flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
             fd = os.open(path, flags, 0o600)
@@ -161,11 +161,11 @@ class ValueFolder:
             for directory in (self._root, folder.rpartition("/")[0], folder):
                 with suppress(FileExistsError):
                     os.mkdir(directory, 0o700)
-                    if self._share:
-                        os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | self._share)
+                    if self._group_rights:
+                        os.chmod(directory, stat.S_IMODE(os.stat(directory).st_mode) | self._group_rights)
             fd = os.open(path, flags, 0o600)
-        if self._share & 0o060:
-            os.fchmod(fd, 0o600 | self._share & 0o060)
+        if self._group_rights & 0o060:
+            os.fchmod(fd, 0o600 | self._group_rights & 0o060)
         return fd
 
     # -- the directory -------------------------------------------------------------------------------------------------
@@ -174,21 +174,23 @@ class ValueFolder:
         self._parent_device = os.stat(os.path.dirname(self._root)).st_dev
         with suppress(FileExistsError):
             os.mkdir(self._root, 0o700)
-        self._share = os.stat(self._root).st_mode & 0o070
+        self._group_rights = os.stat(self._root).st_mode & 0o070
         self._is_mount = os.path.ismount(self._root)
         has_room = self._probe(0)
         self._direct = self._want_direct != "no" and self._probe(os.O_DIRECT)
         if self._want_direct == "yes" and has_room and not self._direct:
-            raise ConfigError(f"direct of file://{self._root} is yes, but its file system knows no O_DIRECT; use auto")
+            raise ConfigError(
+                f"direct of file://{self._root} is yes, but its file system has no O_DIRECT. Use direct=auto"
+            )
         disk = os.statvfs(self._root)
         return disk.f_frsize * disk.f_blocks
 
     def _probe(self, flags: int) -> bool:
-        """Whether a file can be written and read like this. A full disk says no."""
+        """Return True if a file can be written and read with these flags. A full disk gives False."""
         path = _temporary(f"{self._root}/{os.path.dirname(file_name(bytes(32)))}")
         with mmap.mmap(-1, _ALIGN) as page, memoryview(page) as memory:
             try:
-                fd = self._new(path, flags)
+                fd = self._create_file(path, flags)
                 try:
                     return _move_all(os.pwritev, fd, (memory,)) == _move_all(os.preadv, fd, (memory,)) == _ALIGN
                 finally:
@@ -202,14 +204,14 @@ class ValueFolder:
                     os.unlink(path)
 
     def check_root(self) -> None:
-        """What was mounted has to be mounted still: else values would fill the disk below the mount point."""
+        """Raise OSError if the file system is not mounted any more: values would fill the disk below the mount point."""
         try:
             os.stat(self._root)
             gone = self._is_mount and not os.path.ismount(self._root)
         except FileNotFoundError:
             gone = self._is_mount or os.stat(os.path.dirname(self._root)).st_dev != self._parent_device
         if gone:
-            raise OSError(errno.ENODEV, "its file system is not mounted any more", self._root)
+            raise OSError(errno.ENODEV, "its file system is not mounted any more; mount it again", self._root)
 
 
 def _temporary(folder: str) -> str:
@@ -223,12 +225,12 @@ def _is_aligned(memory: memoryview) -> bool:
 
 
 def _touch(file: int | str) -> None:
-    with suppress(PermissionError):  # another user's: it ages
-        os.utime(file)  # by the file server's clock, where there is one
+    with suppress(PermissionError):  # the file of another user: its last use stays as it is
+        os.utime(file)  # a network file system uses the clock of its server
 
 
 def _move_all(move: _Move, fd: int, parts: Sequence[memoryview], together: bool = True) -> int:
-    """Bytes moved, from the file's start: all, unless it ends before."""
+    """Move all parts, from the start of the file. Returns the bytes moved: fewer if the file ends before."""
     left = [part for part in parts if len(part)]
     at = 0
     while left:
@@ -238,7 +240,7 @@ def _move_all(move: _Move, fd: int, parts: Sequence[memoryview], together: bool 
         at += moved
         while left and moved >= len(left[0]):
             moved -= len(left.pop(0))
-        if left and moved:  # in the middle of a part: the rest may be odd
+        if left and moved:  # stopped inside a part: the rest may be unaligned
             left[0] = left[0][moved:]
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
     return at

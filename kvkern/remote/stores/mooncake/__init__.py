@@ -1,1 +1,1 @@
-"""Mooncake Store as a remote store. `make` is in store.py."""
+"""Mooncake Store as a remote store. store.py has `make`."""

@@ -1,31 +1,31 @@
-"""Mooncake Store: values lie in memory that the nodes contribute, and go from node to node without a copy.
+"""Mooncake Store: values lie in memory that the nodes contribute, and move from node to node without a copy.
 
     mooncake://master-host:50051?segment=64GiB&protocol=rdma&devices=mlx5_0,mlx5_1
 
     option            default       meaning
-    segment=SIZE      1GiB          memory this node contributes; 0: it only uses that of others
+    segment=SIZE      1GiB          memory this node contributes; 0: it only uses memory of other nodes
     protocol=NAME     tcp           or rdma
     devices=A,B       all           RDMA devices
-    host=ADDRESS                    of this node, for the others; found by the way to the master
-    metadata=URL      P2PHANDSHAKE  how nodes find each other: by themselves, or a metadata server, http://host:8080/metadata
-    buffer=SIZE       0             memory the library needs to read what the master has moved to disk
-    replicas=N        1             of each value this node writes
-    threads=N         4             for reads, as many again for writes; one that waits for a peer keeps a core busy, which
-                                    is the library's way
-    logs=yes|no       no            no: the library's log, which is the process's stderr, is muted, errors and all
+    host=ADDRESS                    of this node, for the others; by default that of the route to the master
+    metadata=URL      P2PHANDSHAKE  how nodes find each other: directly, or by a metadata server, http://host:8080/metadata
+    buffer=SIZE       0             memory the library needs to read values that the master moved to disk
+    replicas=N        1             copies of each value this node writes
+    threads=N         4             for reads, as many again for writes; the library keeps a core busy in each thread that
+                                    waits for a peer
+    logs=yes|no       no            no: mute the library's log, which goes to the process's stderr, errors included
 
-Whoever reaches the port of a node can read and write the segment it contributes: Mooncake knows no passwords, so this is
-for closed networks. Values are verified by the tier. Over TCP, kvkern's own memory is never open to others.
+Whoever reaches the port of a node can read and write the segment that the node contributes: Mooncake has no passwords. Use
+it in closed networks only. The tier verifies values. Over TCP, kvkern's own memory is never open to others.
 
-The master is asked for a sign of life before each call, over a connection of ours: the library itself notices a dead one
-after 4 s and a frozen one after 30 s. A call ends soon after its time, with one exception, since the memory is the
-library's until it returns: a `get` or `put` whose peer freezes, or that is under way when the master does, ends after 30 to
-60 s. (MC_RPC_TIMEOUT_MS and MC_TCP_STATUS_TIMEOUT_SEC in the environment shorten most of that.) When every thread hangs
-like that, further calls fail at once. One that took all of the 60 s costs this node its segment, see mooncake_client.py.
+Before each call the store checks that the master is alive, over its own connection: the library notices a dead master after
+4 s and a frozen one after 30 s. A call ends soon after its timeout, with one exception, since the library owns the memory
+until it returns: if the peer of a `get` or `put` freezes, or the master freezes during it, the call ends after 30 to 60 s.
+(MC_RPC_TIMEOUT_MS and MC_TCP_STATUS_TIMEOUT_SEC in the environment shorten most of that.) When every thread hangs like that,
+further calls fail at once. A call that took all of the 60 s costs this node its segment, see client.py.
 
-A master that restarts has forgotten everything: the values are gone, and the segment is contributed again within seconds.
-A node that goes takes its values with it; until the master notices, after its client_ttl, they are there and cannot be
-read, and some writes fail. What fails of a call is UNKNOWN, or None; only if nothing of it was answered does it raise.
+A master that restarts has forgotten everything: the values are gone, and the nodes contribute their segments again within
+seconds. A node that leaves takes its values with it. Until the master notices, after its client_ttl, these values exist but
+cannot be read, and some writes fail. Keys that fail are UNKNOWN or None. A call raises only if no key was answered.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from .client import MooncakeClient, RefusedError, Settings, address, own_address
 
 _PORT = 50051
 _OPEN_S = 10.0
-_RETRY_S = 1.0  # between two attempts to connect
-_REFUSED_RETRY_S = 30.0  # more, after one that the library refused: that takes a second of the whole process
-_ASK_THREADS = 2  # exists, delete
+_RETRY_S = 1.0  # seconds between two attempts to connect
+_REFUSED_RETRY_S = 30.0  # added after a refusal by the library, which stops the whole process for a second
+_ASK_THREADS = 2  # for exists and delete
 _SEGMENT_NBYTES = 1 << 30
 _PEER_TO_PEER = "P2PHANDSHAKE"
 _MAX_REPLICAS, _MAX_THREADS = 64, 64
@@ -68,19 +68,19 @@ T = TypeVar("T")
 
 
 def make(url: RemoteUrl) -> MooncakeStore:
-    """Raises ConfigError for an option that is none."""
+    """Make the store of a URL. Raises ConfigError for a wrong URL or option."""
     url.check_options(*_OPTIONS)
     if not url.host or url.user or url.password or url.path.strip("/"):
-        raise ConfigError(f"{url} names no Mooncake master; expected mooncake://host:{_PORT}?options")
+        raise ConfigError(f"{url} does not name a Mooncake master. Say mooncake://host:{_PORT}?options")
     protocol = url.text("protocol", "tcp")
     if protocol not in ("tcp", "rdma"):
-        raise ConfigError(f"protocol of {url} is {protocol!r}; expected tcp or rdma")
+        raise ConfigError(f"protocol of {url} is {protocol!r}. Give tcp or rdma")
     if url.text("devices") and protocol != "rdma":
-        raise ConfigError(f"devices of {url} are for protocol=rdma")
+        raise ConfigError(f"devices of {url} are only for protocol=rdma. Say protocol=rdma, or leave devices out")
     metadata = url.text("metadata", _PEER_TO_PEER)
     if metadata != _PEER_TO_PEER and not metadata.startswith(("http://", "https://")):
-        # Of another the library may end the process.
-        raise ConfigError(f"metadata of {url} is {metadata!r}; expected {_PEER_TO_PEER} or http://host:8080/metadata")
+        # Another value may make the library end the process.
+        raise ConfigError(f"metadata of {url} is {metadata!r}. Give {_PEER_TO_PEER} or http://host:8080/metadata")
     master = MooncakeMaster(url.host, url.port or _PORT)
     threads = url.integer("threads", 4, 1, _MAX_THREADS)
     settings = Settings(
@@ -99,7 +99,7 @@ def make(url: RemoteUrl) -> MooncakeStore:
 
 
 class MooncakeStore:
-    """`RemoteStore` over a cluster of nodes. Made by `make`."""
+    """`RemoteStore` over a cluster of nodes. Use `make`."""
 
     def __init__(self, master: MooncakeMaster, settings: Settings, threads: int) -> None:
         self._master = master
@@ -112,7 +112,7 @@ class MooncakeStore:
         self._connecting: asyncio.Task[MooncakeClient] | None = None
         self._retry_at = 0.0
         self._memories: list[memoryview] = []
-        self._hurry = threading.Event()
+        self._stop_waiting = threading.Event()
 
     async def open(self) -> None:
         try:
@@ -121,7 +121,7 @@ class MooncakeStore:
             raise ConfigError(str(error)) from error
 
     async def close(self) -> None:
-        self._hurry.set()
+        self._stop_waiting.set()
         if self._connecting is not None:
             await asyncio.wait({self._connecting})
         for lane in (self._gets, self._puts, self._asks):
@@ -158,30 +158,31 @@ class MooncakeStore:
     async def _call(
         self,
         lane: ClientLane,
-        work: Callable[[MooncakeClient, float], T],  # of when to begin nothing more
+        work: Callable[[MooncakeClient, float], T],  # gets the time (monotonic) after which it begins nothing
         timeout_s: float,
         memory: bool = False,
     ) -> T:
         deadline, end = asyncio.get_running_loop().time() + timeout_s, time.monotonic() + timeout_s
         client = await self._connected(deadline)
-        await self._master.ask(deadline)
+        await self._master.check_alive(deadline)
         return await lane.run(partial(work, client, end), deadline, memory)
 
     async def _connected(self, deadline: float) -> MooncakeClient:
-        """The client, or a new one if there is none; one attempt at a time, and not more often than every second."""
-        if self._client is not None and not self._client.gone:
+        """Return the client; connect if there is none. One attempt at a time, at most one per second."""
+        if self._client is not None and not self._client.closing:
             return self._client
         loop = asyncio.get_running_loop()
         if self._connecting is None:
             if loop.time() < self._retry_at:
-                raise RemoteError(f"{self._master} was not to be reached just now")
+                wait_s = self._retry_at - loop.time()
+                raise RemoteError(f"{self._master} could not be reached; the next attempt is in {wait_s:.0f} s")
             self._retry_at = loop.time() + _RETRY_S
             self._connecting = loop.create_task(self._connect())
             self._connecting.add_done_callback(self._has_connected)
         connecting = self._connecting
         await asyncio.wait({connecting}, timeout=max(0.0, deadline - loop.time()))
         if not connecting.done():
-            raise RemoteError(f"{self._master}: not connected yet")
+            raise RemoteError(f"{self._master} is not connected yet")
         return connecting.result()
 
     def _has_connected(self, task: asyncio.Task[MooncakeClient]) -> None:
@@ -190,9 +191,9 @@ class MooncakeStore:
             self._retry_at += _REFUSED_RETRY_S
 
     async def _connect(self) -> MooncakeClient:
-        await self._master.ask(asyncio.get_running_loop().time() + _OPEN_S)
+        await self._master.check_alive(asyncio.get_running_loop().time() + _OPEN_S)
         host = self._settings.host or await self._setup.run(self._master.own_address)
-        client = await self._setup.run(partial(MooncakeClient, replace(self._settings, host=host), self._hurry))
+        client = await self._setup.run(partial(MooncakeClient, replace(self._settings, host=host), self._stop_waiting))
         try:
             await self._register(client)
         except RemoteError:
@@ -207,20 +208,25 @@ class MooncakeStore:
 
 
 class ClientLane:
-    """Threads for calls of one kind. One that is late is left to itself, unless memory is in its hands."""
+    """Threads for calls of one kind. A late call is not waited for, unless it uses the caller's memory."""
 
     def __init__(self, name: str, count: int) -> None:
         self._name, self._count = name, count
         self._threads = BlockingCalls(count, f"mooncake-{name}")
         self._free = asyncio.Semaphore(count)
-        self._ends: dict[object, float] = {}  # of calls under way, when they should have ended
+        self._ends: dict[object, float] = {}  # call under way -> when it should end
         self._tasks: set[asyncio.Task[object]] = set()
 
     async def run(self, work: Callable[[], T], deadline: float, memory: bool) -> T:
-        """Raises RemoteError if there is no thread, or no end by `deadline`; with `memory` the end is waited for."""
+        """Run `work` in a thread; with `memory` wait for its end in any case.
+
+        Raises RemoteError if no thread gets free by `deadline`, or if `work` has not ended by then.
+        """
         loop = asyncio.get_running_loop()
         if self._free.locked() and max(self._ends.values(), default=deadline) < loop.time():
-            raise RemoteError(f"Mooncake: all {self._count} threads of {self._name} hang")
+            raise RemoteError(
+                f"Mooncake: all {self._count} threads of {self._name} hang until the library ends their calls"
+            )
         try:
             async with asyncio.timeout_at(deadline):
                 await self._free.acquire()
@@ -237,7 +243,7 @@ class ClientLane:
         return task.result()
 
     async def close(self) -> None:
-        """Calls under way end first."""
+        """Wait for the calls under way, then end the threads."""
         for _ in range(self._count):
             await self._free.acquire()
         self._threads.close()
@@ -254,11 +260,11 @@ class ClientLane:
     def _forget(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not report it
+            task.exception()  # read it, so that asyncio does not report it
 
 
 class MooncakeMaster:
-    """A connection of ours to the master, to know whether it is there: `ServiceReady` of its RPC, 20 bytes."""
+    """A connection to the master, to check that it is alive: `ServiceReady` of its RPC, 20 bytes."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
@@ -271,15 +277,15 @@ class MooncakeMaster:
     def own_address(self) -> str:
         return own_address(self._host, self._port)
 
-    async def ask(self, deadline: float) -> None:
-        """Until it answers. Raises RemoteError; RefusedError if what answers is no master."""
+    async def check_alive(self, deadline: float) -> None:
+        """Wait until the master answers. Raises RemoteError, or RefusedError if another server answers."""
         try:
             async with asyncio.timeout_at(deadline), self._lock:
                 if self._streams is not None:
-                    with suppress(OSError, EOFError):  # it has been started anew, or was idle for long
-                        await self._ask()
+                    with suppress(OSError, EOFError):  # the master was restarted, or the connection was idle for long
+                        await self._exchange()
                         return
-                await self._ask()
+                await self._exchange()
         except TimeoutError as error:
             raise RemoteError(f"the Mooncake master {self} does not answer") from error
         except (OSError, EOFError) as error:
@@ -289,7 +295,7 @@ class MooncakeMaster:
         if self._streams is not None:
             self._streams[1].close()
 
-    async def _ask(self) -> None:
+    async def _exchange(self) -> None:
         streams, self._streams = self._streams, None
         reader, writer = streams or await asyncio.open_connection(self._host, self._port)
         try:
@@ -297,7 +303,7 @@ class MooncakeMaster:
             magic, _, _, _, _, length, more = _REPLY.unpack(await reader.readexactly(_REPLY.size))
             if magic != _MAGIC or length + more > _MAX_REPLY_NBYTES:
                 raise RefusedError(
-                    f"{self} answers, but is no Mooncake master; its RPC port is {_PORT} unless told otherwise"
+                    f"{self} answers, but is not a Mooncake master. Give the master's RPC port, by default {_PORT}"
                 )
             await reader.readexactly(length + more)
             self._streams = reader, writer

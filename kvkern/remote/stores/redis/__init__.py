@@ -1,1 +1,1 @@
-"""Redis and Valkey, one server or a cluster, as a remote store. `make` is in store.py."""
+"""Redis and Valkey, one server or a cluster, as a remote store. store.py has `make`."""

@@ -1,11 +1,11 @@
-"""The keys of one call on their way: several connections take from them, pipelined within a window, and note what came back.
+"""The keys of one call. Several connections take keys from it, pipeline them within a window, and note the replies.
 
     while a key is left or a reply is owed:
-        less than half a window on the wire: send what fills it
+        at most half a window on the wire: send commands until it is full
         read one reply
 
-A window bounds what a server has to hold in replies that nobody has read yet, and lets two sides that only write never
-wait for each other. Knows what is asked and answered; knows nothing of servers and their addresses.
+A window bounds the unread replies that a server has to hold. It also keeps the two sides from waiting for each other while
+both only write. Knows commands and replies; knows nothing of servers and their addresses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..base import Got, Parts, RemoteError
-from .connection import Address, Piece, RedisConnection, command, refusal
+from .connection import Address, Piece, RedisConnection, command, error_reply
 
-WINDOW_NBYTES = 4 << 20  # per connection; measured: 2 to 16 MiB are as good, 32 MiB over all leave the CPU's cache
-_LEAST_NBYTES = WINDOW_NBYTES >> 10  # a command counts for at least that: 1024 in a window
+WINDOW_NBYTES = (
+    4 << 20
+)  # per connection; measured: 2 to 16 MiB are as good; 32 MiB over all connections leave the CPU's cache
+_LEAST_NBYTES = WINDOW_NBYTES >> 10  # a command counts for at least this: 1024 commands in a window
 _ASKING = b"".join(bytes(piece) for piece in command(b"ASKING"))
 
 T = TypeVar("T")
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """A cluster's answer: this key is elsewhere, for good or (asking) just now."""
+    """A cluster's reply: another server has this key, for good or (asking) only now."""
 
     index: int
     address: Address
@@ -36,47 +38,47 @@ class Redirect:
 
 
 class KeyBatch(ABC, Generic[T]):
-    """Keys, and what is known of each."""
+    """The keys of a call, and the answer for each."""
 
-    unasked: T  # what a key is that was not asked for, since it need not be
-    unanswered: T  # and one that was, in vain
-    partly = True  # whether answers are good although others failed
+    unasked: T  # the answer for a key that need not be asked for
+    unanswered: T  # the answer for a key whose server gave none
+    partial_is_useful = True  # False: the call fails if any key was not answered
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self.names = names
-        self.found: list[T | None] = [None] * len(names)
-        self.stop = len(names)  # what is behind it is not asked for
-        self.cluster = False  # whether redirections are taken
-        self.redirects: list[Redirect] = []  # to be asked again, once
-        self.redirected = False  # and that is now
+        self.found: list[T | None] = [None] * len(names)  # answers; None: none yet
+        self.stop = len(names)  # keys from here on are not asked for
+        self.cluster = False  # set: follow redirections
+        self.redirects: list[Redirect] = []  # keys to ask again, once
+        self.redirected = False  # set while they are asked again
 
     def cost(self, index: int) -> int:
-        """Bytes that a key puts on the wire, one way or the other."""
+        """Return the bytes that a key puts on the wire, in its command or its reply."""
         return _LEAST_NBYTES
 
     @abstractmethod
     def request(self, index: int) -> list[Piece]:
-        """What to send for a key."""
+        """Return the command for a key."""
 
     @abstractmethod
-    def accept(self, index: int, line: bytes, link: RedisConnection, deadline: float) -> bool:
-        """Take a reply that begins with this line. False: this server need not be asked for more."""
+    def accept(self, index: int, line: bytes, connection: RedisConnection, deadline: float) -> bool:
+        """Take a reply that begins with `line`. Returns False if this server need not be asked for more keys."""
 
-    def refuse(self, index: int, line: bytes, link: RedisConnection) -> bool:
+    def refuse(self, index: int, line: bytes, connection: RedisConnection) -> bool:
         """Take an error reply, as `accept` does. Raises RemoteError."""
         word, _, rest = line[1:].partition(b" ")
         if word in (b"MOVED", b"ASK"):
             if not self.cluster:
-                raise refusal(link.name, line)
+                raise error_reply(connection.name, line)
             if self.redirected:
-                raise RemoteError(f"{link.name} redirects a second time: the cluster is being changed")
-            self.redirects.append(Redirect(index, _address(rest, link), word == b"ASK"))
+                raise RemoteError(f"{connection.name} redirects a key a second time: the cluster is being changed")
+            self.redirects.append(Redirect(index, _address(rest, connection), word == b"ASK"))
             return True
-        raise refusal(link.name, line)
+        raise error_reply(connection.name, line)
 
     def outcome(self, errors: Sequence[Exception]) -> list[T]:
-        """One answer for every key. Raises the first error, if it left nothing of use."""
-        useful = self.partly and any(found is not None for found in self.found)
+        """Return one answer for every key. Raises the first error if no useful answer is left."""
+        useful = self.partial_is_useful and any(found is not None for found in self.found)
         if errors and None in self.found and not useful:
             raise errors[0]
         failed = self.unanswered if errors else self.unasked
@@ -85,7 +87,7 @@ class KeyBatch(ABC, Generic[T]):
 
 
 class GetBatch(KeyBatch[Got]):
-    """Values into memory."""
+    """GET: values into memory."""
 
     unasked = Got.MISS
     unanswered = Got.UNKNOWN
@@ -100,22 +102,22 @@ class GetBatch(KeyBatch[Got]):
     def request(self, index: int) -> list[Piece]:
         return command(b"GET", self.names[index])
 
-    def accept(self, index: int, line: bytes, link: RedisConnection, deadline: float) -> bool:
-        nbytes, pieces = link.length(line), self._into[index]
+    def accept(self, index: int, line: bytes, connection: RedisConnection, deadline: float) -> bool:
+        nbytes, pieces = connection.bulk_length(line), self._into[index]
         if nbytes is None:
             self.found[index] = Got.MISS
             self.stop = min(self.stop, index)
         elif nbytes == sum(map(len, pieces)):
-            link.read(pieces, deadline)
+            connection.read_bulk(pieces, deadline)
             self.found[index] = Got.HIT
         else:
-            link.skip(nbytes, deadline)
+            connection.skip_bulk(nbytes, deadline)
             self.found[index] = Got.WRONG_SIZE
         return nbytes is not None
 
 
 class PutBatch(KeyBatch[bool | None]):
-    """Values from memory."""
+    """SET: values from memory."""
 
     unasked = False
     unanswered = None
@@ -137,59 +139,62 @@ class PutBatch(KeyBatch[bool | None]):
         )
         return [b"*%d\r\n" % (3 + len(self._tail)), *before[1:], value, header, payload, b"\r\n", *behind]
 
-    def accept(self, index: int, line: bytes, link: RedisConnection, deadline: float) -> bool:
+    def accept(self, index: int, line: bytes, connection: RedisConnection, deadline: float) -> bool:
         if line != b"+OK":
-            raise link.surprise(line)
+            raise connection.unexpected_reply(line)
         self.found[index] = True
         return True
 
-    def refuse(self, index: int, line: bytes, link: RedisConnection) -> bool:
+    def refuse(self, index: int, line: bytes, connection: RedisConnection) -> bool:
         if not line.startswith(b"-OOM "):
-            return super().refuse(index, line, link)
+            return super().refuse(index, line, connection)
         self.found[index] = False
-        return False  # values that come behind would find it as full
+        return False  # the next values would find the server full too
 
 
 class AskBatch(KeyBatch[bool | None]):
-    """EXISTS or UNLINK, key by key: a cluster takes no more in one command."""
+    """EXISTS or UNLINK, key by key: in a cluster one command may only name keys of one slot."""
 
     unasked = unanswered = None
 
     def __init__(self, names: Sequence[bytes], verb: bytes) -> None:
         super().__init__(names)
         self._verb = verb
-        self.partly = verb == b"EXISTS"
+        self.partial_is_useful = verb == b"EXISTS"
 
     def request(self, index: int) -> list[Piece]:
         return command(self._verb, self.names[index])
 
-    def accept(self, index: int, line: bytes, link: RedisConnection, deadline: float) -> bool:
+    def accept(self, index: int, line: bytes, connection: RedisConnection, deadline: float) -> bool:
         if line not in (b":0", b":1"):
-            raise link.surprise(line)
+            raise connection.unexpected_reply(line)
         self.found[index] = line == b":1"
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionShare:
-    """What one server is asked for, by one connection or several."""
+    """The keys that one server is asked for, over one connection or several."""
 
     batch: KeyBatch[Any]
     queue: deque[int]  # indices, in the order of the keys
     window_nbytes: int
     deadline: float
-    asking: bool = False  # redirected: the server answers only if told so
+    asking: bool = False  # redirected with ASK: the server answers only after ASKING
 
-    def drive(self, link: RedisConnection) -> None:
-        """Until none is left. Raises RemoteError; after OSError the keys that are owed are back in the queue."""
+    def drive(self, connection: RedisConnection) -> None:
+        """Ask for keys until none is left.
+
+        Raises RemoteError. After an OSError the unanswered keys are back in the queue.
+        """
         owed: deque[int] = deque()
         try:
-            self._drive(link, owed)
+            self._drive(connection, owed)
         except OSError:
             self.queue.extendleft(reversed(owed))
             raise
 
-    def _drive(self, link: RedisConnection, owed: deque[int]) -> None:
+    def _drive(self, connection: RedisConnection, owed: deque[int]) -> None:
         batch, on_wire = self.batch, 0
         while True:
             if on_wire <= self.window_nbytes // 2:
@@ -198,18 +203,18 @@ class ConnectionShare:
                     owed.append(index)
                     on_wire += batch.cost(index)
                     pieces += [_ASKING, *batch.request(index)] if self.asking else batch.request(index)
-                link.send(pieces, self.deadline)
+                connection.send(pieces, self.deadline)
             if not owed:
                 return
-            line = link.line(self.deadline)
+            line = connection.read_line(self.deadline)
             if self.asking:
                 if line != b"+OK":
-                    raise refusal(link.name, line)
-                line = link.line(self.deadline)
+                    raise error_reply(connection.name, line)
+                line = connection.read_line(self.deadline)
             if line[:1] == b"-":
-                go_on = batch.refuse(owed[0], line, link)
+                go_on = batch.refuse(owed[0], line, connection)
             else:
-                go_on = batch.accept(owed[0], line, link, self.deadline)
+                go_on = batch.accept(owed[0], line, connection, self.deadline)
             on_wire -= batch.cost(owed.popleft())
             if not go_on:
                 self.queue.clear()
@@ -222,9 +227,9 @@ class ConnectionShare:
         return index if index < self.batch.stop else None
 
 
-def _address(rest: bytes, link: RedisConnection) -> Address:
-    """Of `3999 127.0.0.1:6381`; without a host it is the one that was asked."""
+def _address(rest: bytes, connection: RedisConnection) -> Address:
+    """Parse `3999 127.0.0.1:6381`. Without a host it is the host that was asked."""
     host, _, port = rest.partition(b" ")[2].decode(errors="replace").rpartition(":")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise link.surprise(rest)
-    return host or link.address[0], int(port)
+        raise connection.unexpected_reply(rest)
+    return host or connection.address[0], int(port)

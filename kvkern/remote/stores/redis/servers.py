@@ -1,7 +1,7 @@
-"""Which server has a key: the one there is, or a cluster's by slot. And a server's connections that are idle.
+"""Finds the server of a key: a single server, or a cluster's server by slot. Keeps the idle connections of each server.
 
-A cluster's map is read at the start, after a redirection and after a failure, at most once in a second; calls go on with
-the old one meanwhile, and a redirection names the right server anyway.
+A cluster's map is read at the start, after a redirection and after a failure, at most once a second. Meanwhile calls go on
+with the old map, since a redirection names the right server anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redis import exceptions
 
 from ..base import RemoteError
 from .batch import ConnectionShare
-from .connection import Address, Dialer, RedisConnection, RefusedError, command, left, refusal
+from .connection import Address, Dialer, RedisConnection, RefusedError, command, error_reply, seconds_left
 
 _NUM_SLOTS = 16384
 _REFRESH_S = 1.0
@@ -25,163 +25,166 @@ _PROBE_MS = b"10000"
 
 
 class RedisServer:
-    """One address, and the connections to it that nobody uses just now. Of any thread."""
+    """One address, and the idle connections to it. Use it from any thread."""
 
     def __init__(self, dialer: Dialer, address: Address) -> None:
         self.address = address
-        self.name = dialer.name(address)
+        self.name = dialer.server_name(address)
         self._dialer = dialer
-        self._idle: deque[RedisConnection] = deque()  # as many as ever were in use at once
+        self._idle: deque[RedisConnection] = deque()  # at most as many as were ever in use at once
         self._closed = False
 
-    def work(self, share: ConnectionShare) -> None:
-        """Do a share. Raises RemoteError. A connection that turns out to be dead is replaced once by a new one."""
-        if not share.queue:  # others have been faster
+    def run(self, share: ConnectionShare) -> None:
+        """Ask for the keys of a share. A dead idle connection is replaced once by a new one. Raises RemoteError."""
+        if not share.queue:  # other connections have taken all keys
             return None
-        link = self._pooled()
-        if link is not None:
+        connection = self._take_idle()
+        if connection is not None:
             try:
-                return self._drive(link, share)
+                return self._drive(connection, share)
             except OSError as error:
                 if time.monotonic() >= share.deadline:
-                    raise self._broken(error) from error
+                    raise self._connection_error(error) from error
         try:
             self._drive(self.connect(share.deadline), share)
         except OSError as error:
-            raise self._broken(error) from error
+            raise self._connection_error(error) from error
 
     def connect(self, deadline: float) -> RedisConnection:
-        """A new connection. Raises RemoteError, and OSError if there is no time left."""
-        left(deadline)
+        """Open a connection. Raises RemoteError, and OSError if no time is left."""
+        seconds_left(deadline)
         return RedisConnection(self._dialer.dial(self.address, deadline), self.address, self.name)
 
     def probe(self, name: bytes, cluster: bool, deadline: float) -> None:
-        """Try all that will be asked of it, with a value that goes away. Raises RemoteError."""
+        """Try every command that will be used, with a value that expires. Raises RemoteError."""
         try:
-            link = self.connect(deadline)
+            connection = self.connect(deadline)
             try:
-                _probe(link, name, cluster, deadline)
+                _probe(connection, name, cluster, deadline)
             finally:
-                link.close()
+                connection.close()
         except OSError as error:
-            raise self._broken(error) from error
+            raise self._connection_error(error) from error
 
-    def slots(self, deadline: float) -> Any:
-        """What it says of its cluster's slots, in whatever form. Raises RemoteError."""
+    def cluster_slots(self, deadline: float) -> Any:
+        """Return its reply to CLUSTER SLOTS, unchecked. Raises RemoteError."""
         connection = self._dialer.dial(self.address, deadline)
         try:
             connection.send_command("CLUSTER", "SLOTS")
             return connection.read_response()
         except exceptions.ResponseError as error:
-            raise refusal(self.name, b"-%s" % str(error).encode()) from error
+            raise error_reply(self.name, b"-%s" % str(error).encode()) from error
         except (exceptions.RedisError, OSError, ValueError) as error:
-            raise self._broken(error) from error
+            raise self._connection_error(error) from error
         finally:
             connection.disconnect()
 
     def close(self) -> None:
-        """Close what is idle; what is in use is closed when it comes back."""
+        """Close the idle connections. A connection in use is closed when it comes back."""
         self._closed = True
-        while (link := self._pooled()) is not None:
-            link.close()
+        while (connection := self._take_idle()) is not None:
+            connection.close()
 
-    def _drive(self, link: RedisConnection, share: ConnectionShare) -> None:
+    def _drive(self, connection: RedisConnection, share: ConnectionShare) -> None:
         done = False
         try:
-            share.drive(link)
+            share.drive(connection)
             done = True
         finally:
             if done:
-                self._give(link)
+                self._give_back(connection)
             else:
-                link.close()
+                connection.close()
 
-    def _give(self, link: RedisConnection) -> None:
-        self._idle.append(link)
+    def _give_back(self, connection: RedisConnection) -> None:
+        self._idle.append(connection)
         if self._closed:
             self.close()
 
-    def _pooled(self) -> RedisConnection | None:
+    def _take_idle(self) -> RedisConnection | None:
         while True:
             try:
-                link = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 return None
-            if link.idle():
-                return link
-            link.close()
+            if connection.is_idle():
+                return connection
+            connection.close()
 
-    def _broken(self, error: Exception) -> RemoteError:
+    def _connection_error(self, error: Exception) -> RemoteError:
         if isinstance(error, TimeoutError):
             return RemoteError(f"{self.name} did not answer in time")
         return RemoteError(f"the connection to {self.name} broke: {error}")
 
 
-def _probe(link: RedisConnection, name: bytes, cluster: bool, deadline: float) -> None:
+def _probe(connection: RedisConnection, name: bytes, cluster: bool, deadline: float) -> None:
     asked = [(b"EXISTS", name), (b"GET", name), (b"SET", name, b"", b"PX", _PROBE_MS), (b"UNLINK", name)]
-    link.send([piece for words in asked for piece in command(*words)], deadline)
+    connection.send([piece for words in asked for piece in command(*words)], deadline)
     for verb, *_ in asked:
-        line = link.line(deadline)
+        line = connection.read_line(deadline)
         if line[:1] == b"-":
-            if line[1:].split(b" ")[0] not in _OF_THE_MOMENT[cluster]:
-                raise refusal(link.name, line)
-        elif verb == b"GET" and (nbytes := link.length(line)) is not None:
-            link.skip(nbytes, deadline)
-    if not cluster:  # only a cluster's server answers this, whichever slots it has
-        link.send(command(b"CLUSTER", b"KEYSLOT", name), deadline)
-        line = link.line(deadline)
+            if line[1:].split(b" ")[0] not in _PASSING_ERRORS[cluster]:
+                raise error_reply(connection.name, line)
+        elif verb == b"GET" and (nbytes := connection.bulk_length(line)) is not None:
+            connection.skip_bulk(nbytes, deadline)
+    if not cluster:  # only a cluster's server answers this, whatever slots it has
+        connection.send(command(b"CLUSTER", b"KEYSLOT", name), deadline)
+        line = connection.read_line(deadline)
         if line[:1] == b":":
-            raise refusal(link.name, b"-MOVED is what it says of other servers' keys")
+            raise error_reply(connection.name, b"-MOVED is its reply for keys of other servers")
 
 
-_OF_THE_MOMENT = {False: (b"OOM",), True: (b"OOM", b"MOVED", b"ASK", b"TRYAGAIN")}  # errors that say nothing is amiss
+_PASSING_ERRORS = {
+    False: (b"OOM",),
+    True: (b"OOM", b"MOVED", b"ASK", b"TRYAGAIN"),
+}  # errors that may pass: the configuration is right
 
 
 class RedisServers(Protocol):
-    """The servers of a store. Of any thread."""
+    """The servers of a store. Use it from any thread."""
 
     cluster: bool
 
-    def stale(self) -> bool:
-        """Whether `refresh` should be called first."""
+    def needs_refresh(self) -> bool:
+        """Return True if `refresh` should be called first."""
 
     def refresh(self, deadline: float) -> None:
-        """Read the map anew. Raises RemoteError if there is none."""
+        """Read the map anew. Raises RemoteError if no map is known."""
 
-    def parts(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
-        """Who has which of the keys, in their order. Never blocks. Raises RemoteError if there is no map."""
+    def keys_by_server(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
+        """Return each server with the indices of its keys, in their order. Never blocks. Raises RemoteError without a map."""
 
-    def server(self, address: Address) -> RedisServer:
-        """The one of that address."""
+    def server_at(self, address: Address) -> RedisServer:
+        """Return the server of an address."""
 
-    def failed(self, address: Address | None) -> None:
-        """The map is old: read it anew when the time comes, and not from that server if there are others."""
+    def note_failure(self, address: Address | None) -> None:
+        """Note that the map is old. The next `refresh` asks the server of `address` last; None: no server is suspected."""
 
     def close(self) -> None:
         """Close every connection."""
 
 
 class OneServer:
-    """`RedisServers` of a server without others."""
+    """`RedisServers` of a single server."""
 
     cluster = False
 
     def __init__(self, dialer: Dialer, address: Address) -> None:
         self._server = RedisServer(dialer, address)
 
-    def stale(self) -> bool:
+    def needs_refresh(self) -> bool:
         return False
 
     def refresh(self, deadline: float) -> None:
         pass
 
-    def parts(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
+    def keys_by_server(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
         return [(self._server, list(range(len(names))))]
 
-    def server(self, address: Address) -> RedisServer:
+    def server_at(self, address: Address) -> RedisServer:
         return self._server
 
-    def failed(self, address: Address | None) -> None:
+    def note_failure(self, address: Address | None) -> None:
         pass
 
     def close(self) -> None:
@@ -189,7 +192,7 @@ class OneServer:
 
 
 class Cluster:
-    """`RedisServers` of a cluster: every master has a range of the slots, or several."""
+    """`RedisServers` of a cluster: every master has one or more ranges of the slots."""
 
     cluster = True
 
@@ -197,39 +200,41 @@ class Cluster:
         self._dialer = dialer
         self._seeds = seeds
         self._servers: dict[Address, RedisServer] = {}
-        self._owners: list[Address | None] = []  # by slot; empty: never read
-        self._suspects: set[Address | None] = set()  # since the map was read; any makes it stale
-        self._lock = Lock()  # of all four
+        self._owners: list[Address | None] = []  # by slot; empty: the map was never read
+        self._suspects: set[Address | None] = set()  # noted since the map was read; any entry makes the map old
+        self._lock = Lock()  # protects the four above
         self._reading = Lock()
         self._next_refresh = 0.0
 
-    def stale(self) -> bool:
+    def needs_refresh(self) -> bool:
         return not self._owners or (bool(self._suspects) and time.monotonic() >= self._next_refresh)
 
     def refresh(self, deadline: float) -> None:
         if not self._reading.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RemoteError("reading the cluster's slots takes too long")
+            raise RemoteError("reading the cluster's slots took too long")
         try:
-            if self.stale():
+            if self.needs_refresh():
                 self._next_refresh = time.monotonic() + _REFRESH_S
                 self._refresh(deadline)
         finally:
             self._reading.release()
 
-    def parts(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
+    def keys_by_server(self, names: Sequence[bytes]) -> list[tuple[RedisServer, list[int]]]:
         parts: dict[Address | None, list[int]] = {}
         for index, name in enumerate(names):
             parts.setdefault(self._owners[crc_hqx(name, 0) % _NUM_SLOTS], []).append(index)
-        somebody = next(owner for owner in self._owners if owner is not None)  # says what is amiss with slots of nobody
-        return [(self.server(address or somebody), indices) for address, indices in parts.items()]
+        somebody = next(
+            owner for owner in self._owners if owner is not None
+        )  # it explains what is wrong with slots that no server has
+        return [(self.server_at(address or somebody), indices) for address, indices in parts.items()]
 
-    def server(self, address: Address) -> RedisServer:
+    def server_at(self, address: Address) -> RedisServer:
         with self._lock:
             if address not in self._servers:
                 self._servers[address] = RedisServer(self._dialer, address)
             return self._servers[address]
 
-    def failed(self, address: Address | None) -> None:
+    def note_failure(self, address: Address | None) -> None:
         with self._lock:
             self._suspects.add(address)
 
@@ -244,9 +249,11 @@ class Cluster:
         addresses.sort(key=lambda address: address in self._suspects)
         for tried, address in enumerate(addresses):
             now = time.monotonic()
-            share_s = (deadline - now) / min(3, len(addresses) - tried)  # one that hangs leaves time for others
+            share_s = (deadline - now) / min(
+                3, len(addresses) - tried
+            )  # a server that hangs leaves time for the others
             try:
-                self._take(_owners(self.server(address).slots(now + share_s), address))
+                self._adopt(_owners(self.server_at(address).cluster_slots(now + share_s), address))
             except RemoteError as error:
                 errors.append(error)
             else:
@@ -255,7 +262,7 @@ class Cluster:
             errors.sort(key=lambda error: not isinstance(error, RefusedError))
             raise errors[0]
 
-    def _take(self, owners: list[Address | None]) -> None:
+    def _adopt(self, owners: list[Address | None]) -> None:
         with self._lock:
             self._owners, self._suspects = owners, set()
             for address in set(self._servers).difference(owners):
@@ -263,7 +270,7 @@ class Cluster:
 
 
 def _owners(answer: object, asked: Address) -> list[Address | None]:
-    """The masters by slot, of CLUSTER SLOTS' `[first, last, [host, port, ...], replicas...], ...`. Raises RemoteError."""
+    """Parse `[first, last, [host, port, ...], replicas...], ...` of CLUSTER SLOTS into masters by slot. Raises RemoteError."""
     owners: list[Address | None] = [None] * _NUM_SLOTS
     for row in answer if isinstance(answer, list) else [answer]:
         match row:
@@ -273,7 +280,11 @@ def _owners(answer: object, asked: Address) -> list[Address | None]:
                 owner = (host.decode(errors="replace") if host else asked[0], port)
                 owners[first : last + 1] = [owner] * (last + 1 - first)
             case _:
-                raise RemoteError(f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which cannot be read")
+                raise RemoteError(
+                    f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which kvkern cannot parse"
+                )
     if not any(owners):
-        raise RemoteError(f"the cluster of {asked[0]}:{asked[1]} has given its slots to no server yet")
+        raise RemoteError(
+            f"no server of the cluster of {asked[0]}:{asked[1]} has slots yet. Assign the slots to its servers"
+        )
     return owners

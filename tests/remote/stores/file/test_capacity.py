@@ -191,11 +191,11 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     for number in range(100):
         own(space, tmp_path, number)
         assert len(space._pool) <= 16
-        assert len(space._since) <= 16
+        assert len(space._written_since_scan) <= 16
     assert space.used_nbytes == 10_000
     assert not space._complete
     space.scan()
-    assert (space.used_nbytes, len(space._pool), len(space._since)) == (10_000, 16, 0)
+    assert (space.used_nbytes, len(space._pool), len(space._written_since_scan)) == (10_000, 16, 0)
     assert space.evict(1600)
     assert not space.evict(1)
     assert there(tmp_path) == list(range(16, 100))
@@ -219,4 +219,4 @@ def test_what_cannot_be_removed(tmp_path: Path) -> None:
     os.utime(tmp_path / name_of(1), (0, 0))
     with pytest.raises(OSError, match=r"directory|permitted"):
         space.reserve(100)
-    assert space._leaving == 0
+    assert space._leaving_nbytes == 0

@@ -83,9 +83,9 @@ def bench(store_path: Path) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize(("url", "message"), [
-    ("file://relative/path", r"file://relative/path names no directory of this machine; expected file:///path"),
-    ("file:///", "names no directory"), ("file://me:p@/x", "names no directory"),
-    ("file:///x?direct=maybe", "direct of file:///x is 'maybe'; expected auto, yes or no"),
+    ("file://relative/path", r"file://relative/path does not name a directory of this machine\. Say file:///path"),
+    ("file:///", "does not name a directory"), ("file://me:p@/x", "does not name a directory"),
+    ("file:///x?direct=maybe", r"direct of file:///x is 'maybe'\. Give auto, yes or no"),
     ("file:///x?threads=0", "threads of file:///x is '0'"), ("file:///x?capacity=lots", "capacity of file:///x is 'lots'"),
     ("file:///x?scan_s=0", "scan_s of file:///x is '0'"), ("file:///x?dir=1", "unknown key 'dir'.*'direct'"),
 ])  # fmt: skip
@@ -107,9 +107,11 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     threads = threading.active_count()
     for path in (tmp_path / "no" / "parent", tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=f"file://{path} cannot be used: .*; it must be a directory that"):
+        with pytest.raises(ConfigError, match=rf"file://{path} cannot be used: .*\. Give a directory that"):
             open_and_close(makes(path))
-    with pytest.raises(ConfigError, match=r"capacity of file://.* is 64 TiB, but its file system has .*; lower it"):
+    with pytest.raises(
+        ConfigError, match=r"capacity of file://.* is 64 TiB, but its file system has .*\. Lower the capacity"
+    ):
         open_and_close(makes(tmp_path / "new", "capacity=64TiB"))
     assert (tmp_path / "file").read_text() == "mine"
     assert threading.active_count() == threads
@@ -135,7 +137,7 @@ def test_a_file_system_without_direct(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(
-        ConfigError, match=r"direct of file://.* is yes, but its file system knows no O_DIRECT; use auto"
+        ConfigError, match=r"direct of file://.* is yes, but its file system has no O_DIRECT\. Use direct=auto"
     ):
         open_and_close(makes(tmp_path / "a", "direct=yes"))
     bench = Bench(makes(tmp_path / "b"), count=1, payload_nbytes=8192)
@@ -182,7 +184,7 @@ def test_reopened(store_path: Path, bench: Bench) -> None:
     assert bench.exists(keys, store=other) == [True] * 4
     assert bench.get(keys, bench.into()[:4], store=other) == [HIT] * 4
     assert all(bench.read(row) for row in range(4))
-    wait_for(lambda: other._space.used_nbytes == 4 * VALUE)
+    wait_for(lambda: other._capacity.used_nbytes == 4 * VALUE)
 
 
 # -- the cap -----------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def test_what_was_not_used_goes_first(store_path: Path) -> None:
     for age, number in enumerate(range(10)):  # the last hour: 0 is the oldest
         os.utime(file_of(store_path, number), (0, time.time() - 3600 + age))
     store = bench.another()  # and the first one has never heard of that
-    wait_for(lambda: store._space.used_nbytes == 10 * VALUE)
+    wait_for(lambda: store._capacity.used_nbytes == 10 * VALUE)
     assert bench.get(keys[2:4], bench.into()[:2], store=store) == [HIT, HIT]
     assert bench.put(keys[10:14], bench.values()[:4], store=store) == [True] * 4
     assert bench.exists(keys[:14], store=store) == [*[False] * 2, *[True] * 2, *[False] * 2, *[True] * 8]
@@ -203,7 +205,7 @@ def test_what_was_not_used_goes_first(store_path: Path) -> None:
     assert bench.put(keys[14:24], bench.values(), store=store) == [True] * 10
     assert bench.exists(keys[:24], store=store) == [*[False] * 14, *[True] * 10]
     bench.run(store.delete(keys[14:20], TIMEOUT_S))
-    assert store._space.used_nbytes == nbytes_in(store_path) == 4 * VALUE
+    assert store._capacity.used_nbytes == nbytes_in(store_path) == 4 * VALUE
     bench.close()
 
 
@@ -226,7 +228,7 @@ def test_accounts_after_a_rush(store_path: Path) -> None:
     bench = Bench(makes(store_path, f"capacity={20 * VALUE}&threads=4"), payload_nbytes=8192)
     store = bench.store
     store._scan_s = 0.005
-    store._wake.set()
+    store._scan_now.set()
     values = bench.values()
 
     async def rush() -> None:
@@ -238,8 +240,8 @@ def test_accounts_after_a_rush(store_path: Path) -> None:
             )  # fmt: skip
 
     bench.run(rush())
-    assert store._space._reserved == store._space._leaving == 0
-    wait_for(lambda: store._space.used_nbytes == nbytes_in(store_path) <= 20 * VALUE)
+    assert store._capacity._reserved_nbytes == store._capacity._leaving_nbytes == 0
+    wait_for(lambda: store._capacity.used_nbytes == nbytes_in(store_path) <= 20 * VALUE)
     assert nbytes_in(store_path) > 5 * VALUE
     bench.close()
 
@@ -252,7 +254,7 @@ from tests.remote.stores.file.files import makes
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 bench = Bench(makes(path, sys.argv[3]), count=2, payload_nbytes=8192)
 bench.store._scan_s = 0.1
-bench.store._wake.set()
+bench.store._scan_now.set()
 for start in range(first, first + 200, 2):
     assert bench.put([key_of(start), key_of(start + 1)], bench.values(first)) == [True, True]
     time.sleep(0.01)
@@ -285,13 +287,13 @@ def test_two_processes_share_a_directory(store_path: Path) -> None:
 
 def test_no_room_while_nothing_can_be_scanned(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(makes(store_path, f"capacity={VALUE}"), count=2, payload_nbytes=8192)
-    wait_for(lambda: bench.store._space._complete)
-    monkeypatch.setattr(bench.store._space, "_take", lambda: None)
+    wait_for(lambda: bench.store._capacity._complete)
+    monkeypatch.setattr(bench.store._capacity, "_pop_oldest", lambda: None)
     values = bench.values()
     assert bench.put([key_of(1)], values[:1]) == [True]
     assert bench.put([key_of(2)], values[1:]) == [False]
-    bench.store._trouble = PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(RemoteError, match=r"cannot be scanned for what to evict \(.*Permission denied"):
+    bench.store._scan_error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(RemoteError, match=r"cannot be scanned for values to evict \(.*Permission denied"):
         bench.put([key_of(2)], bench.values()[1:])
     bench.close()
 
@@ -319,11 +321,11 @@ def test_killed_between_write_and_rename(store_path: Path) -> None:
         path.write_text("mine")
         os.utime(path, (0, 0))
     bench = Bench(makes(store_path), count=1, payload_nbytes=8192)
-    wait_for(lambda: bench.store._space._complete)
+    wait_for(lambda: bench.store._capacity._complete)
     assert left.exists()  # it may be somebody's who is at it
     assert bench.exists([key_of(1)]) == [False]
     os.utime(left, (0, time.time() - 1000))
-    bench.store._wake.set()
+    bench.store._scan_now.set()
     wait_for(lambda: not left.exists())
     assert [path.read_text() for path in foreign] == ["mine"] * 3
     bench.close()
@@ -346,8 +348,8 @@ def test_other_files_are_not_touched(store_path: Path) -> None:
     older.parent.mkdir(parents=True)
     older.write_bytes(bytes(VALUE))
     bench = Bench(makes(store_path, f"capacity={4 * VALUE}"), payload_nbytes=8192)
-    wait_for(lambda: bench.store._space._complete)
-    assert bench.store._space.used_nbytes == VALUE
+    wait_for(lambda: bench.store._capacity._complete)
+    assert bench.store._capacity.used_nbytes == VALUE
     assert bench.put([key_of(i) for i in range(8)], bench.values()) == [True] * 8
     assert len(values_in(store_path)) - 1 == 4 + sum(len(path.name) == 64 for path in foreign[4:])  # 1: the link
     assert not older.exists()

@@ -109,7 +109,7 @@ class Faulty:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(store_path: Path, bench: Bench, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_for(lambda: bench.store._space._complete)
+    wait_for(lambda: bench.store._capacity._complete)
     faulty = Faulty("pwritev", code, 100, monkeypatch)
     assert bench.put([key_of(0)], bench.values()[:1]) == [False]  # and nothing to evict
     assert temporaries_in(store_path) == []
@@ -119,7 +119,7 @@ def test_a_full_disk(store_path: Path, bench: Bench, code: int, monkeypatch: pyt
     assert bench.put([key_of(4)], bench.values()[:1]) == [True]
     assert bench.exists([key_of(i) for i in range(1, 5)]).count(False) == 1  # one has made room
     assert bench.exists([key_of(4)]) == [True]
-    assert bench.store._space.used_nbytes == nbytes_in(store_path) == 3 * VALUE
+    assert bench.store._capacity.used_nbytes == nbytes_in(store_path) == 3 * VALUE
     assert temporaries_in(store_path) == []
 
 
@@ -131,7 +131,7 @@ def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.
             bench.put(keys, values)
     assert temporaries_in(store_path) == values_in(store_path) == []
     assert bench.put(keys, values) == [True] * 8
-    assert bench.store._space.used_nbytes == 8 * VALUE
+    assert bench.store._capacity.used_nbytes == 8 * VALUE
     with monkeypatch.context() as patch:
         Faulty("preadv", errno.EIO, 1000, patch)
         with pytest.raises(RemoteError, match="Input/output error"):
@@ -216,7 +216,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_small_disk(small_disk: Path) -> None:
     bench = Bench(makes(small_disk, "capacity=256KiB"), count=8, payload_nbytes=28 << 10)
-    wait_for(lambda: bench.store._space._complete)
+    wait_for(lambda: bench.store._capacity._complete)
     (small_disk / "ballast").write_bytes(bytes(96 << 10))  # somebody else's: the capacity is not to be had
     for start in range(0, 40, 8):
         assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 4

@@ -106,9 +106,9 @@ def library_client(port: int) -> Any:
 
 def _main(port: str, segment: str) -> None:
     from kvkern.config import parse_nbytes
-    from kvkern.remote.stores.mooncake.client import _mute
+    from kvkern.remote.stores.mooncake.client import _mute_library_log
 
-    _mute()
+    _mute_library_log()
     client = library_client(int(port))
     assert client.allocate_and_mount_segment(parse_nbytes(segment), "tcp", "")["ret"] == 0
     print("up", flush=True)

@@ -180,4 +180,4 @@ def test_a_cluster_whose_first_server_is_gone(cluster: RedisCluster) -> None:
 
 def test_it_is_told_from_a_single_server(cluster: RedisCluster) -> None:
     for server in cluster.servers:
-        assert "say redis+cluster://" in refused(f"redis://127.0.0.1:{server.port}")
+        assert "Say redis+cluster://" in refused(f"redis://127.0.0.1:{server.port}")

@@ -18,7 +18,7 @@ from tests.remote.required_servers import need
 
 
 class Connected:
-    """What a redis.Connection is to a link."""
+    """What a redis.Connection is to a connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -28,14 +28,14 @@ class Connected:
 
 
 class Pair:
-    """A link, and its other end."""
+    """A connection, and its other end."""
 
     def __init__(self) -> None:
         from kvkern.remote.stores.redis.connection import RedisConnection
 
         ours, self.theirs = socket.socketpair()
         self.theirs.settimeout(20)
-        self.link = RedisConnection(Connected(ours), ("h", 1), "h:1")
+        self.connection = RedisConnection(Connected(ours), ("h", 1), "h:1")
         self._threads: list[threading.Thread] = []
 
     def behind(self, call: Callable[[], Any]) -> None:
@@ -56,7 +56,7 @@ class Pair:
         self.behind(talk)
 
     def close(self) -> None:
-        self.link.close()
+        self.connection.close()
         for thread in self._threads:
             thread.join()
         self.theirs.close()
@@ -90,21 +90,21 @@ def test_replies_in_pieces_of_any_size(pair: Pair, sizes: tuple[int, int], step:
     value = noise(nbytes)
     reply = b"$%d\r\n%s\r\n" % (nbytes, value)
     pair.say(b"+OK\r\n" + reply + b"$-1\r\n" + reply + reply + b":1\r\n", step)
-    link, memory = pair.link, bytearray(b"\xee" * (nbytes + 2))
+    connection, memory = pair.connection, bytearray(b"\xee" * (nbytes + 2))
     header, payload = memoryview(memory)[1 : 1 + sizes[0]], memoryview(memory)[1 + sizes[0] : 1 + nbytes]
-    assert link.line(soon()) == b"+OK"
+    assert connection.read_line(soon()) == b"+OK"
     for read in (True, False, True):
         if read is False:
-            assert link.length(link.line(soon())) is None
-            assert link.length(link.line(soon())) == nbytes
-            link.skip(nbytes, soon())
+            assert connection.bulk_length(connection.read_line(soon())) is None
+            assert connection.bulk_length(connection.read_line(soon())) == nbytes
+            connection.skip_bulk(nbytes, soon())
             continue
         memory[1:-1] = bytes(nbytes)
-        assert link.length(link.line(soon())) == nbytes
-        link.read((header, payload), soon())
+        assert connection.bulk_length(connection.read_line(soon())) == nbytes
+        connection.read_bulk((header, payload), soon())
         assert memory == b"\xee" + value + b"\xee"
-    assert link.line(soon()) == b":1"
-    assert link.idle()
+    assert connection.read_line(soon()) == b":1"
+    assert connection.is_idle()
 
 
 def test_what_is_sent_arrives_in_order(pair: Pair) -> None:
@@ -118,8 +118,8 @@ def test_what_is_sent_arrives_in_order(pair: Pair) -> None:
             received.extend(pair.theirs.recv(100_000))
 
     pair.behind(receive)
-    pair.link.send(pieces, soon())
-    pair.link.send([], soon())
+    pair.connection.send(pieces, soon())
+    pair.connection.send([], soon())
     pair.close()
     assert received == whole
 
@@ -128,26 +128,26 @@ def test_a_trickle_ends_in_time(pair: Pair) -> None:
     """However many bytes come, each in time."""
     pair.say(b"$1000\r\n" + bytes(1000), 1, pause_s=0.02)
     began = time.monotonic()
-    assert pair.link.length(pair.link.line(soon(5))) == 1000
+    assert pair.connection.bulk_length(pair.connection.read_line(soon(5))) == 1000
     with pytest.raises(TimeoutError):
-        pair.link.read([memoryview(bytearray(1000))], soon(0.2))
+        pair.connection.read_bulk([memoryview(bytearray(1000))], soon(0.2))
     assert time.monotonic() - began < 2
 
 
 def test_a_reader_that_reads_nothing(pair: Pair) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        pair.link.send([bytes(50 << 20)], soon(0.2))
+        pair.connection.send([bytes(50 << 20)], soon(0.2))
     assert time.monotonic() - began < 2
 
 
 def test_the_end(pair: Pair) -> None:
     pair.theirs.sendall(b"$10\r\n123")
     pair.theirs.shutdown(socket.SHUT_WR)
-    assert pair.link.length(pair.link.line(soon())) == 10
+    assert pair.connection.bulk_length(pair.connection.read_line(soon())) == 10
     with pytest.raises(ConnectionResetError, match="closed by the server"):
-        pair.link.read([memoryview(bytearray(10))], soon())
-    assert not pair.link.idle()
+        pair.connection.read_bulk([memoryview(bytearray(10))], soon())
+    assert not pair.connection.is_idle()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_the_end(pair: Pair) -> None:
 )
 def test_lengths_that_are_none(pair: Pair, line: bytes) -> None:
     with pytest.raises(RemoteError, match=r"h:1 sent .* which is no answer"):
-        pair.link.length(line)
+        pair.connection.bulk_length(line)
 
 
 def test_a_window_is_never_exceeded(pair: Pair) -> None:
@@ -179,7 +179,7 @@ def test_a_window_is_never_exceeded(pair: Pair) -> None:
 
     pair.behind(serve)
     share = ConnectionShare(batch, deque(range(40)), 500_000, soon())
-    share.drive(pair.link)
+    share.drive(pair.connection)
     pair.close()
     assert batch.outcome([]) == [Got.HIT] * 40
     assert all(piece == value for piece in memory)
