@@ -273,7 +273,7 @@ def doctor(
     if json:
         typer.echo(report.as_json(found, judged))
     else:
-        report.show(found, judged)
+        report.print_report(found, judged)
     raise typer.Exit(any(finding.severity is findings.Severity.BROKEN for finding in judged))
 
 

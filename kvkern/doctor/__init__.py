@@ -1,4 +1,4 @@
-"""`kvkern doctor`: what of this host kvkern will be slow on, or not run on at all, and the remedy. Works without a GPU.
+"""`kvkern doctor`: shows what on this host makes kvkern slow or keeps it from running, and the remedy. Needs no GPU.
 
-facts.py gathers, findings.py judges (a pure function), report.py prints.
+facts.py gathers facts, findings.py judges them (a pure function), report.py prints.
 """

@@ -1,4 +1,4 @@
-"""Prints what the doctor has found: aligned for people, or one JSON object."""
+"""Prints the doctor's facts and findings: aligned for people, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ _STYLES = {Severity.BROKEN: "bold red", Severity.SLOW: "yellow", Severity.NOTE: 
 
 
 def as_json(facts: Facts, found: Sequence[Finding]) -> str:
-    """{"facts", "findings"}: facts as gathered, calibration tables among them."""
+    """Return a JSON object with "facts" (calibration tables included) and "findings"."""
     return msgspec.json.encode({"facts": facts, "findings": found}, order="sorted").decode()
 
 
-def show(facts: Facts, found: Sequence[Finding], console: Console | None = None) -> None:
-    """Facts, calibration and findings; to standard output by default."""
+def print_report(facts: Facts, found: Sequence[Finding], console: Console | None = None) -> None:
+    """Print facts, calibration and findings, by default to standard output."""
     console = console or Console(highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(facts):
+    for name, value in _fact_rows(facts):
         table.add_row(Text(name), Text(value))
     console.print(table)
     for number, gpu in enumerate(facts.gpus):
         console.print(f"\ncalibration of GPU {number}" + ("" if gpu.is_saved else ", not measured yet"))
         console.print(rich_table(gpu.table))
-        console.print("~ published by others or estimated, not measured here")
+        console.print("~ published by others or estimated; not measured here")
     console.print()
     for finding in found:
         console.print(Text(f"{finding.severity:<7}", _STYLES[finding.severity]) + Text(finding.what), soft_wrap=True)
         console.print(Text(f"       -> {finding.remedy}"), soft_wrap=True)
     if not any(finding.severity is not Severity.NOTE for finding in found):
-        console.print("nothing will be slow that kvkern knows of")
+        console.print("kvkern found nothing here that makes it slow")
 
 
-def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
+def _fact_rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     if not facts.gpus:
-        yield "GPU", f"none seen; {facts.nvml}"
+        yield "GPU", f"none found; {facts.nvml}"
     for number, gpu in enumerate(facts.gpus):
         yield f"GPU {number}", f"{gpu.info.name}, {format_nbytes(gpu.info.memory_nbytes)}, {gpu.info.bus_id}"
-        yield "  link", _link(gpu)
-        yield "  NUMA node", "not told" if gpu.info.numa_node is None else str(gpu.info.numa_node)
+        yield "  link", _link_text(gpu)
+        yield "  NUMA node", "unknown" if gpu.info.numa_node is None else str(gpu.info.numa_node)
     if facts.gpus:
         yield "driver", f"{facts.gpus[0].info.driver}, CUDA {facts.cuda // 1000}.{facts.cuda % 1000 // 10}"
         yield "batch copies", "yes" if facts.gpus[0].table.abilities.batch_api else "no"
-    yield "CPU", f"{facts.cpu or facts.machine}, {len(facts.cpus)} for this process, {_vectors(facts)}"
+    yield "CPU", f"{facts.cpu or facts.machine}, {len(facts.cpus)} for this process, {_vector_text(facts)}"
     nodes = ", ".join(map(str, facts.process_nodes)) or "-"
     yield "NUMA nodes", f"{max(1, len(facts.nodes))}, this process on {nodes}"
-    yield "memory", f"{format_nbytes(facts.memory_nbytes)} to be had"
+    yield "memory", f"{format_nbytes(facts.memory_nbytes)} available"
     lock = "unlimited" if facts.memlock_nbytes is None else format_nbytes(facts.memlock_nbytes)
     yield "lockable", f"{lock}; an arena would take {format_nbytes(facts.needed_nbytes)}"
     total, free = format_nbytes(facts.arena_total_nbytes), format_nbytes(facts.arena_free_nbytes)
-    yield facts.arena_dir, f"{facts.arena_fs or 'not there'}, {total}, {free} free"
+    yield facts.arena_dir, f"{facts.arena_fs or 'missing'}, {total}, {free} free"
     yield "huge pages", f"shmem_enabled {facts.shmem_huge or 'unknown'}, Linux {facts.kernel}"
     yield "numba cache", "cold" if facts.numba_cold else "warm"
     yield (
@@ -72,7 +72,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, Any]]:
         yield "  absent", ", ".join(absent)
 
 
-def _link(gpu: Gpu) -> str:
+def _link_text(gpu: Gpu) -> str:
     info = gpu.info
     if info.c2c:
         return "NVLink-C2C"
@@ -80,7 +80,7 @@ def _link(gpu: Gpu) -> str:
     return f"PCIe {now} now (P{info.power_state}), generation {info.generation_here} at most here, built for {built}"
 
 
-def _vectors(facts: Facts) -> str:
+def _vector_text(facts: Facts) -> str:
     if not facts.cpu_flags:
         return facts.machine
     return next(name for name in VECTORS if name in facts.cpu_flags).upper()

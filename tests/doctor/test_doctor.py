@@ -1,4 +1,4 @@
-"""From facts to findings by a table of hosts; the gathering on this host and on a made-up /proc and /sys; what is printed."""
+"""The doctor: findings for a table of hosts, gathering on this host and on an invented /proc and /sys, and the output."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from kvkern.cli import app
 from kvkern.doctor import facts as facts_module
 from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, gather
 from kvkern.doctor.findings import Severity, findings
-from kvkern.doctor.report import as_json, show
+from kvkern.doctor.report import as_json, print_report
 from kvkern.transfer.gpu import calibration_file
 from kvkern.transfer.gpu.calibration_file import DeviceId
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.link_table import Calibration, seeds
-from kvkern.transfer.gpu.numa import cpu_list
+from kvkern.transfer.gpu.link_table import Calibration, seed_calibration
+from kvkern.transfer.gpu.numa import parse_cpu_list
 from kvkern.transfer.gpu.nvml import GpuInfo
 
 INFO = GpuInfo("NVIDIA H100", "570.124", "0000:3b:00.0", 80 << 30, 5, 5, 5, 16, 16, 0, 0, False)
-TABLE = seeds(INFO.link)
+TABLE = seed_calibration(INFO.link)
 MEASURED = ("call_s", "copy_gb_s", "copy_s", "descriptor_s", "launch_s", "relayout", "zero_copy")
 
 
@@ -161,14 +161,14 @@ def test_this_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "file"])
-def test_an_arena_folder_that_is_none(tmp_path: Path, what: str) -> None:
+def test_a_missing_arena_folder(tmp_path: Path, what: str) -> None:
     (tmp_path / "file").write_text("")
     facts = gather(arena_dir=tmp_path / what)
     assert (facts.arena_fs, facts.arena_writable) == ("", False)
     assert [f.severity for f in findings(facts) if "no arena can be made" in f.what] == [BROKEN]
 
 
-def test_a_made_up_host(tmp_path: Path) -> None:
+def test_an_invented_host(tmp_path: Path) -> None:
     root = tmp_path / "root"
     files = {
         "proc/cpuinfo": "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: sse4_2 avx2 fpu\n\nprocessor\t: 1\nmodel name\t: B\n",
@@ -199,14 +199,14 @@ def test_a_made_up_host(tmp_path: Path) -> None:
     ("", ()), ("\n", ()), ("3", (3,)), ("0-2", (0, 1, 2)), ("0-1,4,6-7\n", (0, 1, 4, 6, 7)),
 ])  # fmt: skip
 def test_cpu_lists(text: str, cpus: tuple[int, ...]) -> None:
-    assert cpu_list(text) == cpus
+    assert parse_cpu_list(text) == cpus
 
 
 def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = facts_module.read_gpus()
     monkeypatch.setattr(facts_module, "read_gpus", lambda sysfs: replace(found, gpus=(INFO,), cuda=12080))
     assert [g.is_saved for g in gather(cache_dir=tmp_path).gpus] == [False]
-    calibration_file.save(DeviceId.here(INFO), GPU.table, tmp_path)
+    calibration_file.save(DeviceId.for_this_process(INFO), GPU.table, tmp_path)
     (with_table,) = gather(cache_dir=tmp_path).gpus
     assert (with_table.is_saved, with_table.table.d2h) == (True, GPU.table.d2h)
     assert with_table.table.abilities.batch_api
@@ -226,7 +226,7 @@ def test_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index.parent.mkdir(parents=True)
     index.write_text("")
     assert gather().numba_cold == ()
-    os.utime(index, (1, source.stat().st_mtime - 10))  # older than its source
+    os.utime(index, (1, source.stat().st_mtime - 10))  # the index is older than its source
     assert gather().numba_cold == ("layout",)
 
 
@@ -260,7 +260,7 @@ def test_it_needs_no_torch() -> None:
 
 def printed(facts: Facts) -> str:
     out = StringIO()
-    show(facts, findings(facts), Console(file=out, width=160))
+    print_report(facts, findings(facts), Console(file=out, width=160))
     return out.getvalue()
 
 
@@ -270,13 +270,13 @@ def test_what_is_printed_with_a_gpu() -> None:
     assert "copy engine, one large copy" in text
     assert "slow   loads and stores of GPU 0 reach 8/16" in text
     assert "       -> another slot" in text
-    assert "nothing will be slow" not in text
+    assert "found nothing" not in text
 
 
 def test_what_is_printed_without_a_gpu() -> None:
     text = printed(NO_GPU)
-    assert "none seen; NVML: no Python binding" in text
-    assert "nothing will be slow that kvkern knows of" in text
+    assert "none found; NVML: no Python binding" in text
+    assert "kvkern found nothing here that makes it slow" in text
     assert "NVLink-C2C" in printed(gpu(c2c=True))
 
 
