@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs in .venv, which the first target makes from the lock files.
+# `make help` lists the targets. All of them run in .venv. The first target that you call makes it from the lock files.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -16,21 +16,25 @@ export ARGS
 .PHONY: help demo demo-remote test soak check bench gpu peers lock clean
 
 help:
-	@echo "make demo    a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
-	@echo "make demo-remote   the same engine on two nodes that share a Redis server, started and stopped here; needs redis-server"
-	@echo "make test    unit tests, Triton kernels in its interpreter, then real engines one by one   (ARGS='-k keys')"
-	@echo "make soak    kills daemons and their clients 5000 times, calls every policy 10 million times, and breaks remote stores"
-	@echo "             for ten minutes: some 25 minutes in all; the last needs redis-server"
-	@echo "make check   ruff format, ruff, mypy"
-	@echo "make bench   every bench/*.py but peers.py and gpu*.py, results into bench/results/   (ARGS goes to each)"
-	@echo "make gpu     on a host with an NVIDIA GPU: tests marked gpu, then bench/gpu_*.py into bench/results/, then plots into"
-	@echo "             docs/   (GPU_PYTHON=.venv-gpu/bin/python: with a torch built for CUDA, see docs/gpu.md; ARGS=--quick)"
-	@echo "make peers   kvkern beside LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/   (ARGS='--level library')"
-	@echo "make lock    resolve requirements/*.lock anew"
-	@echo "make clean   remove $(VENV) and every cache"
-	@echo "PYTHON=python3.12 make ... takes another interpreter (3.11 to 3.14)"
+	@echo "make demo    measure a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
+	@echo "make demo-remote   measure the same engine on two nodes that share a Redis server, which it starts and stops; needs"
+	@echo "             redis-server"
+	@echo "make test    run unit tests, then Triton kernels in Triton's interpreter, then real engines one by one"
+	@echo "             (ARGS='-k keys')"
+	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, and break remote stores for"
+	@echo "             ten minutes; takes about 25 minutes; the last part needs redis-server"
+	@echo "make check   run ruff format, ruff and mypy"
+	@echo "make bench   run every bench/*.py except peers.py and gpu*.py; results go to bench/results/   (ARGS goes to each)"
+	@echo "make gpu     on a host with an NVIDIA GPU: run the tests marked gpu, then bench/gpu_*.py into bench/results/, then draw"
+	@echo "             plots into docs/   (GPU_PYTHON=.venv-gpu/bin/python: a Python whose torch is built for CUDA, see docs/gpu.md;"
+	@echo "             ARGS=--quick)"
+	@echo "make peers   compare kvkern with LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/"
+	@echo "             (ARGS='--level library')"
+	@echo "make lock    resolve the versions in requirements/*.lock again"
+	@echo "make clean   remove $(VENV) and all caches"
+	@echo "PYTHON=python3.12 make ... uses another interpreter (3.11 to 3.14)"
 
-# One stamp for all targets: an interrupted set-up leaves none and is taken up again by the next call.
+# All targets share one stamp. An interrupted set-up leaves no stamp, so the next call continues it.
 $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	  sys.exit(None if (3, 11) <= v < (3, 15) else f"kvkern needs Python 3.11 to 3.14, but $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.11")'
@@ -66,9 +70,9 @@ demo: $(VENV)/.stamp
 demo-remote: $(VENV)/.stamp
 	@$(PY) -m kvkern.demo_remote $(ARGS)
 
-# Three phases: unit tests on two processes; Triton kernels in its interpreter, which only the environment can choose; engines, which
-# want every core, one at a time. Pytest's 5, nothing collected, is no failure as long as some phase ran a test. A -m of your own makes
-# it one serial phase.
+# Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
+# choose. Engines use every core, so they run one at a time. Pytest's status 5 (no test collected) is no failure if another phase ran
+# a test. If ARGS has a -m of its own, there is one serial phase.
 test: $(VENV)/.stamp
 	@case " $$ARGS " in \
 	  *" -m interpret"*) exec env TRITON_INTERPRET=1 $(PY) -m pytest -n 0 $(ARGS);; \
@@ -102,8 +106,8 @@ bench: $(VENV)/.stamp
 	  $(PY) "$$script" --json "bench/results/$$(basename "$$script" .py).json" $(ARGS) || status=1; \
 	done; exit $$status
 
-# Not with .venv, whose torch is built for CPUs. Figures of kernels that fail their tests are worth nothing: the tests come first.
-# Some take more than 4 GiB each: side by side only where there is memory for four of them and what torch keeps.
+# It does not use .venv, because its torch is built for CPUs. The tests come first: figures of wrong kernels are worth nothing.
+# Some tests need more than 4 GiB each. They run in parallel only if there is memory for four of them and for torch's own cache.
 gpu:
 	@$(GPU_PYTHON) bench/gpu.py --check
 	@n=$$($(GPU_PYTHON) -c 'import torch; print(4 if torch.cuda.get_device_properties(0).total_memory >= 40e9 else 1)'); \
@@ -111,7 +115,7 @@ gpu:
 	@$(GPU_PYTHON) -m pytest -n 0 -m gpu tests/transfer/gpu tests/test_attention_contract.py tests/test_paged_engine.py tests/transfer/test_nvtx.py
 	@$(GPU_PYTHON) bench/gpu.py $(ARGS)
 
-# Not part of `bench`: it installs other people's software, in environments of its own.
+# It is no part of `bench`, because it installs other people's software, in environments of its own.
 peers: $(VENV)/.stamp
 	@mkdir -p bench/results; $(PY) bench/peers.py --json bench/results/peers.json $(ARGS)
 

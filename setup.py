@@ -1,6 +1,6 @@
-"""Builds the optional CUDA sources of kernels/csrc; everything else is in pyproject.toml.
+"""Builds the optional CUDA sources of kernels/csrc. All other build settings are in pyproject.toml.
 
-Does nothing unless KVKERN_BUILD_CUDA=1 and there are sources: the Triton and numba kernels need no build.
+It builds nothing unless KVKERN_BUILD_CUDA=1 is set and there are sources. The Triton and numba kernels need no build.
     kernels/csrc/*.cu -> nvcc -shared -> kvkern/kernels/_cuda.*.so   (a plain C interface, loaded by ctypes; no torch headers)
 """
 
@@ -28,14 +28,14 @@ def find_nvcc() -> str:
     if nvcc is None:
         where = f"CUDA_HOME={home}" if home else "PATH"
         raise SystemExit(
-            f"KVKERN_BUILD_CUDA=1, but there is no nvcc in {where}. Install the CUDA toolkit or set CUDA_HOME, "
+            f"KVKERN_BUILD_CUDA=1 is set, but there is no nvcc in {where}. Install the CUDA toolkit, or set CUDA_HOME, "
             "or unset KVKERN_BUILD_CUDA: the Triton kernels need no build."
         )
     return nvcc
 
 
 class BuildCuda(build_ext):
-    """Compiles each extension with one nvcc call; the host compiler is nvcc's choice."""
+    """Compiles each extension with one nvcc call. nvcc chooses the host compiler."""
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name))
