@@ -1,25 +1,38 @@
-"""What every bench shares: where it ran, how a row is printed, how the JSON is written. Measures nothing."""
+"""Shared by all benches: command line options, how a row is printed, how the JSON is written. Measures nothing."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvkern.demo.report import meta
 from kvkern.demo.report import write_json as _write_json
 
-__all__ = ["meta", "print_row", "write_json"]
+__all__ = ["meta", "option_parser", "print_row", "write_json"]
 
 VALUE_WIDTH = 10
 
 
-def write_json(path: str | Path, rows: Sequence[Mapping[str, object]], **extra: object) -> None:
-    """Write `{"meta", "rows", **extra}`; makes the folder, replaces the file."""
-    _write_json(Path(path), [dict(row) for row in rows], **extra)
+def option_parser(
+    doc: str | None,  # the bench's docstring, shown by --help
+    quick: str,  # what --quick does
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that every bench has: --json and --quick."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def write_json(path: str | Path | None, rows: Sequence[Mapping[str, object]], **extra: object) -> None:
+    """Write `{"meta", "rows", **extra}`. Makes the folder, replaces the file. Does nothing if `path` is None."""
+    if path is not None:
+        _write_json(Path(path), [dict(row) for row in rows], **extra)
 
 
 def print_row(row: Mapping[str, object]) -> None:
-    """Print one line; rows with the same names align. Names carry the unit; None is left out."""
+    """Print one line. Rows with the same names align. Names carry the unit. None is left out."""
     cells = (_cell(name, value) for name, value in row.items() if value is not None)
     print("  ".join(cells).rstrip(), flush=True)
 

@@ -1,26 +1,25 @@
-"""The cache manager: what a full hit costs before a byte moves, and whether overload drops stores.
+"""Measures the cache manager: what a full hit costs before a byte moves, and whether overload drops stores.
 
-    full_hit: keys of n tokens, then lookup, then acquire      every chunk is cached; release apart, it is off the path
-    overload: distinct sequences, stored as fast as they go    into an arena they overflow within a second
+    full_hit: keys of n tokens, then lookup, then acquire. Every chunk is cached. Release is measured apart: no request waits
+              for it
+    overload: distinct sequences, stored as fast as possible into an arena that they overflow within a second
 
 Targets: 131,072 tokens in chunks of 16 within 5 ms, four times the tokens within five times that; no store dropped.
 """
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 
 import kvkern
 from kvkern.api import PagedCache
@@ -33,18 +32,18 @@ from kvkern.keys import split_keys
 from kvkern.tiers.base import ChunkShape
 
 CHUNK_TOKENS = 16
-PART_NBYTES = 4096  # of full_hit's slots: nobody reads them
+PART_NBYTES = 4096  # payload of full_hit's slots; never read
 ROOT = bytes(range(32))
 SEQUENCE_CHUNKS = 16
 WRITERS = 2
-ROUND = 7  # runs of one size before the next has its turn
+ROUND = 7  # runs of one size before the next size takes its turn
 
 Row = dict[str, object]
 
 
 @dataclass
 class FullHit:
-    """One sequence, wholly cached in an arena of its own. Times are seconds of each run."""
+    """One sequence, completely cached in an arena of its own. Times are seconds per run."""
 
     cache: Cache
     tokens: npt.NDArray[np.uint32]
@@ -62,7 +61,9 @@ class FullHit:
         reservation = cache.reserve(keys, keys, ChunkShape(ROOT, group=0, chunk_tokens=CHUNK_TOKENS))
         arena.headers["written"][list(reservation.slots), 0] = reservation.generations
         if cache.commit(reservation) != chunks:
-            raise RuntimeError(f"only part of {chunks} chunks was published")
+            raise RuntimeError(
+                f"Fewer than {chunks} chunks were published. The bench is wrong: check the arena's size."
+            )
         return cls(cache, tokens)
 
     def run(self) -> None:
@@ -76,7 +77,9 @@ class FullHit:
         self.cache.release(lease)
         end = time.perf_counter()
         if not len(keys) == hit == len(lease.slots):
-            raise RuntimeError(f"{hit} and {len(lease.slots)} of {len(keys)} chunks hit")
+            raise RuntimeError(
+                f"Lookup hit {hit} and acquire {len(lease.slots)} of {len(keys)} chunks, not all. The bench is wrong."
+            )
         self.times_s.append((keyed - start, looked - keyed, acquired - looked, end - acquired))
 
     def row(self, base: Row | None) -> Row:
@@ -88,16 +91,16 @@ class FullHit:
             "min_ms": 1e3 * min(sum(times[:3]) for times in self.times_s), "runs": len(self.times_s),
         }  # fmt: skip
         if base is not None:
-            row["time_ratio"] = total / float(base["ms"])  # type: ignore[arg-type]  # to the first row's, of fewer tokens
+            row["time_ratio"] = total / float(base["ms"])  # type: ignore[arg-type]  # over the first row's, which has fewer tokens
         return row
 
 
 def full_hit(sizes: Sequence[int], runs: int) -> list[Row]:
-    """Sizes take turns in warm rounds of seven, so that what else the machine does meets them all."""
+    """Measure a full hit of each size. Sizes take turns in warm rounds of seven, so a busy machine slows all of them alike."""
     benches = [FullHit.fill(size) for size in sizes]
     for _ in range(-(-runs // ROUND)):
         for bench in benches:
-            bench.run()  # the other sizes have emptied the CPU's caches
+            bench.run()  # does not count: the other sizes have emptied the CPU's caches
             bench.times_s.pop()
             for _ in range(ROUND):
                 bench.run()
@@ -105,21 +108,22 @@ def full_hit(sizes: Sequence[int], runs: int) -> list[Row]:
     return [first, *(bench.row(first) for bench in benches[1:])]
 
 
-def sequence(name: int) -> npt.NDArray[np.uint32]:
-    """Tokens that share no chunk with those of another name."""
+def distinct_tokens(name: int) -> npt.NDArray[np.uint32]:
+    """Return a sequence of tokens that shares no chunk with the sequence of another name."""
     tokens = np.arange(SEQUENCE_CHUNKS * CHUNK_TOKENS, dtype=np.uint32)
     tokens[0] = name
     return tokens
 
 
-def check_last(cache: PagedCache, names: Sequence[int]) -> None:
-    """The newest sequences must be there and verify: what was counted as stored was written."""
+def verify_newest(cache: PagedCache, names: Sequence[int]) -> None:
+    """Raise unless the newest sequences load and verify. This proves that chunks counted as stored were written."""
     for name in names:
-        with cache.match(sequence(name)) as hit:
+        with cache.match(distinct_tokens(name)) as hit:
             loaded = cache.load(hit, range(SEQUENCE_CHUNKS))
         if loaded != SEQUENCE_CHUNKS * CHUNK_TOKENS:
             raise RuntimeError(
-                f"{loaded} tokens of the newest sequence verify, expected {SEQUENCE_CHUNKS * CHUNK_TOKENS}"
+                f"{loaded} tokens of the newest sequence verify, not {SEQUENCE_CHUNKS * CHUNK_TOKENS}. Chunks counted as "
+                f"stored were not written: this is a bug in kvkern."
             )
 
 
@@ -139,7 +143,7 @@ def overload(capacity_nbytes: int, seconds: float, layers: int, heads: int = 8, 
             table = range(writer * SEQUENCE_CHUNKS, (writer + 1) * SEQUENCE_CHUNKS)
             while time.perf_counter() < deadline:
                 offered[writer] += SEQUENCE_CHUNKS
-                stored[writer] += cache.store(sequence(writer << 24 | offered[writer] // SEQUENCE_CHUNKS), table)
+                stored[writer] += cache.store(distinct_tokens(writer << 24 | offered[writer] // SEQUENCE_CHUNKS), table)
 
         threads = [threading.Thread(target=write, args=(writer,)) for writer in range(WRITERS)]
         start = time.perf_counter()
@@ -148,7 +152,7 @@ def overload(capacity_nbytes: int, seconds: float, layers: int, heads: int = 8, 
         for thread in threads:
             thread.join()
         elapsed = time.perf_counter() - start
-        check_last(cache, [writer << 24 | offered[writer] // SEQUENCE_CHUNKS for writer in range(WRITERS)])
+        verify_newest(cache, [writer << 24 | offered[writer] // SEQUENCE_CHUNKS for writer in range(WRITERS)])
         stats = cache.stats()
     return {
         "case": "overload", "offered_chunks": sum(offered), "dropped_chunks": sum(offered) - sum(stored),
@@ -160,19 +164,13 @@ def overload(capacity_nbytes: int, seconds: float, layers: int, heads: int = 8, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, in a second: for smoke tests, not for numbers"
-    )
-    args = parser.parse_args()
+    args = option_parser(__doc__, quick="small sizes, in a second: for smoke tests, not for numbers").parse_args()
     rows = full_hit((2048, 8192), runs=3) if args.quick else full_hit((131_072, 524_288), runs=21)
     for row in rows:
         print_row(row)
     rows.append(overload(8 << 20, 0.3, layers=2) if args.quick else overload(512 << 20, 10, layers=32))
     print_row(rows[-1])
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

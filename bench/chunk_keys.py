@@ -12,14 +12,12 @@ Targets: 131,072 uint32 tokens at 2.4 ns/token, 25 times as fast as sha256, 50 t
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 
 import numpy as np
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 
 from kvkern.kernels.chunk_keys import Backend, adopt_keys, chunk_keys
 from kvkern.kernels.chunk_keys_ref import adopt_keys as adopt_keys_ref
@@ -105,12 +103,9 @@ def adoption_rows(count: int, runs: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer tokens and runs, takes seconds: for smoke tests, not for figures"
-    )
-    args = parser.parse_args()
+    args = option_parser(
+        __doc__, quick="fewer tokens and runs, takes seconds: for smoke tests, not for figures"
+    ).parse_args()
     long, runs = (8192, 2) if args.quick else (131_072, 11)
     rows = hashing_rows(long, [("numba", "uint32"), ("numba", "list"), ("ref", "uint32")], runs)
     rows += hashing_rows(2048, [("numba", "uint32"), ("numba", "list")], runs)
@@ -118,8 +113,7 @@ def main() -> None:
     for row in rows:
         print_row(row)
     print(str(__doc__).strip().splitlines()[-1])
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Targets: lookup p50 100 us; acquire p50 400 us and p99 3 ms; load and store 0.9 
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -35,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 from _node import (
     ANSWER,
     CHUNKS,
@@ -50,7 +49,7 @@ from _node import (
     resident_nbytes,
     sequence,
 )  # fmt: skip
-from _peers.busy import Others
+from _peers.busy import OtherProcesses
 
 from kvkern.arena.slots import PAGE, SlotGeometry
 from kvkern.assemble import build_cache, open_arena
@@ -327,23 +326,20 @@ def sections(quick: bool, threads: int) -> Iterator[Iterator[Row]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser = option_parser(__doc__, quick="small and short: for smoke tests, not for numbers")
     parser.add_argument("--threads", type=int, default=2, help="that copy in load and store (default 2)")
-    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for numbers")
     args = parser.parse_args()
     rows: list[Row] = []
     for section in sections(args.quick, args.threads):
-        others, begin = Others(), len(rows)
+        others, begin = OtherProcesses(), len(rows)
         for row in section:
             rows.append(row)
             print_row(row)
-        other_cpus = others.cpus()
+        other_cpus = others.busy_cpus()
         for row in rows[begin:]:
             row["other_cpus"] = other_cpus
         print(f"  others used {other_cpus:.2f} CPUs", flush=True)
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ A run is a contiguous piece of a block. GB/s count the payload once. Targets wit
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 
 from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import build_cache, build_copier, open_arena
@@ -220,14 +218,12 @@ def measure_layout(case: LayoutCase, nbytes: int, memcpy_nbytes: int, threads: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser = option_parser(__doc__, quick="small and short: for smoke tests, not for figures")
     parser.add_argument("--threads", type=int, default=2, help="threads that copy, for every contender (default 2)")
     parser.add_argument("--runs", type=int, default=9, help="number of turns that count (default 9)")
     parser.add_argument(
         "--mib", type=int, default=384, help="MiB of payload per layout, far more than any CPU cache (default 384)"
     )
-    parser.add_argument("--quick", action="store_true", help="small and short: for smoke tests, not for figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     nbytes, memcpy_nbytes, runs = (16 << 20, 16 << 20, 2) if args.quick else (args.mib << 20, MEMCPY_NBYTES, args.runs)
@@ -238,8 +234,7 @@ def main() -> None:
             print_row(row)
     print(f"targets: ratio_memcpy >= {MIN_RATIO_LONG} for runs of {LONG_RUN_NBYTES} bytes and more, "
           f">= {MIN_RATIO_SHORT} below; ratio_index_select > 1", flush=True)  # fmt: skip
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

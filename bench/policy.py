@@ -9,7 +9,6 @@ Targets for GRIT: 1 us a chunk and 30 us a request at 100,000 resident chunks; 6
 
 from __future__ import annotations
 
-import argparse
 import gc
 import random
 import time
@@ -20,7 +19,7 @@ from statistics import median
 
 import _ablation
 import _scan
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 from blake3 import blake3
 
 from kvkern.policy import POLICIES, make_policy
@@ -125,9 +124,7 @@ def memory(name: str, resident_chunks: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs")
+    parser = option_parser(__doc__, quick="small sizes, to check that it runs")
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument(
         "--scan", action="store_true", help="print hit ratios with documents that are read once instead (_scan.py)"
@@ -144,22 +141,19 @@ def main() -> None:
         rows = _scan.hit_ratios(args.quick)
         for row in _scan.means(rows):
             print_row(row)
-        if args.json:
-            write_json(args.json, rows)
+        write_json(args.json, rows)
         return
     if args.ablation:
         rows = list(_ablation.rows_of(args.ablation))
         print(*_ablation.table(rows), sep="\n")
-        if args.json:
-            write_json(args.json, rows)
+        write_json(args.json, rows)
         return
     resident, count = (2_000, 50) if args.quick else (100_000, 1_000)
     rows = []
     for name in args.policies.split(","):
         rows.append(measure(name, resident, count))
         print_row(rows[-1])
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

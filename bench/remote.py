@@ -1,20 +1,19 @@
 """The remote tier beside the best plain loop of the same server's client: 2 MiB chunks, there and back.
 
-    put   a sequence is stored in DRAM -> until the store has all of it          raw: the client writes the same bytes
-    get   a prompt that only the store has -> until it is pinned in the arena     raw: the client reads the same bytes
+    put   from storing a sequence in DRAM until the store has all of it           raw: the client writes the same bytes
+    get   from asking for a prompt that only the store has until it is pinned     raw: the client reads the same bytes
 
-Ours includes everything: asking what is there, the outbox, verification of every byte, publishing. Of each kind the
-loops run in turn, medians; the raw loop's best variant counts. ratio_raw_verified is against the same loop that then
-sums what it has read, on one thread as ours: what is left of a difference is our path's. For files the raw loop sums it in
-any case: `file` reads what is not in the page cache and writes to the disk, ours with O_DIRECT; `file_cached` reads what
-is and leaves writing to the kernel, both through it. `s3` is moto's server, which is slow: it shows what our path adds,
-not what a bucket gives. Servers are started here, on 127.0.0.1; a missing one is named. Targets: 0.9 of the raw loop,
-both ways.
+kvkern's time includes everything: asking what is there, the outbox, verifying every byte, publishing. For each kind of store
+the loops run in turn; the figures are medians, and the best variant of the raw loop counts. ratio_raw_verified compares with
+a raw loop that also sums what it has read, on one thread like kvkern; the rest of the difference comes from kvkern's path.
+For files the raw loop always sums. `file` reads values that are not in the page cache and writes to the disk; kvkern uses
+O_DIRECT. `file_cached` reads values in the page cache and leaves the writing to the kernel; both sides use the page cache.
+`s3` is moto's server, which is slow: it shows what kvkern's path adds, not what a bucket gives. The script starts the
+servers on 127.0.0.1 and names a missing one. Targets: 0.9 of the raw loop, both ways.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import sys
@@ -26,8 +25,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from _common import print_row, write_json
-from _remote import MissingError, Raw, place, verify
+from _common import option_parser, print_row, write_json
+from _remote import MissingError, RawClient, start_store, verify
 
 from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
 from kvkern.arena.slots import SlotGeometry, seal
@@ -51,16 +50,16 @@ GIVE_UP_S = 120.0
 PLACES, WARM_UPS = 3, 2
 
 Row = dict[str, object]
-cost_model.LEAST_WAIT_S = GIVE_UP_S  # a busy machine makes the figures worse, and does not end the run
+cost_model.LEAST_WAIT_S = GIVE_UP_S  # a busy machine makes the figures worse, but does not end the run
 
 
 def sequence(name: str, chunks: int) -> list[bytes]:
-    """Keys of a sequence that shares no chunk with those of another name."""
+    """Return the keys of a sequence. Sequences of different names share no chunk."""
     return [hashlib.blake2b(f"{name} {i}".encode(), digest_size=32).digest() for i in range(chunks)]
 
 
 class Writer:
-    """What an engine's workers leave in reserved slots: the same payload in each, its checksum sealed."""
+    """Fills reserved slots as an engine's workers do: the same payload in each, with its checksum sealed."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -81,20 +80,20 @@ class Writer:
 class Bench:
     """A cache with a store behind it, and the store's plain client on the same arena."""
 
-    def __init__(self, kind: str, url: str, raw: Raw, arena: Arena, chunks: int) -> None:
+    def __init__(self, kind: str, url: str, raw: RawClient, arena: Arena, chunks: int) -> None:
         self.kind, self.raw, self.arena, self.chunks = kind, raw, arena, chunks
         self.cache: Cache = build_cache(arena, policy="lru")
         tier = attach_remote_tier(self.cache, arena, RemoteConfig(url, "all", queue_nbytes=1 << 30), "lru")
         assert tier is not None
         self.tier, self.writer = tier, Writer(arena)
-        self.slots = range(chunks, 2 * chunks)  # of the raw loops, as payload only
+        self.slots = range(chunks, 2 * chunks)  # for the raw loops, as payload only
         self._loop, self._other = asyncio.Runner(), make_store(RemoteUrl.parse(url))
         self._loop.run(self._other.open())
         self.rounds = 0
         self.names: list[str] = []
 
     def put(self) -> float:
-        """Seconds until the store has a new sequence."""
+        """Return the seconds until the store has a new sequence."""
         self.rounds += 1
         keys = sequence(f"ours {self.rounds}", self.chunks)
         self.cache.clear()
@@ -107,18 +106,18 @@ class Bench:
         return time.perf_counter() - began
 
     def get(self) -> float:
-        """Seconds until the sequence that was written last is pinned, all of it from the store."""
+        """Return the seconds until the sequence written last is pinned, all of it from the store."""
         keys = sequence(f"ours {self.rounds}", self.chunks)
         self._until(lambda: self.tier.idle)
         self.cache.clear()
-        self.tier.note_prefill(1.0)  # whatever it takes, it is worth the wait; see LEAST_WAIT_S above
+        self.tier.note_prefill(1.0)  # computing is so slow that every wait is worth it; see LEAST_WAIT_S above
         began = time.perf_counter()
         lease = self.cache.acquire(keys, use=USE)
         elapsed = time.perf_counter() - began
         if len(lease.slots) != self.chunks:
-            raise RuntimeError(f"{len(lease.slots)} of {self.chunks} chunks came from {self.kind}")
+            raise RuntimeError(f"only {len(lease.slots)} of {self.chunks} chunks came from {self.kind}")
         self.cache.release(lease)
-        self._loop.run(self._other.delete(keys, GIVE_UP_S))  # as the raw loop does: neither fills the store
+        self._loop.run(self._other.delete(keys, GIVE_UP_S))  # the raw loop deletes too, so that neither fills the store
         return elapsed
 
     def raw_put(self, variant: str) -> float:
@@ -128,15 +127,15 @@ class Bench:
         return time.perf_counter() - began
 
     def raw_get(self, variant: str) -> tuple[float, float]:
-        """Seconds to read, and to read and then verify."""
-        self.raw.settle(self.names)
+        """Return the seconds to read, and the seconds to read and verify."""
+        self.raw.prepare_read(self.names)
         began = time.perf_counter()
         self.raw.read(self.names, self.slots, variant)
         elapsed = verified = time.perf_counter() - began
         if not self.raw.verifies:
             verify(self.arena, self.slots)
             verified = time.perf_counter() - began
-        self.raw.forget(self.names)
+        self.raw.delete(self.names)
         return elapsed, verified
 
     def close(self) -> None:
@@ -148,7 +147,7 @@ class Bench:
         end = time.monotonic() + GIVE_UP_S
         while not condition():  # type: ignore[operator]
             if time.monotonic() > end:
-                raise RuntimeError(f"{self.kind}: nothing moves any more")
+                raise RuntimeError(f"{self.kind}: nothing has moved for {GIVE_UP_S:.0f} s")
             time.sleep(0.0002)
 
 
@@ -156,13 +155,13 @@ Times = dict[str, dict[str, list[float]]]  # op or "verified" -> variant, "ours"
 
 
 def measure(kind: str, runs: int, chunks: int, chunk_nbytes: int) -> list[Row]:
-    """Rows of one kind of store. A third of the runs each in a new place, which a file system may like more or less."""
+    """Return the rows of one kind of store. Each third of the runs uses a new place: a file system may be faster in one."""
     geometry = SlotGeometry(chunk_nbytes // ROW_NBYTES * ROW_NBYTES, max_planes=1)
     times: Times = {"put": defaultdict(list), "get": defaultdict(list), "verified": defaultdict(list)}
     for _ in range(PLACES):
         with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=f"kvkern-bench-remote-{kind}.") as folder:
             arena = create_or_attach(ArenaSpec(geometry, 2 * chunks), Path(folder) / "arena")
-            with place(kind, arena) as (url, raw):
+            with start_store(kind, arena) as (url, raw):
                 bench = Bench(kind, url, raw, arena, chunks)
                 try:
                     _take_turns(bench, -(-runs // PLACES), times)
@@ -175,14 +174,14 @@ def measure(kind: str, runs: int, chunks: int, chunk_nbytes: int) -> list[Row]:
 def _take_turns(bench: Bench, runs: int, times: Times) -> None:
     for run in range(runs + WARM_UPS):
         for op, call in (("put", bench.put), ("get", bench.get)):
-            bench.raw.rest()
+            bench.raw.finish_writes()
             before = time.process_time()
             seconds = call()
             if run >= WARM_UPS:
                 times[op]["cpu"].append(time.process_time() - before)
                 times[op]["ours"].append(seconds)
         for variant in bench.raw.variants():
-            bench.raw.rest()
+            bench.raw.finish_writes()
             written, (read, verified) = bench.raw_put(variant), bench.raw_get(variant)
             if run >= WARM_UPS:
                 times["put"][variant].append(written)
@@ -203,16 +202,14 @@ def _row(kind: str, op: str, all_times: Times, chunks: int, slot_nbytes: int) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--remote", default=",".join(KINDS), help=f"which ones, of {', '.join(KINDS)}")
+    parser = option_parser(__doc__, quick="few small chunks: for smoke tests, not for numbers")
+    parser.add_argument("--remote", default=",".join(KINDS), help=f"kinds of stores, of {', '.join(KINDS)}")
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="few small chunks: for smoke tests, not for numbers")
     args = parser.parse_args(arguments)
     kinds = args.remote.split(",")
     for kind in kinds:
         if kind not in KINDS:
-            parser.error(f"--remote: {kind!r} is none of {', '.join(KINDS)}")
+            parser.error(f"--remote: {kind!r} is unknown; use {', '.join(KINDS)}")
     rows = []
     for kind in kinds:
         try:
@@ -223,8 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in found:
             print_row(row)
         rows += found
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
     return 0
 
 

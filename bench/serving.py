@@ -1,15 +1,17 @@
-"""What kvkern costs where it cannot help: eight streams of prompts that nobody has seen, with and without it.
+"""Measures kvkern's overhead where it cannot help: eight streams of new prompts, with and without kvkern.
 
-    both engines stay up, idle but for their own turns; a round is one turn each, in alternating order
-    a turn: 8 clients, each a few requests in a row; replies differ in length, so prefills meet other clients' tokens
-    ratio = the median over rounds of (with kvkern) / (without), so what slows the machine for a minute slows both
+    both engines stay up and are idle except in their own turns; a round is one turn each, in alternating order
+    a turn: 8 clients, each with a few requests in a row; replies differ in length, so prefills meet other clients' tokens
+    ratio = median over rounds of (with kvkern) / (without), so a slow minute of the machine slows both sides
 
-    proof = afterwards vLLM forgets its own cache and is asked the last round's prompts again: it must reuse them
+    proof = afterwards vLLM empties its own prefix cache and is asked the last round's prompts again. With kvkern it must
+            reuse tokens, and without it must not
 
-The 99th percentile is a round's own, too: over all rounds pooled it is that of the machine's worst minute, whoever's turn
-that was; it is given beside. A hit in a round, or nothing to load afterwards, is an error, not a number.
-Targets: throughput at least 0.97 of vLLM alone, 99th percentile of the inter-token latency at most 1.05 times its.
-Every stored token counts as overhead here; hits are the demo's subject.
+The 99th percentile is computed per round, too. Over all rounds pooled it is the percentile of the machine's worst minute,
+whichever engine had its turn then; the row gives that ratio as well. A hit within a round, or no reuse afterwards, is an
+error and gives no figure.
+Targets: throughput at least 0.97 times that of vLLM alone, 99th percentile of the inter-token latency at most 1.05 times.
+Every stored token counts as overhead here. The demo measures hits.
 """
 
 from __future__ import annotations
@@ -27,29 +29,29 @@ from statistics import median
 from typing import Any
 
 import msgspec
-from _common import print_row, write_json
+from _common import option_parser, print_row, write_json
 
 from kvkern.demo import engine_process, model, run
 from kvkern.demo.engine import engine_kwargs, kvkern_transfer_config
 from kvkern.demo.messages import EngineSpec
 from kvkern.demo.prompts import PromptLibrary
+from kvkern.demo.standalone_engine import FORGET_LIMIT_S, EngineBusyError, still_in_use
 
-CASES = {"vllm": None, "vllm_kvkern": "2GiB"}  # capacity
+CASES = {"vllm": None, "vllm_kvkern": "2GiB"}  # case -> kvkern's capacity; None: vLLM alone
 MIN_RATIO_THROUGHPUT = 0.97
 MAX_RATIO_ITL_P99 = 1.05
-FORGET_LIMIT_S = 30.0
 Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Load:
-    """One turn: the same prompts and reply lengths for either engine."""
+class Workload:
+    """One turn. Both engines get the same prompts and reply lengths."""
 
     clients: int = 8
     requests_per_client: int = 2
     prompt_tokens: int = 512
-    reply_tokens: int = 64  # of client 0
-    reply_step_tokens: int = 8  # more for each further client
+    reply_tokens: int = 64  # reply length of client 0
+    reply_step_tokens: int = 8  # each further client's replies are longer by this
 
     def replies(self) -> list[int]:
         return [self.reply_tokens + self.reply_step_tokens * client for client in range(self.clients)]
@@ -58,7 +60,7 @@ class Load:
         return self.requests_per_client * (self.clients * self.prompt_tokens + sum(self.replies()))
 
     def prompts(self, library: PromptLibrary) -> list[list[list[int]]]:
-        """Return, per client, the prompts it sends one after the other; no two alike."""
+        """Return, per client, the prompts that it sends one after the other. All prompts differ."""
         return [library.documents(self.requests_per_client, self.prompt_tokens) for _ in range(self.clients)]
 
 
@@ -67,11 +69,11 @@ class Turn:
     """One engine's measurements in one round."""
 
     wall_s: float = 0.0
-    itl_s: list[float] = field(default_factory=list)  # between consecutive outputs of one stream
-    cached_tokens: int = 0  # of the prompts, not computed
+    itl_s: list[float] = field(default_factory=list)  # times between consecutive outputs of one stream
+    cached_tokens: int = 0  # prompt tokens that were not computed
 
-    def tok_s(self, load: Load) -> float:
-        return load.total_tokens() / self.wall_s
+    def tok_s(self, workload: Workload) -> float:
+        return workload.total_tokens() / self.wall_s
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -94,13 +96,13 @@ class Server:
         self._engine = AsyncLLM.from_engine_args(arguments)
         self._serial = itertools.count()
 
-    async def turn(self, load: Load, prompts: Sequence[Sequence[list[int]]]) -> Turn:
+    async def turn(self, workload: Workload, prompts: Sequence[Sequence[list[int]]]) -> Turn:
         result = Turn()
         started_s = time.perf_counter()
         await asyncio.gather(
             *(
                 self._client(requests, reply_tokens, result)
-                for requests, reply_tokens in zip(prompts, load.replies(), strict=True)
+                for requests, reply_tokens in zip(prompts, workload.replies(), strict=True)
             )
         )
         result.wall_s = time.perf_counter() - started_s
@@ -128,11 +130,11 @@ class Server:
         return self._engine.generate({"prompt_token_ids": prompt}, params, f"{self.case}-{next(self._serial)}")
 
     async def forget(self) -> None:
-        """Empty vLLM's own prefix cache, which refuses while a store still reads blocks."""
+        """Empty vLLM's own prefix cache. Retries while vLLM refuses because a store still reads blocks."""
         deadline_s = time.monotonic() + FORGET_LIMIT_S
         while not await self._engine.reset_prefix_cache():
             if time.monotonic() > deadline_s:
-                raise RuntimeError(f"vLLM refused to reset its prefix cache for {FORGET_LIMIT_S:.0f} s: blocks in use")
+                raise EngineBusyError(still_in_use())
             await asyncio.sleep(0.02)
 
     def close(self) -> None:
@@ -141,39 +143,45 @@ class Server:
 
 
 async def measure(
-    servers: Sequence[Server], load: Load, library: PromptLibrary, num_rounds: int
+    servers: Sequence[Server], workload: Workload, library: PromptLibrary, num_rounds: int
 ) -> list[dict[str, Turn]]:
-    """Return one dict of case -> turn per round, after one round that does not count."""
+    """Run one round that does not count, then `num_rounds`. Return one dict of case -> turn per round."""
     rounds = []
     for index in range(num_rounds + 1):
-        prompts = load.prompts(library)
+        prompts = workload.prompts(library)
         order = servers if index % 2 else list(reversed(servers))
-        turns = {server.case: await server.turn(load, prompts) for server in order}
+        turns = {server.case: await server.turn(workload, prompts) for server in order}
         if index:
             rounds.append(turns)
             if hits := {case: turn.cached_tokens for case, turn in turns.items() if turn.cached_tokens}:
-                raise RuntimeError(f"prompts that nobody has seen were hit, in tokens: {hits}")
-            print_row({"round": index} | {f"{case} tok_s": turn.tok_s(load) for case, turn in turns.items()})
-    await prove_stored(servers, load, prompts)
+                raise RuntimeError(
+                    f"New prompts were hit, in tokens: {hits}. Prompts of different rounds must differ: this is a bug."
+                )
+            print_row({"round": index} | {f"{case} tok_s": turn.tok_s(workload) for case, turn in turns.items()})
+    await prove_stored(servers, workload, prompts)
     return rounds
 
 
-async def prove_stored(servers: Sequence[Server], load: Load, prompts: Sequence[Sequence[list[int]]]) -> None:
-    """Raise unless the engine with kvkern, and only that one, still has prompts that vLLM itself has forgotten."""
+async def prove_stored(servers: Sequence[Server], workload: Workload, prompts: Sequence[Sequence[list[int]]]) -> None:
+    """Raise unless the engine with kvkern, and no other, reuses prompts that vLLM's own cache has forgotten."""
     for server in servers:
         await server.forget()
-        reused_tokens = (await server.turn(load, prompts)).cached_tokens
+        reused_tokens = (await server.turn(workload, prompts)).cached_tokens
         print_row({"case": server.case, "reused_tokens afterwards": reused_tokens})
         if bool(reused_tokens) != bool(CASES[server.case]):
-            raise RuntimeError(f"{server.case} reused {reused_tokens} tokens after vLLM had forgotten them")
+            expected = "more than 0" if CASES[server.case] else "0"
+            raise RuntimeError(
+                f"{server.case} reused {reused_tokens} tokens after vLLM's own cache was emptied, expected {expected}. The "
+                f"figures are not valid."
+            )
 
 
-def rows(rounds: Sequence[dict[str, Turn]], load: Load) -> list[Row]:
+def rows(rounds: Sequence[dict[str, Turn]], workload: Workload) -> list[Row]:
     """Return a row per case and the row of ratios."""
-    result: list[Row] = [_row(case, [turns[case] for turns in rounds], load) for case in CASES]
-    throughput = [turns["vllm_kvkern"].tok_s(load) / turns["vllm"].tok_s(load) for turns in rounds]
+    result: list[Row] = [_row(case, [turns[case] for turns in rounds], workload) for case in CASES]
+    throughput = [turns["vllm_kvkern"].tok_s(workload) / turns["vllm"].tok_s(workload) for turns in rounds]
     latency = [percentile(turns["vllm_kvkern"].itl_s, 99) / percentile(turns["vllm"].itl_s, 99) for turns in rounds]
-    ratios: Row = {"case": "ratio", "concurrency": load.clients}
+    ratios: Row = {"case": "ratio", "concurrency": workload.clients}
     for name, values in (("ratio_throughput", throughput), ("ratio_itl_p99", latency)):
         ratios |= {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
     pooled_s = {case: percentile([gap_s for turns in rounds for gap_s in turns[case].itl_s], 99) for case in CASES}
@@ -181,13 +189,13 @@ def rows(rounds: Sequence[dict[str, Turn]], load: Load) -> list[Row]:
     return [*result, ratios | {"runs": len(rounds)}]
 
 
-def _row(case: str, turns: Sequence[Turn], load: Load) -> Row:
+def _row(case: str, turns: Sequence[Turn], workload: Workload) -> Row:
     return {
         "case": case,
-        "concurrency": load.clients,
-        "prompt_tokens": load.prompt_tokens,
-        "output_tokens": round(sum(load.replies()) / load.clients),  # mean of a request
-        "tok_s": median(turn.tok_s(load) for turn in turns),
+        "concurrency": workload.clients,
+        "prompt_tokens": workload.prompt_tokens,
+        "output_tokens": round(sum(workload.replies()) / workload.clients),  # mean over requests
+        "tok_s": median(turn.tok_s(workload) for turn in turns),
         "itl_p50_s": median(percentile(turn.itl_s, 50) for turn in turns),
         "itl_p99_s": median(percentile(turn.itl_s, 99) for turn in turns),
         "runs": len(turns),
@@ -195,22 +203,20 @@ def _row(case: str, turns: Sequence[Turn], load: Load) -> Row:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser = option_parser(__doc__.splitlines()[0], quick="one short round: for smoke tests, not for figures")
     parser.add_argument("--model", type=Path, help="a model folder to use instead of the demo's")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each engine that count (default 7)")
-    parser.add_argument("--quick", action="store_true", help="one short round: for smoke tests, not for numbers")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds that count (default 7)")
     return parser.parse_args()
 
 
-async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
+async def bench(folder: Path, workload: Workload, num_rounds: int) -> list[Row]:
     library = PromptLibrary.from_model(folder)
     servers: list[Server] = []
     try:
         for case, capacity in CASES.items():
             print(f"starting {case}", flush=True)
             servers.append(Server(case, msgspec.structs.replace(run.engine_spec(folder), kvkern_capacity=capacity)))
-        return rows(await measure(servers, load, library, num_rounds), load)
+        return rows(await measure(servers, workload, library, num_rounds), workload)
     finally:
         for server in servers:
             server.close()
@@ -218,15 +224,14 @@ async def bench(folder: Path, load: Load, num_rounds: int) -> list[Row]:
 
 def main() -> None:
     args = parse()
-    os.environ.update(engine_process.environment(verbose=False))  # before anything imports vllm
-    load = Load(clients=2, requests_per_client=1, reply_tokens=8) if args.quick else Load()
+    os.environ.update(engine_process.environment(verbose=False))  # vLLM reads it when it is imported
+    workload = Workload(clients=2, requests_per_client=1, reply_tokens=8) if args.quick else Workload()
     folder = args.model or model.ensure(model.ModelConfig(), run.default_workdir())
-    measured = asyncio.run(bench(folder, load, 1 if args.quick else args.rounds))
+    measured = asyncio.run(bench(folder, workload, 1 if args.quick else args.rounds))
     for row in measured:
         print_row(row)
     print(f"targets: ratio_throughput >= {MIN_RATIO_THROUGHPUT}, ratio_itl_p99 <= {MAX_RATIO_ITL_P99}", flush=True)
-    if args.json:
-        write_json(args.json, measured)
+    write_json(args.json, measured)
 
 
 if __name__ == "__main__":

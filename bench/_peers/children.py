@@ -1,7 +1,7 @@
-"""Runs one child process: a job on its stdin, JSON lines from its stdout, a log for the rest. Knows no system.
+"""Runs one child process: a job on its stdin, JSON lines from its stdout, a log for its stderr. Knows no system.
 
-Every wait is bounded. A child leads a process group of its own, so that a Ctrl-C in the terminal reaches only the parent;
-the end of its stdin tells it to stop, also when the parent was killed. What is left of the group afterwards is killed.
+Every wait is bounded. A child leads a process group of its own, so a Ctrl-C in the terminal reaches only the parent. The end
+of its stdin tells the child to stop, also if the parent was killed. Processes that are left in the group are then killed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TAIL_LINES = 12
 
 
 class PeerFailed(RuntimeError):
-    """A system could not be installed, started or measured. The message says which and why; the others go on."""
+    """A system could not be installed, started or measured. The message says which one and why. The others still run."""
 
 
-def tail(log: Path) -> str:
+def log_tail(log: Path) -> str:
     """Return the last lines of a log, for a message."""
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "\n".join([f"the end of {log}:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"The end of {log}:", *(f"  {line}" for line in lines)])
 
 
 class Child:
-    """Owns a process and its group from `with` to its end."""
+    """Owns a process and its group for the duration of a `with` block."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name, self.log = name, log
@@ -53,8 +53,10 @@ class Child:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise PeerFailed(f"{self.name} could not be started: {error}") from error
-        assert self._process.stdout is not None  # a pipe was asked for
+                raise PeerFailed(
+                    f"{self.name} could not be started: {error}. Check the command {self._command}."
+                ) from error
+        assert self._process.stdout is not None  # Popen was given a pipe
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         return self
 
@@ -67,14 +69,14 @@ class Child:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with suppress(ProcessLookupError):  # everyone has left
+            with suppress(ProcessLookupError):  # no process is left
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def send(self, job: Mapping[str, Any]) -> None:
-        """Write the job as one line. stdin stays open: its end means stop."""
+        """Write the job as one line. stdin stays open, because its end tells the child to stop."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # a child that is gone already is reported with its log
+        with suppress(BrokenPipeError):  # the child has ended already: `rows` reports that with the log
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -82,14 +84,14 @@ class Child:
         self,
         silence_s: float,  # longest wait for the next line
     ) -> Iterator[dict[str, Any]]:
-        """Yield the child's lines up to `{"case": "done"}`. Raises PeerFailed when it ends before or falls silent."""
+        """Yield the child's lines up to `{"case": "done"}`. Raises PeerFailed if the child ends early or prints nothing."""
         while True:
             try:
                 line = self._lines.get(timeout=silence_s)
             except queue.Empty:
-                raise PeerFailed(f"{self.name} said nothing for {silence_s:.0f} s\n{tail(self.log)}") from None
+                raise PeerFailed(f"{self.name} printed nothing for {silence_s:.0f} s. {log_tail(self.log)}") from None
             if not line:
-                raise PeerFailed(f"{self.name} ended before it was done\n{tail(self.log)}")
+                raise PeerFailed(f"{self.name} ended before it was done. {log_tail(self.log)}")
             row = self._parse(line)
             if row["case"] == "done":
                 return
@@ -102,9 +104,11 @@ class Child:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise PeerFailed(f"{self.name} printed {line[:200]!r}, which is no JSON line") from error
+            raise PeerFailed(
+                f"{self.name} printed {line[:200]!r}, which is not a JSON line. See {self.log}."
+            ) from error
         if not isinstance(row, dict) or "case" not in row:
-            raise PeerFailed(f"{self.name} printed {line[:200]!r}, which is no row")
+            raise PeerFailed(f"{self.name} printed {line[:200]!r}, which is not a row with a case. See {self.log}.")
         return row
 
     def _read(self, stdout: IO[bytes]) -> None:
@@ -114,11 +118,11 @@ class Child:
 
 
 def wait_until(ready: Callable[[], bool], child: Child, limit_s: float) -> None:
-    """Poll `ready()` until it is true. Raises PeerFailed when the child ends or the time is up."""
+    """Poll `ready()` until it is true. Raises PeerFailed if the child ends or the time is up."""
     deadline_s = time.monotonic() + limit_s
     while not ready():
         if not child.alive():
-            raise PeerFailed(f"{child.name} ended while starting\n{tail(child.log)}")
+            raise PeerFailed(f"{child.name} ended while starting. {log_tail(child.log)}")
         if time.monotonic() > deadline_s:
-            raise PeerFailed(f"{child.name} was not ready after {limit_s:.0f} s\n{tail(child.log)}")
+            raise PeerFailed(f"{child.name} was not ready after {limit_s:.0f} s. {log_tail(child.log)}")
         time.sleep(0.2)

@@ -1,6 +1,6 @@
 """Library level: paged KV of Llama-3.1-8B's shape in host memory, stored and retrieved without an engine.
 
-Knows which script measures which library in which environment; the loop is library_common.py's, the rows rows.py's.
+Knows which script measures which library in which environment. library_common.py has the loop, rows.py makes the rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from .children import Child
 from .engines import HERE, QUIET
 from .rows import Row, Verdict, library_rows
 
-SILENCE_LIMIT_S = 300.0  # the start with its fill of the cache, or one size
-# Torch's threads spin while they wait, as they do by default: told to sleep, they cost LMCache a third on a quiet machine. On a
-# busy one spinning costs it a factor of 20, hence other_cpus in every row.
+SILENCE_LIMIT_S = 300.0  # longest wait for a line: the start, which fills the cache, or one size
+# Torch's threads spin while they wait, which is the default. Threads that sleep cost LMCache a third of its rate on a quiet
+# machine. On a busy machine spinning costs it a factor of 20, so every row has other_cpus.
 LIBRARY_ENV = {"LMCACHE_LOG_LEVEL": "ERROR"}
 SYSTEMS = {"kvkern": None, "lmcache_inproc": venvs.LMCACHE, "aibrix": venvs.AIBRIX}
-PAGES = {"kvkern": ("layers", "blocks"), "lmcache_inproc": ("layers",), "aibrix": ("blocks",)}  # that each can address
+PAGES = {
+    "kvkern": ("layers", "blocks"),
+    "lmcache_inproc": ("layers",),
+    "aibrix": ("blocks",),
+}  # kinds of pages that each library can address
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ class Plan:
     capacity_gib: int = 3
 
 
-def within(plan: Plan) -> Plan:
-    """Return the plan with no more threads than this process may use."""
+def limited_to_own_cpus(plan: Plan) -> Plan:
+    """Return the plan with at most as many threads as this process has CPUs."""
     return replace(plan, threads=min(plan.threads, len(os.sched_getaffinity(0))))
 
 
 def measure(name: str, plan: Plan, workdir: Path, say: Callable[[str], None]) -> Verdict:
-    """Run one library from start to end. Raises PeerFailed, also when a byte came back wrong."""
+    """Run one library from start to end. Raises PeerFailed, also if a byte came back wrong."""
     rival = SYSTEMS[name]
     python = venvs.ensure(rival, workdir, say) if rival else Path(sys.executable)
     script = HERE / f"library_{name.removesuffix('_inproc')}_child.py"

@@ -1,7 +1,7 @@
-"""AIBrix KVCache's L1 as a library: allocate_for, fill and put; acquire and copy out. For library_common.py's loop.
+"""AIBrix KVCache's L1 as a library: allocate_for, fill and put; acquire and copy out. Runs in library_common.py's loop.
 
-AIBrix gathers paged KV with a CUDA kernel only, so its pages here are blocks that hold all their layers: one 2 MiB copy
-per block each way, as kvkern's rows of such pages have. It computes no checksums.
+AIBrix gathers paged KV with a CUDA kernel only. Its pages here are therefore blocks that hold all their layers: one 2 MiB
+copy per block each way, the same as in kvkern's rows of such pages. AIBrix computes no checksums.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ class AIBrix:
         handle = self._checked(self._manager.allocate_for(None, self._view(prompt)), "allocate_for")
         targets = handle.to_tensors()
         if len(targets) != len(blocks):
-            raise RuntimeError(f"{len(targets)} of {len(blocks)} blocks were allocated")
+            raise RuntimeError(f"AIBrix allocated {len(targets)} of {len(blocks)} blocks. Raise capacity_gib.")
         for target, block in zip(targets, blocks.tolist(), strict=True):
             target.copy_(self._pages[block])
         stored = self._checked(self._manager.put(None, self._view(prompt), handle), "put")
         if stored != len(tokens):
-            raise RuntimeError(f"{stored} of {len(tokens)} tokens were stored")
+            raise RuntimeError(f"AIBrix stored {stored} of {len(tokens)} tokens. Raise capacity_gib.")
         self._stored.append(prompt)
 
     def retrieve(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
-        view = self._view(tokens.numpy().astype(np.int32))  # another buffer than the stored one, as a new request has
+        view = self._view(
+            tokens.numpy().astype(np.int32)
+        )  # not the stored buffer, because a new request has another one
         found, handle = self._checked(self._manager.acquire(None, view), "acquire")
         if found != len(tokens):
-            raise RuntimeError(f"{found} of {len(tokens)} tokens were found")
+            raise RuntimeError(f"AIBrix found {found} of {len(tokens)} tokens that were stored. Raise capacity_gib.")
         for source, block in zip(handle.to_tensors(), blocks.tolist(), strict=True):
             self._pages[block].copy_(source)
         handle.release()
@@ -58,12 +60,12 @@ class AIBrix:
     @staticmethod
     def _checked(status, what):  # type: ignore[no-untyped-def]  # AIBrix's own types are not imported at module level
         if not status.is_ok():
-            raise RuntimeError(f"{what}: {status}")
+            raise RuntimeError(f"AIBrix failed in {what}: {status}. See its log.")
         return status.get()
 
 
 def open_cache(job: Job) -> tuple[Pages, Cache]:
-    os.environ["AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB"] = str(job.capacity_gib)  # read when it is imported
+    os.environ["AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB"] = str(job.capacity_gib)  # AIBrix reads it when it is imported
     pages = BlockPages(job.num_blocks)
     return pages, AIBrix(pages)
 

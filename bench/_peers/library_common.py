@@ -1,9 +1,9 @@
-"""What the library children share: the shape, random pages, the loop that times a cache, the memcpy beside it. Knows no cache.
+"""Shared by the library children: the shape, random pages, the loop that times a cache, the memcpy beside it. Knows no cache.
 
     once         fill the capacity, so that every page of the cache has been touched
     per size     (forget everything, store a new sequence, memcpy, clear the target pages, retrieve into them) x runs
 
-Store and retrieve work on random blocks, never the same ones. After each run the target's bytes must equal the source's.
+Store and retrieve work on different random blocks. After each run the target's bytes must equal the source's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPE = torch.bfloat16
 BLOCK_NBYTES = 2 * LAYERS * BLOCK_TOKENS * HEADS * HEAD_DIM * DTYPE.itemsize
 MEMCPY_NBYTES = 256 << 20
 VOCABULARY = 128_256
-IDLE_S = 0.02  # before each timed call: threads of the call before have stopped spinning for more work
+IDLE_S = 0.02  # pause before each timed call, after which the last call's threads have stopped spinning for work
 
 
 class Pages(Protocol):
@@ -36,7 +36,7 @@ class Pages(Protocol):
 
 
 class Cache(Protocol):
-    """One library behind three verbs. Each raises RuntimeError when it did less than asked."""
+    """One library behind three methods. Each raises RuntimeError if the library did less than asked."""
 
     def store(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None: ...
     def retrieve(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None: ...
@@ -44,7 +44,7 @@ class Cache(Protocol):
 
 
 def random_bytes(*shape: int) -> torch.Tensor:
-    """Return a tensor of DTYPE in which every bit pattern occurs, NaNs too."""
+    """Return a tensor of DTYPE with random bits, in which every bit pattern may occur, NaNs too."""
     return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16).view(DTYPE)
 
 
@@ -82,7 +82,7 @@ PAGES = {"layers": LayerPages, "blocks": BlockPages}
 
 @dataclass(frozen=True)
 class Job:
-    """What the parent asks for."""
+    """The parent's job."""
 
     sizes: list[int]  # tokens, ascending
     runs: int
@@ -92,12 +92,12 @@ class Job:
 
     @property
     def num_blocks(self) -> int:
-        """Of the pages: the longest sequence twice, once to store and once to retrieve."""
+        """Number of blocks of the pages: the longest sequence twice, once to store and once to retrieve."""
         return 2 * max(self.sizes) // BLOCK_TOKENS
 
 
 class Loop:
-    """Times one cache; owns nothing."""
+    """Times one cache. Owns neither the cache nor the pages."""
 
     def __init__(self, job: Job, pages: Pages, cache: Cache) -> None:
         self._job, self._pages, self._cache = job, pages, cache
@@ -113,7 +113,7 @@ class Loop:
             self._cache.store(_tokens(max(self._job.sizes)), source)
 
     def measure(self, num_tokens: int) -> dict[str, Any]:
-        """Return seconds per run of store, retrieve and memcpy; one run before them does not count."""
+        """Return the seconds of each run of store, retrieve and memcpy. One run before them does not count."""
         times: dict[str, list[float]] = {"store_s": [], "retrieve_s": [], "memcpy_s": []}
         for _ in range(self._job.runs + 1):
             self._run(num_tokens, times)
@@ -138,10 +138,12 @@ class Loop:
         self._pages.clear(target)
         times["retrieve_s"].append(_seconds(lambda: self._cache.retrieve(tokens, target)))
         if not self._pages.equal(source, target):
-            raise RuntimeError(f"{num_tokens} tokens came back with other bytes than were stored")
+            raise RuntimeError(
+                f"{num_tokens} tokens came back with other bytes than were stored. The library is wrong here."
+            )
 
     def _memcpy(self) -> None:
-        """libc's, by as many threads as the cache has, each its share."""
+        """Run libc's memcpy on as many threads as the cache has. Each thread copies its share."""
         share = MEMCPY_NBYTES // self._job.threads
         source, target = self._source.data_ptr(), self._target.data_ptr()
         starts = range(0, share * self._job.threads, share)
@@ -165,7 +167,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def main(open_cache: Callable[[Job], tuple[Pages, Cache]]) -> None:
-    """Read the job from stdin, time the cache, print one JSON line per size. What the library prints goes to stderr."""
+    """Read the job from stdin, time the cache, print one JSON line per size. The library's own output goes to stderr."""
     job = Job(**json.loads(sys.stdin.buffer.readline()))
     out = _take_stdout()
     torch.set_num_threads(job.threads)

@@ -1,4 +1,4 @@
-"""kvkern as a library: keys, gather with checksums into shared memory, verify and scatter. For library_common.py's loop."""
+"""kvkern as a library: keys, gather with checksums into shared memory, verify and scatter. In library_common.py's loop."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Kvkern:
     def store(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
         stored = self._cache.store(tokens.numpy().astype(np.uint32), blocks.numpy())
         if stored != len(blocks):
-            raise RuntimeError(f"{stored} of {len(blocks)} chunks were stored")
+            raise RuntimeError(f"kvkern stored {stored} of {len(blocks)} chunks. Raise capacity_gib.")
 
     def retrieve(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
         with self._cache.match(tokens.numpy().astype(np.uint32)) as hit:
             loaded = self._cache.load(hit, blocks.numpy())
         if loaded != len(blocks) * BLOCK_TOKENS:
-            raise RuntimeError(f"{loaded} of {len(tokens)} tokens were loaded")
+            raise RuntimeError(f"kvkern loaded {loaded} of {len(tokens)} tokens that were stored. Raise capacity_gib.")
 
     def forget(self) -> None:
         self._cache.clear()

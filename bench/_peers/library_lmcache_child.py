@@ -1,6 +1,6 @@
-"""LMCache's in-process engine with its CPU backend, moved by its own CPU fallback. For library_common.py's loop.
+"""LMCache's in-process engine with its CPU backend, copying by its own CPU fallback. Runs in library_common.py's loop.
 
-The connector is what LMCache asks an engine to supply; the copies in it are LMCache's `multi_layer_kv_transfer`.
+LMCache asks an engine to supply a connector. The connector here copies with LMCache's own `multi_layer_kv_transfer`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HostConnector(GPUConnectorInterface):  # type: ignore[misc]
         return torch.Size([2, LAYERS, num_tokens, HEADS * HEAD_DIM])
 
     def initialize_kvcaches_ptr(self, **kwargs: Any) -> None:
-        """Nothing to do: the pages were given at the start."""
+        """Do nothing: the constructor has the pages already."""
 
     def _move(self, memory_obj: Any, slots: torch.Tensor, direction: TransferDirection) -> None:
         device_ops.multi_layer_kv_transfer(
@@ -79,14 +79,16 @@ class LMCache:
     def retrieve(self, tokens: torch.Tensor, blocks: torch.Tensor) -> None:
         loaded = int(self._engine.retrieve(tokens.tolist(), slots=_slots(blocks), req_id=str(self._serial)).sum())
         if loaded != len(tokens):
-            raise RuntimeError(f"{loaded} of {len(tokens)} tokens were retrieved")
+            raise RuntimeError(
+                f"LMCache retrieved {loaded} of {len(tokens)} tokens that were stored. Raise capacity_gib."
+            )
 
     def forget(self) -> None:
         self._engine.clear()
 
 
 def _slots(blocks: torch.Tensor) -> torch.Tensor:
-    """[len(blocks) * BLOCK_TOKENS], what an engine calls its slot mapping."""
+    """Return an engine's slot mapping of these blocks: [len(blocks) * BLOCK_TOKENS] token positions."""
     return (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).reshape(-1)
 
 
@@ -97,4 +99,4 @@ def open_cache(job: Job) -> tuple[Pages, Cache]:
 
 if __name__ == "__main__":
     main(open_cache)
-    os._exit(0)  # its threads would keep the process
+    os._exit(0)  # LMCache's threads would keep the process alive

@@ -1,4 +1,4 @@
-"""An LMCache server that ends with its parent: `lmcache server ARGUMENTS`, stopped by the end of stdin. Knows nothing else."""
+"""Runs `lmcache server ARGUMENTS` and stops it when stdin ends, so that it ends with its parent. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def main() -> None:
     def watch() -> None:
         while os.read(0, 4096):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)  # the server's own way out removes its shared memory
+        os.kill(os.getpid(), signal.SIGTERM)  # on SIGTERM the server removes its shared memory
 
-    os.dup2(2, 1)  # stdout is for rows, and there are none
+    os.dup2(2, 1)  # stdout is for rows, and a server has none
     threading.Thread(target=watch, name="stdin", daemon=True).start()
     from lmcache.cli.main import main as cli
 

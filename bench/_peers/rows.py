@@ -1,10 +1,10 @@
 """Judges answers and makes rows. Knows numbers; knows no system and starts nothing.
 
-A row named ttft_hit exists only where every measured request was a load, by four witnesses:
-    vLLM's own prefix cache was empty and all tokens that it could reuse are counted as the connector's
-    vLLM did not take the promise back (a failed load is recomputed, and then counts as not cached)
-    the median is below MAX_OF_RECOMPUTE of computing the same number of tokens in the same engine
-    the system's own log has as many loads of that size, where the system keeps one
+A row named ttft_hit exists only if every measured request was a load. Four checks say so:
+    vLLM's own prefix cache was empty, and vLLM counts all reusable tokens as the connector's
+    vLLM did not take back the promise (a failed load is recomputed and then counts as not cached)
+    the median is below MAX_OF_RECOMPUTE of the time of computing the same number of tokens in the same engine
+    if the system keeps a log of loads, it has as many loads of that size
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one system's answers come to."""
+    """The result of one system's answers."""
 
     rows: list[Row]
-    problems: list[str]  # each keeps a row out, or says what is wrong with one
+    problems: list[str]  # each says why a row is missing, or what is wrong with a row
 
 
 def engine_verdict(
-    base: Row,  # system, version and what else every row of it says
+    base: Row,  # system, version and the other fields of each of its rows
     answers: Sequence[Answer],
-    loads_logged: Sequence[int] | None,  # tokens of each load in the system's own log; None: it keeps none
+    loads_logged: Sequence[int] | None,  # tokens of each load in the system's own log; None: it keeps no log
 ) -> Verdict:
     """Return the rows of one engine, shortest prompts first."""
     rows: list[Row] = []
     problems: list[str] = []
     for tokens in sorted({answer["prompt_tokens"] for answer in answers if answer["case"] == "reference"}):
         group = [answer for answer in answers if answer["prompt_tokens"] == tokens]
-        recomputed, reference = _of(group, "ttft_recompute"), _of(group, "reference")[0]
-        native, hits = _of(group, "ttft_native_hit"), _of(group, "ttft_hit")
+        recomputed, reference = _with_case(group, "ttft_recompute"), _with_case(group, "reference")[0]
+        native, hits = _with_case(group, "ttft_native_hit"), _with_case(group, "ttft_hit")
         if any(answer["cached_tokens"] for answer in recomputed):
             problems.append(f"{tokens} tokens: prompts that nobody has seen were hit")
             continue
@@ -47,8 +47,8 @@ def engine_verdict(
             problems.append(f"{tokens} tokens: native hits reused {sorted(_cached(native))}")
             continue
         rows.append(_row(base, "ttft_native_hit", native))
-        asked = [*hits, *_of(group, "first_ttft_hit")]
-        wrong = _not_loaded(hits, len(asked), reference, _ttft_s(recomputed), loads_logged)
+        asked = [*hits, *_with_case(group, "first_ttft_hit")]
+        wrong = _why_not_loaded(hits, len(asked), reference, _ttft_s(recomputed), loads_logged)
         if wrong:
             problems.append(f"{tokens} tokens: no ttft_hit, {wrong}")
             continue
@@ -65,12 +65,12 @@ def engine_verdict(
     return Verdict(rows, problems)
 
 
-def _of(answers: Sequence[Answer], case: str) -> list[Answer]:
+def _with_case(answers: Sequence[Answer], case: str) -> list[Answer]:
     return [answer for answer in answers if answer["case"] == case]
 
 
 def _cached(answers: Sequence[Answer]) -> set[tuple[int, int]]:
-    """Return the distinct (tokens reused, of these loaded)."""
+    """Return the distinct pairs (reused tokens, loaded tokens)."""
     return {(answer["cached_tokens"], answer["loaded_tokens"]) for answer in answers}
 
 
@@ -78,10 +78,10 @@ def _ttft_s(answers: Sequence[Answer]) -> float:
     return median(answer["ttft_s"] for answer in answers)
 
 
-def _not_loaded(
+def _why_not_loaded(
     hits: Sequence[Answer], num_asked: int, reference: Answer, recompute_s: float, loads_logged: Sequence[int] | None
 ) -> str | None:
-    """Return what speaks against these being loads; None when nothing does."""
+    """Return why these hits were not all loads, or None if they were."""
     expected = reference["cached_tokens"]
     for answer in hits:
         if answer["cached_tokens"] != expected or answer["loaded_tokens"] != expected:
@@ -112,7 +112,7 @@ def _row(base: Row, case: str, answers: Sequence[Answer]) -> Row:
 
 
 def library_rows(base: Row, measured: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the rows of one library; a measurement is one size with the seconds of each run."""
+    """Return the rows of one library. A measurement is one size with the seconds of each run."""
     rows: list[Row] = []
     for one in measured:
         memcpy_gb_s = one["memcpy_nbytes"] / median(one["memcpy_s"]) / 1e9
@@ -126,10 +126,10 @@ def library_rows(base: Row, measured: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with ratio_kvkern: above 1, kvkern is better. None where kvkern has no such row.
+    """Return the rows with ratio_kvkern: above 1, kvkern is better. It is None where kvkern has no such row.
 
     rates: kvkern's gb_s over theirs.    times: their ttft_s over kvkern's.
-    ttft_hit also gets ratio_kvkern_paired, theirs over kvkern's ratio_native_hit: free of what slowed one whole engine.
+    ttft_hit also gets ratio_kvkern_paired: their ratio_native_hit over kvkern's. Load that slowed one whole engine cancels out.
     """
     ours = {_key(row): row for row in rows if row["system"] == "kvkern"}
     return [row | _ratios(ours.get(_key(row)), row) for row in rows]

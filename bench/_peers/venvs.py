@@ -1,8 +1,8 @@
-"""Environments of the rivals: made on first use, kept, and never mixed with the running one. Knows pip; knows no API of theirs.
+"""Makes environments for the rivals on first use and keeps them, apart from the running one. Knows pip; knows no rival's API.
 
-Each is a venv holding only what the rival adds, installed with --no-deps and pinned, plus a .pth file that names the
-running environment's site-packages: torch and vLLM, gigabytes, are shared, and every system runs on the same builds.
---no-deps also leaves out what the rivals ask for and a CPU cannot use (cupy, cuda-python, cufile, RDMA and cloud clients).
+Each is a venv with only the packages that the rival adds, pinned and installed with --no-deps, and a .pth file that names the
+running environment's site-packages. So torch and vLLM, which are gigabytes, are shared, and every system runs on the same
+builds. --no-deps also leaves out packages that a CPU cannot use (cupy, cuda-python, cufile, RDMA and cloud clients).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .children import PeerFailed, tail
+from .children import PeerFailed, log_tail
 
 INSTALL_LIMIT_S = 900.0
 STAMP = "complete"
@@ -26,7 +26,7 @@ SHARED = "zz_shared.pth"  # sorted last: the rival's own versions come first
 
 @dataclass(frozen=True)
 class Rival:
-    """What a rival is and what is installed for it, beyond what vLLM's environment has already."""
+    """A rival and the packages that it needs beyond those of vLLM's environment."""
 
     name: str
     version: str
@@ -66,13 +66,13 @@ AIBRIX = Rival(
 
 
 def ensure(rival: Rival, workdir: Path, say: Callable[[str], None]) -> Path:
-    """Return the rival's interpreter, installing it first where it is not complete. Raises PeerFailed with pip's last lines."""
+    """Return the rival's interpreter. Installs the rival first if needed. Raises PeerFailed with pip's last lines."""
     folder = workdir / f"{rival.name}-{_digest(rival.packages)}"
     python = folder / "bin" / "python"
     if (folder / STAMP).is_file() and python.exists():
         return python
     say(f"installing {rival.name} {rival.version} into {folder}")
-    shutil.rmtree(folder, ignore_errors=True)  # half-made by an interrupted run
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted run may have left a part of it
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / f"{rival.name}-install.log"
     log.write_bytes(b"")
@@ -85,7 +85,7 @@ def ensure(rival: Rival, workdir: Path, say: Callable[[str], None]) -> Path:
 
 
 def _digest(packages: Sequence[str]) -> str:
-    """Name an environment by all it depends on: other pins, another Python or a moved environment make another one."""
+    """Hash everything an environment depends on: the pins, the Python, and the path of the running environment."""
     facts = json.dumps([sorted(packages), sys.version, _site_packages()])
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
@@ -100,16 +100,16 @@ def _share(python: Path) -> None:
     try:
         own = subprocess.run(ask, capture_output=True, text=True, timeout=60.0, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        raise PeerFailed(f"{python} does not run: {error}") from error
+        raise PeerFailed(f"{python} does not run: {error}. Delete its environment and run again.") from error
     (Path(own) / SHARED).write_text("\n".join(_site_packages()) + "\n")
 
 
 def _run(command: list[str], rival: Rival, log: Path) -> None:
-    what = f"{rival.name} {rival.version} could not be installed"
+    what = f"{rival.name} {rival.version} could not be installed. Check the connection to the package index"
     with log.open("ab") as out:
         try:
             done = subprocess.run(command, stdout=out, stderr=out, timeout=INSTALL_LIMIT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PeerFailed(f"{what}: {error}") from error
     if done.returncode:
-        raise PeerFailed(f"{what}: exit status {done.returncode}\n{tail(log)}")
+        raise PeerFailed(f"{what}: exit status {done.returncode}. {log_tail(log)}")

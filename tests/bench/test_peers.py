@@ -1,4 +1,4 @@
-"""The judgement of bench/peers.py: what counts as a load, which way ratios point. Installs, starts and measures nothing."""
+"""The verdicts of bench/peers.py: what counts as a load, and the direction of ratios. Installs, starts and measures nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def answer(case: str, ttft_s: float, cached: int, loaded: int, tokens: tuple[int
 
 
 def engine_answers(**changes: Any) -> list[dict[str, Any]]:
-    """Two pairs of one engine; `changes` go to every measured hit."""
+    """Return two pairs of one engine. `changes` apply to every measured hit."""
     hit = answer("ttft_hit", 0.3, 1920, 1920) | changes
     return [
         answer("ttft_recompute", 2.0, 0, 0, (3, 4)), answer("reference", 0.2, 1920, 0),
@@ -59,7 +59,7 @@ def test_loads_make_a_row(rows: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("changes", "logged", "said"), [
-    ({"cached_tokens": 0}, None, "1920 tokens were promised and 0 reused"),  # a failed load, computed after all
+    ({"cached_tokens": 0}, None, "1920 tokens were promised and 0 reused"),  # a failed load that was computed instead
     ({"loaded_tokens": 0}, None, "0 tokens were promised"),  # vLLM had not forgotten
     ({"ttft_s": 1.5}, None, "too near"),
     ({}, [1920], "its log has 1 loads of 1920 tokens, 3 were asked for"),
@@ -127,7 +127,7 @@ def test_arguments(peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
         peers.parse(["--systems", "kvkern,mooncake"])
     assert "no system is called 'mooncake'" in capsys.readouterr().err
     with pytest.raises(argparse.ArgumentTypeError):
-        peers.chosen("")
+        peers.parse_systems("")
 
 
 def test_the_server_log_is_read(peers: ModuleType) -> None:
@@ -149,9 +149,9 @@ def test_a_child_that_fails_is_named(peers: ModuleType, tmp_path: Path) -> None:
     assert run(
         f"""import json, sys; row = json.loads(input()); print(json.dumps(row | {{"case": "x"}})); {done}"""
     ) == [{"a": 1, "case": "x"}]
-    with pytest.raises(PeerFailed, match=r"the child ended before it was done(.|\n)*out of paper"):
+    with pytest.raises(PeerFailed, match=r"the child ended before it was done\.(.|\n)*out of paper"):
         run("raise SystemExit('out of paper')")
-    with pytest.raises(PeerFailed, match="said nothing for 0 s"):
+    with pytest.raises(PeerFailed, match="printed nothing for 0 s"):
         run("input(); input()", silence_s=0.2)
-    with pytest.raises(PeerFailed, match="no JSON line"):
+    with pytest.raises(PeerFailed, match="not a JSON line"):
         run("print('hello', flush=True); input(); input()")
