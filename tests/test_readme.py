@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, with an engine's part played by the test."""
+"""The README's example runs unchanged. The test plays the engine."""
 
 from __future__ import annotations
 

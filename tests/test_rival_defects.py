@@ -1,4 +1,4 @@
-"""Defects found in another KV cache, each with a test of the opposite here. One line before each says what it did."""
+"""Defects found in another KV cache. Each test proves that kvkern does not have one; the comment above it names the defect."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_cache(tensor: torch.Tensor, folder: Path, slots: int = 16, **options: A
 
 
 def fill(tensor: torch.Tensor, table: list[int], first: float = 1) -> None:
-    """Block i of the table holds first + i."""
+    """Fill block i of the table with first + i."""
     for i, block in enumerate(table):
         tensor[:, block] = first + i
 
@@ -58,7 +58,7 @@ def cache(tensor: torch.Tensor, tmp_path: Path) -> Iterator[PagedCache]:
         yield cache
 
 
-# A batched read counted its successes, so a missing middle block shifted what lay behind it into its place.
+# A batched read only counted its successes, so after a missing middle block every later block took the place before it.
 def test_hole(cache: PagedCache, tensor: torch.Tensor) -> None:
     fill(tensor, [0, 1, 2, 3])
     cache.store(TOKENS, [0, 1, 2, 3])
@@ -70,7 +70,7 @@ def test_hole(cache: PagedCache, tensor: torch.Tensor) -> None:
     assert values(tensor, [10, 11, 12, 13]) == [1, 0, 0, 0]
 
 
-# A chunk that fails in the middle of a load also ends it; what lies behind is not counted as good.
+# The same for a chunk that fails in the middle of a load: it ends the load, and later chunks do not count as loaded.
 def test_hole_found_while_loading(cache: PagedCache, tensor: torch.Tensor) -> None:
     cache.store(TOKENS, [0, 1, 2, 3])
     with cache.match(TOKENS) as hit:
@@ -78,9 +78,9 @@ def test_hole_found_while_loading(cache: PagedCache, tensor: torch.Tensor) -> No
         assert cache.load(hit, [10, 11, 12, 13]) == 32
 
 
-# After a timeout its read went on writing into buffers that other blocks had been given.
+# After a timeout a read went on writing into buffers that belonged to other blocks by then.
 def test_use_after_timeout(tmp_path: Path, tensor: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer is held back until its slots belong to another sequence; not one byte of that changes."""
+    """The writer is held back until its slots belong to another sequence. No byte of that sequence changes."""
     go, entered = threading.Event(), threading.Event()
     with closing(open_cache(tensor, tmp_path, slots=4)) as cache:
         transfer, manager = cache._transfer, cache._cache
@@ -109,7 +109,7 @@ def test_use_after_timeout(tmp_path: Path, tensor: torch.Tensor, monkeypatch: py
         assert manager.commit(new) == 0  # WRITTEN of the late generation publishes nothing
 
 
-# A store over quota was denied without giving back its memory: 192 of 256 blocks were lost for good.
+# A store over quota was denied, but its memory was not freed: 192 of 256 blocks were lost for ever.
 def test_leak_on_denial(tmp_path: Path, tensor: torch.Tensor) -> None:
     with closing(open_cache(tensor, tmp_path, slots=4)) as cache:
         cache.store(TOKENS, [0, 1, 2, 3])
@@ -138,7 +138,7 @@ def test_unbounded_ghost(tmp_path: Path) -> None:
     arena.close()
 
 
-# No model in the key: two models of one shape read each other's KV.
+# The key did not name the model, so two models of the same shape read each other's KV.
 def test_model_identity(tmp_path: Path, tensor: torch.Tensor) -> None:
     identities: list[dict[str, Any]] = [{}, {"model": "other"}, {"weights": "finetuned"}, {"salt": "tenant"}]
     namespaces, seen = set(), set[bytes]()
@@ -150,7 +150,7 @@ def test_model_identity(tmp_path: Path, tensor: torch.Tensor) -> None:
     assert len(namespaces) == len(identities)
 
 
-# Even if keys met, the namespace in the header is compared: a slot of another model reaches no block.
+# The same for equal keys: the header's namespace is compared too, so a slot of another model never reaches a block.
 def test_model_identity_of_a_slot(cache: PagedCache, tensor: torch.Tensor) -> None:
     fill(tensor, [0])
     cache.store(TOKENS[:16], [0])
@@ -160,7 +160,7 @@ def test_model_identity_of_a_slot(cache: PagedCache, tensor: torch.Tensor) -> No
     assert values(tensor, [10]) == [0]
 
 
-# The key of a view ignored where the view starts: key(view[16:32]) was key(tokens[0:16]).
+# The key of a view ignored the view's offset: key(view[16:32]) was key(tokens[0:16]).
 def test_offset_view_of_tokens() -> None:
     tokens = np.arange(64, dtype=np.uint32)
     root = bytes(32)
@@ -169,7 +169,7 @@ def test_offset_view_of_tokens() -> None:
         np.testing.assert_array_equal(chunk_keys(root, view, 16), chunk_keys(root, view.tolist(), 16, backend="ref"))
 
 
-# The same for tensors: a slice with a storage offset is read and written where it is.
+# The same for tensors: a slice with a storage offset is read and written at its own place.
 def test_offset_view_of_tensors(tmp_path: Path) -> None:
     whole = torch.zeros(2, NUM_BLOCKS + 20, CHUNK, 2, 8, dtype=torch.bfloat16)
     view = whole[:, 13 : 13 + NUM_BLOCKS]
@@ -182,7 +182,7 @@ def test_offset_view_of_tensors(tmp_path: Path) -> None:
         assert float(whole.abs().sum()) == 2 * float(whole[:, 18:22].abs().sum())
 
 
-# Hits were counted in other units than lookups: 1024 hits and -960 misses of 64 tokens.
+# Hits and lookups were counted in different units: 1024 hits and -960 misses of 64 tokens.
 def test_hit_rate_never_above_one(cache: PagedCache) -> None:
     for length in (16, 64, 33, 64, 64, 15):
         cache.store(TOKENS[:length], [0, 1, 2, 3])
@@ -193,14 +193,14 @@ def test_hit_rate_never_above_one(cache: PagedCache) -> None:
     assert cache.stats()["hit_chunks"] == 1 + 4 + 2 + 4 + 4
 
 
-# An unkeyed 128-bit hash in one tier, a 32-bit one in the other, checked by comparing tokens if at all.
+# One tier had an unkeyed 128-bit hash and the other a 32-bit one. Tokens were compared at best, sometimes nothing was.
 def test_one_cryptographic_key_a_chunk(cache: PagedCache, tmp_path: Path) -> None:
     keys = cache.keys(TOKENS)
     assert [len(k) for k in keys] == [32] * 4
     arena = make_arena(tmp_path, slots=40, part_nbytes=64)
     manager = Cache(DramTier(arena, LRU()))
     base = bytearray(keys[0])
-    for at in range(32):  # keys that differ in one byte, wherever it is, are different chunks
+    for at in range(32):  # keys that differ in any one byte are different chunks
         other = bytearray(base)
         other[at] ^= 1
         assert manager.lookup([bytes(other)]) == 0
@@ -211,7 +211,7 @@ def test_one_cryptographic_key_a_chunk(cache: PagedCache, tmp_path: Path) -> Non
 
 # A lookup of n blocks hashed n prefixes: 11 s for 128 K tokens. (Times are in bench/cache.py.)
 def test_linear_lookup(tmp_path: Path) -> None:
-    """One question to the index a chunk, however long the sequence."""
+    """A lookup asks the index once per chunk, for sequences of any length."""
 
     class Counting(dict):  # type: ignore[type-arg]
         asked = 0
@@ -234,7 +234,7 @@ def test_linear_lookup(tmp_path: Path) -> None:
     arena.close()
 
 
-# With validation on, every block but the first was rejected: its tokens were read from the wrong place.
+# With validation on, every block except the first was rejected, because its tokens were read from the wrong place.
 def test_validation_accepts_what_was_stored(cache: PagedCache, tensor: torch.Tensor) -> None:
     fill(tensor, list(range(16)))
     tokens = list(range(256))
@@ -245,12 +245,12 @@ def test_validation_accepts_what_was_stored(cache: PagedCache, tensor: torch.Ten
     assert cache.stats()["bad_chunks"] == 0
 
 
-# A missing `return` raised in a background thread, which then was dead for good.
+# A missing `return` raised an exception in a background thread, which ended that thread for ever.
 def test_error_instead_of_dead_thread(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one copy thread meets an unexpected error: that store is a miss, and the next one works."""
+    """The only copy thread meets an unexpected error. That store is a miss, and the next store works."""
 
     def broken(*args: object) -> None:
-        raise AttributeError("what nobody expected")
+        raise AttributeError("an unexpected error")
 
     with monkeypatch.context() as patch:
         patch.setattr(cache._transfer, "_store_piece", broken)
@@ -265,7 +265,7 @@ def test_error_instead_of_dead_thread(cache: PagedCache, monkeypatch: pytest.Mon
     assert cache.store(TOKENS, [0, 1, 2, 3]) == 4
 
 
-# The first hit of a block wrote it to the next tier before it answered: 340 ms instead of 16.
+# The first hit of a block wrote the block to the next tier before it answered, in 340 ms instead of 16.
 def test_a_hit_writes_nothing(cache: PagedCache) -> None:
     cache.store(TOKENS, [0, 1, 2, 3])
     before = cache._transfer._arena.bytes.copy()
@@ -274,7 +274,7 @@ def test_a_hit_writes_nothing(cache: PagedCache) -> None:
     np.testing.assert_array_equal(cache._transfer._arena.bytes, before)
 
 
-# `flush` waited for a condition that nobody would signal. Here a store ends when its job does, also with an error.
+# `flush` waited for a condition that no thread would signal. Here a store ends with its job, also after an error.
 def test_no_wait_without_an_end(cache: PagedCache) -> None:
     job = cache._transfer.store([cache._batch(np.array([[999]], dtype=np.int32), (bytes(32),), (0,), (0,))])
     assert isinstance(job.wait().error, LayoutError)

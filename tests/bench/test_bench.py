@@ -1,4 +1,4 @@
-"""The benches run and write the JSON that design and documents promise. Says nothing of times."""
+"""The benches run and write the JSON that the documents promise. Does not judge times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
-    """(the JSON, what was printed) of `bench/<name>.py --quick`."""
+    """Run `bench/<name>.py --quick` and return (its JSON, its stdout)."""
     out = folder / f"{name}.json"
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick", "--json", str(out), *more],
@@ -29,8 +29,8 @@ def run_quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]
     return json.loads(out.read_text()), done.stdout
 
 
-def shared_memory(own: str) -> set[str]:
-    """What a bench left there, by a pattern of its arenas' names: others may run beside it."""
+def files_left(own: str) -> set[str]:
+    """Return the files that a bench left in /dev/shm. `own` matches its arenas' names, because other benches may be running."""
     return {name for name in os.listdir("/dev/shm") if re.match(rf"kvkern-{os.getuid()}-bench-(?:{own})", name)}
 
 
@@ -47,13 +47,13 @@ def test_cache(tmp_path: Path) -> None:
         assert row["min_ms"] <= row["ms"]
     assert large["time_ratio"] == pytest.approx(large["ms"] / small["ms"])
     assert overload["case"] == "overload"
-    assert overload["offered_chunks"] > overload["slots"]  # it was one
+    assert overload["offered_chunks"] > overload["slots"]  # it was an overload
     assert overload["dropped_chunks"] == 0
     assert overload["evicted_chunks"] == overload["offered_chunks"] - overload["slots"]
     assert overload["rate"] > 0
     assert printed.count("full_hit") == 2
     assert printed.count("overload") == 1
-    assert shared_memory(r"\d|overload") == set()
+    assert files_left(r"\d|overload") == set()
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_paged_copy(tmp_path: Path) -> None:
         assert (row["backend"], row["threads"]) == ("numba", 2)
         assert all(row[name] > 0 for name in ("nbytes", "gb_s", "memcpy_gb_s", "ratio_memcpy", "ratio_index_select"))
     assert printed.count("gather") == printed.count("scatter") == 4
-    assert shared_memory("copy|memcpy") == set()
+    assert files_left("copy|memcpy") == set()
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_node(tmp_path: Path) -> None:
     assert rows["memory"]["slots"] * 7 // 8 <= rows["memory"]["chunks"] < rows["memory"]["slots"]
     assert all(row["runs"] > 0 and row["other_cpus"] >= 0 for row in rows.values())
     assert printed.count("memory") == 2
-    assert shared_memory("node") == set()
+    assert files_left("node") == set()
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_policy_scan(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_policy_ablation(tmp_path: Path) -> None:
-    """What the variants replace is there, and compiles; all of them at once, which nothing else would."""
+    """Everything that the variants replace exists, and all variants compile. No other test runs them all."""
     lines = [{"timestamp": 900 * i, "hash_ids": list(range(i % 50 * 9, i % 50 * 9 + i % 7 + 1))} for i in range(300)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     code = """
@@ -183,7 +183,7 @@ def test_remote(tmp_path: Path, kind: str, program: str, module: str) -> None:
     assert [(row["remote"], row["op"]) for row in result["rows"]] == [(kind, "get"), (kind, "put")]
     for row in result["rows"]:
         assert row["ratio_raw"] == pytest.approx(row["gb_s"] / row["raw_gb_s"])
-        if row["op"] == "get":  # of files the raw loop verifies too
+        if row["op"] == "get":  # the raw loop of files verifies too
             assert (row["ratio_raw_verified"] > row["ratio_raw"]) == ("file" not in kind)
         assert row["gb_s"] > 0
         assert row["cpu_s_per_gb"] > 0

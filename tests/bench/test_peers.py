@@ -64,7 +64,7 @@ def test_loads_make_a_row(rows: ModuleType) -> None:
     ({"ttft_s": 1.5}, None, "too near"),
     ({}, [1920], "its log has 1 loads of 1920 tokens, 3 were asked for"),
 ])  # fmt: skip
-def test_what_is_no_load_is_no_row(
+def test_a_hit_that_was_not_a_load_gets_no_row(
     rows: ModuleType, changes: dict[str, Any], logged: list[int] | None, said: str
 ) -> None:
     verdict = rows.engine_verdict(BASE, engine_answers(**changes), logged)

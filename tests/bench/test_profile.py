@@ -1,4 +1,4 @@
-"""The profiling scripts without a profiler: their commands, how they read its output, and what they conclude."""
+"""The profiling scripts without a profiler: their commands, how they parse a profiler's output, and their verdicts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parsed(workload: ModuleType, *given: str, **more: Any) -> argparse.Namespace
 
 
 def test_the_workload_runs(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
-    """By the very command that the profilers are given, with host memory in the GPU's place."""
+    """Runs the same command that the profilers get, with host memory in place of a GPU."""
     for method in ("staged", "zero_copy", "batch_dma"):
         args = parsed(scripts["workload"], "--method", method, "--chunks", "2", "--repeat", "1", "--device", "cpu")
         done = subprocess.run(

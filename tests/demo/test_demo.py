@@ -354,7 +354,7 @@ def test_an_engine_that_dies_and_an_interrupt_have_codes_of_their_own(
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path), PLAN) == code
 
 
-def test_what_is_missing_is_said_before_an_engine_starts(
+def test_a_missing_precondition_is_reported_before_an_engine_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engine_process, "run", lambda job, logs: pytest.fail("started an engine"))

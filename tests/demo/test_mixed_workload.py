@@ -30,7 +30,7 @@ def seeded(seed: int) -> MixedWorkload:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_requests_are_what_is_said_of_them(seed: int) -> None:
+def test_requests_match_their_description(seed: int) -> None:
     drawn = mixed_workload.requests(seeded(seed))
     assert drawn == mixed_workload.requests(seeded(seed))
     lengths = mixed_workload.final_lengths(drawn)
@@ -52,9 +52,7 @@ def test_other_seeds_give_other_requests() -> None:
     assert len({tuple(mixed_workload.requests(seeded(seed))) for seed in SEEDS}) == len(SEEDS)
 
 
-def test_the_arena_holds_the_chunks_that_the_requests_are_measured_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_arena_holds_exactly_the_mixs_arena_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.preconditions, "kv_nbytes_per_token", lambda folder, dtype_nbytes: 12 << 10)
     layers = model.ModelConfig().num_layers
     geometry = SlotGeometry(MIX.chunk_tokens * (12 << 10) + layers * ROW_NBYTES, layers)
@@ -117,7 +115,7 @@ Change = Callable[[Answer], Answer]
         ("overcommit_lru_new", lambda a: msgspec.structs.replace(a, prompt_tokens=7), "asked for different prompts"),
     ],
 )
-def test_policies_that_do_not_hold_are_found(case: str, change: Change, says: str) -> None:
+def test_policy_faults_are_found(case: str, change: Change, says: str) -> None:
     answers = [change(answer) if answer.case == case else answer for answer in all_answers()]
     finding = verdict.check_policies(answers)
     assert not finding.ok

@@ -56,7 +56,7 @@ def changed(case: str, answers: list[Answer], **fields: object) -> list[Answer]:
 # --- phases
 
 
-def test_what_it_costs_to_compute_is_measured_on_the_same_documents() -> None:
+def test_recompute_is_measured_on_the_same_documents() -> None:
     answers = [event for event in play("computed", FakeEngine(kvkern=False)) if isinstance(event, Answer)]
     assert [(answer.case, answer.prompt_id, answer.cached_tokens) for answer in answers] == [
         ("recompute", prompt_id, 0) for prompt_id in ("short-0", "long-0") for _ in range(PLAN.long_runs)
@@ -72,7 +72,7 @@ def test_every_load_of_the_other_node_comes_through_the_remote_and_has_its_nativ
         assert hit.loaded_tokens == hit.remote_tokens == 0
 
 
-def test_what_was_not_loaded_in_time_or_not_worth_it_is_said() -> None:
+def test_progress_names_chunks_that_were_not_asked_for_or_not_read() -> None:
     lines = [event.text for event in play("remote", FakeEngine(kvkern=True)) if isinstance(event, Progress)]
     assert [line for line in lines if "chunks" in line] == [
         "2 chunks were not asked for: the store was slow, or it kept another request waiting",
@@ -253,7 +253,7 @@ def test_a_store_that_is_gone_in_the_end_does_not_hide_the_result(
         ("redis://user:hush@127.0.0.1:1?colour=red", "unknown key 'colour'"),
     ],
 )
-def test_what_is_wrong_with_the_store_is_said_before_an_engine_starts(
+def test_a_wrong_store_is_reported_before_an_engine_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str, says: str
 ) -> None:
     if url.startswith("redis"):
@@ -271,7 +271,7 @@ def test_a_missing_package_has_its_install_line(monkeypatch: pytest.MonkeyPatch)
         remote_store.check("redis://127.0.0.1:1")
 
 
-def test_what_the_demo_wrote_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_demos_values_are_deleted(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/values?capacity=64MiB"
     keys = [bytes([number]) * 32 for number in range(3)]
     value = memoryview(bytes(4096)), memoryview(bytes(8192))
@@ -296,7 +296,7 @@ def test_what_the_demo_wrote_is_deleted_and_nothing_else(tmp_path: Path) -> None
 # --- a server for it
 
 
-def test_a_missing_server_is_said_with_its_package(
+def test_a_missing_server_is_reported_with_its_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(redis_server, "PROGRAMS", ("no-such-server",))
@@ -338,7 +338,7 @@ def test_the_demo_runs_on_a_server_that_ends_with_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_a_server_does_not_outlive_who_started_it(number: int, tmp_path: Path) -> None:
+def test_a_server_ends_with_its_parent(number: int, tmp_path: Path) -> None:
     need_store("redis", "redis-server")
     source = (
         "import signal, time\n"

@@ -50,7 +50,7 @@ def test_replies_are_stored(engine: Engine) -> None:
     assert reply.tokens == engine.one(turn).tokens
 
 
-def test_prompts_nobody_has_seen_miss(engine: Engine) -> None:
+def test_new_prompts_miss(engine: Engine) -> None:
     before = engine.cache.counters.hit_chunks
     replies = engine.run([prompt(300, seed) for seed in range(10, 18)])
     assert [reply.cached_tokens for reply in replies] == [0] * 8

@@ -113,7 +113,7 @@ def test_an_answer_that_takes_long_is_asked_for_once_and_then_used(bench: Bench)
 
 
 @pytest.mark.parametrize("how", ["finished", "reset"])
-def test_an_answer_nobody_waits_for_any_more_is_released(bench: Bench, how: str) -> None:
+def test_an_answer_that_comes_too_late_is_released(bench: Bench, how: str) -> None:
     bench.store("first")
     context, keys = bench.request("second")
     bench.manager.lookup(keys[0], context)
@@ -197,7 +197,7 @@ def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
     assert bench.cache.counters.declined_chunks == 1
 
 
-def test_no_counter_of_somebody_else_is_exported() -> None:
+def test_only_own_counters_are_exported() -> None:
     """And no counter that always stays at zero."""
 
     def names(**options: str) -> set[str]:

@@ -265,7 +265,7 @@ class FakeVllmConfig:
     lora_config: object = None
 
 
-def test_what_engines_on_one_daemon_may_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_cannot_share_a_daemon_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = parse_options({"kvkern": {"socket": "/run/kvkern.sock"}})
     own = parse_options({"kvkern": {"capacity": "1GiB"}})
     plain, lora = FakeVllmConfig(), FakeVllmConfig(object())

@@ -94,7 +94,7 @@ def test_an_engine_that_becomes_slower_is_measured_anew() -> None:
         assert engine.prefill.tokens_per_s == pytest.approx(2 * tokens)
 
 
-def test_ends_that_nobody_tells_are_bounded() -> None:
+def test_steps_without_an_end_are_bounded() -> None:
     speed = PrefillSpeed()
     speed.step_ended()
     for _ in range(10 * MAX_UNDER_WAY):

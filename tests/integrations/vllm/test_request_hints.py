@@ -44,5 +44,5 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("params", BAD)
-def test_what_is_not_understood_is_ignored(params: Any) -> None:
+def test_unknown_hints_are_ignored(params: Any) -> None:
     assert with_hints(USE, params, b"t") == USE

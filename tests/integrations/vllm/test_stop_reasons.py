@@ -46,12 +46,12 @@ def test_tokens_that_the_tokenizer_has_for_tool_calls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"added_tokens": 3}', '{"added_tokens": [{"id": "7"}]}', "\xff"]
 )
-def test_a_file_that_names_none(tmp_path: Path, text: str) -> None:
+def test_a_file_without_tool_call_tokens(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
     assert tool_call_ids(config(str(tmp_path))) == frozenset()
 
 
-def test_a_tokenizer_that_is_not_here(tmp_path: Path) -> None:
+def test_a_missing_tokenizer(tmp_path: Path) -> None:
     assert tool_call_ids(config(str(tmp_path))) == frozenset()
     for name in ("nobody/has-this", str(tmp_path / "gone" / "far" / "away"), ""):
         assert tool_call_ids(config(name)) == frozenset()
