@@ -25,7 +25,7 @@ from kvkern.arena.slots import PAGE, SlotGeometry
 from kvkern.cache.manager import Cache
 from kvkern.kernels import layout as L
 from kvkern.kernels.paged_tensors import PagedTensors
-from kvkern.node import protocol
+from kvkern.node import framing, protocol
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.tiers.base import ChunkShape
@@ -90,8 +90,8 @@ def resident_nbytes(pid: int) -> int:
     return (kib["RssAnon"] + kib["RssFile"]) << 10
 
 
-REQUEST = protocol.encode(protocol.Acquire(1, b"".join(sequence(0)), True))
-ANSWER = protocol.encode(protocol.Acquired(1, 1, list(range(CHUNKS)), list(range(CHUNKS))))
+REQUEST = framing.encode(protocol.Acquire(1, b"".join(sequence(0)), True))
+ANSWER = framing.encode(protocol.Acquired(1, 1, list(range(CHUNKS)), list(range(CHUNKS))))
 
 
 def echo_main(path: Path) -> None:

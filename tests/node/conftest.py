@@ -24,8 +24,9 @@ import pytest
 from kvkern.arena.file import Arena
 from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
+from kvkern.node import framing
 from kvkern.node import protocol as p
-from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client import reconnecting_link
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.server import NodeConfig, Server
@@ -155,7 +156,7 @@ class Peer:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.socket.settimeout(PATIENCE_S)
         self.socket.connect(str(path))
-        self._frames = p.Frames()
+        self._frames = framing.FrameSplitter()
         self._bodies: list[bytes] = []
 
     def __enter__(self) -> Peer:
@@ -166,7 +167,7 @@ class Peer:
 
     def say(self, *messages: p.Request) -> Peer:
         """Send messages in one piece."""
-        self.socket.sendall(b"".join(map(p.encode, messages)))
+        self.socket.sendall(b"".join(map(framing.encode, messages)))
         return self
 
     def greet(self, geometry: SlotGeometry | None = GEOMETRY, index: bool = False, engine: str = "peer") -> p.Response:
@@ -184,7 +185,7 @@ class Peer:
             if not data:
                 raise EOFError
             self._bodies += self._frames.feed(data)
-        return p.decode_response(self._bodies.pop(0))
+        return framing.decode_response(self._bodies.pop(0))
 
     def hung_up(self) -> bool:
         """Read on until the daemon ends the connection. Fails if it does not."""
@@ -224,8 +225,8 @@ MakeClient = Callable[..., NodeClient]
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon that the machine gives no time to is not taken for gone; tests of that shorten it again."""
-    monkeypatch.setattr(link_module, "ANSWER_S", PATIENCE_S)
-    monkeypatch.setattr(link_module, "CONNECT_S", PATIENCE_S)
+    monkeypatch.setattr(reconnecting_link, "ANSWER_S", PATIENCE_S)
+    monkeypatch.setattr(reconnecting_link, "CONNECT_S", PATIENCE_S)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.policy.base import Stop
 
@@ -42,18 +43,18 @@ def message(rng: random.Random) -> p.Request:
         lambda: p.Hello(rng.choice([0, 1, 2, 2, 2]), "fuzz", rng.choice([None, GEOMETRY]), rng.random() < 0.5),
         lambda: p.Describe(number(rng, 1 << 53), bytes(31) + rng.randbytes(1), {"model": "m" * rng.randrange(200)}),
         lambda: p.Acquire(
-            number(rng, 1 << 53), p.join_keys(keys(rng)), rng.random() < 0.5, rng.choice([b"", rng.randbytes(32), b"x"]),
+            number(rng, 1 << 53), framing.join_keys(keys(rng)), rng.random() < 0.5, rng.choice([b"", rng.randbytes(32), b"x"]),
             *use(rng),
         ),
         lambda: p.Release([number(rng, 1 << 53) for _ in range(5)]),
         lambda: p.Grant(number(rng, 1 << 53), number(rng, 65536)),
         lambda: p.Publish(
             1, rng.randbytes(32), slots, generations,
-            p.join_keys([rng.randbytes(32) for _ in slots]), p.join_keys(keys(rng)), *use(rng),
+            framing.join_keys([rng.randbytes(32) for _ in slots]), framing.join_keys(keys(rng)), *use(rng),
         ),
         lambda: p.GiveBack(slots),
         lambda: p.Settle(),
-        lambda: p.Finish(p.join_keys(keys(rng)), number(rng, 1 << 31), rng.random(), rng.random(), *use(rng)),
+        lambda: p.Finish(framing.join_keys(keys(rng)), number(rng, 1 << 31), rng.random(), rng.random(), *use(rng)),
         lambda: p.Record(),
         lambda: p.Stat(number(rng, 1 << 53)),
         lambda: p.List(1, rng.randbytes(rng.randrange(3)), rng.randrange(1, 1001)),
@@ -71,13 +72,15 @@ def changed(rng: random.Random, frame: bytes) -> bytes:
 
 def speech(rng: random.Random) -> bytes:
     """What is said in a round."""
-    hello = p.encode(p.Hello(p.VERSION, "fuzz", GEOMETRY, rng.random() < 0.5))
-    frames = [p.encode(message(rng)) for _ in range(rng.randrange(1, 12))]
+    hello = framing.encode(p.Hello(p.VERSION, "fuzz", GEOMETRY, rng.random() < 0.5))
+    frames = [framing.encode(message(rng)) for _ in range(rng.randrange(1, 12))]
     makers: list[Callable[[], bytes]] = [
         lambda: rng.randbytes(rng.randrange(1, 200)),
         lambda: struct.pack("<I", (size := rng.randrange(300))) + rng.randbytes(size),
-        lambda: hello + struct.pack("<I", rng.choice([p.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])) + rng.randbytes(100),
-        lambda: hello + struct.pack("<I", p.MAX_FRAME_NBYTES) + bytes(LARGE_NBYTES),  # the rest never comes
+        lambda: (
+            hello + struct.pack("<I", rng.choice([framing.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])) + rng.randbytes(100)
+        ),
+        lambda: hello + struct.pack("<I", framing.MAX_FRAME_NBYTES) + bytes(LARGE_NBYTES),  # the rest never comes
         lambda: hello + b"".join(frames),
         lambda: b"".join(frames),
         lambda: hello + frames[0] * 20,

@@ -1,4 +1,4 @@
-"""The operator's commands against a daemon: what they print, and one line with exit status 2 for bad input."""
+"""The operator's commands against a daemon: what they print. Bad input ends with one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CHAIN = chain_keys("a", 3)
 
 
 def run(daemon: Daemon, *arguments: str) -> Result:
-    """In this process."""
+    """Run a command in this process."""
     return CliRunner().invoke(app, [*arguments, "--socket", str(daemon.socket)])
 
 
 def refused(result: Result) -> str:
-    """The one line that says what was wrong."""
+    """Check that the command failed, and return the one line that says why."""
     assert (result.exit_code, result.stdout) == (2, "")
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("kvkern: ")
@@ -50,7 +50,7 @@ def filled(daemon: Daemon, make_client: MakeClient) -> Daemon:
 
 
 def test_serve_in_a_process_of_its_own(daemon: Daemon) -> None:
-    """And the other commands in theirs, as an operator runs them."""
+    """The other commands run in processes of their own too, as an operator runs them."""
     assert f"kvkern: serving on {daemon.socket}\n" in daemon.log
     command = [sys.executable, "-m", "kvkern"]
     there = ["--socket", str(daemon.socket)]
@@ -93,7 +93,7 @@ def test_ls(filled: Daemon) -> None:
 
 
 def test_the_table_shows_whole_keys(filled: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However narrow the terminal is: an operator copies them into `kvkern get`."""
+    """However narrow the terminal is, because an operator copies the keys into `kvkern get`."""
     monkeypatch.setenv("COLUMNS", "40")
     lines = run(filled, "ls").stdout.splitlines()
     assert lines[0].split()[:3] == ["key", "namespace", "slot"]
@@ -138,7 +138,7 @@ def test_what_is_no_key(filled: Daemon, digits: str) -> None:
 
 @pytest.mark.parametrize("command", [["get", ""], ["evict", ""], ["clear", "--namespace", ""]])
 def test_an_empty_key_is_not_everything(filled: Daemon, command: list[str]) -> None:
-    """As a shell gives it where a variable is not set."""
+    """A shell gives an empty key where a variable is not set."""
     assert "is ''; expected hex digits" in refused(run(filled, *command))
     assert filled.stat()["chunks"] == 3
 
@@ -162,7 +162,7 @@ def test_a_socket_that_may_not_be_opened(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(socket.socket, "connect", denied)
     line = refused(CliRunner().invoke(app, ["stat", "--socket", str(folder / "s")]))
-    assert "may not be opened by this user; join the group" in line
+    assert f"this user may not open {folder / 's'}; join the group of the socket, or run as its owner" in line
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_daemon_that_hangs(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
-    """It says that it ends; that is no answer, and no fault. While transfers are under way it still answers."""
+    """It announces its end, which is neither an answer nor a fault. While transfers are under way it still answers."""
     daemon = make_daemon(options=["--drain", "60"]).start()
     with closing(daemon.client()) as client, AdminClient(daemon.socket) as operator:
         reservation = client.reserve(CHAIN, CHAIN, SHAPE)
@@ -223,11 +223,11 @@ def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
     [
         (framing.encode(p.Refused("because")), "the daemon refuses: because"),
         (framing.encode(p.Draining()), "answers Hello with Draining"),
-        (b"\xff" * 8, "above"),
-        (b"\x01\x00\x00\x00\xc0", "no message"),
+        (b"\xff" * 8, "a frame has 4294967295 bytes, at most"),
+        (b"\x01\x00\x00\x00\xc0", "a frame of 1 bytes holds no message"),
         (b"", "it hung up"),
         (framing.encode(p.Welcome(p.VERSION, 1)) + framing.encode(p.Described(1, "")), "answers with Described"),
-        (framing.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "above"),
+        (framing.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "a frame has 4294967295 bytes, at most"),
     ],
     ids=["refused", "draining", "length", "no_message", "nothing", "other", "length_later"],
 )

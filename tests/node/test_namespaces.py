@@ -10,7 +10,7 @@ import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.assemble import build_cache
-from kvkern.node.daemon.sessions import MAX_TOLD, Quotas, Session, Sessions
+from kvkern.node.daemon.sessions import MAX_REMEMBERED_ENGINES, Quotas, Session, Sessions
 from kvkern.tiers.base import ChunkShape, Reservation
 from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import write_payload
@@ -90,9 +90,9 @@ def test_an_engine_is_warned_once(node: Node) -> None:
 
 
 def test_who_was_told_is_bounded(node: Node) -> None:
-    for number in range(3 * MAX_TOLD):
+    for number in range(3 * MAX_REMEMBERED_ENGINES):
         node.describe(key(1), node.connect(f"e{number}"), model="m")
-    assert len(node.sessions.namespaces[key(1)].engines) <= MAX_TOLD
+    assert len(node.sessions.namespaces[key(1)].engines) <= MAX_REMEMBERED_ENGINES
 
 
 class Counted(str):

@@ -1,4 +1,4 @@
-"""Frames and messages: what goes round, what is refused, and that nothing else than ProtocolError is ever raised."""
+"""Frames and messages: what survives a round trip, what is refused, and that only ProtocolError is ever raised."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkern.errors import ConfigError
+from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.policy.base import Stop, Use
 from tests.support import chain_keys
@@ -19,7 +20,7 @@ from tests.support import chain_keys
 ids = st.integers(0, (1 << 53) - 1)
 roots = st.binary(min_size=32, max_size=32)
 key_lists = st.lists(roots, max_size=5)
-keys = key_lists.map(p.join_keys)
+keys = key_lists.map(framing.join_keys)
 names = st.text(max_size=20)
 slots = st.integers(0, (1 << 40) - 1)
 generations = st.integers(0, (1 << 63) - 1)
@@ -32,7 +33,7 @@ rows = st.lists(
 )
 uses = st.tuples(
     st.integers(0, (1 << 32) - 1), st.integers(-1, (1 << 31) - 1), st.sampled_from(Stop), ids
-)  # of a request: its number, tokens of the reply, why it ended, its conversation
+)  # of a request: number, tokens of the reply, stop reason, session
 tokens = st.integers(0, (1 << 31) - 1)
 ages = st.floats(0, p.MAX_AGE_S)
 granted = st.lists(st.tuples(slots, generations, roots), max_size=5)
@@ -48,7 +49,7 @@ REQUESTS: dict[type, st.SearchStrategy[Any]] = {
     p.Grant: st.builds(p.Grant, ids, counts),
     p.Publish: st.builds(
         lambda number, root, held, chain, use: p.Publish(
-            number, root, [h[0] for h in held], [h[1] for h in held], p.join_keys([h[2] for h in held]), chain, *use
+            number, root, [h[0] for h in held], [h[1] for h in held], framing.join_keys([h[2] for h in held]), chain, *use
         ),
         ids, roots, granted, keys, uses,
     ),
@@ -85,13 +86,13 @@ RESPONSES: dict[type, st.SearchStrategy[Any]] = {
 
 
 def body(message: Any) -> bytes:
-    """Of a message's only frame."""
-    (found,) = p.Frames().feed(p.encode(message))
+    """Return the body of a message's only frame."""
+    (found,) = framing.FrameSplitter().feed(framing.encode(message))
     return found
 
 
 def packed(*fields: object) -> bytes:
-    """Body of a message that the protocol's own types would not let through."""
+    """Return the body of a message that the protocol's own types would not let through."""
     return msgspec.msgpack.encode(fields)
 
 
@@ -102,12 +103,12 @@ def test_every_message_is_tried() -> None:
 
 @given(st.one_of(*REQUESTS.values()))
 def test_requests_go_round(message: p.Request) -> None:
-    assert p.decode_request(body(message)) == message
+    assert framing.decode_request(body(message)) == message
 
 
 @given(st.one_of(*RESPONSES.values()))
 def test_responses_go_round(message: p.Response) -> None:
-    assert p.decode_response(body(message)) == message
+    assert framing.decode_response(body(message)) == message
 
 
 # The bytes on the wire, written down once: an array-like message that gains, loses or moves a field gives another frame.
@@ -162,14 +163,14 @@ def test_every_message_has_a_written_frame() -> None:
 
 @pytest.mark.parametrize(("message", "frame"), FRAMES, ids=lambda value: type(value).__name__)
 def test_the_bytes_of_a_frame(message: Any, frame: str) -> None:
-    assert p.encode(message).hex() == frame
-    decode = p.decode_request if isinstance(message, get_args(p.Request)) else p.decode_response
+    assert framing.encode(message).hex() == frame
+    decode = framing.decode_request if isinstance(message, get_args(p.Request)) else framing.decode_response
     assert decode(bytes.fromhex(frame)[4:]) == message
 
 
 @pytest.mark.parametrize("message", [p.Stat(1), p.Draining()])
 def test_each_side_understands_only_the_other(message: Any) -> None:
-    decode = p.decode_response if isinstance(message, p.Stat) else p.decode_request
+    decode = framing.decode_response if isinstance(message, p.Stat) else framing.decode_request
     with pytest.raises(p.ProtocolError, match="Invalid value"):
         decode(body(message))
 
@@ -201,8 +202,8 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((2, 1, ROOT[:31], {}), "length >= 32"),
         ((2, 1, ROOT, {"model": 1}), "Expected `str`"),
         ((2, 1, ROOT, {str(i): "" for i in range(17)}), "length <= 16"),
-        ((3, 1, KEY[:31], True), "no whole number"),
-        ((3, 1, KEY + b"x", True), "no whole number"),
+        ((3, 1, KEY[:31], True), "keys of Acquire has 31 bytes; send a whole number of 32-byte keys"),
+        ((3, 1, KEY + b"x", True), "keys of Acquire has 33 bytes; send a whole number of 32-byte keys"),
         ((3, 1, KEY * (p.MAX_KEYS + 1), True), "length <= 2097152"),
         ((3, 1, "k" * 32, True), "got `str`"),
         ((3, 1, KEY, 1), "Expected `bool`"),
@@ -217,12 +218,12 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((3, 1, KEY, True, b"", 1, 1, 2, 3, 4), "at most length 8"),
         ((4, [0] * (p.MAX_SLOTS + 1)), "length <= 65536"),
         ((5, 1, p.MAX_SLOTS + 1), "<= 65536"),
-        ((6, 1, ROOT, [1], [1], b"", b""), "not as many of each: slots, generations, keys"),
-        ((6, 1, ROOT, [1], [], KEY, b""), "not as many of each"),
-        ((6, 1, ROOT, [], [1], KEY, b""), "not as many of each"),
+        ((6, 1, ROOT, [1], [1], b"", b""), r"slots, generations, keys of Publish have \[1, 1, 0\] elements; send as many"),
+        ((6, 1, ROOT, [1], [], KEY, b""), r"have \[1, 0, 1\] elements; send as many of each"),
+        ((6, 1, ROOT, [], [1], KEY, b""), r"have \[0, 1, 1\] elements; send as many of each"),
         ((6, 1, ROOT, [1], [1 << 63], KEY, b""), "<="),
         ((6, 1, ROOT, [1 << 40], [1], KEY, b""), "<="),
-        ((6, 1, ROOT, [1], [1], KEY, b"x"), "no whole number"),
+        ((6, 1, ROOT, [1], [1], KEY, b"x"), "chain of Publish has 1 bytes; send a whole number of 32-byte keys"),
         ((6, 1, ROOT, [], [], b"", b"", 0, -1, -1), "Invalid enum value -1"),
         ((8, 1, b""), "length >= 32"),
         ((11, 1, bytes(33), 1), "length <= 32"),
@@ -230,7 +231,7 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
         ((11, 1, b"", 1001), "<= 1000"),
         ((12, 1, b""), "length >= 1"),
         ((13, KEY, 1, 0.5, 9.0), "at least length 6"),
-        ((13, KEY[1:], 1, 0.5, 9.0, 1), "no whole number"),
+        ((13, KEY[1:], 1, 0.5, 9.0, 1), "keys of Finish has 31 bytes; send a whole number of 32-byte keys"),
         ((13, KEY, -1, 0.5, 9.0, 1), ">= 0"),
         ((13, KEY, 1, -0.5, 9.0, 1), ">= 0"),
         ((13, KEY, 1, float("inf"), 9.0, 1), "<= 10000000"),
@@ -242,16 +243,16 @@ ROOT, KEY = bytes(32), chain_keys("a", 1)[0]
 )  # fmt: skip
 def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
     with pytest.raises(p.ProtocolError, match=why):
-        p.decode_request(packed(*fields))
+        framing.decode_request(packed(*fields))
 
 
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ((68, 1, 1, [0], []), "not as many of each: rows, slots"),
-        ((69, 1, [1], [], 1), "not as many of each: slots, generations"),
+        ((68, 1, 1, [0], []), r"rows, slots of Acquired have \[1, 0\] elements; send as many of each"),
+        ((69, 1, [1], [], 1), r"slots, generations of Granted have \[1, 0\] elements; send as many of each"),
         ((69, 1, [], [], -1), ">= 0"),
-        ((71, KEY[1:], b"", False), "no whole number"),
+        ((71, KEY[1:], b"", False), "added of Changed has 31 bytes; send a whole number of 32-byte keys"),
         ((72, 1, [{}] * 1001), "length <= 1000"),
         ((72, 1, [{"a": [1]}]), "Expected `int | float | str`"),
         ((72, 1, [{"a": {}}]), "Expected `int | float | str`"),
@@ -259,15 +260,15 @@ def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> No
 )
 def test_responses_outside_the_limits(fields: tuple[object, ...], why: str) -> None:
     with pytest.raises(p.ProtocolError, match=why.replace("|", r"\|")):
-        p.decode_response(packed(*fields))
+        framing.decode_response(packed(*fields))
 
 
 @pytest.mark.parametrize(
     "raw",
     [
         b"",
-        packed(10, 1) + b"\xc0",  # something behind the message
-        packed(1, 1, "x")[:-1] + b"\xff",  # no UTF-8
+        packed(10, 1) + b"\xc0",  # a byte behind the message
+        packed(1, 1, "x")[:-1] + b"\xff",  # invalid UTF-8
         bytes([0x92, 4, 0xDD]) + b"\xff" * 4,  # an array that says it has 2^32 - 1 elements
         bytes([0x94, 3, 1, 0xC6]) + b"\xff" * 4,
         b"\xdd\xff\xff\xff\xff\x04",
@@ -276,8 +277,11 @@ def test_responses_outside_the_limits(fields: tuple[object, ...], why: str) -> N
     ids=["empty", "longer", "not_utf8", "long_array", "long_bytes", "long_message", "deep"],
 )
 def test_what_is_no_message(raw: bytes) -> None:
-    for decode in (p.decode_request, p.decode_response):
-        with pytest.raises(p.ProtocolError, match="no message of protocol version 3"):
+    for decode in (framing.decode_request, framing.decode_response):
+        with pytest.raises(
+            p.ProtocolError,
+            match=r"holds no message of protocol version 3: .*; use the same version of kvkern on both sides",
+        ):
             decode(raw)
 
 
@@ -289,7 +293,7 @@ anything = st.recursive(
 
 @given(st.binary(max_size=64) | st.lists(anything, max_size=7).map(msgspec.msgpack.encode))
 def test_nothing_but_protocol_errors(raw: bytes) -> None:
-    for decode in (p.decode_request, p.decode_response):
+    for decode in (framing.decode_request, framing.decode_response):
         try:
             decode(raw)
         except p.ProtocolError:
@@ -298,7 +302,7 @@ def test_nothing_but_protocol_errors(raw: bytes) -> None:
 
 @given(st.integers(1, 13) | st.integers(65, 74), st.lists(anything, max_size=6))
 def test_nothing_but_protocol_errors_behind_a_tag(tag: int, fields: list[object]) -> None:
-    for decode in (p.decode_request, p.decode_response):
+    for decode in (framing.decode_request, framing.decode_response):
         try:
             decode(packed(tag, *fields))
         except p.ProtocolError:
@@ -307,60 +311,67 @@ def test_nothing_but_protocol_errors_behind_a_tag(tag: int, fields: list[object]
 
 @given(st.lists(st.one_of(*REQUESTS.values()), max_size=6), st.data())
 def test_any_split_of_a_stream_gives_the_same_frames(messages: list[p.Request], data: st.DataObject) -> None:
-    stream = b"".join(map(p.encode, messages))
+    stream = b"".join(map(framing.encode, messages))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    frames, found = p.Frames(), []
+    frames, found = framing.FrameSplitter(), []
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         found += frames.feed(stream[begin:end])
-    assert [p.decode_request(one) for one in found] == messages
+    assert [framing.decode_request(one) for one in found] == messages
     assert not frames
 
 
 def test_byte_by_byte() -> None:
-    frames, stream = p.Frames(), p.encode(p.Stat(1)) + p.encode(p.Settle())
+    frames, stream = framing.FrameSplitter(), framing.encode(p.Stat(1)) + framing.encode(p.Settle())
     found = []
     for at in range(len(stream)):
         found += frames.feed(stream[at : at + 1])
-        assert bool(frames) == (at not in (len(p.encode(p.Stat(1))) - 1, len(stream) - 1))
+        assert bool(frames) == (at not in (len(framing.encode(p.Stat(1))) - 1, len(stream) - 1))
     assert found == [body(p.Stat(1)), body(p.Settle())]
 
 
 def test_who_stops_listening_loses_no_frame() -> None:
-    """The frames that nobody has taken yet come with the next bytes."""
-    frames = p.Frames()
-    for found in frames.feed(p.encode(p.Stat(1)) + p.encode(p.Stat(2))):
+    """The frames that a caller has not taken yet come with the next bytes."""
+    frames = framing.FrameSplitter()
+    for found in frames.feed(framing.encode(p.Stat(1)) + framing.encode(p.Stat(2))):
         assert found == body(p.Stat(1))
         break
     assert list(frames.feed(b"")) == [body(p.Stat(2))]
 
 
-@pytest.mark.parametrize("length", [p.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])
+@pytest.mark.parametrize("length", [framing.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])
 def test_a_frame_above_the_limit_is_refused_by_its_length(length: int) -> None:
-    frames = p.Frames()
-    with pytest.raises(p.ProtocolError, match=rf"a frame of {length} bytes is above {p.MAX_FRAME_NBYTES}"):
+    frames = framing.FrameSplitter()
+    with pytest.raises(
+        p.ProtocolError,
+        match=rf"a frame has {length} bytes, at most {framing.MAX_FRAME_NBYTES} are allowed; send less at a time",
+    ):
         list(frames.feed(struct.pack("<I", length)))
 
 
 def test_a_frame_of_the_largest_length() -> None:
-    whole = bytes(p.MAX_FRAME_NBYTES)
-    assert list(p.Frames().feed(struct.pack("<I", len(whole)) + whole)) == [whole]
+    whole = bytes(framing.MAX_FRAME_NBYTES)
+    assert list(framing.FrameSplitter().feed(struct.pack("<I", len(whole)) + whole)) == [whole]
 
 
 def test_a_message_above_the_limit_is_not_sent() -> None:
-    message = p.Changed(bytes(p.MAX_FRAME_NBYTES), b"")
-    with pytest.raises(p.ProtocolError, match="send less"):
-        p.encode(message)
+    message = p.Changed(bytes(framing.MAX_FRAME_NBYTES), b"")
+    with pytest.raises(
+        p.ProtocolError, match=r"a Changed has 4194314 bytes, a frame at most 4194304; send less at a time"
+    ):
+        framing.encode(message)
 
 
 def test_the_largest_publish_fits_a_frame() -> None:
-    """A reservation of MAX_PUBLISH chunks in a sequence of MAX_KEYS, with numbers as long as they may be."""
+    """A reservation of MAX_PUBLISH chunks in a sequence of MAX_KEYS, with the largest numbers that are allowed."""
     from kvkern.node.client.cache_client import MAX_PUBLISH
 
     chain = KEY * p.MAX_KEYS
     slots, under = [(1 << 40) - 1] * MAX_PUBLISH, [(1 << 63) - 1] * MAX_PUBLISH
-    use = p.said_of(Use(request=(1 << 32) - 1, output_tokens=(1 << 31) - 1, stop=Stop.END_TURN, session=(1 << 53) - 1))
+    use = p.request_fields(
+        Use(request=(1 << 32) - 1, output_tokens=(1 << 31) - 1, stop=Stop.END_TURN, session=(1 << 53) - 1)
+    )
     message = p.Publish((1 << 53) - 1, ROOT, slots, under, KEY * MAX_PUBLISH, chain, *use)
-    assert p.decode_request(body(message)) == message
+    assert framing.decode_request(body(message)) == message
 
 
 big = st.integers(-(1 << 70), 1 << 70)
@@ -368,9 +379,9 @@ big = st.integers(-(1 << 70), 1 << 70)
 
 @given(st.builds(Use, st.floats(), big, roots, big, st.sampled_from(Stop), big), st.integers(1, 1 << 20))
 def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -> None:
-    message = p.Finish(KEY, 5, 0.5, 9.0, *p.said_of(use))
-    assert p.decode_request(body(message)) == message
-    heard = p.use_of(message, connection)
+    message = p.Finish(KEY, 5, 0.5, 9.0, *p.request_fields(use))
+    assert framing.decode_request(body(message)) == message
+    heard = p.to_use(message, connection)
     assert (heard.now_s, heard.namespace, heard.stop) == (0.0, b"", use.stop)
     assert heard.request == (connection << 32 | use.request % (1 << 32) if use.request % (1 << 32) else 0)
     assert heard.request < 1 << 63
@@ -381,25 +392,25 @@ def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -
 
 
 def test_nothing_known_is_what_is_not_said() -> None:
-    assert p.Acquire(1, KEY, True, b"", *p.said_of(None)) == p.Acquire(1, KEY, True)
-    assert p.use_of(p.Acquire(1, KEY, True), 5) == Use()
-    assert p.said_of(Use()) == p.said_of(None)
+    assert p.Acquire(1, KEY, True, b"", *p.request_fields(None)) == p.Acquire(1, KEY, True)
+    assert p.to_use(p.Acquire(1, KEY, True), 5) == Use()
+    assert p.request_fields(Use()) == p.request_fields(None)
 
 
 @given(key_lists)
 def test_keys_go_round(found: list[bytes]) -> None:
-    assert p.cut_keys(p.join_keys(found)) == found
+    assert framing.split_keys(framing.join_keys(found)) == found
 
 
 @pytest.mark.parametrize("found", [[b""], [KEY, KEY[1:]], [KEY + b"x"]])
 def test_what_is_no_chunk_key_is_not_sent(found: list[bytes]) -> None:
-    with pytest.raises(ConfigError, match="chunk keys have 32 each"):
-        p.join_keys(found)
+    with pytest.raises(ConfigError, match=r"\d keys have \d+ bytes in all; give chunk keys of 32 bytes each"):
+        framing.join_keys(found)
 
 
 def test_paths_of_sockets_are_short() -> None:
-    assert p.checked_path(Path("/" + "x" * 106)) == Path("/" + "x" * 106)
+    assert framing.checked_socket_path(Path("/" + "x" * 106)) == Path("/" + "x" * 106)
     with pytest.raises(ConfigError, match="longer than the 107 bytes Linux allows; shorten it"):
-        p.checked_path(Path("/" + "x" * 107))
+        framing.checked_socket_path(Path("/" + "x" * 107))
     with pytest.raises(ConfigError, match="107 bytes"):
-        p.checked_path(Path("/" + "ö" * 54))
+        framing.checked_socket_path(Path("/" + "ö" * 54))

@@ -82,8 +82,8 @@ class Node:
 
 def test_limits_by_model_and_tenant() -> None:
     quotas = Quotas(models={"llama-*": 4 << 30, "*-8b": 1 << 30}, tenant=1 << 20)
-    assert [quotas.of(FIELDS[name]) for name in FIELDS] == [4 << 30, 1 << 30, 1 << 20, 1 << 20]
-    assert quotas.of({"model": "qwen"}) is None
+    assert [quotas.limit_nbytes(FIELDS[name]) for name in FIELDS] == [4 << 30, 1 << 30, 1 << 20, 1 << 20]
+    assert quotas.limit_nbytes({"model": "qwen"}) is None
     assert (Quotas().shares, Quotas(fair=True).shares, quotas.shares) == (False, True, True)
 
 

@@ -23,7 +23,7 @@ from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import server as server_module
 from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
-from kvkern.remote import cost_model as cost_model_module
+from kvkern.remote import cost_model
 from kvkern.remote.stores import registry
 from kvkern.remote.stores.base import RemoteError
 from kvkern.remote.stores.url import RemoteUrl
@@ -46,8 +46,8 @@ def hits(client: NodeClient, chain: list[bytes]) -> int:
 @pytest.fixture(autouse=True)
 def remote_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little time the machine gives these threads."""
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture

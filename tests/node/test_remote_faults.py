@@ -181,7 +181,7 @@ def test_transfers_and_writes_share_the_time_after_sigterm(tmp_path: Path, monke
     server = Server(NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, drain_s=0.2))
     monkeypatch.setattr(server, "_end_remote", left.append)
     for busy in (True, False):
-        monkeypatch.setattr(server, "_busy", lambda busy=busy: busy)
+        monkeypatch.setattr(server, "_has_transfers", lambda busy=busy: busy)
         asyncio.run(server._drain())
     assert left[0] == 0.0
     assert 0.1 < left[1] <= 0.2

@@ -14,8 +14,8 @@ from kvkern.arena.file import ArenaSpec
 from kvkern.arena.slots import PAGE
 from kvkern.errors import ConfigError
 from kvkern.node import protocol as p
-from kvkern.node.daemon import socket_path as place_module
-from kvkern.node.daemon.socket_path import bind, only_one
+from kvkern.node.daemon import socket_path
+from kvkern.node.daemon.socket_path import exclusive_lock, listening_socket
 from tests.node.conftest import (
     GEOMETRY,
     Daemon,
@@ -171,9 +171,9 @@ def test_a_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(socket.socket, "bind", denied)
     with pytest.raises(ConfigError, match=r"cannot listen on .*/s: Permission denied; create the folder"):
-        bind(folder / "s")
-    monkeypatch.setattr(place_module.os, "open", denied)
-    lock = only_one(folder / "s", "--socket")
+        listening_socket(folder / "s")
+    monkeypatch.setattr(socket_path.os, "open", denied)
+    lock = exclusive_lock(folder / "s", "--socket")
     with pytest.raises(ConfigError, match=r"cannot be opened: Permission denied; create the folder"):
         lock.__enter__()
     monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_an_arena_of_another_version(daemon: Daemon, make_client: MakeClient, tm
     daemon.launch()
     assert daemon.wait() == 2
     assert daemon.log.startswith(f"kvkern: arena {path} has version 9, this kvkern reads ")
-    assert "remove the file: what it holds is a cache" in daemon.log
+    assert "remove the file when no engine uses it any more: it is only a cache" in daemon.log
     path.unlink()
     daemon.start()
 

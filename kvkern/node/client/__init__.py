@@ -1,1 +1,1 @@
-"""The engine's and the operator's side of the node's daemon."""
+"""The engine's and the operator's side of the node's cache: clients of the daemon."""

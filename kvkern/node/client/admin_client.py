@@ -1,4 +1,4 @@
-"""What an operator asks a daemon: one blocking request at a time, over a session without an arena, or a recording."""
+"""An operator's client: one blocking request at a time over a session without an arena, or a recording of requests."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from .. import framing
 from .. import protocol as p
 
 TIMEOUT_S = 10.0
 
 
 class AdminClient:
-    """Use as a context manager. Raises ConfigError if no daemon answers or it refuses."""
+    """Use as a context manager. Entering raises ConfigError if no daemon answers or the daemon refuses."""
 
     def __init__(self, path: Path) -> None:
-        self._path = p.checked_path(path)
+        self._path = framing.checked_socket_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(TIMEOUT_S)
-        self._frames = p.Frames()
-        self._ready: list[bytes] = []
+        self._splitter = framing.FrameSplitter()
+        self._bodies: list[bytes] = []  # of received frames, not yet decoded
 
     def __enter__(self) -> AdminClient:
         try:
             self._socket.connect(str(self._path))
-            self._socket.sendall(p.encode(p.Hello(p.VERSION)))
+            self._socket.sendall(framing.encode(p.Hello(p.VERSION)))
             first = self._receive()
         except OSError as error:
             self._socket.close()
-            raise p.unreachable(self._path, error) from error
+            raise framing.connect_error(self._path, error) from error
         except p.ProtocolError:
             self._socket.close()
             raise
@@ -39,34 +40,46 @@ class AdminClient:
         self._socket.close()
         if isinstance(first, p.Refused):
             raise ConfigError(f"the daemon refuses: {first.reason}")
-        raise p.ProtocolError(f"the daemon answers Hello with {type(first).__name__}")
+        raise p.ProtocolError(
+            f"the daemon on {self._path} answers Hello with {type(first).__name__}; "
+            f"use the same version of kvkern on both sides"
+        )
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
     def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
-        """The daemon's rows. Raises ConfigError if it does not answer."""
+        """Send a request and return the rows of the answer. Raises ConfigError if the daemon does not answer."""
         try:
-            self._socket.sendall(p.encode(request))
+            self._socket.sendall(framing.encode(request))
             while isinstance(answer := self._receive(), p.Draining):
                 continue
         except OSError as error:
-            raise ConfigError(f"the daemon on {self._path} does not answer ({error.strerror or error})") from error
+            raise ConfigError(
+                f"the daemon on {self._path} does not answer ({error.strerror or error}); "
+                f"look at its log, or restart it, then try again"
+            ) from error
         if not isinstance(answer, p.Answer):
-            raise p.ProtocolError(f"the daemon answers with {type(answer).__name__}")
+            raise p.ProtocolError(
+                f"the daemon on {self._path} answers with {type(answer).__name__}; "
+                f"use the same version of kvkern on both sides"
+            )
         return answer.rows
 
-    def recorded(
+    def recorded_requests(
         self,
-        idle_s: float = 0.5,  # None is yielded at least so often while no request ends
+        idle_s: float = 0.5,  # yield None at least this often while no request ends
     ) -> Iterator[p.Recorded | None]:
-        """Requests of all engines, as they end, until the daemon ends. The daemon hangs up on who reads too slowly."""
+        """Yield the requests of all engines as they end, until the daemon hangs up.
+
+        The daemon hangs up when it ends, and on a client that reads too slowly.
+        """
         self._socket.settimeout(idle_s)
         asked = False
         while True:
             try:
                 if not asked:
-                    self._socket.sendall(p.encode(p.Record()))
+                    self._socket.sendall(framing.encode(p.Record()))
                     asked = True
                 message = self._receive()
             except TimeoutError:
@@ -78,9 +91,9 @@ class AdminClient:
                     yield message
 
     def _receive(self) -> p.Response:
-        while not self._ready:
+        while not self._bodies:
             data = self._socket.recv(1 << 16)
             if not data:
                 raise ConnectionError("it hung up")
-            self._ready += self._frames.feed(data)
-        return p.decode_response(self._ready.pop(0))
+            self._bodies += self._splitter.feed(data)
+        return framing.decode_response(self._bodies.pop(0))

@@ -1,8 +1,9 @@
-"""An engine's side of the node's cache: the methods of `Cache`, answered by a daemon, without ever waiting for it.
+"""An engine's side of the node's cache: the methods of `ChunkCache`, answered by a daemon.
 
-It keeps a replica of the daemon's index, so a lookup that misses costs no round trip, and a stock of granted slots, so a
-store can begin at once; `acquire` alone asks the daemon, because only a pinned chunk is a promise. While the daemon is
-away everything is a miss. Reading, writing and connecting again are the link's.
+The client keeps a replica of the daemon's index, so a lookup that misses costs no round trip. It keeps a stock of granted
+slots, so a store can begin at once. Only an acquire asks the daemon, because only a pinned chunk is a promise. The methods
+ending in `_soon` never wait for the daemon. While the daemon is away everything is a miss. The link
+(reconnecting_link.py) reads, writes and connects again.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from ...metrics import CacheCounters
 from ...policy.base import Use
 from ...tiers.base import ChunkShape, Lease, Reservation, prefix_length
 from ...tiers.slot_headers import begin_slots
+from .. import framing
 from .. import protocol as p
 from .reconnecting_link import ReconnectingLink
 
 logger = logging.getLogger("kvkern")
 
-FIRST_GOAL = 64  # granted slots kept in stock until more are seen to be needed
-CLOSE_S = 1.0  # how long `close` waits for slots that it gives back
-NO_LIMIT = 1 << 30  # until the daemon has said one
-MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of a reservation: with a chain of MAX_KEYS they still fit a frame
+FIRST_STOCK_GOAL = 64  # granted slots to keep in stock until a larger store is seen
+CLOSE_S = 1.0  # how long `close` waits for slots that were asked for, to give them back
+NO_LIMIT = 1 << 30  # until the daemon has sent a limit
+MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of one reservation: with a chain of MAX_KEYS they still fit into one frame
 
 
 T = TypeVar("T")
@@ -45,56 +47,60 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class NodeLease(Lease):
-    """A lease by a daemon, under a connection."""
+    """A lease that a daemon gave over one connection."""
 
-    number: int = 0
-    era: int = 0
+    number: int = 0  # the daemon's number of the lease
+    connection: int = 0  # the client's number of the connection
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReservation(Reservation):
-    """Granted slots that have been named."""
+    """Granted slots whose headers name the chunks to write."""
 
-    namespace: bytes = b""
-    era: int = 0
-    use: Use | None = None
+    namespace: bytes = b""  # 32-byte root
+    connection: int = 0  # the client's number of the connection
+    use: Use | None = None  # what is known of the request that stores
 
 
 class NodeClient:
-    """A `ChunkCache` over a socket. Thread-safe. `open` it, `close` it."""
+    """A `ChunkCache` whose cache is a daemon's. Thread-safe. Make it with `open`; end it with `close`."""
 
     def __init__(
         self,
         path: Path,
         engine: str,
         geometry: SlotGeometry,
-        index: bool = True,  # False: only the arena is wanted, by a process that copies
+        index: bool = True,  # False for a worker, which copies and needs only the arena
         patience_s: float = 0.0,  # how long `reserve` may wait for slots; 0 in an engine's step
     ) -> None:
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
-        hello = p.Hello(p.VERSION, engine, p.Geometry.of(geometry), index)
-        self._link = ReconnectingLink(path, hello, self._opened, self._lost, self._told)
+        hello = p.Hello(p.VERSION, engine, p.Geometry.from_slots(geometry), index)
+        self._link = ReconnectingLink(path, hello, self._on_connected, self._on_disconnected, self._on_message)
         self._lock = self._link.lock
         self._index = index
         self._patience_s = patience_s
         self._owner = (os.getpid(), process_start(os.getpid()))
-        self._era = 0  # of the connection; what was leased or granted under another is the daemon's to end
-        self._held = 0  # leases and reservations of this era that have not ended
-        self._held_before = 0  # of earlier eras: the daemon keeps their slots until `Settle`
-        self._replica: set[bytes] = set()
-        self._synced = False  # whether the replica has had the whole index since the connection
-        self._writing: set[bytes] = set()
+        self._connection = (
+            0  # number of the present connection; leases and grants of earlier ones are the daemon's to end
+        )
+        self._held = 0  # leases and reservations of this connection that have not ended
+        self._held_before = 0  # those of earlier connections: the daemon keeps their slots until `Settle`
+        self._replica: set[bytes] = set()  # keys of the daemon's index
+        self._synced = False  # the replica has received the whole index on this connection
+        self._writing: set[bytes] = set()  # keys under reservations that have not ended
         self._begun: set[int] = set()  # slots under reservations of this connection
-        self._stock: deque[tuple[int, int]] = deque()
-        self._publishing = 0  # requests to publish that are not answered
-        self._asked = 0  # slots asked for and not answered
-        self._goal, self._limit = FIRST_GOAL, NO_LIMIT
-        self._clears: dict[bytes, int] = {}  # namespaces to forget before anything else; the last request to do it
+        self._stock: deque[tuple[int, int]] = deque()  # (slot, generation) of granted slots that are not used
+        self._unanswered_publishes = 0
+        self._slots_asked = 0  # slots of Grant requests that are not answered
+        self._stock_goal, self._limit = FIRST_STOCK_GOAL, NO_LIMIT
+        self._clears: dict[
+            bytes, int
+        ] = {}  # namespace that no daemon has confirmed to be cleared -> number of its last clear
         self._num_clears = 0
-        self._described: dict[bytes, dict[str, str]] = {}
-        self._prefill_tokens_s = 0.0  # 0: nobody has said it
-        self._late: deque[Lease] = deque()
+        self._described: dict[bytes, dict[str, str]] = {}  # root -> fields, to describe again on a new connection
+        self._prefill_tokens_s = 0.0  # 0: unknown
+        self._late_leases: deque[Lease] = deque()
 
     @classmethod
     def open(
@@ -107,8 +113,11 @@ class NodeClient:
         timeout_s: float = 60.0,
         prefault: bool = True,
     ) -> NodeClient:
-        """Connect, waiting for daemon and arena at most `timeout_s`. Raises ConfigError if there is none or it refuses."""
-        client = cls(p.checked_path(path), engine, geometry, index, patience_s)
+        """Connect. Wait at most `timeout_s` for the daemon and its arena.
+
+        Raises ConfigError if no daemon answers or the daemon refuses.
+        """
+        client = cls(framing.checked_socket_path(path), engine, geometry, index, patience_s)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -117,7 +126,7 @@ class NodeClient:
             except OSError as error:
                 if isinstance(error, PermissionError) or time.monotonic() > deadline:
                     client._link.close()
-                    raise p.unreachable(path, error) from error
+                    raise framing.connect_error(path, error) from error
                 time.sleep(0.1)
             except BaseException:
                 client._link.close()
@@ -127,89 +136,103 @@ class NodeClient:
 
     @property
     def arena(self) -> Arena:
-        """The shared memory. The same for the client's whole life."""
+        """The shared memory. It stays the same for the client's whole life."""
         assert self._link.arena is not None
         return self._link.arena
 
     @property
     def shared(self) -> bool:
-        """The node's cache is every engine's."""
+        """True: all engines of the node use the daemon's cache."""
         return True
 
     @property
     def connected(self) -> bool:
-        """Whether the daemon is there. Never in a forked child, where nobody reads its answers."""
+        """Return True if the daemon is connected. False in a forked child, where no thread reads the answers."""
         return self._link.connected and os.getpid() == self._owner[0]
 
-    # -- what an engine asks -----------------------------------------------------------------------------------------
+    # -- what an engine calls ----------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> int:
-        """Length of the longest prefix of `keys` in the replica: what an acquire would probably give."""
+        """Return the length of the longest prefix of `keys` in the replica, which an acquire would probably give."""
         with self._lock:
-            return self._known(keys)
+            return prefix_length(keys, self._replica)
 
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
-        """Pin the longest cached prefix, or every cached chunk. Done at once on a sure miss, else within ANSWER_S."""
-        result: Future[Lease] = _promise()
+        """Pin the longest cached prefix, or with `prefix=False` every cached chunk.
+
+        The future is done at once on a sure miss, else when the daemon answers or has been silent for ANSWER_S.
+        """
+        result: Future[Lease] = _uncancellable_future()
         asked = list(keys[: p.MAX_KEYS])
         with self._lock:
-            self._end_late()
+            self._end_late_leases()
             self.counters.lookup_chunks += len(keys)
-            remote = self._link.remote and use is not None and bool(use.namespace)  # which may have what no index tells
-            if self._synced and not (remote or self._publishing or self._link.behind()):
-                asked = asked[: self._known(asked)] if prefix else [key for key in asked if key in self._replica]
+            remote = (
+                self._link.remote and use is not None and bool(use.namespace)
+            )  # a store may hold chunks that no index names
+            if self._synced and not (remote or self._unanswered_publishes or self._link.has_unread()):
+                asked = (
+                    asked[: prefix_length(asked, self._replica)]
+                    if prefix
+                    else [key for key in asked if key in self._replica]
+                )
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
                 return result
-            era = self._era
+            connection = self._connection
 
-            def answered(response: p.Response | None) -> None:
+            def on_answer(response: p.Response | None) -> None:
                 lease: Lease = NO_LEASE
-                if isinstance(response, p.Acquired) and response.slots and self._sound(response, len(asked)):
+                if isinstance(response, p.Acquired) and response.slots and self._in_range(response, len(asked)):
                     found = tuple(asked[row] for row in response.rows)
-                    lease = NodeLease(found, tuple(response.slots), response.lease, era)
+                    lease = NodeLease(found, tuple(response.slots), response.lease, connection)
                     self.counters.hit_chunks += len(found)
                     self._held += 1
                 result.set_result(lease)
 
-            namespace, said = use.namespace if use is not None else b"", p.said_of(use)
-            self._link.ask(lambda number: p.Acquire(number, p.join_keys(asked), prefix, namespace, *said), answered)
+            namespace, about_request = use.namespace if use is not None else b"", p.request_fields(use)
+            self._link.ask(
+                lambda id_: p.Acquire(id_, framing.join_keys(asked), prefix, namespace, *about_request), on_answer
+            )
         return result
 
     def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
-        """`acquire_soon`, waited for."""
+        """Call `acquire_soon` and wait for the lease."""
         return self.acquire_soon(keys, prefix, use).result()
 
     def release(self, lease: Lease) -> int:
-        """End a lease. Chunks its reader marked BAD are dropped by the daemon; returns how many."""
+        """End a lease. The daemon drops the chunks that the reader marked BAD. Returns how many there are."""
         if not isinstance(lease, NodeLease):
             return 0
         states = self.arena.headers["state"][np.array(lease.slots, dtype=np.int64)]
         bad = [key for key, state in zip(lease.keys, states.tolist(), strict=True) if state == SlotState.BAD]
         with self._lock:
             self.counters.bad_chunks += len(bad)
-            self._replica.difference_update(bad)  # at once: the engine computes them now and will store them again
-            if self._ended(lease.era):
+            self._replica.difference_update(bad)  # at once, because the engine will compute them and store them again
+            if self._end_held(lease.connection):
                 self._link.send(p.Release([lease.number]))
         return len(bad)
 
     def release_later(self, lease: Lease) -> None:
-        """For finalizers, which may run while this thread holds the lock: the next call ends the lease."""
-        self._late.append(lease)
+        """End the lease in the next call. For finalizers, which may run while this thread holds the lock."""
+        self._late_leases.append(lease)
 
     def reserve(
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
     ) -> Reservation:
-        """Slots from the stock for those of `wanted` that nobody is known to have or to be writing."""
+        """Take slots from the stock for those of `wanted` that are not in the replica and not being written by this client.
+
+        Waits at most `patience_s` for more slots. Chunks without a slot are counted as dropped.
+        """
         with self._lock:
-            self._end_late()
+            self._end_late_leases()
             missing = [key for key in dict.fromkeys(wanted) if key not in self._replica and key not in self._writing]
             if not self.connected or not missing:
                 return Reservation((), (), (), len(missing))
-            self._goal = max(self._goal, 2 * len(missing))
-            self._refill(len(missing))
+            self._stock_goal = max(self._stock_goal, 2 * len(missing))
+            self._refill_stock(len(missing))
             if self._patience_s:
-                self._lock.wait_for(lambda: self._enough(len(missing)), self._patience_s)
+                self._lock.wait_for(lambda: self._stock_suffices(len(missing)), self._patience_s)
             granted = missing[: min(len(self._stock), MAX_PUBLISH)]
             taken = [self._stock.popleft() for _ in granted]
             slots, generations = tuple(slot for slot, _ in taken), tuple(generation for _, generation in taken)
@@ -223,74 +246,80 @@ class NodeClient:
                 self._held += 1
             return NodeReservation(
                 tuple(granted), slots, generations, dropped, chain=tuple(chain),
-                namespace=shape.namespace, era=self._era, use=use,
+                namespace=shape.namespace, connection=self._connection, use=use,
             )  # fmt: skip
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
-        """Ask the daemon to publish what every rank has written. The result is how many chunks it did."""
-        result: Future[int] = _promise()
+        """Ask the daemon to publish the chunks that every rank has written. The result is how many it published."""
+        result: Future[int] = _uncancellable_future()
         with self._lock:
             if not isinstance(reservation, NodeReservation) or not reservation.slots:
                 result.set_result(0)
                 return result
             self._writing.difference_update(reservation.keys)
-            if reservation.era == self._era:
+            if reservation.connection == self._connection:
                 self._begun.difference_update(reservation.slots)
-            if not self._ended(reservation.era):
+            if not self._end_held(reservation.connection):
                 self.counters.failed_chunks += len(reservation.slots)
                 result.set_result(0)
                 return result
 
-            def answered(response: p.Response | None) -> None:
-                self._publishing -= 1
+            def on_answer(response: p.Response | None) -> None:
+                self._unanswered_publishes -= 1
                 published = response.published if isinstance(response, p.Published) else []
                 stored = sum(published)
                 self.counters.stored_chunks += stored
                 self.counters.failed_chunks += len(reservation.slots) - stored
                 result.set_result(stored)
 
-            keys, chain = p.join_keys(reservation.keys), p.join_keys(reservation.chain[: p.MAX_KEYS])
+            keys, chain = framing.join_keys(reservation.keys), framing.join_keys(reservation.chain[: p.MAX_KEYS])
             slots, generations = list(reservation.slots), list(reservation.generations)
-            namespace, said = reservation.namespace, p.said_of(reservation.use)
-            self._publishing += 1
+            namespace, about_request = reservation.namespace, p.request_fields(reservation.use)
+            self._unanswered_publishes += 1
             self._link.ask(
-                lambda number: p.Publish(number, namespace, slots, generations, keys, chain, *said), answered
+                lambda id_: p.Publish(id_, namespace, slots, generations, keys, chain, *about_request), on_answer
             )
-            self._refill(0)
+            self._refill_stock(0)
         return result
 
     def commit(self, reservation: Reservation) -> int:
-        """`commit_soon`, waited for: when it returns, every engine's acquire hits what was published."""
+        """Call `commit_soon` and wait. When it returns, the next acquire of every engine hits the published chunks."""
         return self.commit_soon(reservation).result()
 
-    def finish(self, use: Use, ended: RequestEnd | None = None) -> None:
-        """How the request `use.request` ended. Queued; lost if the daemon is away."""
-        end = ended or RequestEnd()
+    def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
+        """Tell the daemon how the request `use.request` ended. Queued; lost if the daemon is away."""
+        end = request_end or RequestEnd()
         with self._lock:
             if use.request:
-                keys, age_s = p.join_keys(end.prompt[: p.MAX_KEYS]), min(max(0.0, end.age_s), p.MAX_AGE_S)
+                keys, age_s = framing.join_keys(end.prompt[: p.MAX_KEYS]), min(max(0.0, end.age_s), p.MAX_AGE_S)
                 speed = min(max(0.0, end.prefill_tokens_s), p.MAX_SPEED)
-                self._link.send(p.Finish(keys, end.prompt_tokens, age_s, speed, *p.said_of(use)))
+                self._link.send(p.Finish(keys, end.prompt_tokens, age_s, speed, *p.request_fields(use)))
 
     def note_prefill(self, tokens_s: float) -> None:
-        """See ChunkCache. Every daemon that comes is told."""
+        """See ChunkCache. The client tells it to the present daemon and to every later one."""
         with self._lock:
             self._prefill_tokens_s = min(tokens_s, p.MAX_SPEED)
-            self._tell_prefill()
+            self._send_prefill()
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Whether the stock has slots for those that are not cached, or can never have; else more are asked for."""
+        """Return True if the stock has slots for the chunks of `wanted` that are not cached, or can never have more.
+
+        Otherwise ask the daemon for more slots.
+        """
         with self._lock:
             count = sum(key not in self._replica for key in wanted)
-            if self._enough(count):
+            if self._stock_suffices(count):
                 return True
-            self._goal = max(self._goal, 2 * count)
-            self._refill(count)
+            self._stock_goal = max(self._stock_goal, 2 * count)
+            self._refill_stock(count)
             return False
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
-        """Forget a namespace before anything that is asked later, also while the daemon is away: then it is told first."""
-        result: Future[int] = _promise()
+        """Forget a namespace before any later request is carried out.
+
+        While the daemon is away, the clear is kept and is the first request on the next connection.
+        """
+        result: Future[int] = _uncancellable_future()
         with self._lock:
             self._described.pop(namespace, None)
             self._num_clears += 1
@@ -299,19 +328,21 @@ class NodeClient:
         return result
 
     def clear(self, namespace: bytes | None = None) -> int:
-        """`clear_soon`, waited for."""
+        """Call `clear_soon` and wait. Raises ConfigError without a namespace."""
         if namespace is None:
-            raise ConfigError("an engine clears its own namespaces only; `kvkern clear` empties the whole cache")
+            raise ConfigError(
+                "an engine clears its own namespaces only, and none was given; `kvkern clear` empties the whole cache"
+            )
         return self.clear_soon(namespace).result()
 
-    def describe(self, root: bytes, fields: dict[str, str]) -> None:
-        """Say what a namespace root stands for, for operators and for warnings about mistaken settings."""
+    def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
+        """Tell the daemon what a namespace root stands for. Quotas and warnings about mistaken settings use it."""
         with self._lock:
-            self._described[root] = {name: _short(value) for name, value in fields.items()}
+            self._described[root] = {name: _shortened(value) for name, value in fields.items()}
             self._link.send(p.Describe(0, root, self._described[root]))
 
     def usage(self) -> dict[str, int]:
-        """Slots of the arena, those granted and unused, chunks known, the most slots to hold, whether the daemon is there."""
+        """Return the arena's slots, unused granted slots, chunks in the replica, the limit of granted slots, `connected`."""
         with self._lock:
             return {
                 "slots": self.arena.spec.num_slots, "stock_slots": len(self._stock), "known_chunks": len(self._replica),
@@ -319,24 +350,24 @@ class NodeClient:
             }  # fmt: skip
 
     def close(self) -> None:
-        """End the connection and the thread. What is still held the daemon frees when this process is gone.
+        """End the connection and the thread. The daemon frees what is still held when this process is gone.
 
-        Slots that were asked for are waited for, at most CLOSE_S, and given back: else the daemon would keep them as long.
+        Slots that were asked for would stay taken as long. So this waits for them, at most CLOSE_S, and gives them back.
         """
         with self._lock:
-            self._limit = 0  # no more are asked for
-            self._lock.wait_for(lambda: not (self._asked and self.connected), CLOSE_S)
+            self._limit = 0  # ask for no more
+            self._lock.wait_for(lambda: not (self._slots_asked and self.connected), CLOSE_S)
             self._keep_within(0)
         self._link.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _known(self, keys: Sequence[bytes]) -> int:
-        return prefix_length(keys, self._replica)
+    def _end_held(self, connection: int) -> bool:
+        """Count a lease or reservation as ended. Return True if the daemon must be told.
 
-    def _ended(self, era: int) -> bool:
-        """A lease or reservation has ended. Returns whether the daemon knows it, else settles when it was the last."""
-        if era == self._era:
+        If it was the last one of earlier connections, settle.
+        """
+        if connection == self._connection:
             self._held -= 1
             return self.connected
         self._held_before -= 1
@@ -347,81 +378,82 @@ class NodeClient:
         if self._held_before == 0 and self.connected and self._index:
             self._link.send(p.Settle())
 
-    def _sound(self, answer: p.Acquired, asked: int) -> bool:
-        return max(answer.rows) < asked and max(answer.slots) < self.arena.spec.num_slots
+    def _in_range(self, answer: p.Acquired, num_asked: int) -> bool:
+        return max(answer.rows) < num_asked and max(answer.slots) < self.arena.spec.num_slots
 
     def _keep_within(self, limit: int) -> None:
-        """Give back what is in stock above the limit."""
+        """Set the limit and give back the stock above it."""
         self._limit = limit
         count = min(len(self._stock), len(self._stock) + len(self._begun) - limit)
         surplus = [self._stock.pop()[0] for _ in range(count)]
         for begin in range(0, len(surplus), p.MAX_SLOTS):
             self._link.send(p.GiveBack(surplus[begin : begin + p.MAX_SLOTS]))
 
-    def _enough(self, needed: int) -> bool:
+    def _stock_suffices(self, needed: int) -> bool:
         return not (self.connected and self._index) or len(self._stock) >= min(needed, self._limit)
 
-    def _refill(self, needed: int) -> None:
-        goal = min(self._limit, max(self._goal, needed))
-        coming = len(self._stock) + self._asked
+    def _refill_stock(self, needed: int) -> None:
+        """Ask for slots if the stock is below half of its goal, or below `needed`."""
+        goal = min(self._limit, max(self._stock_goal, needed))
+        coming = len(self._stock) + self._slots_asked
         short = goal - coming
         if self._index and self.connected and short > 0 and (2 * short >= goal or needed > coming):
             count = min(short, p.MAX_SLOTS)
-            self._asked += count
+            self._slots_asked += count
 
-            def answered(response: p.Response | None) -> None:
-                self._asked = max(0, self._asked - count)
+            def on_answer(response: p.Response | None) -> None:
+                self._slots_asked = max(0, self._slots_asked - count)
                 if isinstance(response, p.Granted):
                     granted = zip(response.slots, response.generations, strict=True)
                     self._stock.extend(pair for pair in granted if pair[0] < self.arena.spec.num_slots)
                     self._keep_within(response.limit)
 
-            self._link.ask(lambda number: p.Grant(number, count), answered)
+            self._link.ask(lambda id_: p.Grant(id_, count), on_answer)
 
-    def _tell_prefill(self) -> None:
+    def _send_prefill(self) -> None:
         if self._prefill_tokens_s:
             self._link.send(p.Finish(b"", 0, 0.0, self._prefill_tokens_s, 0))
 
     def _send_clear(self, namespace: bytes, result: Future[int]) -> None:
         number = self._clears[namespace]
 
-        def answered(response: p.Response | None) -> None:
+        def on_answer(response: p.Response | None) -> None:
             if not isinstance(response, p.Answer):
-                result.set_result(0)  # it stays noted until a daemon has answered
+                result.set_result(0)  # it stays in _clears until a daemon answers
                 return
             if self._clears.get(namespace) == number:
                 del self._clears[namespace]
             result.set_result(sum(int(row.get("chunks", 0)) for row in response.rows))
 
         begun = sorted(self._begun)
-        self._link.ask(lambda id_: p.Clear(id_, namespace, begun), answered)
+        self._link.ask(lambda id_: p.Clear(id_, namespace, begun), on_answer)
 
-    def _opened(self) -> None:
-        self._era += 1
+    def _on_connected(self) -> None:
+        self._connection += 1
         self._held_before += self._held
         self._begun.clear()
         self._held = 0
         for namespace in self._clears:
-            self._send_clear(namespace, _promise())
+            self._send_clear(namespace, _uncancellable_future())
         self._settle()
         for root, fields in self._described.items():
             self._link.send(p.Describe(0, root, fields))
-        self._tell_prefill()
-        self._refill(0)
+        self._send_prefill()
+        self._refill_stock(0)
 
-    def _lost(self) -> None:
+    def _on_disconnected(self) -> None:
         self._stock.clear()
         self._replica.clear()
         self._synced = False
-        self._asked, self._limit = 0, NO_LIMIT
+        self._slots_asked, self._limit = 0, NO_LIMIT
 
-    def _told(self, response: p.Response) -> None:
+    def _on_message(self, response: p.Response) -> None:
         if isinstance(response, p.Changed):
             if response.fresh:
                 self._replica.clear()
                 self._synced = True
-            self._replica.update(p.cut_keys(response.added))
-            self._replica.difference_update(p.cut_keys(response.removed))
+            self._replica.update(framing.split_keys(response.added))
+            self._replica.difference_update(framing.split_keys(response.removed))
         elif isinstance(response, p.Described) and response.warning:
             logger.warning("kvkern: %s", response.warning)
         elif isinstance(response, p.Granted):
@@ -429,17 +461,18 @@ class NodeClient:
         elif isinstance(response, p.Draining):
             self._keep_within(0)
 
-    def _end_late(self) -> None:
-        while self._late:
-            self.release(self._late.popleft())
+    def _end_late_leases(self) -> None:
+        while self._late_leases:
+            self.release(self._late_leases.popleft())
 
 
-def _promise() -> Future[T]:
-    """A future that its holder cannot cancel: the link's thread resolves it."""
+def _uncancellable_future() -> Future[T]:
+    """Return a future that its holder cannot cancel, because the link's thread sets its result."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
-def _short(value: str) -> str:
+def _shortened(value: str) -> str:
+    """Return the value, or its hash if it is longer than a field may be."""
     return value if len(value) <= p.MAX_NAME else blake3(value.encode()).hexdigest()

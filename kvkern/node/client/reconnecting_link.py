@@ -1,7 +1,7 @@
-"""A connection to the daemon that outlives daemons: one thread that reads, writes and connects again. Knows no cache.
+"""A link to the daemon that survives the daemon's restarts: one thread reads, writes and connects again. Knows no cache.
 
-Callers put requests into an outbox and go on; responses reach their callbacks in the thread, under the lock that the
-callers share. A daemon that leaves a request unanswered for ANSWER_S is taken for gone.
+Callers put requests into an outbox and go on. Responses reach their callbacks in the link's thread, under the lock that
+the callers share. If the daemon leaves a request unanswered for ANSWER_S, the link treats the daemon as gone.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ from pathlib import Path
 
 from ...arena.file import Arena, ArenaSpec, attach_descriptor
 from ...errors import ArenaError, ConfigError, KvkernError
+from .. import framing
 from .. import protocol as p
 
 logger = logging.getLogger("kvkern")
 
-ANSWER_S = 2.0
+ANSWER_S = 2.0  # how long the daemon may take to answer
 CONNECT_S = 5.0
-BACKOFF_S = (0.05, 2.0)
+BACKOFF_S = (0.05, 2.0)  # the first and the longest pause between attempts to connect
 MAX_UNSENT_NBYTES = 16 << 20
 _DESCRIPTOR = struct.Struct("i")
 
-Answered = Callable[[p.Response | None], None]  # called once, under the lock; None: no answer will come
+OnAnswer = Callable[[p.Response | None], None]  # called once, under the lock; None: no answer will come
 
 
 class ReconnectingLink:
-    """Thread-safe. `connect` until it succeeds, then `start`; `close` ends it. Methods marked (locked) need the lock."""
+    """Thread-safe. Call `connect` until it succeeds, then `start`; `close` ends it. Call (locked) methods with `lock` held."""
 
     def __init__(
         self,
         path: Path,
         hello: p.Hello,
-        opened: Callable[[], None],  # (locked) a connection is there: say what must be said first
-        lost: Callable[[], None],  # (locked) it is gone
-        told: Callable[[p.Response], None],  # (locked) what answers no request
+        on_connected: Callable[[], None],  # (locked) sends what must be sent first on a new connection
+        on_disconnected: Callable[[], None],  # (locked) the connection is gone
+        on_message: Callable[[p.Response], None],  # (locked) a message that answers no request
     ) -> None:
         self.path = path
         self.lock = threading.Condition()
         self.connected = False
-        self.arena: Arena | None = None  # from the first connection on, always the same
+        self.arena: Arena | None = None  # set by the first connection, and never replaced
         self._hello = hello
-        self._opened, self._on_lost, self._told = opened, lost, told
+        self._on_connected, self._on_disconnected, self._on_message = on_connected, on_disconnected, on_message
         self._socket: socket.socket | None = None
-        self._frames = p.Frames()
+        self._splitter = framing.FrameSplitter()
         self._outbox: deque[bytes] = deque()
-        self._unsent = 0
-        self._waiting: dict[int, tuple[float, Answered]] = {}
-        self.remote = False  # whether the daemon may have what its index does not tell
+        self._unsent_nbytes = 0
+        self._waiting: dict[int, tuple[float, OnAnswer]] = {}  # request id -> (monotonic deadline, callback)
+        self.remote = False  # the daemon has a remote store: it may find more chunks than its index holds
         self._next_id = 0
         self._reading = self._closing = False
         self._wake_in, self._wake_out = socket.socketpair()
@@ -67,50 +68,53 @@ class ReconnectingLink:
         self._thread = threading.Thread(target=self._run, name="kvkern-node", daemon=True)
 
     def start(self) -> None:
-        """Run the thread. After the first `connect`."""
+        """Start the thread. Call it once, after the first successful `connect`."""
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is in the outbox if the daemon takes it, and end."""
+        """Send what is in the outbox, as far as the daemon accepts it at once, and end the thread. Unmaps the arena."""
         self._closing = True
         self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout=CONNECT_S + 1)
         else:
-            self._hang_up()
+            self._disconnect()
         self._wake_in.close()
         self._wake_out.close()
         if self.arena is not None:
             self.arena.close()
 
     def send(self, message: p.Request) -> None:
-        """(locked) Queue a request that is not answered; nothing if the daemon is away."""
+        """(locked) Queue a request that gets no answer. Does nothing while the daemon is away."""
         if self.connected:
-            frame = p.encode(message)
+            frame = framing.encode(message)
             self._outbox.append(frame)
-            self._unsent += len(frame)
+            self._unsent_nbytes += len(frame)
             self._wake()
 
-    def ask(self, make: Callable[[int], p.Request], answered: Answered) -> None:
-        """(locked) Queue a request made with its id. Raises KvkernError, and asks nothing, if it is no message."""
+    def ask(self, make_request: Callable[[int], p.Request], on_answer: OnAnswer) -> None:
+        """(locked) Queue the request that `make_request` makes of a new id. `on_answer` gets the answer.
+
+        Raises KvkernError, and queues nothing, if the request cannot be encoded.
+        """
         if not self.connected:
-            answered(None)
+            on_answer(None)
             return
         self._next_id += 1
-        self.send(make(self._next_id))
-        self._waiting[self._next_id] = (time.monotonic() + ANSWER_S, answered)
+        self.send(make_request(self._next_id))
+        self._waiting[self._next_id] = (time.monotonic() + ANSWER_S, on_answer)
 
-    def behind(self) -> bool:
-        """(locked) Whether the daemon has said something that nobody has been told yet."""
+    def has_unread(self) -> bool:
+        """(locked) Return True if the daemon has sent something that no callback has received yet."""
         if self._socket is None:
             return False
         unread = array.array("i", [0])
         fcntl.ioctl(self._socket.fileno(), termios.FIONREAD, unread)
-        # In this order: what the thread has taken from the socket before the look at it, `_reading` tells.
-        return unread[0] > 0 or self._reading or bool(self._frames)
+        # The socket is examined first: bytes that the thread has taken from it before that show in `_reading` or the splitter.
+        return unread[0] > 0 or self._reading or bool(self._splitter)
 
     def connect(self, prefault: bool, welcome_s: float = CONNECT_S) -> None:
-        """One attempt. The first engine of an arena waits until its pages are there.
+        """Try once to connect. The first engine of an arena waits at most `welcome_s` until the arena is made.
 
         Raises OSError, or KvkernError if the daemon refuses or has another arena than before.
         """
@@ -119,21 +123,22 @@ class ReconnectingLink:
             sock.settimeout(CONNECT_S)
             sock.connect(str(self.path))
             sock.settimeout(welcome_s)
-            sock.sendall(p.encode(self._hello))
-            frames = p.Frames()
-            welcome, descriptor, rest = _receive_welcome(sock, frames)
-            self._keep_arena(_attach(welcome, descriptor, prefault and self.arena is None))
+            sock.sendall(framing.encode(self._hello))
+            splitter = framing.FrameSplitter()
+            welcome, descriptor, rest = _receive_welcome(sock, splitter)
+            self._keep_arena(_attach_arena(welcome, descriptor, prefault and self.arena is None))
             sock.setblocking(False)
         except BaseException:
             sock.close()
             raise
         with self.lock:
-            self._socket, self._frames, self.connected, self.remote = sock, frames, True, welcome.remote
-            self._opened()
+            self._socket, self._splitter, self.connected, self.remote = sock, splitter, True, welcome.remote
+            self._on_connected()
             for body in rest:
-                self._apply(p.decode_response(body))
+                self._dispatch(framing.decode_response(body))
 
     def _keep_arena(self, arena: Arena) -> None:
+        """Keep the first arena. Raises ArenaError if a later one is another file."""
         if self.arena is None:
             self.arena = arena
             return
@@ -148,32 +153,34 @@ class ReconnectingLink:
         try:
             self._wake_out.send(b"x")
         except OSError:
-            return  # full: it has been woken often enough; or closed
+            return  # the pipe is full, so the thread will wake up anyway; or it is closed
 
     def _run(self) -> None:
         try:
             self._stay_connected()
-        finally:  # whatever ended this thread: nobody waits for an answer that cannot come
-            self._hang_up()
+        finally:  # however the thread ends, no caller may wait for an answer that cannot come
+            self._disconnect()
 
     def _stay_connected(self) -> None:
-        delay, said, since = BACKOFF_S[0], "", time.monotonic()
+        delay, last_warning, since = BACKOFF_S[0], "", time.monotonic()
         while not self._closing:
             try:
                 if self._socket is None:
                     self.connect(prefault=False)
-                    logger.warning("kvkern: the daemon on %s is back", self.path)
+                    logger.warning("kvkern: connected to the daemon on %s again", self.path)
                     since = time.monotonic()
-                self._serve()
+                self._exchange()
             except (OSError, KvkernError) as error:
                 if self.connected and time.monotonic() - since > BACKOFF_S[1]:
-                    delay, said = BACKOFF_S[0], ""  # it was there for a while
+                    delay, last_warning = BACKOFF_S[0], ""  # the connection held for a while: begin anew
                 if self.connected and not self._closing:
-                    logger.warning("kvkern: lost the daemon on %s (%s); everything is computed now", self.path, error)
-                elif isinstance(error, KvkernError) and str(error) != said:
-                    said = str(error)
-                    logger.warning("kvkern: %s", said)
-                self._hang_up()
+                    logger.warning(
+                        "kvkern: lost the daemon on %s (%s); every lookup is a miss until it is back", self.path, error
+                    )
+                elif isinstance(error, KvkernError) and str(error) != last_warning:
+                    last_warning = str(error)
+                    logger.warning("kvkern: %s", last_warning)
+                self._disconnect()
                 self._pause(delay * (0.5 + random.random()))
                 delay = min(2 * delay, BACKOFF_S[1])
 
@@ -182,8 +189,8 @@ class ReconnectingLink:
         while not self._closing and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 0.05))
 
-    def _serve(self) -> None:
-        """Read and write until the client closes. Raises OSError or ProtocolError when the connection ends before."""
+    def _exchange(self) -> None:
+        """Read and write until the client closes. Raises OSError or ProtocolError if the connection ends earlier."""
         sock = self._socket
         assert sock is not None
         with selectors.DefaultSelector() as selector:
@@ -210,10 +217,12 @@ class ReconnectingLink:
             try:
                 sent = sock.send(self._outbox[0])
             except BlockingIOError:
-                if self._unsent > MAX_UNSENT_NBYTES:
-                    raise TimeoutError(f"it leaves {self._unsent} bytes unread") from None
+                if self._unsent_nbytes > MAX_UNSENT_NBYTES:
+                    raise TimeoutError(
+                        f"it leaves {self._unsent_nbytes} bytes unread, at most {MAX_UNSENT_NBYTES}"
+                    ) from None
                 return
-            self._unsent -= sent
+            self._unsent_nbytes -= sent
             if sent < len(self._outbox[0]):
                 self._outbox[0] = self._outbox[0][sent:]
             else:
@@ -224,67 +233,78 @@ class ReconnectingLink:
         try:
             data = sock.recv(1 << 20)
             if not data:
-                raise ConnectionError("it has ended")
-            for body in self._frames.feed(data):
-                response = p.decode_response(body)
+                raise ConnectionError("it hung up")
+            for body in self._splitter.feed(data):
+                response = framing.decode_response(body)
                 with self.lock:
-                    self._apply(response)
+                    self._dispatch(response)
                     self.lock.notify_all()
         finally:
             self._reading = False
 
-    def _apply(self, response: p.Response) -> None:
+    def _dispatch(self, response: p.Response) -> None:
+        """(locked) Hand a message to the callback that waits for it, or to `on_message`."""
         if isinstance(response, p.Changed | p.Described):
-            self._told(response)
+            self._on_message(response)
         elif isinstance(response, p.Draining):
-            logger.info("kvkern: the daemon on %s is ending; until it is back everything is computed", self.path)
-            self._told(response)
+            logger.info("kvkern: the daemon on %s is ending; every lookup is a miss until it is back", self.path)
+            self._on_message(response)
         elif isinstance(response, p.Welcome | p.Refused | p.Recorded):
-            raise p.ProtocolError(f"{type(response).__name__} in an engine's open session")
+            raise p.ProtocolError(
+                f"the daemon on {self.path} sent {type(response).__name__} in an engine's open session; "
+                f"use the same version of kvkern on both sides"
+            )
         elif isinstance(response, p.Working):
             if (waiting := self._waiting.get(response.id)) is not None:
                 self._waiting[response.id] = (time.monotonic() + ANSWER_S, waiting[1])
         elif (entry := self._waiting.pop(response.id, None)) is not None:
             entry[1](response)
         elif isinstance(response, p.Granted):
-            self._told(response)
+            self._on_message(response)
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
+        """Close the socket. Every request that waits is answered with None."""
         with self.lock:
             if self._socket is not None:
                 self._socket.close()
             self._socket = None
             self.connected = False
             self._outbox.clear()
-            self._unsent = 0
+            self._unsent_nbytes = 0
             waiting, self._waiting = self._waiting, {}
-            for _, answered in waiting.values():
-                answered(None)
-            self._on_lost()
+            for _, on_answer in waiting.values():
+                on_answer(None)
+            self._on_disconnected()
             self.lock.notify_all()
 
 
-def _receive_welcome(sock: socket.socket, frames: p.Frames) -> tuple[p.Welcome, int, list[bytes]]:
-    """(welcome, the arena's descriptor, frames that came with it). Raises OSError, or ConfigError if the daemon refuses."""
+def _receive_welcome(sock: socket.socket, splitter: framing.FrameSplitter) -> tuple[p.Welcome, int, list[bytes]]:
+    """Return (welcome, the arena's descriptor, bodies of the frames that arrived with it).
+
+    The caller owns the descriptor. Raises OSError, ConfigError if the daemon refuses, or ProtocolError.
+    """
     descriptor = -1
     bodies: list[bytes] = []
     try:
         while not bodies:
-            # not recv_fds, which ignores its flags: a process that the engine starts must not inherit the arena
-            data, beside, _flags, _address = sock.recvmsg(
+            # Not recv_fds, because it ignores its flags: a process that the engine starts must not inherit the arena.
+            data, ancillary, _flags, _address = sock.recvmsg(
                 1 << 16, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
             )
-            for level, kind, raw in beside:
+            for level, kind, raw in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(raw) == _DESCRIPTOR.size:
                     (descriptor,) = _DESCRIPTOR.unpack(raw)
             if not data:
                 raise ConnectionError("the daemon hung up")
-            bodies += list(frames.feed(data))
-        first = p.decode_response(bodies[0])
+            bodies += list(splitter.feed(data))
+        first = framing.decode_response(bodies[0])
         if isinstance(first, p.Refused):
             raise ConfigError(f"the daemon refuses: {first.reason}")
         if not isinstance(first, p.Welcome) or first.geometry is None or descriptor < 0:
-            raise p.ProtocolError(f"the daemon answers Hello with {type(first).__name__} and no arena")
+            raise p.ProtocolError(
+                f"the daemon answers Hello with {type(first).__name__} and no arena; "
+                f"use the same version of kvkern on both sides"
+            )
     except BaseException:
         if descriptor >= 0:
             os.close(descriptor)
@@ -292,7 +312,10 @@ def _receive_welcome(sock: socket.socket, frames: p.Frames) -> tuple[p.Welcome, 
     return first, descriptor, bodies[1:]
 
 
-def _attach(welcome: p.Welcome, descriptor: int, prefault: bool) -> Arena:
-    found = welcome.geometry
-    assert found is not None
-    return attach_descriptor(descriptor, ArenaSpec(found.slots(), welcome.num_slots), Path(welcome.path), prefault)
+def _attach_arena(welcome: p.Welcome, descriptor: int, prefault: bool) -> Arena:
+    """Map the arena. Takes over the descriptor."""
+    geometry = welcome.geometry
+    assert geometry is not None
+    return attach_descriptor(
+        descriptor, ArenaSpec(geometry.to_slots(), welcome.num_slots), Path(welcome.path), prefault
+    )

@@ -1,8 +1,8 @@
-"""`kvkern record`: writes the requests that a daemon's engines had as a trace that `kvkern replay` reads.
+"""`kvkern record`: writes the requests of a daemon's engines as a trace that `kvkern replay` reads.
 
-A request is known when it has ended, and belongs where it began: lines are held back until what began before them has
-most likely ended, and written in the order of their arrival. Keys become numbers in the order they are first met, so a
-trace tells nothing of the prompts but which of them begin alike.
+A request is reported when it ends, but the trace is in order of arrival. So a request is held back for HOLD_S: by then the
+requests that arrived before it have most likely ended. Keys become numbers in the order in which they first occur, so a
+trace shows which prompts begin alike and nothing else about them.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ import msgspec
 
 from ...errors import ConfigError
 from ...policy.base import STOPS
+from .. import framing
 from .. import protocol as p
 from .admin_client import AdminClient
 
-HOLD_S = 600.0  # a request that takes longer than that may be written behind later ones
-MAX_HELD = 100_000  # requests
-MAX_CHUNKS = 10_000_000  # distinct ones, at some 120 bytes each
+HOLD_S = 600.0  # a request that takes longer may be written behind requests that arrived later
+MAX_HELD = 100_000  # requests held back
+MAX_CHUNKS = 10_000_000  # distinct chunks that are numbered, at some 120 bytes each
 _STOP_NAMES = {stop: name for name, stop in STOPS.items()}
 
 
 class TraceWriter:
-    """A trace file in the making. Use as a context manager; what is held back is written at its end."""
+    """Writes a trace file. Use as a context manager; requests that are still held back are written at its end."""
 
     def __init__(
         self,
-        path: Path,  # .jsonl, or .jsonl.gz; must not exist
+        path: Path,  # .jsonl or .jsonl.gz; must not exist
     ) -> None:
         self._path = path
         self._file: BinaryIO | None = None
         self._held: list[tuple[float, int, p.Recorded]] = []
-        self._serial = itertools.count()
-        self._numbers: dict[bytes, int] = {}
-        self._sessions: dict[int, int] = {}
+        self._serial = itertools.count()  # orders requests that arrived at the same time
+        self._chunk_numbers: dict[bytes, int] = {}
+        self._session_numbers: dict[int, int] = {}
         self._began_s: float | None = None
-        self.requests = 0  # taken
+        self.requests = 0  # added so far
 
     @property
     def chunks(self) -> int:
-        """Distinct ones met."""
-        return len(self._numbers)
+        """The number of distinct chunks so far."""
+        return len(self._chunk_numbers)
 
     @property
     def full(self) -> bool:
-        """Whether there are as many distinct chunks, or sessions, as are numbered."""
-        return max(len(self._numbers), len(self._sessions)) >= MAX_CHUNKS
+        """Return True if MAX_CHUNKS distinct chunks, or sessions, have been numbered."""
+        return max(len(self._chunk_numbers), len(self._session_numbers)) >= MAX_CHUNKS
 
     def __enter__(self) -> TraceWriter:
-        """Raises OSError, FileExistsError too."""
+        """Create the file. Raises OSError; FileExistsError if the file exists."""
         zipped = self._path.suffix == ".gz"
         self._file = cast("BinaryIO", gzip.open(self._path, "xb")) if zipped else self._path.open("xb")
         return self
@@ -69,32 +70,32 @@ class TraceWriter:
             self._write_until(float("inf"), 0)
 
     def add(self, request: p.Recorded) -> None:
-        """Take a request; it is written later."""
+        """Add a request. It is written later."""
         heapq.heappush(self._held, (request.arrived_s, next(self._serial), request))
         self.requests += 1
 
-    def write_old(self, now_s: float) -> None:
-        """Write what began HOLD_S ago."""
+    def write_due(self, now_s: float) -> None:
+        """Write the requests that arrived at least HOLD_S before `now_s`, and the oldest above MAX_HELD."""
         self._write_until(now_s - HOLD_S, MAX_HELD)
 
-    def _write_until(self, until_s: float, most: int) -> None:
+    def _write_until(self, until_s: float, max_held: int) -> None:
         assert self._file is not None
-        while self._held and (self._held[0][0] <= until_s or len(self._held) > most):
+        while self._held and (self._held[0][0] <= until_s or len(self._held) > max_held):
             self._file.write(msgspec.json.encode(self._line(heapq.heappop(self._held)[2])) + b"\n")
 
     def _line(self, request: p.Recorded) -> dict[str, Any]:
         if self._began_s is None:
             self._began_s = request.arrived_s
-        numbers = self._numbers
+        numbers = self._chunk_numbers
         line: dict[str, Any] = {
             "timestamp": max(0, round(1000 * (request.arrived_s - self._began_s))),
             "input_length": request.prompt_tokens,
-            "hash_ids": [numbers.setdefault(key, len(numbers)) for key in p.cut_keys(request.keys)],
+            "hash_ids": [numbers.setdefault(key, len(numbers)) for key in framing.split_keys(request.keys)],
         }
         if request.output_tokens >= 0:
             line["output_length"] = request.output_tokens
         if request.session:
-            line["session_id"] = self._sessions.setdefault(request.session, len(self._sessions))
+            line["session_id"] = self._session_numbers.setdefault(request.session, len(self._session_numbers))
         if request.stop in _STOP_NAMES:
             line["stop"] = _STOP_NAMES[request.stop]
         return line
@@ -103,10 +104,12 @@ class TraceWriter:
 def record(
     socket: Path,
     out: Path,
-    requests: int | None = None,  # how many; None: until it is ended
-    seconds: float | None = None,
+    requests: int | None = None,  # end after this many; None: no limit
+    seconds: float | None = None,  # end after this long; None: no limit
 ) -> tuple[TraceWriter, str]:
-    """Record until there are as many, the time is over, the daemon hangs up, or a signal comes: (writer, which of these).
+    """Record until `requests` or `seconds` are reached, the daemon hangs up, or SIGINT or SIGTERM arrives.
+
+    Returns (the writer, why the recording ended). Call in the main thread, because signal handlers are set meanwhile.
 
     Raises ConfigError if no daemon answers or the file cannot be written.
     """
@@ -119,19 +122,22 @@ def record(
     end_s = time.monotonic() + seconds if seconds is not None else float("inf")
     try:
         with AdminClient(socket) as daemon, TraceWriter(out) as writer:
-            for request in daemon.recorded():
+            for request in daemon.recorded_requests():
                 if request is not None:
                     writer.add(request)
-                writer.write_old(time.time())
+                writer.write_due(time.time())
                 if stopped:
-                    return writer, "was ended"
+                    return writer, "a signal ended it"
                 if time.monotonic() >= end_s:
-                    return writer, "the time is over"
+                    return writer, f"{seconds:g} seconds are over"
                 if requests is not None and writer.requests >= requests:
-                    return writer, "there are as many as wanted"
+                    return writer, f"{requests:,} requests are recorded"
                 if writer.full:
-                    return writer, f"{MAX_CHUNKS:,} chunks are the most; record into another file"
-            return writer, "the daemon has hung up: it has ended, or it was read too slowly"
+                    return (
+                        writer,
+                        f"the limit of {MAX_CHUNKS:,} distinct chunks or sessions is reached; record into another file",
+                    )
+            return writer, "the daemon hung up: it has ended, or this recorder read too slowly"
     except FileExistsError as error:
         raise ConfigError(f"{out} exists; give another file") from error
     except OSError as error:

@@ -1,1 +1,1 @@
-"""The daemon's side: sockets, sessions, leases and quotas."""
+"""The daemon's side of the node's cache: socket, connections, sessions, leases and quotas."""

@@ -1,6 +1,6 @@
-"""One client of the daemon: cuts its bytes into requests, queues its answers, hangs up on who breaks the rules.
+"""One client's connection to the daemon: cuts its bytes into requests and queues its answers.
 
-A client that does not read is disconnected before its answers fill the memory.
+It hangs up on a client that breaks the protocol, and on a client whose unread answers would fill the memory.
 """
 
 from __future__ import annotations
@@ -13,111 +13,113 @@ from typing import Protocol
 
 from ...config import format_nbytes
 from ...errors import KvkernError
+from .. import framing
 from .. import protocol as p
-from .peer_credentials import peer_of
+from .peer_credentials import peer_credentials
 from .sessions import Session
 
 logger = logging.getLogger("kvkern")
 
-HELLO_S = 5.0  # a connection that has not said Hello by then is closed
-MAX_UNSENT_NBYTES = 64 << 20  # of one client
+HELLO_S = 5.0  # a connection that has not sent Hello by then is closed
+MAX_UNSENT_NBYTES = 64 << 20  # answers queued for one client
 MAX_CONNECTIONS = 512
-LINGER_S = 1.0  # how long a client that is let go may take to read what is queued for it
+MAX_EARLY_REQUESTS = 64  # between Hello and Welcome
+LINGER_S = 1.0  # how long a closed client may take to read what is queued for it
 
 
 class ConnectionOwner(Protocol):
-    """What a connection needs of the daemon."""
+    """What a connection needs from the daemon."""
 
-    connections: set[ClientConnection]
-    bad_frames: int
+    connections: set[ClientConnection]  # a connection adds and removes itself
+    bad_frames: int  # counted up by connections
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop it runs in."""
+        """The event loop of the daemon's thread."""
 
-    async def open(self, connection: ClientConnection, hello: p.Hello) -> Session:
-        """Let a client in. Raises KvkernError with the reason if not."""
+    async def open_session(self, connection: ClientConnection, hello: p.Hello) -> Session:
+        """Let a client in and welcome it. Raises KvkernError with the reason if it is refused."""
 
     def handle(self, connection: ClientConnection, session: Session, request: p.Request) -> None:
-        """Carry out a request and answer it. Raises KvkernError for what this client may not say."""
+        """Carry out a request and answer it. Raises KvkernError if this client may not send it."""
 
-    def detach(self, session: Session) -> None:
-        """A client is gone."""
+    def end_session(self, session: Session) -> None:
+        """The client is gone. What it held goes into quarantine or is freed."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client."""
+    """The connection of one client. Runs in the event loop's thread."""
 
-    def __init__(self, server: ConnectionOwner) -> None:
-        self._server = server
-        self._frames = p.Frames()
+    def __init__(self, owner: ConnectionOwner) -> None:
+        self._owner = owner
+        self._splitter = framing.FrameSplitter()
         self._transport: asyncio.Transport | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._early: list[p.Request] = []  # after Hello, while the arena is being made
-        self._deadline: asyncio.TimerHandle | None = None
+        self._early: list[p.Request] = []  # requests sent after Hello, while the arena is being made
+        self._hello_deadline: asyncio.TimerHandle | None = None
         self.peer = (0, 0, 0)  # pid, uid, gid
         self.session: Session | None = None
-        self.index = False  # is told what becomes of the index
-        self.recording = False  # is told of every request that ends
+        self.wants_index = False  # gets the changes of the index
+        self.wants_requests = False  # gets every request that ends
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Look who it is."""
+        """Identify the peer. Refuse it if there are too many connections."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self.peer = peer_of(transport.get_extra_info("socket"))
-        self._server.connections.add(self)
-        if len(self._server.connections) > MAX_CONNECTIONS:
-            self.refuse(f"{MAX_CONNECTIONS} connections are open already; close some, or run another daemon")
+        self.peer = peer_credentials(transport.get_extra_info("socket"))
+        self._owner.connections.add(self)
+        if len(self._owner.connections) > MAX_CONNECTIONS:
+            self.refuse(f"{MAX_CONNECTIONS} connections are open already, the limit; close some, or run another daemon")
             return
-        self._deadline = self._server.loop.call_later(HELLO_S, self.close, "said no Hello")
+        self._hello_deadline = self._owner.loop.call_later(HELLO_S, self.close, "sent no Hello")
 
     def data_received(self, data: bytes) -> None:
-        """Carry out every request that is whole."""
+        """Carry out every request that is complete."""
         try:
-            for body in self._frames.feed(data):
-                self._handle(p.decode_request(body))
+            for body in self._splitter.feed(data):
+                self._handle(framing.decode_request(body))
                 if self._transport is None:
                     return
         except KvkernError as error:
-            self._server.bad_frames += isinstance(error, p.ProtocolError)
+            self._owner.bad_frames += isinstance(error, p.ProtocolError)
             self.close(str(error))
 
     def eof_received(self) -> None:
-        """A client that sends no more is gone."""
-        self.close("has ended")
+        """Treat a client that stops sending as gone."""
+        self.close("hung up")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the session."""
         self._transport = None
-        self._server.connections.discard(self)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._owner.connections.discard(self)
+        if self._hello_deadline is not None:
+            self._hello_deadline.cancel()
         if self.session is not None:
-            self._server.detach(self.session)
+            self._owner.end_session(self.session)
             self.session = None
 
     @property
-    def gone(self) -> bool:
-        """Whether nothing can be sent any more."""
+    def closed(self) -> bool:
+        """Return True if nothing can be sent any more."""
         return self._transport is None
 
     def send(self, message: p.Response) -> None:
-        """Queue an answer; a client that reads too slowly is disconnected."""
-        self.send_frame(p.encode(message))
+        """Queue a message. A client that reads too slowly is disconnected."""
+        self.send_frame(framing.encode(message))
 
     def send_frame(self, frame: bytes) -> None:
-        """Queue a message that is encoded already, for many clients perhaps."""
+        """Queue a frame, which may be the same for many clients."""
         transport = self._transport
         if transport is None:
             return
         transport.write(frame)
         if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:
-            self.close(f"has {format_nbytes(MAX_UNSENT_NBYTES)} of answers unread")
+            self.close(f"left more than {format_nbytes(MAX_UNSENT_NBYTES)} of answers unread")
 
     def send_welcome(self, welcome: p.Welcome, descriptor: int | None) -> None:
-        """First answer: nothing is queued yet, so it can go past the transport, with the descriptor beside it."""
+        """Send the first answer, with the arena's descriptor beside it. It may bypass the transport: nothing is queued yet."""
         assert self._transport is not None
-        frame = p.encode(welcome)
+        frame = framing.encode(welcome)
         if descriptor is None:
             self._transport.write(frame)
             return
@@ -126,12 +128,12 @@ class ClientConnection(asyncio.Protocol):
         self._transport.write(frame[sent:])
 
     def refuse(self, reason: str) -> None:
-        """Say why, then hang up."""
+        """Send the reason, then hang up."""
         self.send(p.Refused(reason))
         self.close(f"was refused: {reason}")
 
     def close(self, why: str) -> None:
-        """Hang up, after what is queued if the client reads it within LINGER_S."""
+        """Hang up. The client has LINGER_S to read what is queued. `why` ends the log line that begins with the client."""
         if self._transport is not None:
             logger.info("kvkern: client pid %d uid %d %s", self.peer[0], self.peer[1], why)
             transport, self._transport = self._transport, None
@@ -139,32 +141,32 @@ class ClientConnection(asyncio.Protocol):
                 transport.abort()
             else:
                 transport.close()
-                self._server.loop.call_later(LINGER_S, transport.abort)
+                self._owner.loop.call_later(LINGER_S, transport.abort)
 
     def _handle(self, request: p.Request) -> None:
         if self.session is not None:
-            self._server.handle(self, self.session, request)
+            self._owner.handle(self, self.session, request)
         elif self._opening is not None:
-            if len(self._early) >= 64:
-                raise p.ProtocolError("sends requests before it was welcomed")
+            if len(self._early) >= MAX_EARLY_REQUESTS:
+                raise p.ProtocolError(f"sent more than {MAX_EARLY_REQUESTS} requests before Welcome; wait for it")
             self._early.append(request)
         elif isinstance(request, p.Hello):
-            if self._deadline is not None:
-                self._deadline.cancel()  # the arena may take longer
-            self._opening = self._server.loop.create_task(self._open(request))
+            if self._hello_deadline is not None:
+                self._hello_deadline.cancel()  # to make the arena may take longer
+            self._opening = self._owner.loop.create_task(self._open(request))
         else:
-            raise p.ProtocolError(f"says {type(request).__name__} before Hello")
+            raise p.ProtocolError(f"sent {type(request).__name__} before Hello; send Hello first")
 
     async def _open(self, hello: p.Hello) -> None:
         done = False
         try:
-            self.session = await self._server.open(self, hello)
+            self.session = await self._owner.open_session(self, hello)
             self._handle_early()
             done = True
         except (KvkernError, OSError) as error:
             self.refuse(str(error))
         finally:
-            self._opening = None  # so that nothing keeps a task that has failed, and asyncio reports it now
+            self._opening = None  # asyncio reports a failed task as soon as nothing refers to it
             if not done:
                 self.close("could not be let in")
 
@@ -173,6 +175,6 @@ class ClientConnection(asyncio.Protocol):
         try:
             for request in early:
                 if self.session is not None:
-                    self._server.handle(self, self.session, request)
+                    self._owner.handle(self, self.session, request)
         except KvkernError as error:
             self.close(str(error))

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, as the kernel says."""
+"""Identifies the process at the other end of a Unix socket, by what the kernel reports."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 _CREDENTIALS = struct.Struct("3i")
 
 
-def peer_of(sock: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of who is at the other end."""
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return (pid, uid, gid) of the process at the other end."""
     return _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
 
 
-def groups_of(pid: int) -> frozenset[int]:
-    """Supplementary groups of a process; none if it cannot be seen."""
+def supplementary_groups(pid: int) -> frozenset[int]:
+    """Return the supplementary groups of a process. Empty if the process cannot be seen."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """The daemon: one per node and trust domain. Owns the arena, the index and the policy; answers on a Unix socket.
 
-One asyncio thread; a request is decoded, carried out and answered where its bytes arrive, so requests of one client are
-in order and no lock is needed. A client that does not read is disconnected before its answers fill the memory.
+It has one asyncio thread. A request is decoded, carried out and answered where its bytes arrive. So the requests of one
+client are carried out in order, and no lock is needed.
 """
 
 from __future__ import annotations
@@ -30,96 +30,102 @@ from ...remote.store_thread import StoreThread
 from ...remote.stores.url import RemoteUrl
 from ...remote.tier import RemoteTier
 from ...tiers.base import Lease
+from .. import framing
 from .. import protocol as p
 from .client_connection import ClientConnection
-from .peer_credentials import groups_of
+from .peer_credentials import supplementary_groups
 from .policy_state_file import PolicyStateFile
 from .sessions import Quotas, Session, Sessions
-from .socket_path import bind, only_one
+from .socket_path import exclusive_lock, listening_socket
 
 logger = logging.getLogger("kvkern")
 
-SWEEP_S = 0.25
-PAGE_KEYS = p.MAX_KEYS // 2  # of either kind in one Changed
+SWEEP_S = 0.25  # between two looks at clients, quarantine and slow requests
+PAGE_KEYS = p.MAX_KEYS // 2  # at most so many keys gained, and as many lost, in one Changed
 
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """What a daemon needs to know."""
+    """The settings of a daemon. Raises ConfigError if one of them is wrong."""
 
     socket: Path
     capacity_nbytes: int
-    name: str = "default"  # of the trust domain: part of the arena's file name
+    name: str = "default"  # of the trust domain; part of the arena's file name
     arena_dir: Path = Path("/dev/shm")
     prefault: bool = True
-    uids: frozenset[int] = frozenset()  # that may connect, beside the daemon's own
-    gids: frozenset[int] = frozenset()  # whose members may connect
+    uids: frozenset[int] = frozenset()  # users that may connect, beside root and the daemon's own
+    gids: frozenset[int] = frozenset()  # groups whose members may connect
     quotas: Quotas = field(default_factory=Quotas)
-    policy: str = DEFAULT_POLICY  # of eviction
-    policy_state: Path | None = None  # file of what the policy has learned; None: it starts anew
-    remote: RemoteConfig | None = None  # a store that the node shares with others
-    drain_s: float = 5.0  # how long transfers under way, and what waits for the store, may take after SIGTERM
+    policy: str = DEFAULT_POLICY  # eviction policy
+    policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
+    remote: RemoteConfig | None = None  # a store that nodes share
+    drain_s: float = (
+        5.0  # after SIGTERM: time for transfers under way and for chunks that wait to be written to the store
+    )
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
             raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
-        p.checked_path(self.socket)
+        framing.checked_socket_path(self.socket)
         checked_policy(self.policy)
         if self.remote is not None:
             RemoteUrl.parse(self.remote.url)
             persist_mode(self.remote.persist, self.policy)
         if not self.arena_dir.is_dir():
-            raise ConfigError(f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs or name one")
+            raise ConfigError(
+                f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or give another folder"
+            )
         if not 0 <= self.drain_s <= 3600:
             raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")
 
     @property
     def arena_path(self) -> Path:
-        """One file per uid and trust domain. Not among the names that embedded engines sweep."""
+        """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
         return self.arena_dir / f"kvkern-node-{os.getuid()}-{self.name}"
 
 
 class Server:
-    """Run with `await run()`; `stop` ends it gracefully."""
+    """Run it with `await run()`. `stop` ends it gracefully."""
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
         self.connections: set[ClientConnection] = set()
-        self.sessions: Sessions | None = None  # None: no arena yet, its slots' size is the first engine's
+        self.sessions: Sessions | None = None  # None: there is no arena yet; the first engine decides the slot size
         self.bad_frames = 0
         self.started = time.time()
         self._arena: Arena | None = None
-        self._learned = PolicyStateFile(config.policy, config.policy_state)
-        self._making = asyncio.Lock()
+        self._policy_state = PolicyStateFile(config.policy, config.policy_state)
+        self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
         self._stopping = asyncio.Event()
         self._draining = False
-        self._opened: StoreThread | None = None  # the store, until there is an arena
+        self._unused_store: StoreThread | None = None  # the opened store, until there is an arena
         self._remote: RemoteTier | None = None
-        self._waiting: dict[
-            Future[Lease], tuple[ClientConnection, int]
-        ] = {}  # requests whose chunks come from the remote
+        self._waiting: dict[Future[Lease], tuple[ClientConnection, int]] = {}  # acquires that wait for the remote store
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop it runs in."""
+        """The event loop of the daemon's thread."""
         return asyncio.get_running_loop()
 
     # -- life ------------------------------------------------------------------------------------------------------------
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`. Raises ConfigError or ArenaError if the socket or the arena cannot be had."""
+        """Serve until `stop`. `ready` is called when engines can connect.
+
+        Raises ConfigError or ArenaError if the socket, the policy state, the store or the arena cannot be used.
+        """
         with contextlib.ExitStack() as locks:
-            locks.enter_context(only_one(self.config.socket, "--socket"))
-            locks.enter_context(only_one(self.config.arena_path, "--name or --arena-dir"))
+            locks.enter_context(exclusive_lock(self.config.socket, "--socket"))
+            locks.enter_context(exclusive_lock(self.config.arena_path, "--name or --arena-dir"))
             if self.config.policy_state is not None:
-                locks.enter_context(only_one(self.config.policy_state, "--policy-state"))
-                await asyncio.to_thread(self._learned.load)
+                locks.enter_context(exclusive_lock(self.config.policy_state, "--policy-state"))
+                await asyncio.to_thread(self._policy_state.load)
             if self.config.remote is not None:
-                locks.callback(self._close_unused)
-                self._opened = await asyncio.to_thread(open_remote_store, self.config.remote)
-            await self._take_over()
+                locks.callback(self._close_unused_store)
+                self._unused_store = await asyncio.to_thread(open_remote_store, self.config.remote)
+            await self._take_over_arena()
             listener = await asyncio.get_running_loop().create_unix_server(
-                lambda: ClientConnection(self), sock=bind(self.config.socket)
+                lambda: ClientConnection(self), sock=listening_socket(self.config.socket)
             )
             logger.info("kvkern: serving on %s", self.config.socket)
             ready()
@@ -127,26 +133,26 @@ class Server:
                 while not self._stopping.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
-                    self._hang_up_on_the_dead()
+                    self._disconnect_dead_clients()
                     for connection, number in self._waiting.values():
                         connection.send(p.Working(number))
                     if self.sessions is not None:
                         self.sessions.sweep()
-                        self._publish_changes()
-                        self._learned.save_when_due()
+                        self._send_changes()
+                        self._policy_state.save_when_due()
             finally:
                 listener.close()
                 self.config.socket.unlink(missing_ok=True)
                 await self._drain()
 
-    def _hang_up_on_the_dead(self) -> None:
-        """A process that was killed has ended its connection, unless a child it had forked still has the socket."""
+    def _disconnect_dead_clients(self) -> None:
+        """Close connections whose process is gone. A connection outlives its process if a forked child has the socket."""
         for connection in list(self.connections):
             if connection.session is not None and not process_alive(*connection.session.process):
-                connection.close("is gone; a child of it has the socket")
+                connection.close("is gone, but a child of it has the socket")
 
     def stop(self) -> None:
-        """End gracefully: no new clients, transfers under way may finish."""
+        """End gracefully: let no new clients in, and give transfers under way `drain_s` to finish."""
         self._draining = True
         self._stopping.set()
 
@@ -155,14 +161,14 @@ class Server:
             if connection.session is not None:
                 connection.send(p.Draining())
         deadline = time.monotonic() + self.config.drain_s
-        while self._busy() and time.monotonic() < deadline:
+        while self._has_transfers() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for connection in list(self.connections):
-            connection.close("is let go: the daemon ends")
+            connection.close("was disconnected: the daemon ends")
         await asyncio.sleep(0)
-        async with self._making:  # an engine that was let in just before may be getting its arena still
+        async with self._arena_lock:  # the arena may still be being made for an engine that was let in just before
             await asyncio.to_thread(self._end_remote, max(0.0, deadline - time.monotonic()))
-            await self._learned.close()
+            await self._policy_state.close()
             if self._arena is not None:
                 self._arena.close()
 
@@ -171,64 +177,64 @@ class Server:
             self._remote.close(drain_s)
             self._remote = None
 
-    def _close_unused(self) -> None:
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+    def _close_unused_store(self) -> None:
+        if self._unused_store is not None:
+            self._unused_store.close()
+            self._unused_store = None
 
-    def _busy(self) -> bool:
+    def _has_transfers(self) -> bool:
         sessions = self.sessions.sessions.values() if self.sessions is not None else ()
         return bool(self._waiting) or any(session.leases or session.granted for session in sessions)
 
     # -- clients ---------------------------------------------------------------------------------------------------------
 
-    async def open(self, connection: ClientConnection, hello: p.Hello) -> Session:
-        """Let a client in. Raises KvkernError with the reason if not."""
+    async def open_session(self, connection: ClientConnection, hello: p.Hello) -> Session:
+        """Let a client in and welcome it. Raises KvkernError with the reason if it is refused."""
         pid, uid, gid = connection.peer
         if hello.version != p.VERSION:
             raise ConfigError(
                 f"protocol version {hello.version} is not the daemon's {p.VERSION}; upgrade the older side"
             )
-        if not self._may(uid, gid, pid):
+        if not self._may_connect(uid, gid, pid):
             raise ConfigError(
-                f"uid {uid} may not use this cache: who maps its arena reads all of it. Run a daemon of your own, "
-                f"or let it in with --allow-uid {uid}"
+                f"uid {uid} may not use this cache, because a process that maps its arena reads all of it. "
+                f"Run a daemon of your own, or let this user in with --allow-uid {uid}"
             )
         process = (pid, process_start(pid))
         if not process[1]:
             raise ConfigError(
-                f"process {pid} cannot be seen from the daemon, so its end cannot be told; share the pid namespace "
+                f"the daemon cannot see process {pid}, so it could not tell when the process ends; share the pid namespace "
                 f"(hostPID or shareProcessNamespace in Kubernetes)"
             )
         if self._draining:
             raise ConfigError("the daemon is ending; try again when it is back")
         if hello.geometry is not None:
-            await self._ensure_arena(hello.geometry.slots())
-            if connection.gone:
-                raise ConfigError("the client has ended meanwhile")
+            await self._ensure_arena(hello.geometry.to_slots())
+            if connection.closed:
+                raise ConfigError("the client hung up while the arena was made; connect again")
         if self.sessions is None or self._arena is None:
             if hello.geometry is None:
                 connection.send_welcome(p.Welcome(p.VERSION, os.getpid()), None)
                 return Session(0, process, hello.engine, writer=False)
-            raise ArenaError("the arena could not be made")
+            raise ArenaError("the arena could not be made; look at the daemon's log, then restart it")
         session = self.sessions.attach(process, hello.engine, writer=hello.index and hello.geometry is not None)
         if session.writer:
-            self._tell_limits()
+            self._send_limits()
         try:
-            self._welcome(connection, hello, self.sessions, self._arena)
+            self._send_welcome(connection, hello, self.sessions, self._arena)
         except BaseException:
-            self.detach(session)
+            self.end_session(session)
             raise
         return session
 
-    def _tell_limits(self) -> None:
-        """Everybody's share is less now: those who have more in stock give it back."""
+    def _send_limits(self) -> None:
+        """Tell every writer its share of granted slots, now that it is smaller. They give back their stock above it."""
         for other in list(self.connections):
             if self.sessions is not None and other.session is not None and other.session.writer:
                 other.send(p.Granted(0, [], [], self.sessions.limit(other.session)))
 
-    def _welcome(self, connection: ClientConnection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
-        geometry, num_slots = p.Geometry.of(arena.spec.geometry), arena.spec.num_slots
+    def _send_welcome(self, connection: ClientConnection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
+        geometry, num_slots = p.Geometry.from_slots(arena.spec.geometry), arena.spec.num_slots
         remote = self._remote is not None
         descriptor = arena.descriptor() if hello.geometry is not None else None
         try:
@@ -239,25 +245,26 @@ class Server:
             if descriptor is not None:
                 os.close(descriptor)
         if hello.index:
-            self._publish_changes()
-            connection.index = True
-            for fresh, keys in _pages(sessions.cache.all_keys()):
+            self._send_changes()
+            connection.wants_index = True
+            for fresh, keys in _index_pages(sessions.cache.all_keys()):
                 connection.send(p.Changed(keys, b"", fresh))
 
-    def detach(self, session: Session) -> None:
-        """A client is gone."""
+    def end_session(self, session: Session) -> None:
+        """The client is gone. What it held goes into quarantine or is freed."""
         if self.sessions is not None:
             self.sessions.detach(session)
-            self._publish_changes()
+            self._send_changes()
 
-    def _may(self, uid: int, gid: int, pid: int) -> bool:
+    def _may_connect(self, uid: int, gid: int, pid: int) -> bool:
         if uid in (0, os.getuid()) or uid in self.config.uids or gid in self.config.gids:
             return True
-        return bool(self.config.gids & groups_of(pid))
+        return bool(self.config.gids & supplementary_groups(pid))
 
     async def _ensure_arena(self, wanted: SlotGeometry) -> None:
-        async with self._making:
-            if self._arena is not None and self._arena.spec.geometry != wanted and self._replaceable():
+        """Make the arena if there is none, or replace one that nobody uses. Raises ArenaError if its slots differ."""
+        async with self._arena_lock:
+            if self._arena is not None and self._arena.spec.geometry != wanted and self._arena_unused():
                 await asyncio.to_thread(self._end_remote)
                 self._arena.path.unlink(missing_ok=True)
                 self._arena.close()
@@ -273,15 +280,15 @@ class Server:
                     f"`kvkern clear`"
                 )
 
-    def _replaceable(self) -> bool:
-        """Nobody holds anything of the arena, and nothing is in it."""
+    def _arena_unused(self) -> bool:
+        """Return True if the arena has no clients, nothing in quarantine and no chunks."""
         state = self.sessions
         return state is None or not (state.sessions or state.quarantines or state.cache.all_keys())
 
-    async def _take_over(self) -> None:
-        """Go on with the arena of an earlier daemon; remove one that it had not finished when it was killed.
+    async def _take_over_arena(self) -> None:
+        """Serve the arena of an earlier daemon, if there is one. Remove one that was not finished when its daemon was killed.
 
-        Raises ArenaError, before any engine is let in, if it is of another version of the file.
+        Raises ArenaError if the file cannot be opened or has another version. No engine has been let in by then.
         """
         path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
         try:
@@ -297,7 +304,7 @@ class Server:
         await self._make_arena(spec)
         if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
             logger.warning(
-                "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change it end the daemon and "
+                "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change the size, end the daemon and "
                 "remove the file", path, format_nbytes(spec.nbytes), format_nbytes(capacity_nbytes),
             )  # fmt: skip
 
@@ -306,7 +313,9 @@ class Server:
         try:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
-            raise ArenaError(f"arena {path} cannot be made: {error.strerror}; see to it, then restart") from error
+            raise ArenaError(
+                f"arena {path} cannot be made: {error.strerror}; create the folder, or use another --arena-dir, then restart"
+            ) from error
         try:
             await self._serve_arena(arena)
         except BaseException:
@@ -316,59 +325,59 @@ class Server:
 
     async def _serve_arena(self, arena: Arena) -> None:
         cache, path = await asyncio.to_thread(self._build_cache, arena), self.config.arena_path
-        opened, self._opened = self._opened, None
+        store, self._unused_store = self._unused_store, None
         self._remote = await asyncio.to_thread(
-            attach_remote_tier, cache, arena, self.config.remote, self.config.policy, opened
+            attach_remote_tier, cache, arena, self.config.remote, self.config.policy, store
         )
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
-            logger.info("kvkern: %d chunks of %s are served again, %d did not verify", ready, path, torn)
+            logger.info("kvkern: %d chunks of %s are served again; %d did not verify and are freed", ready, path, torn)
         sessions.cache.track_changes()
         self._arena, self.sessions = arena, sessions
 
     def _build_cache(self, arena: Arena) -> Cache:
-        """What has been learned in an arena before this one counts here too."""
-        if self._learned.model is None:
-            self._learned.load()
-        cache = build_cache(arena, self.config.quotas.shares, self.config.policy, self._learned.model)
-        self._learned.still = cache.locked
+        """Build the manager over the arena. What the policy learned in an earlier arena counts here too."""
+        if self._policy_state.model is None:
+            self._policy_state.load()
+        cache = build_cache(arena, self.config.quotas.shares, self.config.policy, self._policy_state.model)
+        self._policy_state.model_lock = cache.locked
         return cache
 
     # -- requests --------------------------------------------------------------------------------------------------------
 
     def handle(self, connection: ClientConnection, session: Session, request: p.Request) -> None:
-        """Carry out a request and answer it. Raises ProtocolError for what this client may not say."""
+        """Carry out a request and answer it. Raises ProtocolError if this client may not send it."""
         state = self.sessions
         if isinstance(request, p.Hello):
-            raise p.ProtocolError("says Hello twice")
+            raise p.ProtocolError("sent Hello twice; open another connection")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            answer = p.Answer(request.id, self._operate(session, request))
-            self._publish_changes()  # before the answer: who has been answered stores again what it forgot
+            answer = p.Answer(request.id, self._answer_rows(session, request))
+            self._send_changes()  # before the answer, because a client may store again what it has cleared
             connection.send(answer)
         elif isinstance(request, p.Record):
-            connection.recording = True
+            connection.wants_requests = True
         elif state is None or not session.number:
-            raise p.ProtocolError(f"says {type(request).__name__}, but was given no arena")
+            raise p.ProtocolError(f"sent {type(request).__name__}, but was given no arena; send a geometry in Hello")
         elif isinstance(request, p.Acquire):
-            keys = p.cut_keys(request.keys)
-            found = state.acquire_soon(session, keys, request.prefix, p.use_of(request, session.number))
+            keys = framing.split_keys(request.keys)
+            found = state.acquire_soon(session, keys, request.prefix, p.to_use(request, session.number))
             if found.done():
-                self._lend(state, connection, session, request, found.result())
+                self._send_lease(state, connection, session, request, found.result())
             else:
-                self._wait(state, connection, session, request, found)
+                self._send_lease_later(state, connection, session, request, found)
         elif isinstance(request, p.Release):
             state.release(session, request.leases)
         elif isinstance(request, p.Grant):
             granted = state.grant(session, 0 if self._draining else request.count)
-            self._publish_changes()
+            self._send_changes()
             limit = 0 if self._draining else state.limit(session)
             connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), limit))
         elif isinstance(request, p.Publish):
-            keys, chain = p.cut_keys(request.keys), p.cut_keys(request.chain)
-            use = p.use_of(request, session.number)
+            keys, chain = framing.split_keys(request.keys), framing.split_keys(request.chain)
+            use = p.to_use(request, session.number)
             done = state.publish(session, request.namespace, request.slots, request.generations, keys, chain, use)
-            self._publish_changes()  # before the acknowledgement: what is acknowledged, every client has been told of
+            self._send_changes()  # before the acknowledgement: every client must have been sent the change by then
             connection.send(p.Published(request.id, done))
         elif isinstance(request, p.GiveBack):
             state.give_back(session, request.slots)
@@ -376,54 +385,54 @@ class Server:
             if request.prefill_tokens_s:
                 state.cache.note_prefill(request.prefill_tokens_s)
             if request.request:
-                state.cache.finish(p.use_of(request, session.number))
-                self._record(request)
+                state.cache.finish(p.to_use(request, session.number))
+                self._send_recorded(request)
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
-        self._publish_changes()
+        self._send_changes()
 
-    def _wait(
+    def _send_lease_later(
         self, state: Sessions, connection: ClientConnection, session: Session, request: p.Acquire, found: Future[Lease]
     ) -> None:
-        """Lend when the remote store has answered, and say meanwhile that this daemon is alive."""
+        """Answer when the remote store has answered. Until then `run` sends Working, so the client does not give up."""
         self._waiting[found] = connection, request.id
         loop = self.loop
 
-        def answered(found: Future[Lease]) -> None:
-            loop.call_soon_threadsafe(lend)
+        def on_found(found: Future[Lease]) -> None:
+            loop.call_soon_threadsafe(send_lease)
 
-        def lend() -> None:
+        def send_lease() -> None:
             self._waiting.pop(found, None)
-            self._lend(state, connection, session, request, found.result())
-            self._publish_changes()
+            self._send_lease(state, connection, session, request, found.result())
+            self._send_changes()
 
-        found.add_done_callback(answered)
+        found.add_done_callback(on_found)
 
-    def _lend(
+    def _send_lease(
         self, state: Sessions, connection: ClientConnection, session: Session, request: p.Acquire, lease: Lease
     ) -> None:
         number, lease = state.lend(session, lease)
         rows = list(range(len(lease.slots)))
         if not request.prefix:
-            at = {key: row for row, key in enumerate(p.cut_keys(request.keys))}
+            at = {key: row for row, key in enumerate(framing.split_keys(request.keys))}
             rows = [at[key] for key in lease.keys]
         connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
 
-    def _record(self, ended: p.Finish) -> None:
-        """Tell who records."""
-        listeners = [connection for connection in self.connections if connection.recording]
+    def _send_recorded(self, ended: p.Finish) -> None:
+        """Send a request that has ended to the clients that record."""
+        listeners = [connection for connection in self.connections if connection.wants_requests]
         if not listeners:
             return
         recorded = p.Recorded(
             time.time() - ended.age_s, ended.keys, ended.prompt_tokens, ended.output_tokens, ended.stop, ended.session
         )
-        frame = p.encode(recorded)
+        frame = framing.encode(recorded)
         for connection in listeners:
             connection.send_frame(frame)
 
-    def _operate(
+    def _answer_rows(
         self, session: Session, request: p.Stat | p.List | p.Evict | p.Clear
     ) -> list[dict[str, int | float | str]]:
         state = self.sessions
@@ -433,10 +442,10 @@ class Server:
             return [] if isinstance(request, p.List) else [{"chunks": 0}]
         if isinstance(request, p.Clear):
             return [{"chunks": state.clear(session, request.namespace, request.begun)}]
-        found = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
+        matching = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
         if isinstance(request, p.List):
-            return [dict(row) for row in state.cache.describe_chunks(found[: request.limit])]
-        return [{"chunks": state.cache.drop(found)}]
+            return [dict(row) for row in state.cache.describe_chunks(matching[: request.limit])]
+        return [{"chunks": state.cache.drop(matching)}]
 
     def _stat(self) -> dict[str, int | float | str]:
         row: dict[str, int | float | str] = {
@@ -449,27 +458,29 @@ class Server:
             row |= self._remote.usage()
         return row
 
-    def _publish_changes(self) -> None:
+    def _send_changes(self) -> None:
+        """Send every client with an index what the index has gained and lost since the last call."""
         if self.sessions is None:
             return
         changes = self.sessions.cache.take_changes()
         if not changes.ready:
             return
-        there, gone = changes.added, changes.removed
-        for begin in range(0, max(len(there), len(gone)), PAGE_KEYS):
+        added, removed = changes.added, changes.removed
+        for begin in range(0, max(len(added), len(removed)), PAGE_KEYS):
             page = slice(begin, begin + PAGE_KEYS)
-            frame = p.encode(p.Changed(p.join_keys(there[page]), p.join_keys(gone[page])))
+            frame = framing.encode(p.Changed(framing.join_keys(added[page]), framing.join_keys(removed[page])))
             for connection in list(self.connections):
-                if connection.index:
+                if connection.wants_index:
                     connection.send_frame(frame)
 
 
-def _pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
-    return [(at == 0, p.join_keys(keys[at : at + PAGE_KEYS])) for at in range(0, max(1, len(keys)), PAGE_KEYS)]
+def _index_pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
+    """Return (fresh, joined keys) for each Changed that carries the whole index. Only the first is fresh."""
+    return [(at == 0, framing.join_keys(keys[at : at + PAGE_KEYS])) for at in range(0, max(1, len(keys)), PAGE_KEYS)]
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:
-    """Run a daemon until SIGTERM or SIGINT; `ready` is called when engines can connect. Raises ConfigError or ArenaError."""
+    """Run a daemon until SIGTERM or SIGINT. `ready` is called when engines can connect. Raises ConfigError or ArenaError."""
 
     async def main() -> None:
         server = Server(config)

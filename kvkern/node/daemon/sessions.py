@@ -1,11 +1,10 @@
-"""Who holds what: leases and granted slots of every client, and those of clients that vanished. No sockets, no threads.
+"""Who holds what: leases and granted slots of every client, and of clients that are gone. No sockets, no threads.
 
-session lost -> what it held stays quarantined until every process of its engine is gone (pid and start time), or
-                the engine is back and says that its transfers have ended (settle)
-daemon lost  -> the next one adopts the arena: chunks are served at once, but nothing is evicted under processes
-                that had the old daemon's file mapped, until they are back, gone, or RESTART_PIN_S have passed
-                (their reads are verified, so this deadline costs misses only); slots they were writing stay
-                theirs without any deadline
+session lost -> what it held stays in quarantine until every process of its engine is gone (pid and start time), or
+                until the engine is back and says that its transfers have ended (settle)
+daemon lost  -> the next daemon adopts the arena and serves its chunks at once. It evicts nothing under processes that
+                had the old daemon's file mapped until they are back, gone, or RESTART_PIN_S have passed. Their reads are
+                verified, so this deadline costs misses only. Slots that they were writing stay theirs without a deadline
 """
 
 from __future__ import annotations
@@ -28,74 +27,74 @@ from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
 
 RESTART_PIN_S = 30.0
-GRANTED_SHARE = 8  # at most one slot in so many is granted and not yet filled, over all clients
-MAX_NAMESPACES = 4096  # described; of those used longest ago the descriptions are forgotten
-MAX_TOLD = 128  # engines that a namespace remembers
-MAX_LEASES = 4096  # of one session: an engine holds one or a few a waiting request
+GRANTED_SHARE = 8  # at most one slot in 8, over all clients, is granted and not yet written
+MAX_NAMESPACES = 4096  # descriptions that are kept; those used longest ago are forgotten
+MAX_REMEMBERED_ENGINES = 128  # engines per namespace that are known to have described it
+MAX_LEASES = 4096  # per session; an engine holds one or a few for each waiting request
 
 Process = tuple[int, int]  # pid and start time
 
 
 @dataclass(eq=False)
 class Session:
-    """One connection."""
+    """What one connection holds."""
 
     number: int
     process: Process
     engine: str
     writer: bool  # may be granted slots
-    settled: bool = False  # nothing that its engine began under an earlier connection of this process is under way
-    leases: dict[int, Lease] = field(default_factory=dict)
+    settled: bool = False  # no transfer is under way that its engine began on an earlier connection of this process
+    leases: dict[int, Lease] = field(default_factory=dict)  # by number
     granted: dict[int, int] = field(default_factory=dict)  # slot -> generation
 
 
 @dataclass(eq=False)
 class Quarantine:
-    """What processes may still be reading or writing."""
+    """Leases and slots that these processes may still be reading or writing."""
 
-    engine: str | None  # None: from before this daemon, of any engine
+    engine: str | None  # None: from before this daemon; it may belong to any engine
     processes: set[Process]
     leases: list[Lease] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
-    until: float = float("inf")  # monotonic seconds
+    until: float = float("inf")  # deadline, monotonic seconds
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceInfo:
-    """What engines said of a root."""
+    """What engines said about a namespace root."""
 
     fields: dict[str, str]
-    limit: int | None  # slots that it may fill
-    engines: set[str] = field(default_factory=set)  # that have said so, and were warned if there was a reason
+    limit: int | None  # slots that it may fill; None: no limit
+    engines: set[str] = field(default_factory=set)  # engines that described it, and were warned if there was a reason
 
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """How many bytes of the arena a namespace may hold."""
+    """Limits on the bytes of the arena that a namespace may hold."""
 
-    models: Mapping[str, int] = field(default_factory=dict)  # by model name; `*` and `?` stand for anything
-    tenant: int | None = None  # of every namespace that has a salt
-    fair: bool = False  # without quotas too, whoever holds most gives way first
+    models: Mapping[str, int] = field(default_factory=dict)  # by model name; `*` and `?` match
+    tenant: int | None = None  # for every namespace that has a salt
+    fair: bool = False  # evict from the largest namespace first, also without quotas
 
     @property
     def shares(self) -> bool:
-        """Whether namespaces are told apart."""
+        """Return True if every namespace has an eviction policy of its own."""
         return self.fair or bool(self.models) or self.tenant is not None
 
-    def of(self, fields: Mapping[str, str]) -> int | None:
-        """Bytes for a namespace with these fields; None: no limit."""
+    def limit_nbytes(self, fields: Mapping[str, str]) -> int | None:
+        """Return the bytes that a namespace with these fields may hold; None: no limit."""
         limits = [nbytes for pattern, nbytes in self.models.items() if fnmatchcase(fields.get("model", ""), pattern)]
         if self.tenant is not None and "salt" in fields:
             limits.append(self.tenant)
         return min(limits, default=None)
 
-    def least(self) -> int | None:
-        """Bytes for a namespace of which nothing is known: no more than any quota allows."""
+    def smallest_nbytes(self) -> int | None:
+        """Return the smallest of all quotas: the limit of a namespace that nobody has described. None: no quotas."""
         return min([*self.models.values(), *([] if self.tenant is None else [self.tenant])], default=None)
 
 
 class Sessions:
-    """The daemon's state over one arena. One thread."""
+    """The daemon's state over one arena. Use it from one thread."""
 
     def __init__(
         self,
@@ -109,81 +108,87 @@ class Sessions:
         self.arena = arena
         self.sessions: dict[int, Session] = {}
         self.quarantines: list[Quarantine] = []
-        self.namespaces: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # the one used last is the last
+        self.namespaces: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # in order of use, the last used at the end
         self._clock, self._alive = clock, alive
         self._quotas = quotas or Quotas()
-        self._hashes: dict[frozenset[tuple[str, str]], Counter[str | None]] = {}  # of namespaces alike but for the hash
+        self._hashes: dict[
+            frozenset[tuple[str, str]], Counter[str | None]
+        ] = {}  # fields without the hash -> hashes of the namespaces with these fields
         self._next_session = self._next_lease = 0
-        self._members: dict[str, set[Process]] = {}  # of engines with a name that have a session: all that ever had one
-        self._settled: set[str] = set()  # engines of which nothing from before this daemon is under way
-        self._limited = self._quotas.least() is not None
+        self._engine_processes: dict[
+            str, set[Process]
+        ] = {}  # named engines with a session: every process that ever had one
+        self._settled: set[str] = set()  # engines that have no transfer from before this daemon under way
+        self._limited = self._quotas.smallest_nbytes() is not None
         if self._limited:
-            cache.take_grown_namespaces()  # from now on it says so
+            cache.take_grown_namespaces()  # the first call makes the cache note them
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def adopt(self) -> tuple[int, int]:
-        """Take over what an earlier daemon left. Returns (chunks served again, chunks that did not verify)."""
+        """Take over an earlier daemon's chunks and slots. Returns (chunks served again, chunks that did not verify)."""
         records = self.arena.processes.tolist()
         survivors = {process for process in records if process[0] and self._alive(*process)}
-        # any survivor may be writing what a process that is gone was granted: a worker outlives its scheduler
+        # Any survivor may be writing into slots that a dead process was granted, because a worker outlives its scheduler.
         adopted = self.cache.adopt(lambda pid, start: bool(survivors) or self._alive(pid, start))
-        read = Quarantine(None, set(survivors), [], list(adopted.unserved), self._clock() + RESTART_PIN_S)
+        maybe_read = Quarantine(None, set(survivors), [], list(adopted.unserved), self._clock() + RESTART_PIN_S)
         if survivors and adopted.ready:
-            read.leases.append(self.cache.pin_all())
-        self.quarantines.append(read)
+            maybe_read.leases.append(self.cache.pin_all())
+        self.quarantines.append(maybe_read)
         for owner in set(adopted.unfinished.values()):
             slots = [slot for slot, writer in adopted.unfinished.items() if writer == owner]
             self.quarantines.append(Quarantine(None, survivors | {owner}, [], slots))
         self.sweep()
-        self._record()  # not before: if this daemon dies meanwhile, the next one must know of the same processes
+        self._record_processes()  # last: if this daemon dies before, the next one must find the same processes
         return adopted.ready, adopted.torn
 
-    # -- a client's life -------------------------------------------------------------------------------------------
+    # -- connections -------------------------------------------------------------------------------------------
 
     def attach(self, process: Process, engine: str, writer: bool) -> Session:
-        """A client is let in. Raises ArenaError if too many processes have the arena."""
+        """Open a session for a client. Raises ArenaError if too many processes use the arena."""
         self.sweep()
         if len(self._processes() | {process}) > MAX_PROCESSES:
-            raise ArenaError(f"{MAX_PROCESSES} processes use this cache already; end some, or run another daemon")
+            raise ArenaError(
+                f"{MAX_PROCESSES} processes use this cache already, the limit; end some, or run another daemon"
+            )
         self._next_session += 1
         session = Session(self._next_session, process, engine, writer)
         self.sessions[session.number] = session
         if engine:
-            self._members.setdefault(engine, set()).add(process)
+            self._engine_processes.setdefault(engine, set()).add(process)
         if engine in self._settled:
             for held in self.quarantines:
                 if held.engine is None:
                     held.processes.discard(process)
-        self._record()
+        self._record_processes()
         return session
 
     def detach(self, session: Session) -> None:
-        """A connection is gone; what it held is freed when nobody can be using it any more."""
+        """End a session. What it held is freed when no process can be using it any more."""
         self.sessions.pop(session.number, None)
         same = [other for other in self.sessions.values() if other.engine == session.engine]
         if session.leases or session.granted:
-            processes = {session.process} | self._members.get(session.engine, set())
+            processes = {session.process} | self._engine_processes.get(session.engine, set())
             later = [other for other in same if other.process == session.process and other.number > session.number]
             if session.engine and any(other.settled for other in later):
-                processes = set()  # the engine is back and has settled, before the end of this connection was seen
+                processes = set()  # the engine came back and settled before the daemon saw the end of this connection
             held = Quarantine(session.engine, processes, list(session.leases.values()), list(session.granted))
             session.leases, session.granted = {}, {}
             self.quarantines.append(held)
         if session.writer or not same:
             self._settled.discard(session.engine)
         if not same:
-            self._members.pop(session.engine, None)
+            self._engine_processes.pop(session.engine, None)
         self.sweep()
-        self._record()
+        self._record_processes()
 
     def settle(self, session: Session) -> None:
-        """The engine's earlier transfers have ended: nothing that its process had a part in is in quarantine any more."""
+        """The transfers that the engine began on earlier connections have ended. End the quarantines of its process."""
         session.settled = True
-        mates = {session.process} | self._members.get(session.engine, set())
+        mates = {session.process} | self._engine_processes.get(session.engine, set())
         for held in self.quarantines:
             if session.process not in held.processes:
-                continue  # a new process of an engine does not know what those before it still do
+                continue  # a new process of an engine does not know what earlier processes still do
             if held.engine is None:
                 held.processes -= mates
                 self._settled.update({session.engine} - {""})
@@ -192,9 +197,9 @@ class Sessions:
         self.sweep()
 
     def sweep(self) -> None:
-        """Free what is in quarantine for processes that are gone, or past its deadline. Call it now and then."""
+        """End quarantines past their deadline or whose processes are gone. Then apply quotas. Call it regularly."""
         now, kept = self._clock(), []
-        watched = [*self._members.values(), *(held.processes for held in self.quarantines)]
+        watched = [*self._engine_processes.values(), *(held.processes for held in self.quarantines)]
         gone = {process for process in set().union(*watched) if not self._alive(*process)}
         for processes in watched:
             processes -= gone
@@ -207,7 +212,7 @@ class Sessions:
             self.cache.give_back(held.slots)
         self.quarantines = kept
         for namespace in self.cache.take_grown_namespaces() if self._limited else ():
-            if (limit := self._slots_of(namespace)) is not None:
+            if (limit := self._slot_limit(namespace)) is not None:
                 self.cache.trim(namespace, limit)
 
     # -- requests --------------------------------------------------------------------------------------------------------
@@ -215,13 +220,16 @@ class Sessions:
     def acquire(
         self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
     ) -> tuple[int, Lease]:
-        """`lend` of what is found, waited for."""
+        """Wait for `acquire_soon`, then `lend` the lease."""
         return self.lend(session, self.acquire_soon(session, keys, prefix, use).result())
 
     def acquire_soon(
         self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
     ) -> Future[Lease]:
-        """What is cached, to be lent when it is known; a remote store takes its time."""
+        """Pin what is cached. Pass the result to `lend`. It is not done at once if the remote store is asked.
+
+        A session with MAX_LEASES leases gets an empty lease.
+        """
         if len(session.leases) >= MAX_LEASES:
             nothing: Future[Lease] = Future()
             nothing.set_result(NO_LEASE)
@@ -229,7 +237,10 @@ class Sessions:
         return self.cache.acquire_soon(keys, prefix, use)
 
     def lend(self, session: Session, lease: Lease) -> tuple[int, Lease]:
-        """(number of the lease, lease). An empty lease has number 0 and needs no release. Nothing for who has gone."""
+        """Give a lease to a session. Returns (number of the lease, lease).
+
+        An empty lease has number 0 and needs no release. If the session has ended, the lease is released.
+        """
         if not lease.slots or session.number not in self.sessions:
             self.cache.release(lease)
             return 0, NO_LEASE
@@ -238,20 +249,20 @@ class Sessions:
         return self._next_lease, lease
 
     def release(self, session: Session, numbers: Iterable[int]) -> None:
-        """End leases of this session; numbers it does not hold are ignored."""
+        """End leases of this session. Numbers that it does not hold are ignored."""
         for number in numbers:
             if (lease := session.leases.pop(number, None)) is not None:
                 self.cache.release(lease)
 
     def limit(self, session: Session) -> int:
-        """How many granted slots a client may hold: an even share of one slot in GRANTED_SHARE. A new writer makes it less."""
+        """Return how many granted slots a client may hold: an even share of 1/GRANTED_SHARE of all slots, and at least one."""
         if not session.writer:
             return 0
         writers = sum(other.writer for other in self.sessions.values())
         return max(1, self.arena.spec.num_slots // GRANTED_SHARE // max(1, writers))
 
     def grant(self, session: Session, count: int) -> Reservation:
-        """Slots for the client to fill, as many as its limit leaves."""
+        """Grant the client slots to write, at most as many as its limit leaves."""
         count = min(count, self.limit(session) - len(session.granted))
         if count <= 0:
             return Reservation((), (), ())
@@ -269,7 +280,10 @@ class Sessions:
         chain: Sequence[bytes],
         use: Use | None = None,
     ) -> list[bool]:
-        """Publish chunks in slots granted to this session; slots and generations it does not hold publish nothing."""
+        """Publish chunks in slots granted to this session. Returns for each row whether its chunk is READY now.
+
+        Rows whose slot and generation the session does not hold publish nothing.
+        """
         result = [False] * len(slots)
         mine = []
         for row, (slot, generation) in enumerate(zip(slots, generations, strict=True)):
@@ -283,75 +297,78 @@ class Sessions:
             )  # fmt: skip
             for row, published in zip(mine, self.cache.publish(held, namespace, use), strict=True):
                 result[row] = published
-            if (limit := self._slots_of(namespace)) is not None:
+            if (limit := self._slot_limit(namespace)) is not None:
                 self.cache.trim(namespace, limit)
         return result
 
     def give_back(self, session: Session, slots: Iterable[int]) -> None:
-        """Granted slots that the client has not used."""
+        """Free granted slots that the client has not used. Slots that it does not hold are ignored."""
         mine = [slot for slot in dict.fromkeys(slots) if slot in session.granted]
         for slot in mine:
             del session.granted[slot]
         self.cache.give_back(mine)
 
     def clear(self, session: Session, namespace: bytes | None, begun: Iterable[int]) -> int:
-        """Forget a namespace, or everything. Returns how many chunks. `begun`: slots of this session that are in it."""
+        """Forget a namespace, or everything. Returns how many chunks.
+
+        `begun` are the granted slots that this session was already writing; only those of its slots are cleared too.
+        """
         return self.cache.clear(namespace, session.granted.keys() - set(begun))
 
     def describe(self, session: Session, root: bytes, fields: dict[str, str]) -> str:
-        """Note what a root stands for. Returns a warning if it differs from another only in what is usually a mistake.
+        """Note what a root stands for. Returns a warning if it differs from another root in the hash alone, else "".
 
-        An engine that says the same again, as after a lost connection, is not warned again. O(1).
+        That is usually a mistake. An engine that describes the same again, after a lost connection, is not warned again. O(1).
         """
         known = self.namespaces.get(root)
         if known is None or known.fields != fields:
-            known = self._note(root, fields)
+            known = self._remember(root, fields)
         self.namespaces.move_to_end(root)
         if session.engine in known.engines:
             return ""
-        if len(known.engines) >= MAX_TOLD:
+        if len(known.engines) >= MAX_REMEMBERED_ENGINES:
             known.engines.clear()
         known.engines.add(session.engine)
         mine = fields.get("engine_hash")
-        other = next((found for found in self._hashes[_but_hash(fields)] if found != mine), mine)
+        other = next((found for found in self._hashes[_without_hash(fields)] if found != mine), mine)
         if other == mine:
             return ""
         return (
-            f"another engine caches the same model under another hash identity ({other}, here {mine}): they share "
+            f"another engine caches the same model under another hash identity ({other}, here {mine}), so the two share "
             f"nothing; give all engines the same PYTHONHASHSEED and prefix_caching_hash_algo"
         )
 
-    def _note(self, root: bytes, fields: dict[str, str]) -> NamespaceInfo:
-        """A description takes the place of the root's earlier one, or of the one used longest ago."""
+    def _remember(self, root: bytes, fields: dict[str, str]) -> NamespaceInfo:
+        """Store a description in place of the root's earlier one. If there are too many, forget the one used longest ago."""
         if root in self.namespaces:
             self._forget(root)
         elif len(self.namespaces) >= MAX_NAMESPACES:
             self._forget(next(iter(self.namespaces)))
-        self._hashes.setdefault(_but_hash(fields), Counter())[fields.get("engine_hash")] += 1
-        info = self.namespaces[root] = NamespaceInfo(dict(fields), self._slots(self._quotas.of(fields)))
+        self._hashes.setdefault(_without_hash(fields), Counter())[fields.get("engine_hash")] += 1
+        info = self.namespaces[root] = NamespaceInfo(dict(fields), self._to_slots(self._quotas.limit_nbytes(fields)))
         return info
 
     def _forget(self, root: bytes) -> None:
         fields = self.namespaces.pop(root).fields
-        alike, mine = self._hashes[_but_hash(fields)], fields.get("engine_hash")
+        alike, mine = self._hashes[_without_hash(fields)], fields.get("engine_hash")
         alike[mine] -= 1
         if not alike[mine]:
             del alike[mine]
         if not alike:
-            del self._hashes[_but_hash(fields)]
+            del self._hashes[_without_hash(fields)]
 
-    def _slots_of(self, namespace: bytes) -> int | None:
-        """How many slots a namespace may fill. Without a description it escapes no quota: it gets the least there is."""
+    def _slot_limit(self, namespace: bytes) -> int | None:
+        """Return how many slots a namespace may fill; None: no limit. Without a description it gets the smallest quota."""
         if (info := self.namespaces.get(namespace)) is None:
-            return self._slots(self._quotas.least())
+            return self._to_slots(self._quotas.smallest_nbytes())
         self.namespaces.move_to_end(namespace)
         return info.limit
 
-    def _slots(self, nbytes: int | None) -> int | None:
+    def _to_slots(self, nbytes: int | None) -> int | None:
         return None if nbytes is None else nbytes // self.arena.spec.geometry.slot_nbytes
 
     def usage(self) -> dict[str, int | float | str]:
-        """Counters of the cache and what is held by whom."""
+        """Return counters of the cache, and how much sessions and quarantines hold."""
         return {
             **self.cache.counters.snapshot(),
             **self.cache.usage(),
@@ -366,14 +383,14 @@ class Sessions:
         }
 
     def _processes(self) -> set[Process]:
-        """Who may be touching the arena."""
+        """Return the processes that may be using the arena."""
         connected = {session.process for session in self.sessions.values()}
-        return connected.union(*self._members.values(), *(held.processes for held in self.quarantines))
+        return connected.union(*self._engine_processes.values(), *(held.processes for held in self.quarantines))
 
-    def _record(self) -> None:
-        """Write into the arena who may be touching it, for the daemon after this one.
+    def _record_processes(self) -> None:
+        """Write the processes that may be using the arena into it, for the next daemon.
 
-        A process keeps its row, so that a kill between two rows hides no other process.
+        A process keeps its row, so a kill of this daemon between two writes hides no other process.
         """
         rows, new = self.arena.processes, self._processes()
         for row, process in enumerate(rows.tolist()):
@@ -386,5 +403,5 @@ class Sessions:
             rows[row] = process
 
 
-def _but_hash(fields: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+def _without_hash(fields: Mapping[str, str]) -> frozenset[tuple[str, str]]:
     return frozenset(item for item in fields.items() if item[0] != "engine_hash")

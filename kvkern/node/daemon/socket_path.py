@@ -1,4 +1,4 @@
-"""A daemon's place on its host: the lock that makes it the only one, its socket, and who a peer is. Knows no messages."""
+"""A daemon's files on its host: the lock that makes it the only daemon, and its listening socket. Knows no messages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ...errors import ConfigError
 
 
 @contextlib.contextmanager
-def only_one(path: Path, option: str) -> Iterator[None]:
-    """Hold the lock file beside `path`: at most one daemon has it, and the lock dies with the daemon. Raises ConfigError."""
+def exclusive_lock(path: Path, option: str) -> Iterator[None]:
+    """Hold the lock file beside `path`. At most one daemon holds it, and it is released when the daemon dies.
+
+    Raises ConfigError, which tells the user to choose another `option`.
+    """
     lock = path.with_name(f".{path.name}.lock")
     try:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -33,13 +36,16 @@ def only_one(path: Path, option: str) -> Iterator[None]:
         os.close(fd)
 
 
-def bind(path: Path) -> socket.socket:
-    """A listening socket, for the owner and the group. Call with the lock of `path` held. Raises ConfigError."""
+def listening_socket(path: Path) -> socket.socket:
+    """Return a listening socket that the owner and the group may open. Call with the lock of `path` held.
+
+    Raises ConfigError.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     mask = os.umask(0o117)
     try:
         if path.is_socket() and not path.is_symlink():
-            path.unlink()  # a daemon's that is gone: this one holds the lock
+            path.unlink()  # left by a daemon that is gone, because this one holds the lock
         elif os.path.lexists(path):
             raise ConfigError(f"{path} exists and is no socket; remove it, or choose another --socket")
         sock.bind(str(path))

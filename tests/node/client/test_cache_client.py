@@ -13,8 +13,9 @@ import pytest
 
 from kvkern.arena.slots import SlotState
 from kvkern.errors import ConfigError
+from kvkern.node import framing
 from kvkern.node import protocol as p
-from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.client.reconnecting_link import ReconnectingLink
 from tests.node.conftest import (
@@ -67,7 +68,7 @@ def test_a_lookup_that_misses_asks_nothing(make_client: MakeClient, asked: list[
     assert hits(client, [*chain, *chain_keys("b", 1)]) == 3
     assert [type(message) for message in asked] == [p.Acquire, p.Release]
     assert isinstance(asked[0], p.Acquire)
-    assert p.cut_keys(asked[0].keys) == chain  # what is known to be missing is not asked for
+    assert framing.split_keys(asked[0].keys) == chain  # what is known to be missing is not asked for
     assert client.counters.lookup_chunks == 2 * (0 + 3 + 4) + 4
     assert client.counters.hit_chunks == 3
 
@@ -98,9 +99,9 @@ def test_what_is_no_key_is_refused_and_leaves_nothing(make_client: MakeClient, m
     client = make_client()
     with monkeypatch.context() as patch:
         patch.setattr(
-            ReconnectingLink, "behind", lambda self: True
+            ReconnectingLink, "has_unread", lambda self: True
         )  # else what the index does not know is not asked for
-        with pytest.raises(ConfigError, match="1 keys have 31 bytes in all; chunk keys have 32 each"):
+        with pytest.raises(ConfigError, match="1 keys have 31 bytes in all; give chunk keys of 32 bytes each"):
             client.acquire_soon([bytes(31)])
     eventually(lambda: not client._link._waiting)
     assert store(client, chain_keys("b", 2)) == 2
@@ -272,7 +273,9 @@ def test_a_socket_that_may_not_be_opened(folder: Path, monkeypatch: pytest.Monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "connect", denied)
-    with pytest.raises(ConfigError, match="may not be opened by this user; join the group of the socket"):
+    with pytest.raises(
+        ConfigError, match=r"this user may not open /\S+/s; join the group of the socket, or run as its owner"
+    ):
         NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=3600)
 
 
@@ -283,8 +286,8 @@ def test_a_path_that_is_too_long() -> None:
 
 def test_a_daemon_that_is_stopped(daemon: Daemon, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are misses after a deadline, then at once; when it goes on, everything is there again."""
-    monkeypatch.setattr(link_module, "ANSWER_S", 0.3)
-    monkeypatch.setattr(link_module, "CONNECT_S", 0.5)
+    monkeypatch.setattr(reconnecting_link, "ANSWER_S", 0.3)
+    monkeypatch.setattr(reconnecting_link, "CONNECT_S", 0.5)
     client = make_client()
     chain, later = chain_keys("a", 3), chain_keys("b", 2)
     assert store(client, chain) == 3
@@ -368,10 +371,10 @@ def test_two_clears_of_which_one_is_answered(make_client: MakeClient) -> None:
         first = client.clear_soon(NAMESPACE)
         second = client.clear_soon(NAMESPACE)
         (one, two) = sorted(client._link._waiting)[-2:]
-        client._link._apply(p.Answer(one, [{"chunks": 0}]))
+        client._link._dispatch(p.Answer(one, [{"chunks": 0}]))
         assert first.done()
         assert NAMESPACE in client._clears
-        client._link._apply(p.Answer(two, [{"chunks": 0}]))
+        client._link._dispatch(p.Answer(two, [{"chunks": 0}]))
         assert second.done()
         assert not client._clears
 

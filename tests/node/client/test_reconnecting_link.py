@@ -15,8 +15,9 @@ import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.errors import KvkernError
+from kvkern.node import framing
 from kvkern.node import protocol as p
-from kvkern.node.client import reconnecting_link as link_module
+from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
 from tests.node.conftest import GEOMETRY, PATIENCE_S, eventually
 from tests.support import chain_keys, make_arena
@@ -61,7 +62,7 @@ class FakeDaemon:
                     continue
 
     def _serve(self, sock: socket.socket) -> None:
-        frames = p.Frames()
+        frames = framing.FrameSplitter()
         while not self._ending:
             try:
                 data = sock.recv(1 << 16)
@@ -70,7 +71,7 @@ class FakeDaemon:
             if not data:
                 return
             for body in frames.feed(data):
-                request = p.decode_request(body)
+                request = framing.decode_request(body)
                 if isinstance(request, p.Hello):
                     self._welcome(sock)
                 else:
@@ -92,7 +93,7 @@ class FakeDaemon:
 
     @staticmethod
     def _encoded(message: Any) -> bytes:
-        return message if isinstance(message, bytes) else p.encode(message)
+        return message if isinstance(message, bytes) else framing.encode(message)
 
 
 @contextmanager
@@ -117,7 +118,7 @@ KEYS = chain_keys("a", 2)
 
 def knows(fake: FakeDaemon) -> None:
     """It says that two chunks are cached, in the same piece as Welcome."""
-    fake.first[1] = p.Changed(p.join_keys(KEYS), b"", True)
+    fake.first[1] = p.Changed(framing.join_keys(KEYS), b"", True)
 
 
 def test_the_index_that_comes_with_the_welcome_is_kept(fake: FakeDaemon) -> None:
@@ -137,8 +138,8 @@ def test_the_arenas_descriptor_is_not_inherited(fake: FakeDaemon) -> None:
         ([p.Refused("because")], "the daemon refuses: because"),
         ([p.Draining()], "answers Hello with Draining and no arena"),
         ([p.Welcome(p.VERSION, 1)], "answers Hello with Welcome and no arena"),
-        ([p.encode(p.Stat(1))], "no message"),
-        ([b"\xff" * 8], "above"),
+        ([framing.encode(p.Stat(1))], "no message"),
+        ([b"\xff" * 8], "a frame has 4294967295 bytes, at most 4194304 are allowed"),
         ([p.Welcome(p.VERSION, 1, p.Geometry(256, 2, 1), 19, "x")], "another geometry"),
         ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "Refused in an engine.s open session"),
     ],
@@ -165,7 +166,7 @@ def test_a_welcome_without_descriptor(fake: FakeDaemon) -> None:
         lambda r: [p.Granted(r.id, [], [], 1)],
         lambda r: [b"\xff" * 8],
         lambda r: [b"\x01\x00\x00\x00\xc0"],
-        lambda r: [p.encode(p.Stat(1))],
+        lambda r: [framing.encode(p.Stat(1))],
         lambda r: [p.Welcome(p.VERSION, 1)],
     ],
     ids=["row", "none", "other", "length", "no_message", "request", "welcome"],
@@ -203,7 +204,7 @@ def test_answers_that_nobody_waits_for(fake: FakeDaemon) -> None:
 
 def test_a_daemon_that_never_answers(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken for gone, again and again, and every call comes back."""
-    monkeypatch.setattr(link_module, "ANSWER_S", 0.1)
+    monkeypatch.setattr(reconnecting_link, "ANSWER_S", 0.1)
     knows(fake)
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
         for _ in range(3):
@@ -218,10 +219,10 @@ def test_news_that_has_not_been_read_yet_is_not_overlooked(fake: FakeDaemon) -> 
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
         assert client.acquire_soon(KEYS).done()
         link = client._link
-        for behind in ("_reading", "_frames"):
+        for behind in ("_reading", "_splitter"):
             with client._lock, pytest.MonkeyPatch.context() as patch:
                 patch.setattr(link, behind, True)
-                assert link.behind()
+                assert link.has_unread()
                 soon = client.acquire_soon(KEYS)
                 assert not soon.done()
             assert soon.result(PATIENCE_S).slots == (3,)
@@ -229,8 +230,8 @@ def test_news_that_has_not_been_read_yet_is_not_overlooked(fake: FakeDaemon) -> 
 
 def test_a_daemon_that_reads_nothing(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is queued for it is bounded: it is taken for gone."""
-    monkeypatch.setattr(link_module, "MAX_UNSENT_NBYTES", 1 << 20)
-    monkeypatch.setattr(link_module, "CONNECT_S", 0.5)
+    monkeypatch.setattr(reconnecting_link, "MAX_UNSENT_NBYTES", 1 << 20)
+    monkeypatch.setattr(reconnecting_link, "CONNECT_S", 0.5)
     stuck, go = threading.Event(), threading.Event()
 
     def answer(request: p.Request) -> list[Any]:
@@ -249,6 +250,6 @@ def test_a_daemon_that_reads_nothing(fake: FakeDaemon, monkeypatch: pytest.Monke
                 with client._lock:
                     client._link.send(p.Release(list(range(1 << 15))))
             eventually(lambda: not client.connected)
-            assert client._link._unsent == 0
+            assert client._link._unsent_nbytes == 0
         finally:
             go.set()

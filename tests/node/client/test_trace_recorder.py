@@ -1,4 +1,4 @@
-"""A recorded trace says what requests there were, in the order they came, and the replay reads it."""
+"""A recorded trace holds the requests in the order of their arrival, and the replay reads it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from kvkern.cache.base import RequestEnd
 from kvkern.cli import app
+from kvkern.node import framing
 from kvkern.node import protocol as p
-from kvkern.node.client import trace_recorder as record_module
+from kvkern.node.client import trace_recorder
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.client.trace_recorder import HOLD_S, TraceWriter
-from kvkern.node.daemon import client_connection as connection_module
+from kvkern.node.daemon import client_connection
 from kvkern.node.daemon.server import NodeConfig
 from kvkern.policy.base import Stop, Use
 from kvkern.replay.trace import read_trace
@@ -32,7 +33,7 @@ A, B = chain_keys("a", 5), chain_keys("b", 2)
 
 def recorded(arrived_s: float, keys: list[bytes], **more: Any) -> p.Recorded:
     said = {"prompt_tokens": 16 * len(keys), "output_tokens": -1, "stop": Stop.UNKNOWN, "session": 0} | more
-    return p.Recorded(arrived_s, p.join_keys(keys), **said)
+    return p.Recorded(arrived_s, framing.join_keys(keys), **said)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def test_lines_are_in_the_order_of_arrival(tmp_path: Path, name: str) -> None:
     with TraceWriter(tmp_path / name) as writer:
         writer.add(recorded(1002.0, A[:3], output_tokens=7, stop=Stop.TOOL_CALL, session=99))
         writer.add(recorded(1000.0, B))
-        writer.write_old(1003.0)
+        writer.write_due(1003.0)
         writer.add(recorded(1001.0, A[:2] + B, output_tokens=0, stop=Stop.END_TURN, session=99, prompt_tokens=70))
     assert lines_of(tmp_path / name) == [
         {"timestamp": 0, "input_length": 32, "hash_ids": [0, 1]},
@@ -64,14 +65,14 @@ def test_lines_are_in_the_order_of_arrival(tmp_path: Path, name: str) -> None:
 
 
 def test_what_ends_very_late_is_written_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_module, "MAX_HELD", 1)
+    monkeypatch.setattr(trace_recorder, "MAX_HELD", 1)
     with TraceWriter(tmp_path / "t.jsonl") as writer:
         writer.add(recorded(1000.0, A))
-        writer.write_old(1000.0 + HOLD_S)
+        writer.write_due(1000.0 + HOLD_S)
         assert not writer._held
         writer.add(recorded(999.0, B))
         writer.add(recorded(1001.0, A))
-        writer.write_old(1001.0)
+        writer.write_due(1001.0)
         assert len(writer._held) == 1
     assert [line["timestamp"] for line in lines_of(tmp_path / "t.jsonl")] == [0, 0, 1000]
 
@@ -84,9 +85,9 @@ def test_record_what_engines_had(daemon: Daemon, make_client: MakeClient, tmp_pa
     one, two = make_client("one"), make_client("two")
     one.finish(Use(request=1, output_tokens=10, stop=Stop.TOOL_CALL, session=5), RequestEnd(A, 83, 2.0))
     two.finish(Use(request=1, output_tokens=20), RequestEnd(A[:2] + B, 64))
-    one.finish(Use(output_tokens=9), RequestEnd(B))  # of no request
-    two.finish(Use(request=2), RequestEnd([], 3, 1e6))  # too short for a chunk, and as old as can be
-    with closing(daemon.client("three")) as three:  # what is said before the end is heard
+    one.finish(Use(output_tokens=9), RequestEnd(B))  # ends no request
+    two.finish(Use(request=2), RequestEnd([], 3, 1e6))  # too short for a chunk, and the oldest that is possible
+    with closing(daemon.client("three")) as three:  # what a client sent before it closed arrives
         three.finish(Use(request=1), RequestEnd(B, 40))
         eventually(lambda: not three._link._outbox)
     process.send_signal(signal.SIGINT)
@@ -94,7 +95,7 @@ def test_record_what_engines_had(daemon: Daemon, make_client: MakeClient, tmp_pa
     assert process.returncode == 0
     assert said == f"kvkern: recording into {out}\n"
     assert printed.startswith("4 requests, 7 distinct chunks in ")
-    assert printed.endswith(": was ended\n")
+    assert printed.endswith(": a signal ended it\n")
     lines = lines_of(out)
     assert lines[0]["hash_ids"] == []
     found = {tuple(line["hash_ids"]): line for line in lines}
@@ -115,7 +116,7 @@ def test_ends_when_there_are_enough_or_the_time_is_over_or_the_daemon_ends(daemo
         return result.stdout
 
     assert "0 requests, 0 distinct chunks" in (said := run("a.jsonl", "--seconds", "0"))
-    assert said.endswith(": the time is over\n")
+    assert said.endswith(": 0 seconds are over\n")
     command = [sys.executable, "-m", "kvkern", "record", str(tmp_path / "b.jsonl"), "--socket", str(daemon.socket)]
     processes = [
         subprocess.Popen([*command[:4], str(tmp_path / f"{n}.jsonl"), *command[5:], *more], cwd=ROOT,
@@ -127,11 +128,11 @@ def test_ends_when_there_are_enough_or_the_time_is_over_or_the_daemon_ends(daemo
         eventually(lambda: all((tmp_path / f"{n}.jsonl").exists() for n in range(2)), "files")
         client.finish(Use(request=1), RequestEnd(A, 80))
         printed, _ = processes[0].communicate(timeout=30)
-        assert printed.endswith(": there are as many as wanted\n")
+        assert printed.endswith(": 1 requests are recorded\n")
     daemon.stop()
     printed, _ = processes[1].communicate(timeout=30)
     assert printed.startswith("1 requests, 5 distinct chunks")
-    assert printed.endswith(": the daemon has hung up: it has ended, or it was read too slowly\n")
+    assert printed.endswith(": the daemon hung up: it has ended, or this recorder read too slowly\n")
 
 
 def test_bad_input(daemon: Daemon, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_bad_input(daemon: Daemon, tmp_path: Path) -> None:
 
 
 def test_a_recorder_that_does_not_read_is_let_go(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_UNSENT_NBYTES", 1 << 16)
+    monkeypatch.setattr(client_connection, "MAX_UNSENT_NBYTES", 1 << 16)
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False)
     with served(config) as server, Peer(config.socket) as recorder:
         recorder.greet(geometry=None)

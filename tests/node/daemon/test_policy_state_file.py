@@ -1,4 +1,4 @@
-"""What the policy has learned outlives the daemon, goes to another one as a file, and never keeps one from serving."""
+"""The policy's statistics outlive the daemon and serve another daemon as a file. A lost file never stops a daemon."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from kvkern.arena.slots import SlotGeometry
 from kvkern.errors import ConfigError
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon import policy_state_file as learned_module
+from kvkern.node.daemon import policy_state_file
 from kvkern.node.daemon.policy_state_file import MAX_NBYTES, PolicyStateFile
 from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.policy.base import Use
@@ -23,14 +23,14 @@ from tests.support import chain_keys
 
 
 def events_in(path: Path) -> float:
-    """How much a file's model has learned."""
+    """Return how many events the model in a file has learned from."""
     model = GritModel()
     model.load(path.read_bytes())
     return float(model.events.sum())
 
 
 def teach(daemon: Daemon, rounds: int = 3) -> None:
-    """Requests that come back."""
+    """Send the same request again and again."""
     with closing(daemon.client()) as client:
         chain = chain_keys("a", 8)
         store(client, chain)
@@ -41,14 +41,14 @@ def teach(daemon: Daemon, rounds: int = 3) -> None:
 def test_a_restarted_daemon_goes_on_with_what_was_learned(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     state = tmp_path / "state"
     daemon = make_daemon(options=["--policy-state", str(state)]).start()
-    assert events_in(state) == 0.0  # written at once: that it can be is known now
+    assert events_in(state) == 0.0  # written at start, to find out that it can be written
     teach(daemon)
     assert daemon.stop() == 0
     learned = events_in(state)
     assert learned > 0
     daemon.start()
-    assert f"goes on with what {state} has" in daemon.log
-    daemon.kill()  # nothing is written at such an end
+    assert f"the policy starts with the statistics in {state}" in daemon.log
+    daemon.kill()  # a killed daemon writes nothing
     assert events_in(state) == pytest.approx(learned)
     other = make_daemon(options=["--policy-state", str(state)]).start()  # as on another node
     teach(other)
@@ -58,7 +58,7 @@ def test_a_restarted_daemon_goes_on_with_what_was_learned(make_daemon: MakeDaemo
 
 
 def test_written_now_and_then(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned_module, "SAVE_S", 0.0)
+    monkeypatch.setattr(policy_state_file, "SAVE_S", 0.0)
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, policy_state=tmp_path / "state")
     with served(config), closing(NodeClient.open(config.socket, "e", GEOMETRY, prefault=False)):
         first = (tmp_path / "state").stat().st_ino
@@ -66,12 +66,12 @@ def test_written_now_and_then(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_nothing_is_learned_while_it_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A remote store's thread uses the policy too."""
-    monkeypatch.setattr(learned_module, "SAVE_S", 0.0)
+    """The cache's lock is held during a dump, because a remote store's thread uses the policy too."""
+    monkeypatch.setattr(policy_state_file, "SAVE_S", 0.0)
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False, policy_state=tmp_path / "state")
     with served(config) as server, closing(NodeClient.open(config.socket, "e", GEOMETRY, prefault=False)):
         held: list[bool] = []
-        state, model = server.sessions, server._learned.model
+        state, model = server.sessions, server._policy_state.model
         assert state is not None
         assert model is not None
         dump = model.dump
@@ -86,17 +86,21 @@ def test_one_model_for_every_arena_of_a_daemon(folder: Path, tmp_path: Path) -> 
         models = []
         for geometry in (GEOMETRY, SlotGeometry(part_nbytes=512, max_planes=2, world_size=1)):
             with closing(NodeClient.open(config.socket, "e", geometry, index=False, prefault=False)):
-                models.append(server._learned.model)
-            eventually(server._replaceable, "an arena that nobody uses")
+                models.append(server._policy_state.model)
+            eventually(server._arena_unused, "an arena that nobody uses")
         assert models[0] is models[1] is not None
 
 
 @pytest.mark.parametrize(
     ("policy", "data", "message"),
     [
-        ("lru", b"", "policy lru learns nothing to keep in .*; leave out --policy-state"),
+        ("lru", b"", "policy lru learns nothing to keep in .*/state; leave out --policy-state, or use --policy grit"),
         ("grit", b"x" * 99, "state: policy state of 99 bytes: its checksum does not match; delete the file"),
-        ("grit", bytes(MAX_NBYTES + 1), f"state: above {MAX_NBYTES} bytes, so no policy state"),
+        (
+            "grit",
+            bytes(MAX_NBYTES + 1),
+            f"state: the file is above {MAX_NBYTES} bytes, so it is no policy state; give another --policy-state",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_at_start(
@@ -142,7 +146,10 @@ def test_a_disk_that_fails_later_is_told_once(tmp_path: Path, caplog: pytest.Log
 
     with caplog.at_level(logging.WARNING, logger="kvkern"):
         asyncio.run(twice())
-    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["No such file or directory"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kvkern: policy state {folder / 'state'} cannot be written (No such file or directory) and is tried again every 60 s; "
+        "make room on its disk, or make the folder writable"
+    ]
     (tmp_path / "away").rename(folder)
     asyncio.run(learned.close())
     assert (folder / "state").read_bytes() == before

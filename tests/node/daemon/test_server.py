@@ -18,9 +18,10 @@ import pytest
 
 from kvkern.arena.slots import SlotGeometry
 from kvkern.errors import ConfigError
+from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon import client_connection as connection_module
+from kvkern.node.daemon import client_connection
 from kvkern.node.daemon import server as server_module
 from kvkern.node.daemon.server import NodeConfig, Server
 from tests.node.conftest import (
@@ -54,11 +55,11 @@ def test_who_may_connect(tmp_path: Path, uid: int, gid: int, may: bool) -> None:
     config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, uids=frozenset({7001}), gids=frozenset({7002}))
     child = subprocess.Popen(["sleep", "60"])  # of no group that the daemon knows
     try:
-        assert Server(config)._may(uid, gid, child.pid) is may
+        assert Server(config)._may_connect(uid, gid, child.pid) is may
     finally:
         child.kill()
         child.wait()
-    assert not Server(config)._may(1, 1, child.pid)  # gone: of no group
+    assert not Server(config)._may_connect(1, 1, child.pid)  # gone: of no group
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root: to be somebody else")
@@ -68,7 +69,7 @@ def test_members_of_an_allowed_group_may_connect(tmp_path: Path, member: bool) -
     child = subprocess.Popen(["sleep", "60"], user=7003, group=7003, extra_groups=[7002] if member else [])
     try:
         eventually(lambda: f"\t{7003}\t" in Path(f"/proc/{child.pid}/status").read_text())
-        assert Server(config)._may(7003, 7003, child.pid) is member
+        assert Server(config)._may_connect(7003, 7003, child.pid) is member
     finally:
         child.kill()
         child.wait()
@@ -167,7 +168,7 @@ def config(folder: Path, tmp_path: Path) -> NodeConfig:
 
 
 def test_who_says_no_hello_is_cut_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
+    monkeypatch.setattr(client_connection, "HELLO_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.socket.sendall(b"\x07\x00")  # the beginning of a frame is no Hello
         assert peer.hung_up()
@@ -190,7 +191,7 @@ def slow_arena(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, thread
 def test_who_has_said_hello_may_wait_for_a_large_arena(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "HELLO_S", 0.05)
+    monkeypatch.setattr(client_connection, "HELLO_S", 0.05)
     begun, go = slow_arena(monkeypatch)
     with served(config(folder, tmp_path)), Peer(folder / "s") as peer, Peer(folder / "s") as silent:
         sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
@@ -220,14 +221,14 @@ def test_who_leaves_while_the_arena_is_made_holds_nothing(
 
 def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut off before its answers fill the memory; others are served all the time."""
-    monkeypatch.setattr(connection_module, "MAX_UNSENT_NBYTES", 1 << 20)
+    monkeypatch.setattr(client_connection, "MAX_UNSENT_NBYTES", 1 << 20)
     with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
         chain = chain_keys("a", 3)
         eventually(lambda: stock(client)[0])
         assert store(client, chain) == 3
         with Peer(folder / "s") as peer:
             peer.greet(geometry=None)
-            asked = p.encode(p.Stat(1)) * 100
+            asked = framing.encode(p.Stat(1)) * 100
 
             def ask() -> None:
                 while True:
@@ -244,7 +245,7 @@ def test_a_bad_client_that_does_not_read_is_let_go(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is queued for it does not keep it, or what it holds, for ever."""
-    monkeypatch.setattr(connection_module, "LINGER_S", 0.05)
+    monkeypatch.setattr(client_connection, "LINGER_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.greet()
         peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket takes, less than the limit
@@ -264,7 +265,7 @@ def test_a_client_that_only_stops_sending_is_gone(daemon: Daemon) -> None:
 
 
 def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(client_connection, "MAX_CONNECTIONS", 2)
     with served(config(folder, tmp_path)) as server:
         with Peer(folder / "s") as one, Peer(folder / "s") as two:
             one.greet()
@@ -320,7 +321,7 @@ def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
             os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("fault", ["open", "_welcome", "handle"])
+@pytest.mark.parametrize("fault", ["open_session", "_send_welcome", "handle"])
 def test_a_fault_of_the_daemon_ends_the_connection(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
@@ -448,7 +449,7 @@ def test_slots_of_others_are_not_published(daemon: Daemon, make_client: MakeClie
     chain = chain_keys("a", 3)
     reservation = client.reserve(chain, chain, SHAPE)
     write_payload(client.arena, reservation)
-    slots, generations, keys = list(reservation.slots), list(reservation.generations), p.join_keys(chain)
+    slots, generations, keys = list(reservation.slots), list(reservation.generations), framing.join_keys(chain)
     with Peer(daemon.socket) as peer:
         peer.greet(index=True)
         peer.say(p.Publish(1, NAMESPACE, slots, generations, keys, keys), p.GiveBack(slots), p.Release([1, 2, 3]))

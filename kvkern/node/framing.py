@@ -1,0 +1,140 @@
+"""How messages travel: frames of msgpack over a Unix socket, keys as one byte string. Opens no socket.
+
+    frame = length of the body as u32le | body: one message, a msgpack array that begins with the message's tag
+
+A frame that does not decode to a message of protocol.py, or is longer than MAX_FRAME_NBYTES, raises ProtocolError. The side
+that receives such a frame ends the connection.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from ..errors import ConfigError
+from ..keys import KEY_NBYTES
+from .protocol import VERSION, Acquired, Granted, ProtocolError, Publish, Request, Response
+
+MAX_FRAME_NBYTES = 4 << 20
+MAX_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
+_LENGTH = struct.Struct("<I")
+_KEY_FIELDS = ("keys", "chain", "added", "removed")  # fields that hold whole keys, in any message
+_EQUAL_LENGTHS: dict[type, tuple[str, ...]] = {  # fields that hold one element per slot
+    Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("rows", "slots"),
+}  # fmt: skip
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_response_decoder: msgspec.msgpack.Decoder[Response] = msgspec.msgpack.Decoder(Response)
+
+
+def encode(message: Struct) -> bytes:
+    """Return the frame of a message. Raises ProtocolError if it is longer than MAX_FRAME_NBYTES."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_NBYTES:
+        raise ProtocolError(
+            f"a {type(message).__name__} has {len(body)} bytes, a frame at most {MAX_FRAME_NBYTES}; send less at a time"
+        )
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_request(body: bytes | memoryview) -> Request:
+    """Return the message in the body of a client's frame. Raises ProtocolError."""
+    return _decode(_request_decoder, body)  # type: ignore[no-any-return]
+
+
+def decode_response(body: bytes | memoryview) -> Response:
+    """Return the message in the body of a daemon's frame. Raises ProtocolError."""
+    return _decode(_response_decoder, body)  # type: ignore[no-any-return]
+
+
+def _decode(decoder: Any, body: bytes | memoryview) -> Any:
+    try:
+        message = decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(
+            f"a frame of {len(body)} bytes holds no message of protocol version {VERSION}: {error}; "
+            f"use the same version of kvkern on both sides"
+        ) from error
+    name = type(message).__name__
+    for field in _KEY_FIELDS:
+        if (nbytes := len(getattr(message, field, b""))) % KEY_NBYTES:
+            raise ProtocolError(f"{field} of {name} has {nbytes} bytes; send a whole number of {KEY_NBYTES}-byte keys")
+    fields = _EQUAL_LENGTHS.get(type(message), ())
+    counts = [len(getattr(message, field)) // (KEY_NBYTES if field == "keys" else 1) for field in fields]
+    if len(set(counts)) > 1:
+        raise ProtocolError(f"{', '.join(fields)} of {name} have {counts} elements; send as many of each")
+    return message
+
+
+class FrameSplitter:
+    """Cuts a stream of bytes into frames. Holds at most one incomplete frame."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def __bool__(self) -> bool:
+        """Return True if the buffer holds the beginning of a frame whose end has not arrived."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the bodies of the frames that are complete now.
+
+        Raises ProtocolError on a length above the limit, before the body is buffered.
+        """
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        try:
+            while len(buffer) - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(buffer, at)
+                if length > MAX_FRAME_NBYTES:
+                    raise ProtocolError(
+                        f"a frame has {length} bytes, at most {MAX_FRAME_NBYTES} are allowed; send less at a time"
+                    )
+                end = at + _LENGTH.size + length
+                if len(buffer) < end:
+                    return
+                body = bytes(buffer[at + _LENGTH.size : end])
+                at = end
+                yield body
+        finally:
+            del buffer[:at]
+
+
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Join keys into one byte string. Raises ConfigError if a key is not 32 bytes long."""
+    joined = b"".join(keys)
+    if len(joined) != KEY_NBYTES * len(keys):
+        raise ConfigError(
+            f"{len(keys)} keys have {len(joined)} bytes in all; give chunk keys of {KEY_NBYTES} bytes each"
+        )
+    return joined
+
+
+def split_keys(joined: bytes) -> list[bytes]:
+    """Cut one byte string into keys."""
+    return [joined[at : at + KEY_NBYTES] for at in range(0, len(joined), KEY_NBYTES)]
+
+
+def checked_socket_path(path: Path) -> Path:
+    """Return `path` if Linux allows it for a Unix socket. Raises ConfigError if it is too long."""
+    if (nbytes := len(os.fsencode(path))) > MAX_PATH_NBYTES:
+        raise ConfigError(
+            f"socket path {str(path)!r} has {nbytes} bytes, longer than the {MAX_PATH_NBYTES} bytes Linux allows; shorten it"
+        )
+    return path
+
+
+def connect_error(path: Path, error: OSError) -> ConfigError:
+    """Return the error that tells the user why a client could not connect and what to do."""
+    if isinstance(error, PermissionError):
+        return ConfigError(f"this user may not open {path}; join the group of the socket, or run as its owner")
+    return ConfigError(
+        f"no daemon answers on {path} ({error.strerror or error}); start one: kvkern serve --socket {path} --capacity 8GiB"
+    )
