@@ -1,4 +1,4 @@
-"""What bench/remote.py measures with: servers of its own, and the best plain loop of each one's client. Prints nothing."""
+"""Servers for bench/remote.py, and the best plain loop of each server's client. Prints nothing."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ from typing import Any, Protocol
 from urllib.request import Request, urlopen
 
 import numpy as np
-import numpy.typing as npt
 
 from kvkern.arena.file import Arena
 from kvkern.kernels.paged_copy_numba import checksum_planes
 from kvkern.remote.value_format import slot_parts
 
 GIVE_UP_S = 60.0
-CONCURRENCY = 64  # requests at a time to an object store, ours and raw
-VALUES_NBYTES = 4 << 30  # that a server may hold: all of a run
+CONCURRENCY = 64  # requests at a time to an object store, for kvkern and raw
+VALUES_NBYTES = 4 << 30  # capacity of a server: all values of a run
 
 
 class MissingError(RuntimeError):
-    """A server or a client is not installed; says which package has it."""
+    """A server or a client is not installed. The message names its package."""
 
 
-class Raw(Protocol):
-    """A client used plainly, the way its users would. Names are any strings."""
+class RawClient(Protocol):
+    """A client used plainly, the way its users would use it. Names are any strings."""
 
-    verifies: bool  # whether `read` sums what it has read
+    verifies: bool  # True: `read` sums what it has read
 
     def variants(self) -> Sequence[str]:
-        """Ways to do it; the best one counts."""
+        """Return the ways to do it; the best one counts."""
 
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
-        """Values of these slots, as whole objects."""
+        """Write the values of these slots as whole objects."""
 
-    def rest(self) -> None:
-        """Before a write that is timed, ours too: nothing of earlier ones is left to do."""
+    def finish_writes(self) -> None:
+        """Finish the work that earlier writes left behind; by default none. Called before every timed call, kvkern's too."""
+        return
 
-    def settle(self, names: Sequence[str]) -> None:
-        """What is not timed, between writing and reading."""
+    def prepare_read(self, names: Sequence[str]) -> None:
+        """Prepare values for reading; by default nothing. Not timed."""
+        return
 
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
-        """Back: into the slots where the client can, verified where the line says so."""
+        """Read values back, into the slots where the client can; verified if `verifies`."""
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Delete them."""
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete values."""
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -68,8 +69,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(program: str, package: str, arguments: Sequence[str], port: int) -> Iterator[None]:
-    """A process from when it listens to the end of the block."""
+def run_server(program: str, package: str, arguments: Sequence[str], port: int) -> Iterator[None]:
+    """Run a server until the end of the block; the block begins when it listens."""
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     found = shutil.which(program, path=beside)
     if found is None:
@@ -79,7 +80,7 @@ def server(program: str, package: str, arguments: Sequence[str], port: int) -> I
         end = time.monotonic() + GIVE_UP_S
         while socket.socket().connect_ex(("127.0.0.1", port)):
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{program} does not come up")
+                raise RuntimeError(f"{program} does not listen on port {port} after {GIVE_UP_S:.0f} s, or has ended")
             time.sleep(0.05)
         yield
     finally:
@@ -88,8 +89,8 @@ def server(program: str, package: str, arguments: Sequence[str], port: int) -> I
 
 
 @contextmanager
-def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
-    """(URL of a store of that kind, its plain client). Raises MissingError."""
+def start_store(kind: str, arena: Arena) -> Iterator[tuple[str, RawClient]]:
+    """Yield (URL of a store of that kind, its plain client). Raises MissingError."""
     with tempfile.TemporaryDirectory(prefix="kvkern-bench-") as folder:
         if kind in ("file", "file_cached"):
             direct = "auto" if kind == "file" else "no"
@@ -99,13 +100,16 @@ def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
             port = free_port()
             arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
             arguments += ["--maxmemory", str(VALUES_NBYTES), "--maxmemory-policy", "allkeys-lru", "--dir", folder]
-            with server("redis-server", "the Debian package redis-server", arguments, port):
+            with run_server("redis-server", "the Debian package redis-server", arguments, port):
                 yield f"redis://127.0.0.1:{port}", RawRedis(arena, port)
         elif kind == "mooncake":
             port, metrics = free_port(), free_port()
             arguments = [f"--rpc_port={port}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}"]
             arguments += ["--metrics_host=127.0.0.1", "--enable_metric_reporting=false"]
-            with server("mooncake_master", "mooncake-transfer-engine-non-cuda", arguments, port), segment(port):
+            with (
+                run_server("mooncake_master", "mooncake-transfer-engine-non-cuda", arguments, port),
+                run_segment_node(port),
+            ):
                 raw = RawMooncake(arena, port)
                 try:
                     yield f"mooncake://127.0.0.1:{port}?segment=0", raw
@@ -113,7 +117,9 @@ def place(kind: str, arena: Arena) -> Iterator[tuple[str, Raw]]:
                     raw.close()
         elif kind == "s3":
             port = free_port()
-            with server("moto_server", "moto[s3], flask and flask-cors", ["-H", "127.0.0.1", "-p", str(port)], port):
+            with run_server(
+                "moto_server", "moto[s3], flask and flask-cors", ["-H", "127.0.0.1", "-p", str(port)], port
+            ):
                 url = f"http://127.0.0.1:{port}"
                 with urlopen(Request(f"{url}/bucket", b"", {"Content-Type": "text/plain"}, method="PUT")):
                     yield f"s3://me:hush@bucket?endpoint={url}&concurrency={CONCURRENCY}", RawObjects(arena, url)
@@ -134,8 +140,8 @@ store.close()
 
 
 @contextmanager
-def segment(port: int) -> Iterator[None]:
-    """Another node that contributes the memory: in the same process nothing would go over the wire."""
+def run_segment_node(port: int) -> Iterator[None]:
+    """Run another node that contributes the memory. In the same process nothing would go over the wire."""
     command = [sys.executable, "-c", _SEGMENT, f"127.0.0.1:{free_port()}", str(VALUES_NBYTES), f"127.0.0.1:{port}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -152,8 +158,8 @@ def segment(port: int) -> Iterator[None]:
 # -- plain loops -------------------------------------------------------------------------------------------------------
 
 
-class RawFiles:
-    """One file a value: write, and readinto followed by the verification that a reader of a disk needs."""
+class RawFiles(RawClient):
+    """One file per value: write; readinto, then the verification that a reader of a disk needs."""
 
     verifies = True
 
@@ -169,13 +175,13 @@ class RawFiles:
                 for part in slot_parts(self._arena, slot):
                     file.write(part)
                 if self._cold:
-                    os.fdatasync(file.fileno())  # O_DIRECT leaves nothing in memory either
+                    os.fdatasync(file.fileno())  # O_DIRECT leaves no dirty pages either
 
-    def rest(self) -> None:
-        os.sync()  # else one waits for the other's dirty pages
+    def finish_writes(self) -> None:
+        os.sync()  # otherwise one side waits for the dirty pages of the other
 
-    def settle(self, names: Sequence[str]) -> None:
-        """Cold: on the disk, and out of the page cache."""
+    def prepare_read(self, names: Sequence[str]) -> None:
+        """If cold: move values to the disk and out of the page cache."""
         for name in names if self._cold else ():
             with (self._folder / name).open("rb") as file:
                 os.fsync(file.fileno())
@@ -188,13 +194,13 @@ class RawFiles:
                     file.readinto(part)
         verify(self._arena, slots)
 
-    def forget(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str]) -> None:
         for name in names:
             (self._folder / name).unlink()
 
 
-class RawRedis:
-    """redis-py with hiredis: pipelines of some depth, on one connection or two."""
+class RawRedis(RawClient):
+    """redis-py with hiredis: pipelines of several depths, on one connection or two."""
 
     verifies = False
 
@@ -214,24 +220,18 @@ class RawRedis:
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         def one(pipe: Any, row: int) -> None:
             header, payload = slot_parts(self._arena, slots[row])
-            whole = np.frombuffer(header, dtype=np.uint8)  # header and payload lie behind each other
+            whole = np.frombuffer(header, dtype=np.uint8)  # header and payload are adjacent
             view = np.lib.stride_tricks.as_strided(whole, (len(header) + len(payload),), (1,))
             pipe.set(names[row], memoryview(view))
 
         self._run(len(names), variant, one)
 
-    def rest(self) -> None:
-        pass
-
-    def settle(self, names: Sequence[str]) -> None:
-        pass
-
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         for value in self._run(len(names), variant, lambda pipe, row: pipe.get(names[row])):
             if value is None:
-                raise RuntimeError("a value is gone")
+                raise RuntimeError("a value is gone: the server has evicted it")
 
-    def forget(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str]) -> None:
         self._clients[0].unlink(*names)
 
     def _run(self, count: int, variant: str, add: Callable[[Any, int], object]) -> list[Any]:
@@ -251,8 +251,8 @@ class RawRedis:
         return [value for part in self._pool.map(share, range(connections)) for value in part]
 
 
-class RawMooncake:
-    """The library's own batch calls on registered memory. Contributes the segment that everybody's values lie in."""
+class RawMooncake(RawClient):
+    """The library's own batch calls on registered memory. All values lie in the segment of `run_segment_node`."""
 
     verifies = False
 
@@ -277,16 +277,10 @@ class RawMooncake:
     def write(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         self._run(self._store.batch_put_from, names, slots, int(variant), 0)
 
-    def rest(self) -> None:
-        pass
-
-    def settle(self, names: Sequence[str]) -> None:
-        pass
-
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         self._run(self._store.batch_get_into, names, slots, int(variant), self._arena.spec.geometry.slot_nbytes)
 
-    def forget(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str]) -> None:
         for name in names:
             self._store.remove(name, True)
 
@@ -300,11 +294,11 @@ class RawMooncake:
             starts = [self._start + 4096 + slot * size for slot in slots[part]]
             done = call(list(names[part]), starts, [size] * len(starts))
             if any(code != expected for code in done):
-                raise RuntimeError(f"mooncake has answered {done}")
+                raise RuntimeError(f"mooncake answered {done}")
 
 
-class RawObjects:
-    """obstore alone: so many requests at a time. What it reads stays in memory of its own."""
+class RawObjects(RawClient):
+    """obstore alone, with several requests at a time. What it reads stays in its own memory."""
 
     verifies = False
 
@@ -334,12 +328,6 @@ class RawObjects:
 
         self._run(len(names), int(variant), one)
 
-    def rest(self) -> None:
-        pass
-
-    def settle(self, names: Sequence[str]) -> None:
-        pass
-
     def read(self, names: Sequence[str], slots: Sequence[int], variant: str) -> None:
         import obstore
 
@@ -350,7 +338,7 @@ class RawObjects:
 
         self._run(len(names), int(variant), one)
 
-    def forget(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str]) -> None:
         import obstore
 
         obstore.delete(self._store, list(names))
@@ -369,15 +357,8 @@ class RawObjects:
 
 
 def verify(arena: Arena, slots: Sequence[int]) -> None:
-    """Sum every byte of these slots, as the tier does: on one thread. All have the same payload."""
+    """Sum every byte of these slots on one thread, as the tier does. All slots have the same payload."""
     at = np.array(slots, dtype=np.int64)
     sizes = np.full((len(at), 1), arena.spec.geometry.part_nbytes, dtype=np.uint32)
     if len(np.unique(checksum_planes(arena.parts(0), at, sizes))) != 1:
-        raise RuntimeError("what was read does not verify")
-
-
-def fill(arena: Arena, slots: Sequence[int], noise: npt.NDArray[np.uint8]) -> None:
-    """Payload of these slots."""
-    for slot in slots:
-        payload = np.frombuffer(slot_parts(arena, slot)[1], dtype=np.uint8)
-        payload[:] = noise[: len(payload)]
+        raise RuntimeError("the values that were read do not verify")

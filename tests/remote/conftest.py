@@ -1,4 +1,4 @@
-"""What several tests of the remote tier's parts share."""
+"""Fixtures that several tests of the remote tier share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 class Clock:
-    """Stands still until a test moves it."""
+    """A clock that stands still until a test moves it."""
 
     now = 100.0
 

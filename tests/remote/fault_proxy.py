@@ -1,4 +1,4 @@
-"""A TCP proxy with the faults of a network that are switched on and off while connections last, and a server behind it."""
+"""A TCP proxy with network faults that tests switch on and off while connections last, and a server behind it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Garble = Callable[[bytes], bytes]
 
 
 class FaultProxy:
-    """Between clients and a server on 127.0.0.1, in a thread of its own. Attributes may be set at any time."""
+    """A proxy between clients and a server on 127.0.0.1, in a thread of its own. Attributes may be set at any time."""
 
     def __init__(self, to_port: int) -> None:
-        self.silent = False  # whatever comes goes nowhere, either way: a partition
-        self.delay_s = 0.0  # of each piece that comes
-        self.nbytes_s = 0.0  # of each connection and direction; 0: as fast as it goes
+        self.silent = False  # a partition: nothing passes, either way
+        self.delay_s = 0.0  # before each piece is passed on
+        self.nbytes_s = 0.0  # per connection and direction; 0: no limit
         self.garble_requests: Garble | None = None
         self.garble_replies: Garble | None = None
         self.port = 0
@@ -35,12 +35,12 @@ class FaultProxy:
         assert self._ready.wait(30)
 
     def heal(self) -> None:
-        """Everything passes again. Connections that have lost something stay as they are."""
+        """Let everything pass again. Connections that have lost bytes stay as they are."""
         self.silent, self.delay_s, self.nbytes_s = False, 0.0, 0.0
         self.garble_requests = self.garble_replies = None
 
     def close(self) -> None:
-        """All connections end."""
+        """End all connections."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -99,7 +99,7 @@ class FaultProxy:
 
 
 def flips(rng: random.Random, chance: float, least_nbytes: int = 0) -> Garble:
-    """Of every piece of some length now and then one bit."""
+    """Make a Garble that now and then flips one bit of a piece of at least `least_nbytes`."""
 
     def garble(data: bytes) -> bytes:
         if len(data) < least_nbytes or rng.random() >= chance:
@@ -111,7 +111,7 @@ def flips(rng: random.Random, chance: float, least_nbytes: int = 0) -> Garble:
 
 
 class Redis:
-    """A server that can be killed and started again, where it finds what it had if it was told to save it."""
+    """A server that can be killed and restarted. It finds its old values if it was told to save them."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self._folder, self._options = folder, options
@@ -124,7 +124,7 @@ class Redis:
         self.server = self._stack.enter_context(redis_server(self._folder, *self._options, port=self.port))
 
     def kill(self, save: bool = False) -> None:
-        """kill -9."""
+        """Kill it with SIGKILL."""
         if save:
             with self.client() as client:
                 client.save()

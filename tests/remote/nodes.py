@@ -1,4 +1,4 @@
-"""A node for tests of the remote tier: a real cache, arena and tier over any store, and a look at who has which slot."""
+"""A node for tests of the remote tier: a real cache, arena and tier over any store, and checks of who owns which slot."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Node:
         return self.cache.counters.snapshot()
 
     def compute(self, chain: Sequence[bytes], seed: int = 0, wanted: Sequence[bytes] | None = None) -> int:
-        """What an engine stores; returns how many chunks."""
+        """Store chunks as an engine does. Returns how many."""
         reservation = self.cache.reserve(chain, chain if wanted is None else wanted, SHAPE, USE)
         write_payload(self.arena, reservation, seed)
         return self.cache.commit(reservation)
@@ -58,7 +58,7 @@ class Node:
         return self.cache.acquire(chain, prefix, USE)
 
     def hits(self, chain: Sequence[bytes], seed: int = 0) -> int:
-        """How many chunks an engine would load, verified as its worker does."""
+        """Return how many chunks an engine would load, verified as its worker does."""
         lease = self.acquire(chain)
         assert lease.keys == tuple(chain[: len(lease.keys)])
         assert read_verified(self.arena, lease, seed)
@@ -66,12 +66,12 @@ class Node:
         return len(lease.keys)
 
     def settle(self) -> None:
-        """Until nothing is on its way any more."""
+        """Wait until nothing is under way any more."""
         eventually(lambda: self.tier.idle and not self.cache._dram._departing, "an empty outbox")
         eventually(lambda: not any(self.cache._dram._pins) and not self.tier.reader.num_waiting, "no reader")
 
     def whole(self) -> bool:
-        """Every slot is free or a chunk's that can be found, and nobody holds any: nothing leaks."""
+        """Return True if nothing leaks: every slot is free or belongs to a findable chunk, and nobody holds any."""
         dram, state = self.cache._dram, self.arena.headers["state"]
         used, free = list(dram._index.values()), dram._free
         return (
@@ -103,6 +103,6 @@ def node(folder: Path, store: RemoteStore, **options: object) -> Iterator[Node]:
 
 @contextmanager
 def nodes(folder: Path, store: MemoryStore, **options: object) -> Iterator[tuple[Node, Node]]:
-    """Two that share the values of a store."""
+    """Yield two nodes that share the values of a store."""
     with node(folder, store, **options) as one, node(folder, MemoryStore(store.values), **options) as two:
         yield one, two

@@ -1,4 +1,4 @@
-"""What a test of a real store needs, and servers that end with it."""
+"""The requirements of tests with real stores, and servers that end with their test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def need(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody has now."""
+    """Return a TCP port of 127.0.0.1 that nobody uses now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -47,7 +47,7 @@ def running(
     timeout_s: float = 30.0,
     **options: object,  # of Popen
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process from when it is `ready` to the end of the block; whatever state it is in, it is killed then."""
+    """Yield a server process once it is `ready`. Kills it at the end of the block, whatever state it is in."""
     with log.open("ab") as out:
         process = subprocess.Popen(  # type: ignore[call-overload]
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, **options
@@ -67,7 +67,7 @@ def running(
 
 
 def answers(port: int) -> bool:
-    """Whether somebody listens on a port of 127.0.0.1."""
+    """Return True if somebody listens on a port of 127.0.0.1."""
     with socket.socket() as sock:
         sock.settimeout(1.0)
         return sock.connect_ex(("127.0.0.1", port)) == 0

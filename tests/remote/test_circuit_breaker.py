@@ -1,4 +1,4 @@
-"""The breaker by itself, on a clock of the test's."""
+"""The breaker alone, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.remote.conftest import Clock
 
 @pytest.fixture
 def breaker(clock: Clock) -> CircuitBreaker:
-    return CircuitBreaker("r", clock, lambda: 1.0)  # the longest of the pauses that may be drawn
+    return CircuitBreaker("r", clock, lambda: 1.0)  # always draws the longest pause
 
 
 def pause_s(breaker: CircuitBreaker, clock: Clock) -> float:
-    """Until it lets somebody try."""
+    """Return the seconds until the breaker allows a call."""
     began = clock.now
     while not breaker.allows_call():
         clock.now += 0.01
@@ -53,7 +53,7 @@ def test_one_call_tries_and_the_pause_doubles_up_to_a_limit(breaker: CircuitBrea
 
 
 def test_calls_that_were_under_way_do_not_lengthen_the_pause(breaker: CircuitBreaker, clock: Clock) -> None:
-    """A store that hangs fails all at once: as many calls as wait for it."""
+    """When a store hangs, all calls that wait for it fail at once."""
     assert all(breaker.begin_call() for _ in range(200))
     for _ in range(200):
         breaker.failed("no answer")
@@ -70,12 +70,12 @@ def test_answers_in_part_end_no_row_and_begin_none(breaker: CircuitBreaker) -> N
         assert not breaker.is_open
     breaker.failed("x")
     assert breaker.is_open
-    breaker.partly_answered()  # begun before
+    breaker.partly_answered()  # it began before the breaker opened
     assert breaker.is_open
 
 
 def test_an_answer_in_part_to_the_one_that_tries(breaker: CircuitBreaker, clock: Clock) -> None:
-    """It is asked again; the next failure is not the first one."""
+    """The store is asked again, but one more failure opens the breaker."""
     breaker.trip("x")
     pause_s(breaker, clock)
     assert breaker.begin_call()
@@ -100,5 +100,5 @@ def test_a_late_failure_lets_nobody_else_try_at_once(breaker: CircuitBreaker, cl
     assert breaker.begin_call()
     breaker.failed("begun long ago")
     assert not breaker.allows_call()
-    breaker.succeeded()  # and the one that tries works
+    breaker.succeeded()  # and the trial call works
     assert not breaker.is_open

@@ -1,4 +1,4 @@
-"""What loads and writes are held to be worth, on a clock of the test's, and how a store that has hung is used again."""
+"""When loads and writes are worth their cost, on a clock that the test moves, and how a store that has hung is used again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_not_known_refuses_nothing(clock: Clock) -> None:
     assert costs.write_threshold(CHUNK_TOKENS) == pytest.approx(Costs().threshold)
 
 
-COMPUTE_S = CHUNK_TOKENS / 15_000  # a chunk
+COMPUTE_S = CHUNK_TOKENS / 15_000  # seconds to compute a chunk
 
 
 def test_what_was_never_measured_gets_a_share_of_computing(costs: CostModel) -> None:
@@ -65,15 +65,15 @@ def test_a_question_may_take_some_times_what_it_takes(costs: CostModel, clock: C
     assert costs.ask_limit(1000, CHUNK_TOKENS).request_s == pytest.approx(ASK_TIMES * 0.1, rel=0.01)
     for _ in range(200):
         costs.note_ask(4.0)
-    assert not costs.worth_asking(1000, CHUNK_TOKENS)  # four seconds, of the seventeen that computing takes
+    assert not costs.worth_asking(1000, CHUNK_TOKENS)  # asking takes four seconds, computing seventeen
     assert costs.ask_limit(10_000, CHUNK_TOKENS).request_s == LONGEST_ASK_S
     for _ in range(200):
         costs.note_ask(6.0)
     assert not costs.worth_asking(10_000, CHUNK_TOKENS)
-    assert not costs.worth_asking(10_000, 0)  # computing is not known
+    assert not costs.worth_asking(10_000, 0)  # the time to compute is not known
     clock.now += PROBE_S
     assert costs.worth_asking(1000, CHUNK_TOKENS)
-    assert costs.ask_limit(1000, CHUNK_TOKENS).request_s == 0  # to measure it: nobody waits
+    assert costs.ask_limit(1000, CHUNK_TOKENS).request_s == 0  # this question only measures: nobody waits for it
     costs.note_ask(0.001)
     assert costs.worth_asking(1000, CHUNK_TOKENS)
 
@@ -88,9 +88,9 @@ def test_a_window_may_take_some_times_what_it_takes_and_no_longer_than_computing
         wait = costs.read_limit(chunks, 1000, CHUNK_TOKENS)
         assert wait.stalled_after_s == pytest.approx(max(LEAST_WAIT_S, READ_TIMES * chunks * read_s))
         assert wait.request_s == pytest.approx(min(wait.stalled_after_s, chunks * COMPUTE_S))
-        assert wait.request_s > chunks * read_s  # what is just fast enough is waited for
+        assert wait.request_s > chunks * read_s  # a read that is just fast enough is waited for
     assert costs.read_limit(1 << 20, 1 << 20, CHUNK_TOKENS) == (LONGEST_WAIT_S, LONGEST_WAIT_S)
-    assert costs.read_limit(1 << 20, 1 << 20, 0) == (LONGEST_WAIT_S, LONGEST_WAIT_S)  # computing is not known
+    assert costs.read_limit(1 << 20, 1 << 20, 0) == (LONGEST_WAIT_S, LONGEST_WAIT_S)  # the time to compute is not known
 
 
 def test_what_does_not_pay_is_not_waited_for(costs: CostModel, clock: Clock) -> None:
@@ -105,8 +105,8 @@ def test_a_slow_store_is_left_and_tried_now_and_then(costs: CostModel, clock: Cl
     assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
     assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == PROBE_CHUNKS
-    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0  # another request's try is under way
-    costs.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # still is
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0  # the trial of another request is under way
+    costs.note_read(PROBE_CHUNKS, PROBE_CHUNKS * 0.09)  # it is still too slow
     assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == 0
     clock.now += PROBE_S
     assert costs.chunks_worth_reading(8, CHUNK_TOKENS) == PROBE_CHUNKS
@@ -142,7 +142,7 @@ def test_a_store_that_was_emptied_is_held_to_keep_things_again(costs: CostModel)
     costs.note_gone(10.0)
     assert costs.residency_s == 10.0
     for _ in range(100):
-        costs.note_still_there(5.0)  # says nothing
+        costs.note_still_there(5.0)  # a shorter age changes nothing
     assert costs.residency_s == 10.0
     for _ in range(100):
         costs.note_still_there(600.0)
@@ -150,7 +150,7 @@ def test_a_store_that_was_emptied_is_held_to_keep_things_again(costs: CostModel)
 
 
 class Likely(Grit):
-    """Every chunk is as likely as its place in `of` says."""
+    """A policy whose chance for each chunk is its place in `of`."""
 
     of: dict[bytes, float]
 
@@ -159,7 +159,7 @@ class Likely(Grit):
 
 
 def test_writes_that_hung_once_are_tried_again(tmp_path: Path, costs: CostModel, clock: Clock) -> None:
-    """Nothing else measures them: a threshold that nothing reaches would stay for ever."""
+    """Nothing else measures writes: without this, a threshold that no chunk reaches would stay for ever."""
     keys = chain_keys("a", 5)
     policy = Likely(8)
     policy.of = dict(zip(keys, (0.6, 0.01, 0.8, 0.7, 0.9), strict=True))

@@ -1,6 +1,6 @@
-"""The tier over real servers that fail in every way: never a wrong byte, never a long wait, and it comes back by itself.
+"""The tier over real servers with every kind of fault: no wrong byte, no long wait, and it recovers by itself.
 
-Two nodes on one store; the first one fills it, the second one loses it. Values are spoiled on their way and at rest.
+Two nodes share one store: the first fills it, the second one loses it. Values are spoiled on their way and at rest.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from kvkern.arena.slots import SlotGeometry
-from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as cost_model_module
+from kvkern.remote import circuit_breaker, cost_model
 from kvkern.remote.stores.base import value_name
 from kvkern.remote.stores.file.value_files import file_name
 from kvkern.remote.stores.registry import make_store
@@ -33,23 +32,23 @@ from tests.remote.required_servers import need
 from tests.support import NAMESPACE, chain_keys
 
 PATIENCE_S, TIMEOUT_S = 0.3, 4.0  # of a request for six chunks; of a call
-LATE_S = 3.0  # what a busy machine adds: less than a call that hangs
+LATE_S = 3.0  # delay of a busy machine: less than that of a call that hangs
 SLOTS = 96
 HEADER = GEOMETRY.header_nbytes
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recovery takes no minutes; and a load of unknown worth waits however little time the machine gives."""
-    monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 1.0)
-    monkeypatch.setattr(cost_model_module, "PROBE_S", 0.3)
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
+    """Short pauses, so that recovery takes no minutes; long waits for unmeasured loads, however busy the machine is."""
+    monkeypatch.setattr(circuit_breaker, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(cost_model, "PROBE_S", 0.3)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
 
 
 @contextmanager
 def pair(folder: Path, url: str, other_url: str = "", **options: Any) -> Iterator[tuple[Node, Node]]:
-    """Two nodes, of which the first has written A, B and C."""
+    """Yield two nodes; the first has written A, B and C."""
     with ExitStack() as stack:
         one, two = (
             Node(folder, make_store(RemoteUrl.parse(at)), **({"slots": SLOTS, "timeout_s": TIMEOUT_S} | options))
@@ -66,7 +65,7 @@ def pair(folder: Path, url: str, other_url: str = "", **options: Any) -> Iterato
 
 
 def timed(limit_s: float, call: Callable[[], Any]) -> Any:
-    """What a call returns, which it must do soon."""
+    """Return the result of a call, which must come soon."""
     began = time.monotonic()
     result = call()
     took_s = time.monotonic() - began
@@ -75,22 +74,22 @@ def timed(limit_s: float, call: Callable[[], Any]) -> Any:
 
 
 def impatient(node: Node) -> None:
-    """From now on a request for six chunks waits for PATIENCE_S."""
+    """Make a request for six chunks wait for PATIENCE_S from now on."""
     assert node.compute(chain_keys((id(node), "own"), 1)) == 1
     node.tier.note_prefill(6 * 16 / PATIENCE_S)
 
 
 def comes_back(node: Node, chain: list[bytes]) -> None:
-    """Its chunks are hit, sooner or later, in this request or the next."""
+    """Wait until all chunks of a chain are hits, in this request or a later one."""
     eventually(lambda: node.hits(chain) == len(chain), "a hit")
 
 
 def recovers(one: Node, two: Node, name: object) -> None:
-    """What one computes now, two loads."""
+    """Check that one node computes and writes a chain, and the other loads it."""
     chain = chain_keys(name, 6)
 
     def stored() -> bool:
-        one.cache.drop(chain)  # dropped unwritten the last time, it is computed again
+        one.cache.drop(chain)  # it was dropped unwritten the last time, so it is computed again
         one.compute(chain)
         return two.hits(chain) == 6
 
@@ -187,7 +186,7 @@ def test_no_right_to_delete_what_is_spoiled(tmp_path: Path) -> None:
     ):
         client.setrange(value_name(A[4]), HEADER + 7, b"spoiled")
         client.execute_command("ACL SETUSER default -unlink")
-        for _ in range(5):  # what is good before it is hit all the same
+        for _ in range(5):  # chunks before the bad one are still hit
             assert two.hits(A) == 4
         assert not two.tier.breaker.is_open
         client.execute_command("ACL SETUSER default +unlink")
@@ -197,7 +196,7 @@ def test_no_right_to_delete_what_is_spoiled(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_redis")
 def test_the_end_while_nobody_answers(tmp_path: Path) -> None:
-    """Nothing is left of a tier, and its end waits for calls that hang, but not for ever."""
+    """A closed tier leaves nothing behind. Closing waits for calls that hang, but not for ever."""
     before: list[tuple[int, int]] = []
     with redis_behind_proxy(tmp_path) as (_, proxy):
         for _ in range(3):
@@ -228,7 +227,7 @@ def test_the_end_while_nobody_answers(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_redis")
 def test_bits_that_flip_on_their_way(tmp_path: Path) -> None:
-    """Of replies, of what is written, of commands and lengths: it is a miss, an error, or nothing, and never a hit."""
+    """Garbled replies, values, commands and lengths are a miss, an error or nothing, and never a hit."""
     rng = random.Random(5)
     with redis_behind_proxy(tmp_path) as (redis, proxy):
         direct, through = (f"redis://127.0.0.1:{port}" for port in (redis.port, proxy.port))
@@ -260,7 +259,7 @@ def test_bits_that_flip_on_their_way(tmp_path: Path) -> None:
 
 
 class Values:
-    """What is in a store, past the store."""
+    """Direct access to the values in a store, past the store."""
 
     def __init__(self, read: Callable[[bytes], bytes | None], write: Callable[[bytes, bytes], object]) -> None:
         self.read, self.write = read, write
@@ -268,7 +267,7 @@ class Values:
 
 @contextmanager
 def at_rest(kind: str, folder: Path) -> Iterator[tuple[str, Values]]:
-    """A store's URL, and its values."""
+    """Yield a store's URL and its values."""
     if kind == "redis":
         need("redis", program="redis-server", module="redis")
         with redis_behind_proxy(folder) as (redis, _), redis.client() as client:
@@ -291,7 +290,7 @@ def replaced(value: bytes, at: int, new: bytes) -> bytes:
     return value[:at] + new + value[at + len(new) :]
 
 
-SPOILED: dict[str, Callable[[bytes, bytes], bytes]] = {  # of a value and another chunk's
+SPOILED: dict[str, Callable[[bytes, bytes], bytes]] = {  # of a value and the value of another chunk
     "truncated": lambda value, other: value[:-1],
     "empty": lambda value, other: b"",
     "header only": lambda value, other: value[:HEADER],
@@ -345,7 +344,7 @@ def test_what_is_spoiled_at_rest_is_a_miss_and_is_written_again(tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", ["redis", "file"])
 def test_values_of_another_geometry(tmp_path: Path, kind: str) -> None:
-    """As no two namespaces have: planes of other sizes in values of the same length, other ranks, larger ones."""
+    """No two namespaces differ like this: planes of other sizes in values of the same length, other ranks, larger parts."""
     with at_rest(kind, tmp_path) as (url, values), pair(tmp_path, url) as (one, _):
         for geometry in (SlotGeometry(512, 2), SlotGeometry(256, 1), SlotGeometry(256, 2, 2), SlotGeometry(8192, 2)):
             for chain in (A, B, C):
@@ -391,7 +390,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, code: int, monkeypatch: pytes
         assert two.counters["remote_dropped_chunks"] == 12
         assert two.counters["remote_written_chunks"] == 0
         if code in (errno.ENOSPC, errno.EDQUOT):
-            assert not two.tier.breaker.is_open  # it can be read; what gave way was what was oldest
+            assert not two.tier.breaker.is_open  # it can be read; the oldest values made room
             assert two.counters["remote_failures"] == 0
         faulty.on = False
         recovers(two, one, "from two")
@@ -411,7 +410,7 @@ def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_small_file_system(tmp_path: Path) -> None:
-    """Half a tmpfs of 32 values is for kvkern, and somebody else fills the rest."""
+    """kvkern may use half of a tmpfs of 32 values, and another program fills the rest."""
     root = tmp_path / "small"
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={32 * GEOMETRY.slot_nbytes}", "kvkern-test", str(root)]
@@ -451,8 +450,8 @@ def test_a_directory_that_is_emptied(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_redis")
 def test_many_requests_while_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are answered in time, the store is soon not asked any more, and the pause is not as long as there were many."""
-    monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 30.0)
+    """All are answered in time, the store is soon not asked any more, and the pause does not grow with their number."""
+    monkeypatch.setattr(circuit_breaker, "LONGEST_PAUSE_S", 30.0)
     with redis_behind_proxy(tmp_path) as (redis, proxy):
         direct, through = (f"redis://127.0.0.1:{port}" for port in (redis.port, proxy.port))
         with pair(tmp_path, direct, through, timeout_s=1.0) as (_, two):
@@ -466,6 +465,6 @@ def test_many_requests_while_nobody_answers(tmp_path: Path, monkeypatch: pytest.
             assert time.monotonic() - began < PATIENCE_S + LATE_S
             eventually(lambda: two.tier.breaker.is_open, "the breaker")
             eventually(lambda: two.tier.reader.num_waiting == 0, "the end of the calls")
-            assert two.tier.breaker._pause_s <= 4 * breaker_module.FIRST_PAUSE_S
+            assert two.tier.breaker._pause_s <= 4 * circuit_breaker.FIRST_PAUSE_S
             proxy.heal()
             comes_back(two, B)

@@ -1,4 +1,4 @@
-"""The tier over a real cluster, of which one server fails: what the others have is loaded, and its silence says nothing."""
+"""The tier over a real cluster with one failed server: the keys of the other servers load, and its own stay unknown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as cost_model_module
+from kvkern.remote import circuit_breaker, cost_model
 from kvkern.remote.cost_model import FOREVER_S
 from kvkern.remote.stores.base import value_name
 from kvkern.remote.stores.registry import make_store
@@ -23,7 +22,7 @@ from tests.support import chain_keys
 
 LONG = chain_keys("long", 24)
 TIMEOUT_S = 1.0
-SOON_S = 10.0  # of a busy machine, for what takes a second at most
+SOON_S = 10.0  # on a busy machine, for steps that take a second at most
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,8 +38,8 @@ def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
 
 @pytest.fixture
 def two(tmp_path: Path, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    """A node that has nothing; another one has written a long chain."""
-    monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 1.0)
+    """Yield an empty node and a cluster that holds a long chain of another node."""
+    monkeypatch.setattr(circuit_breaker, "LONGEST_PAUSE_S", 1.0)
     url = RemoteUrl.parse(f"redis+cluster://127.0.0.1:{cluster.servers[0].port}")
     with ExitStack() as stack:
         one, two = (Node(tmp_path, make_store(url), slots=200, timeout_s=TIMEOUT_S) for _ in range(2))
@@ -49,7 +48,9 @@ def two(tmp_path: Path, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) 
         assert one.compute(LONG) == 24
         one.settle()
         assert one.counters["remote_written_chunks"] == 24
-        two.tier.presence.note_written(LONG)  # as if it had: what is found gone would tell how long things stay
+        two.tier.presence.note_written(
+            LONG
+        )  # as if this node had written it: a key found gone would change residency_s
         yield two
 
 
@@ -65,8 +66,8 @@ def nothing_concluded(node: Node) -> None:
 
 
 def test_a_server_that_is_killed(two: Node, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
     has = owners(LONG, cluster)
     dead = next(owner for owner in (0, 1, 2) if has[0] != owner)
     there = has.index(dead)
@@ -87,7 +88,7 @@ def test_a_server_that_is_killed(two: Node, cluster: RedisCluster, monkeypatch: 
     two.cache.drop(new)
     assert two.hits(new) == new_has.index(dead)
     behind = next(i for i, owner in enumerate(fresh_has) if owner != dead)
-    assert two.hits(fresh[behind:]) == 0  # that its server says is not there
+    assert two.hits(fresh[behind:]) == 0  # its server says that it is not there
     assert fresh[behind] in two.tier.presence.absent
 
 
@@ -108,7 +109,9 @@ def test_a_server_that_is_paused(two: Node, cluster: RedisCluster) -> None:
             assert not answer.result().keys
             assert time.monotonic() - asked < SOON_S
             time.sleep(0.02)
-        assert two.counters["remote_failures"] <= waited <= 2 * breaker_module.FAILURES  # a call, a request
+        assert (
+            two.counters["remote_failures"] <= waited <= 2 * circuit_breaker.FAILURES
+        )  # one failure per call or per request
         assert two.counters["remote_unasked_chunks"] > 0
         nothing_concluded(two)
     finally:

@@ -1,8 +1,8 @@
-"""What a slow or silent store costs a request: a question and a window at most, and who comes later nothing.
+"""A slow or silent store costs a request at most one question and one window, and costs later requests nothing.
 
     TTFT with the store <= TTFT without it + the wait for one question + the wait for one window
 
-Waits are set so far apart that a busy machine cannot confuse them.
+The waits are so far apart that a busy machine cannot confuse them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import cost_model as cost_model_module
-from kvkern.remote import prefix_reader as fetch_module
+from kvkern.remote import cost_model, prefix_reader
 from kvkern.remote import tier as tier_module
 from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.remote.stores.base import RemoteError
@@ -26,12 +25,12 @@ from tests.remote.stores.memory import MemoryStore
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 LONG = chain_keys("long", 20)
-COMPUTE_S = 60.0  # of six chunks, where a test says nothing else: what nobody must wait for
-SOON_S = 15.0  # far less, and more than a busy machine takes for what takes a second at most
+COMPUTE_S = 60.0  # for six chunks, unless a test says otherwise: no request may wait so long
+SOON_S = 15.0  # far less than COMPUTE_S, and more than a busy machine needs for a step of one second
 
 
 class Stuck(MemoryStore):
-    """Calls of one kind hang, or last, from the n-th on."""
+    """A store whose calls of one kind hang or are slow, from the n-th call on."""
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         super().__init__(values)
@@ -43,12 +42,12 @@ class Stuck(MemoryStore):
         if what == self.kind and sum(called == what for called, _ in self.calls) > self.first:
             await asyncio.sleep(self.seconds)
             if self.hangs is not None:
-                await asyncio.wait_for(self.hangs.wait(), 60.0)  # a test that fails does not hang itself
+                await asyncio.wait_for(self.hangs.wait(), 60.0)  # so that a failing test does not hang
 
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[bytes, bytes]:
-    """A, B, C and a long chain in a store."""
+    """A store that holds A, B, C and a long chain."""
     store = MemoryStore()
     with node(tmp_path, store, slots=64) as one:
         for chain in (A, B, C, LONG):
@@ -63,7 +62,7 @@ def store(values: dict[bytes, bytes]) -> Stuck:
 
 
 def informed(node: Node, six_chunks_s: float = COMPUTE_S, ask_s: float = 0.001, read_s: float = 0.001) -> None:
-    """It knows what everything takes."""
+    """Tell the node how long everything takes."""
     node.tier.outbox.chunk_tokens = SHAPE.chunk_tokens
     node.tier.note_prefill(6 * SHAPE.chunk_tokens / six_chunks_s)
     node.tier.costs.note_ask(ask_s)
@@ -88,7 +87,7 @@ def test_a_hung_store_costs_one_request_and_nobody_else(tmp_path: Path, store: S
         eventually(lambda: one.tier._calls.stalled, "the mark")
         for chain in (A, B, C) * 30:
             answer = one.cache.acquire_soon(chain, True, USE)
-            assert answer.done()  # it has waited for nothing
+            assert answer.done()  # it was answered without waiting
             one.cache.release(answer.result())
         assert one.counters["remote_unasked_chunks"] == 90 * 6
         assert store.calls.count(("exists", 6)) == 1
@@ -131,16 +130,16 @@ def test_a_store_that_hangs_for_ever_costs_a_request_per_timeout_until_it_is_not
             time.sleep(0.01)
         assert (
             asked <= hung.calls.count(("exists", 6)) <= FAILURES + 2
-        )  # a busy machine may put two between a call's begin and its mark
+        )  # on a busy machine two calls may fit between the begin of a call and its mark
 
 
 def test_the_first_question_waits_for_a_share_of_computing(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 300.0)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 300.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         one.tier.outbox.chunk_tokens = SHAPE.chunk_tokens
-        one.tier.note_prefill(6 * SHAPE.chunk_tokens / 2.0)  # two seconds
+        one.tier.note_prefill(6 * SHAPE.chunk_tokens / 2.0)  # computing takes two seconds
         store.kind, store.hangs = "exists", asyncio.Event()
         hits, took_s = timed(lambda: one.hits(A))
         assert hits == 0
@@ -149,7 +148,7 @@ def test_the_first_question_waits_for_a_share_of_computing(
 
 
 def test_questions_of_a_request_share_its_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it asks for lies on both sides of what somebody else is reading: it has to ask twice."""
+    """The keys it asks for lie on both sides of a read for another request, so it has to ask twice."""
     waits: list[float] = []
     wait = WaitingRequest.wait_at_most
 
@@ -158,7 +157,7 @@ def test_questions_of_a_request_share_its_wait(tmp_path: Path, store: Stuck, mon
         wait(asked, seconds)
 
     for name in ("LEAST_WAIT_S", "LONGEST_ASK_S", "LONGEST_WAIT_S"):
-        monkeypatch.setattr(cost_model_module, name, 100.0)
+        monkeypatch.setattr(cost_model, name, 100.0)
     with node(tmp_path, store, slots=64) as one:
         informed(one, six_chunks_s=600.0)
         store.kind, store.hangs = "get", asyncio.Event()
@@ -187,13 +186,13 @@ def test_what_is_slow_to_ask_is_not_asked_for_little(tmp_path: Path, store: Stuc
         assert one.counters["remote_unasked_chunks"] == 6
         assert not [what for what, _ in store.calls if what == "exists"]
         one.tier.costs._asked_at -= 100  # PROBE_S later
-        one.hits(A)  # nobody waits for the measurement
+        one.hits(A)  # no request waits for the measurement
         eventually(lambda: (one.tier.costs.ask_s or 1) < 0.2, "the measurement")
 
 
 def test_many_who_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "MAX_WAITING", 3)
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(prefix_reader, "MAX_WAITING", 3)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
     with node(tmp_path, store) as one:
         store.kind, store.hangs = "exists", asyncio.Event()
         answers = [one.cache.acquire_soon(chain_keys(("absent", i), 3), True, USE) for i in range(5)]
@@ -210,7 +209,7 @@ def test_many_who_wait(tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a call."""
+    """Windows of two chunks."""
     limit = 2 * GEOMETRY.slot_nbytes
     monkeypatch.setattr(tier_module, "WINDOW_NBYTES", (limit, limit))
 
@@ -219,9 +218,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_store_that_becomes_slow_on_the_way_gives_what_has_come(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 2.0)  # of a window
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 2.0)  # for a window
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
-        informed(one, six_chunks_s=60.0)  # 200 s for all, 20 s for a window
+        informed(one, six_chunks_s=60.0)  # 200 s for all chunks, 20 s for a window
         store.kind, store.first, store.hangs = "get", 2, asyncio.Event()
         hits, took_s = timed(lambda: one.hits(LONG))
         assert hits == 4
@@ -238,9 +237,9 @@ def test_a_store_that_becomes_slow_on_the_way_gives_what_has_come(
 def test_a_window_is_waited_for_no_longer_than_computing_it_takes(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 300.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 300.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
-        informed(one, six_chunks_s=6.0)  # 2 s for a window, 20 s for all
+        informed(one, six_chunks_s=6.0)  # 2 s for a window, 20 s for all chunks
         store.kind, store.first, store.hangs = "get", 1, asyncio.Event()
         hits, took_s = timed(lambda: one.hits(LONG))
         assert hits == 2
@@ -251,11 +250,13 @@ def test_a_window_is_waited_for_no_longer_than_computing_it_takes(
 @pytest.mark.usefixtures("small_windows")
 def test_a_store_that_is_just_fast_enough_is_waited_for_to_the_end(tmp_path: Path, store: Stuck) -> None:
     with node(tmp_path, store, slots=64) as one:
-        informed(one, six_chunks_s=12.0, read_s=0.4)  # 4 s to compute a window, 2.4 s are waited for, and it takes 0.4
+        informed(
+            one, six_chunks_s=12.0, read_s=0.4
+        )  # a window takes 4 s to compute and 0.4 s to read; the limit is 2.4 s
         store.kind, store.seconds = "get", 0.4
         hits, took_s = timed(lambda: one.hits(LONG))
         assert hits == 20
-        assert took_s > 10 * 0.4  # longer than it waits for any one
+        assert took_s > 10 * 0.4  # longer than the limit of any one window
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -279,7 +280,7 @@ def test_a_first_read_that_turns_out_not_to_pay_is_the_last(tmp_path: Path, stor
         store.kind, store.seconds = "get", 0.85
         one.hits(LONG)
         eventually(lambda: not one.tier.reader.num_waiting, "the end of the request")
-        assert [what for what, _ in store.calls].count("get") <= 2  # that were under way
+        assert [what for what, _ in store.calls].count("get") <= 2  # those that were under way
         assert one.hits(C) == 0
         assert one.counters["remote_gated_chunks"] == 6
 
@@ -287,7 +288,7 @@ def test_a_first_read_that_turns_out_not_to_pay_is_the_last(tmp_path: Path, stor
 def test_who_waits_for_somebody_else_s_read_waits_no_longer(
     tmp_path: Path, store: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 2.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 2.0)
     with node(tmp_path, store, slots=64, timeout_s=300.0) as one:
         informed(one)
         store.kind, store.hangs = "get", asyncio.Event()
@@ -314,8 +315,8 @@ def test_a_node_that_only_reads_learns_the_tokens_of_a_chunk(tmp_path: Path, sto
             return real(chunks, chunk_tokens)
 
         one.tier.costs.chunks_worth_reading = chunks_worth_reading  # type: ignore[method-assign]
-        eventually(lambda: one.hits(A) == 6)  # the first one waits for a second at most
-        assert one.tier.outbox.chunk_tokens in (0, SHAPE.chunk_tokens)  # a hit in DRAM tells it
+        eventually(lambda: one.hits(A) == 6)  # the first request waits for a second at most
+        assert one.tier.outbox.chunk_tokens in (0, SHAPE.chunk_tokens)  # a hit in DRAM sets it
         one.tier.outbox.chunk_tokens = 0
         one.hits(B)
         assert told[0] == 0

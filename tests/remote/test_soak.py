@@ -1,7 +1,7 @@
-"""Two nodes, several engines on each, and a store that is killed, paused, cut off, garbled and spoiled all the time.
+"""Two nodes with several engines each, and a store that is killed, paused, cut off, garbled and spoiled all the time.
 
-Never a wrong byte, never a long wait; and when the faults end, everything is as if there had been none. KVKERN_SOAK_SECONDS
-sets how long; `make soak` takes ten minutes. Each round has new nodes, in modes and on a store drawn at random.
+No wrong byte, no long wait, and after the faults everything is as if there had been none. KVKERN_SOAK_SECONDS sets the
+duration; `make soak` takes ten minutes. Each round has new nodes, with modes and a store drawn at random.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ import pytest
 
 from kvkern.policy.base import Use
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import circuit_breaker as breaker_module
-from kvkern.remote import cost_model as cost_model_module
-from kvkern.remote import presence_cache as known_module
+from kvkern.remote import circuit_breaker, cost_model, presence_cache
 from kvkern.remote import tier as tier_module
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
@@ -46,16 +44,16 @@ from tests.support import NAMESPACE, SHAPE, chain_keys, key
 
 SECONDS = float(os.environ.get("KVKERN_SOAK_SECONDS", "6"))
 ROUND_S = 3.0, 9.0
-ENGINES = 3  # a node
+ENGINES = 3  # per node
 PATIENCE_S, TIMEOUT_S = 0.3, 1.0  # of a request; of a call
-LATE_S = 10.0  # what a busy machine adds
+LATE_S = 10.0  # delay of a busy machine
 MAX_REMEMBERED = 300
 SLOTS = 64
 ROOTS = (NAMESPACE, key("another namespace"), key("a third one"))
 
 
 class Counted(DramTier):
-    """Counts what becomes READY, and what a clear has found half-written: neither has a counter of its own."""
+    """Count the chunks that become READY, and the half-written ones that a clear finds: neither has a counter."""
 
     became_ready = cleared_writing = 0
 
@@ -73,19 +71,19 @@ class Counted(DramTier):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Much happens in little time, and what is remembered has limits that a short run gets to."""
+    """Short pauses, so that much happens in little time, and small limits, so that a short run reaches them."""
     monkeypatch.setattr(
         logging.getLogger("kvkern"), "disabled", True
-    )  # every fault is a line, and pytest keeps them all
+    )  # every fault is one log line, and pytest keeps them all
     monkeypatch.setattr(nodes_module, "DramTier", Counted)
     monkeypatch.setattr(worker, "payload", cache(worker.payload))
-    monkeypatch.setattr(breaker_module, "LONGEST_PAUSE_S", 0.5)
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", PATIENCE_S)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", PATIENCE_S)
-    monkeypatch.setattr(cost_model_module, "PROBE_S", 0.2)
-    monkeypatch.setattr(known_module, "ABSENT_S", 0.1)
-    monkeypatch.setattr(known_module, "MAX_ABSENT", MAX_REMEMBERED)
-    monkeypatch.setattr(known_module, "MAX_REMEMBERED", MAX_REMEMBERED)
+    monkeypatch.setattr(circuit_breaker, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(cost_model, "PROBE_S", 0.2)
+    monkeypatch.setattr(presence_cache, "ABSENT_S", 0.1)
+    monkeypatch.setattr(presence_cache, "MAX_ABSENT", MAX_REMEMBERED)
+    monkeypatch.setattr(presence_cache, "MAX_REMEMBERED", MAX_REMEMBERED)
     monkeypatch.setattr(tier_module, "WINDOW_NBYTES", (3 * GEOMETRY.slot_nbytes, 6 * GEOMETRY.slot_nbytes))
 
 
@@ -93,7 +91,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Engine(threading.Thread):
-    """Asks, reads, stores, clears. Holds some leases for a while, and writes some chunks slowly or not to the end."""
+    """An engine that reads, stores and clears. It holds some leases for long, and writes some chunks slowly or in part."""
 
     def __init__(self, node: Node, seed: int, stop: threading.Event) -> None:
         super().__init__(name=f"engine-{seed}")
@@ -132,7 +130,7 @@ class Engine(threading.Thread):
             self._node.tier.note_prefill(16 / self._rng.choice((0.001, 0.05, 0.2)))
 
     def _sequence(self) -> tuple[list[bytes], Use]:
-        """Few names, so that nodes and engines meet; of a namespace each."""
+        """Few names, each with its own namespace, so that nodes and engines use the same chunks."""
         root = self._rng.randrange(len(ROOTS))
         self._numbers += 1
         name = root, self._rng.randrange(12)
@@ -146,10 +144,10 @@ class Engine(threading.Thread):
         began = time.monotonic()
         answer = self._node.cache.acquire_soon(asked, prefix, use)
         assert time.monotonic() - began < LATE_S
-        if self._rng.random() < 0.1:  # it is gone before it is answered
+        if self._rng.random() < 0.1:  # the request is gone before it is answered
             answer.add_done_callback(lambda answer: self._node.cache.release_later(answer.result()))
             return
-        lease = answer.result(cost_model_module.LONGEST_WAIT_S + LATE_S)
+        lease = answer.result(cost_model.LONGEST_WAIT_S + LATE_S)
         patience_s = max(PATIENCE_S, len(chain) * 0.2)
         assert time.monotonic() - began < patience_s + LATE_S
         if prefix:
@@ -165,7 +163,7 @@ class Engine(threading.Thread):
         self.tally["verified"] += len(lease.keys)
 
     def _let_go(self) -> None:
-        """What was leased is what it was, whatever has been cleared or come meanwhile."""
+        """A leased chunk does not change, whatever was cleared or read meanwhile."""
         lease = self._held.popleft()
         self._verify(lease)
         if self._rng.random() < 0.2:
@@ -201,7 +199,7 @@ class Engine(threading.Thread):
 
 
 def spoiled(rng: random.Random, value: bytes, other: bytes) -> bytes:
-    """A value as it might be found."""
+    """A value with random damage."""
     at, half = rng.randrange(max(1, len(value))), GEOMETRY.header_nbytes
     flipped = bytearray(value or b"\0")
     flipped[at] ^= 1 << rng.randrange(8)
@@ -210,7 +208,7 @@ def spoiled(rng: random.Random, value: bytes, other: bytes) -> bytes:
 
 
 class Chaos:
-    """What goes wrong, one thing after the other; in the end nothing is wrong any more. A fault is a method `do_NAME`."""
+    """Faults of a store, one after the other; at the end there is none. A fault is a method `do_NAME`."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -227,14 +225,14 @@ class Chaos:
             self.wait(0.3)
 
     def heal(self) -> None:
-        """Nothing is wrong."""
+        """End all faults."""
 
     def wait(self, most_s: float) -> None:
         time.sleep(self.rng.random() * most_s)
 
 
 class RedisChaos(Chaos):
-    """A server behind a proxy."""
+    """Faults of a server behind a proxy."""
 
     def __init__(self, seed: int, redis: Redis, proxy: FaultProxy) -> None:
         super().__init__(seed)
@@ -293,12 +291,12 @@ class RedisChaos(Chaos):
 
 
 class FileChaos(Chaos):
-    """A directory on a disk that fails."""
+    """Faults of a directory on a disk that fails."""
 
     def __init__(self, seed: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(seed)
         self.root = root
-        self.codes: dict[str, int] = {}  # of what fails
+        self.codes: dict[str, int] = {}  # system call -> errno it fails with
         for name in ("preadv", "pwritev"):
             self._wrap(name, monkeypatch)
 
@@ -343,7 +341,7 @@ class FileChaos(Chaos):
 
 @contextmanager
 def store_of(kind: str, folder: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, Chaos]]:
-    """(URL, the same past the proxy, what goes wrong with it)."""
+    """Yield (URL, the same past the proxy, the faults of the store)."""
     if kind == "redis":
         with redis_behind_proxy(folder) as (redis, proxy):
             yield (
@@ -391,11 +389,11 @@ def one_round(folder: Path, seed: int, seconds: float, monkeypatch: pytest.Monke
 
 
 def at_rest(node: Node) -> None:
-    """Nothing is lost but what was evicted, cleared or dropped; nobody has anything; what is remembered is bounded."""
+    """Only evicted, cleared or dropped chunks are lost. Nobody holds anything. Everything remembered is bounded."""
     tier, dram, counters = node.tier, node.cache._dram, node.cache.counters
 
     def let_go() -> bool:
-        node.cache.lookup(())  # ends what was to be released later; some is only answered now
+        node.cache.lookup(())  # ends leases that were to be released later; some requests are answered only now
         return not (tier.reader.num_waiting or any(dram._pins))
 
     eventually(let_go, "the end of every lease")
@@ -413,7 +411,7 @@ def at_rest(node: Node) -> None:
 
 
 def recovered(folder: Path, url: str, nodes: list[Node], seed: int) -> None:
-    """What a third node writes now, each of them hits."""
+    """Both nodes hit what a third node writes now."""
     other = make_node(folder, url, Persist.ALL, slots=16)
     try:
         chain = chain_keys(("recovered", seed), 5)
@@ -451,9 +449,9 @@ def test_faults_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         shutil.rmtree(folder)
         before.append(resources())
     most = {name: max(each[name] for each in before[:5]) for name in before[0]}
-    most["resident_mib"] += 100  # threads have heaps of their own
+    most["resident_mib"] += 100  # threads have their own heaps
     eventually(lambda: all(count <= most[name] for name, count in resources().items()), f"what is held within {most}")
     print(f"seed {seed}, {len(before)} rounds: {json.dumps(tally)}; {before[0]}, at the end {resources()}")
     assert min(tally["stored"], tally["verified"]) > 0
-    if len(before) > 8:  # all modes, both stores
+    if len(before) > 8:  # all modes and both stores took part
         assert min(tally[name] for name in ("remote_hit_chunks", "remote_written_chunks", "remote_bad_chunks")) > 0

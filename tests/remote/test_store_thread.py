@@ -1,4 +1,4 @@
-"""Stores that do not open, register or close: what is said, and that no thread is left."""
+"""Stores that do not open, register or close: the message, and that no thread is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tier over a real cache and arena, and a store in memory: what comes back, what goes, and what faults cost."""
+"""The tier over a real cache and arena, and a store in memory: reads, writes, and the cost of faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvkern.arena.slots import SlotGeometry, SlotState
 from kvkern.errors import ConfigError
 from kvkern.policy.base import Use
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as cost_model_module
+from kvkern.remote import cost_model
 from kvkern.remote import tier as tier_module
 from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.tiers.base import ChunkShape
@@ -27,9 +27,9 @@ A, B, C = chain_keys("a", 6), chain_keys("b", 6), chain_keys("c", 6)
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little time the machine gives these threads."""
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
+    """Long waits, however little time the machine gives these threads."""
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_several_ranks_and_many_windows(tmp_path: Path, store: MemoryStore, monk
         assert one.compute(long, seed=7) == 40
         one.settle()
         assert two.hits(long, seed=7) == 40
-        assert [count for what, count in two.store.calls if what == "get"] == [*[3] * 12, 4]  # none of one chunk
+        assert [count for what, count in two.store.calls if what == "get"] == [*[3] * 12, 4]  # no call for one chunk
 
 
 def test_a_hole_ends_the_prefix(tmp_path: Path, store: MemoryStore) -> None:
@@ -83,7 +83,7 @@ def test_a_hole_ends_the_prefix(tmp_path: Path, store: MemoryStore) -> None:
         one.settle()
         del store.values[A[3]]
         assert two.hits(A) == 3
-        lease = two.acquire(A, prefix=False)  # a sliding window's group takes what there is
+        lease = two.acquire(A, prefix=False)  # a sliding window's group takes every chunk that is there
         assert sorted(lease.keys) == sorted([*A[:3], *A[4:]])
         assert read_verified(two.arena, lease)
         two.cache.release(lease)
@@ -123,7 +123,7 @@ def test_behind_a_gap_little_is_asked_for(tmp_path: Path, store: MemoryStore) ->
         assert two.hits(long) == 50
         assert [count for what, count in two.store.calls if what == "exists"] == [16, 64]
         two.store.calls.clear()
-        lease = two.acquire([*long[60:], *long[:50]], prefix=False)  # all there is: all are asked for
+        lease = two.acquire([*long[60:], *long[:50]], prefix=False)  # all chunks that are there: every key is asked for
         two.cache.release(lease)
         assert [count for what, count in two.store.calls if what == "exists"] == [40]
 
@@ -176,7 +176,9 @@ def test_a_flipped_bit_is_a_miss_and_the_value_is_deleted(tmp_path: Path, store:
         assert two.hits(A) == 2
         assert two.counters["remote_bad_chunks"] == 1
         assert A[2] not in store.values
-        assert two.compute(A) == 4  # what was behind it is not there, and what is computed anew is written anew
+        assert (
+            two.compute(A) == 4
+        )  # the keys behind it are missing too; the chunks that are computed anew are written anew
         two.settle()
         assert A[2] in store.values
 
@@ -223,10 +225,10 @@ def test_a_store_too_slow_to_pay_is_not_read_but_measured_now_and_then(tmp_path:
         assert two.hits(A) == 0
         assert two.counters["remote_gated_chunks"] == 6
         two.tier.costs._read_at -= 100  # PROBE_S later
-        assert two.hits(A) == 0  # nobody waits for the measurement
+        assert two.hits(A) == 0  # no request waits for the measurement
         eventually(lambda: two.cache.lookup(A) == 2, "what was read for it in DRAM")
         assert two.counters["remote_late_chunks"] == 2
-        for _ in range(10):  # it is fast, and this is found out
+        for _ in range(10):  # it is fast now, and the tier finds that out
             two.tier.costs._read_at -= 100
             two.hits(B)
         two.tier.costs.note_read(1000, 1.0)
@@ -240,7 +242,7 @@ def test_a_broken_store_is_a_miss_and_soon_not_asked_any_more(tmp_path: Path, st
         two.store.broken = True
         assert [two.hits(A) for _ in range(20)] == [0] * 20
         assert [what for what, _ in two.store.calls].count("exists") <= FAILURES + 1
-        assert two.compute(B) == 6  # nothing is lost but the remote's copy
+        assert two.compute(B) == 6  # only the copy in the store is lost
         assert two.hits(B) == 6
         two.settle()
         assert two.counters["remote_dropped_chunks"] == 6
@@ -283,12 +285,12 @@ def test_a_bug_in_a_store_is_a_miss(tmp_path: Path, store: MemoryStore) -> None:
 
 
 def test_slots_under_a_call_that_hangs_are_nobody_else_s(tmp_path: Path, store: MemoryStore) -> None:
-    """Given up by who waited, they are still the call's: nothing else is put there until it returns."""
+    """Nobody waits for the call any more, but it still owns its slots: nothing else uses them until it returns."""
     with nodes(tmp_path, store, slots=8) as (one, two):
         one.compute(A)
         one.settle()
         two.compute(B[:1])
-        two.tier.note_prefill(1e6)  # hardly any patience
+        two.tier.note_prefill(1e6)  # it hardly waits
         gate = asyncio.Event()
         real = two.store.get
 
@@ -305,7 +307,7 @@ def test_slots_under_a_call_that_hangs_are_nobody_else_s(tmp_path: Path, store: 
         assert two.hits(C) == 2
         two.tier._loop.call_soon_threadsafe(gate.set)
         eventually(two.whole, "the end of the call")
-        assert two.counters["remote_bad_chunks"] == 6  # what it wrote in the end did not verify
+        assert two.counters["remote_bad_chunks"] == 6  # what the call wrote in the end did not verify
         assert two.hits(C) == 2
 
 
@@ -344,7 +346,7 @@ def test_evicted_writes_what_leaves_dram(tmp_path: Path, store: MemoryStore) -> 
         one.compute(chain_keys("h", 4))
         one.settle()
         assert set(store.values) == set(A[2:])  # tails go first
-        assert two.hits(A) == 0  # its head was never evicted, so nobody else has it
+        assert two.hits(A) == 0  # its head was never evicted, so no other node has it
         one.compute(chain_keys("i", 4))
         one.settle()
         assert set(store.values) == {*A, *B[4:]}
@@ -356,7 +358,7 @@ def test_evicted_writes_what_leaves_dram(tmp_path: Path, store: MemoryStore) -> 
 
 
 def test_eviction_goes_on_when_the_store_hangs(tmp_path: Path, store: MemoryStore) -> None:
-    """What waits is given up, the least valuable first, rather than that an engine waits."""
+    """Waiting chunks are given up, the least valuable first, so that no engine waits."""
     with node(tmp_path, store, mode=Persist.EVICTED) as one:
         gate = asyncio.Event()
         store.gate = gate
@@ -408,14 +410,14 @@ def test_a_full_queue_drops_tails_first(tmp_path: Path, store: MemoryStore) -> N
 
 
 def evict(one: Node, keys: Sequence[bytes]) -> None:
-    """As a policy that names them would."""
+    """Evict as a policy that names these keys would."""
     with one.cache._lock:
         one.cache._dram._policy.remove(keys)
         one.cache._dram._evict(keys)
 
 
 def test_what_is_cleared_is_not_written_any_more(tmp_path: Path, store: MemoryStore) -> None:
-    """Of the namespace that is cleared; what is in the store already stays."""
+    """Only the chunks of the cleared namespace are dropped. Values in the store stay."""
     gate, other = asyncio.Event(), ChunkShape(bytes(31) + b"x", group=0, chunk_tokens=16)
     first, mine, theirs = (chain_keys(name, 6) for name in ("first", "mine", "theirs"))
     with node(tmp_path, store, mode=Persist.EVICTED, slots=48) as one:

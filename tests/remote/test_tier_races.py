@@ -1,4 +1,4 @@
-"""The tier while something else happens at the same time: what is read or written meanwhile, cleared, closed, or fails."""
+"""The tier while something else happens at the same time: reads, writes, clears, a close, faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as cost_model_module
+from kvkern.remote import cost_model
 from kvkern.remote import tier as tier_module
 from kvkern.remote.stores.base import Got, Parts, RemoteError
 from tests.node.conftest import GEOMETRY, eventually, read_verified, write_payload
@@ -25,7 +25,7 @@ Step = Callable[[Sequence[bytes]], Awaitable[None]]
 
 
 class Scripted(MemoryStore):
-    """Does something of the test's before or after a call."""
+    """A store that runs a step of the test before or after a call."""
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         super().__init__(values)
@@ -58,7 +58,7 @@ class Scripted(MemoryStore):
 
 
 class Gate:
-    """A step that waits for the test, or its end."""
+    """A step that waits until the test lets it go, or ends."""
 
     def __init__(self) -> None:
         self._open, self._reached = threading.Event(), threading.Event()
@@ -89,14 +89,14 @@ def fails(error: BaseException) -> Step:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little time the machine gives these threads."""
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
+    """Long waits, however little time the machine gives these threads."""
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
 
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[bytes, bytes]:
-    """A, B and C in a store."""
+    """A store that holds A, B and C."""
     store = MemoryStore()
     with node(tmp_path, store, slots=32) as one:
         for chain in (A, B, C):
@@ -112,7 +112,7 @@ def store(values: dict[bytes, bytes]) -> Scripted:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a call."""
+    """Windows of two chunks."""
     limit = 2 * GEOMETRY.slot_nbytes
     monkeypatch.setattr(tier_module, "WINDOW_NBYTES", (limit, limit))
 
@@ -123,7 +123,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("how", ["gone", "spoiled"])
 def test_nothing_behind_a_hole_is_handed_out(tmp_path: Path, store: Scripted, how: str) -> None:
-    """Windows are read two at a time: the second is there when the first turns out to lack something."""
+    """Two windows are read at a time: the second has come when the first turns out to miss a chunk."""
 
     async def meanwhile(keys: Sequence[bytes]) -> None:
         if how == "gone":
@@ -141,7 +141,7 @@ def test_nothing_behind_a_hole_is_handed_out(tmp_path: Path, store: Scripted, ho
         assert one.counters["hit_chunks"] == 1
         one.cache.release(lease)
         one.settle()
-        assert one.cache.lookup(A[2:4]) == 2  # read in vain, but not thrown away
+        assert one.cache.lookup(A[2:4]) == 2  # read in vain, but kept in DRAM
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -150,7 +150,7 @@ def test_a_window_that_found_no_room_ends_the_prefix(tmp_path: Path, store: Scri
         assert one.compute(B) == 6
         held = [one.acquire(B[:5]), one.acquire(B[:6])]
 
-        async def meanwhile(keys: Sequence[bytes]) -> None:  # between the grants of two windows slots become free
+        async def meanwhile(keys: Sequence[bytes]) -> None:  # slots become free between the grants of two windows
             if len(held) == 2:
                 one.cache.release(held.pop())
 
@@ -220,7 +220,7 @@ def test_what_another_request_has_read_meanwhile_is_not_read_again(tmp_path: Pat
 
 @pytest.mark.parametrize("end", ["commit", "abort"])
 def test_an_engine_computes_what_is_being_read(tmp_path: Path, store: Scripted, end: str) -> None:
-    """Its patience over, it writes the chunks itself; then they come."""
+    """A request stops waiting and writes the chunks itself; then the chunks of the store come."""
     with node(tmp_path, store) as one, Gate() as gate:
         store.before["get"] = gate
         one.tier.costs.note_prefill(1e9)
@@ -242,8 +242,8 @@ def test_an_engine_computes_what_is_being_read(tmp_path: Path, store: Scripted, 
         one.cache.release(lease)
         assert one.counters["faults"] == 0
         assert one.hits(A) == 6
-        for chain in (B, C, chain_keys("d", 6), chain_keys("e", 16)):  # every slot can be had again
-            one.settle()  # what is being written is leased
+        for chain in (B, C, chain_keys("d", 6), chain_keys("e", 16)):  # every slot can be used again
+            one.settle()  # chunks that are being written are leased
             assert one.whole()
             assert one.compute(chain) == len(chain)
         one.settle()
@@ -266,11 +266,11 @@ def test_a_clear_while_chunks_come(tmp_path: Path, store: Scripted, what: str) -
         one.cache.release(lease)
         one.settle()
         assert one.whole()
-        assert one.hits(A) == 6  # the store was not cleared
+        assert one.hits(A) == 6  # the clear did not clear the store
 
 
 def test_a_clear_with_a_writer_of_the_same_chunks(tmp_path: Path, store: Scripted) -> None:
-    """One stores anew, after a clear, what is behind a chunk that the clear has overtaken on its way."""
+    """After a clear, a node stores the chunks behind one that the clear has overtaken on its way."""
     with node(tmp_path, store, slots=24) as one, Gate() as gate:
         store.before["get"] = gate
         answer = one.cache.acquire_soon(A, True, USE)
@@ -285,7 +285,7 @@ def test_a_clear_with_a_writer_of_the_same_chunks(tmp_path: Path, store: Scripte
 
 
 def test_slots_that_have_departed_are_called_back(tmp_path: Path) -> None:
-    """Evicted, on their way to the store, cleared, dropped, wanted back, computed again: each has one owner at a time."""
+    """Chunks are evicted, written, cleared, dropped, asked for, computed again: each slot has one owner at a time."""
     store = Scripted({})
     with node(tmp_path, store, mode=Persist.EVICTED, slots=16) as one, Gate() as gate:
         store.before["put"] = gate
@@ -296,7 +296,7 @@ def test_slots_that_have_departed_are_called_back(tmp_path: Path) -> None:
         one.cache.clear(NAMESPACE)
         assert one.compute(C) == 6
         one.cache.drop(C)
-        assert one.compute(chain_keys("e", 12)) >= 8  # but for what is under the call
+        assert one.compute(chain_keys("e", 12)) >= 8  # all but the slots under the call
         gate.open()
         one.settle()
         assert one.whole()
@@ -306,7 +306,7 @@ def test_slots_that_have_departed_are_called_back(tmp_path: Path) -> None:
 
 
 def test_recall_and_take_share_no_slot(tmp_path: Path) -> None:
-    """Several engines that evict, a loop that writes as fast as it can: nothing is freed twice."""
+    """Several engines evict while the loop writes as fast as it can: no slot is freed twice."""
     with node(tmp_path, MemoryStore(), mode=Persist.EVICTED, slots=24, queue_slots=4) as one:
 
         def engine(number: int) -> None:
@@ -332,7 +332,7 @@ def test_recall_and_take_share_no_slot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RemoteError("on purpose"), ValueError("a bug"), ConfigError("mend it")], ids=type)
 @pytest.mark.parametrize("call", range(8))
 def test_any_call_may_fail(tmp_path: Path, store: Scripted, call: int, error: Exception) -> None:
-    """The n-th of all calls fails, whatever it is: a miss, and every slot and writer is where it was."""
+    """The n-th call fails, whatever call it is: a miss, and every slot and writer is as before."""
     count = 0
 
     async def counted(keys: Sequence[bytes]) -> None:
@@ -354,7 +354,7 @@ def test_any_call_may_fail(tmp_path: Path, store: Scripted, call: int, error: Ex
         store.before.clear()
         assert one.compute(chain_keys("newer", 6)) == 6
         one.settle()
-        assert chain_keys("newer", 6)[5] in store.values  # the writers are still there
+        assert chain_keys("newer", 6)[5] in store.values  # the writers still run
         assert len(one.tier._tasks) == 1
 
 
@@ -373,7 +373,7 @@ def test_a_store_that_answers_too_little(tmp_path: Path, store: Scripted) -> Non
 
     class Liar(MemoryStore):
         async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
-            return [Got.HIT] * len(keys)  # and has read nothing
+            return [Got.HIT] * len(keys)  # but it has read nothing
 
     class Silent(MemoryStore):
         async def exists(self, keys: Sequence[bytes], timeout_s: float) -> list[bool]:
@@ -394,7 +394,7 @@ def test_a_store_that_answers_too_little(tmp_path: Path, store: Scripted) -> Non
 
 @pytest.mark.parametrize("mode", [Persist.ALL, Persist.EVICTED])
 def test_the_end_while_calls_hang(tmp_path: Path, store: Scripted, mode: Persist) -> None:
-    """It waits for the calls under way, and for no others: who waits for a prefix of many windows gets what is there."""
+    """Closing waits only for the calls under way. A request for a prefix of many windows gets the chunks that have come."""
 
     async def slow(keys: Sequence[bytes]) -> None:
         await asyncio.sleep(0.3)
@@ -409,7 +409,7 @@ def test_the_end_while_calls_hang(tmp_path: Path, store: Scripted, mode: Persist
         one.compute(chain_keys(name, 6))
     began = time.monotonic()
     one.tier.close()
-    assert time.monotonic() - began < 10  # patience is 30 s
+    assert time.monotonic() - began < 10  # a request would wait 30 s
     for answer in answers:
         assert answer.done()
         one.cache.release(answer.result())
@@ -432,7 +432,7 @@ def test_the_end_begins_no_further_windows(tmp_path: Path, store: Scripted) -> N
 
 
 def test_requests_and_the_end_at_once(tmp_path: Path, values: dict[bytes, bytes]) -> None:
-    """Whoever asks is answered, whenever the tier is closed."""
+    """Every request is answered, whenever the tier is closed."""
     for turn in range(15):
         one = Node(tmp_path, MemoryStore(values), slots=32)
         begun = threading.Barrier(4)
@@ -457,7 +457,7 @@ def test_requests_and_the_end_at_once(tmp_path: Path, values: dict[bytes, bytes]
 
 
 def test_who_waits_cannot_cancel(tmp_path: Path, store: Scripted) -> None:
-    """A lease whose future was cancelled would be nobody's."""
+    """Nobody would own the lease of a cancelled future."""
     with node(tmp_path, store) as one:
         one.compute(A[:2])
         gate = store.before["get"] = Gate()

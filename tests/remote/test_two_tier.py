@@ -1,4 +1,4 @@
-"""The tier as it runs does what the two-tier replay says: as many hits, as many writes, by every mode."""
+"""The running tier does what the two-tier replay predicts: as many hits and as many writes, in every mode."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 
 from kvkern.policy.base import Stop
 from kvkern.policy.persist_modes import Persist
-from kvkern.remote import cost_model as cost_model_module
-from kvkern.remote import presence_cache as known_module
+from kvkern.remote import cost_model, presence_cache
 from kvkern.remote.cost_model import FOREVER_S, CostModel
 from kvkern.remote.stores.base import Got, Parts
 from kvkern.replay import two_tier
@@ -29,14 +28,14 @@ DRAM, REMOTE, THRESHOLD = 210, 840, 0.3
 
 
 class LRUStore(MemoryStore):
-    """Of a fixed size; what was read or written longest ago goes."""
+    """A store of a fixed size that drops the values read or written longest ago."""
 
     def __init__(self) -> None:
         super().__init__()
         self.values: OrderedDict[bytes, bytes] = OrderedDict()
         self.now_s = 0.0
         self.used_s: dict[bytes, float] = {}
-        self.residency_s = FOREVER_S  # the age of what goes, smoothed as the replay does
+        self.residency_s = FOREVER_S  # the age of dropped values, smoothed as the replay does
 
     async def get(self, keys: Sequence[bytes], into: Sequence[Parts], timeout_s: float) -> list[Got]:
         for key in reversed(keys):
@@ -57,7 +56,7 @@ class LRUStore(MemoryStore):
 
 
 def conversations(seed: int, count: int = 600) -> Trace:
-    """Some that go on after seconds or minutes, and documents that are read once."""
+    """Conversations that go on after seconds or minutes, and documents that are read once."""
     rng = random.Random(seed)
     now, fresh = 0.0, 0
     live: list[list[int]] = []
@@ -89,9 +88,9 @@ def conversations(seed: int, count: int = 600) -> Trace:
 def test_hits_and_writes_are_those_of_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Persist
 ) -> None:
-    monkeypatch.setattr(known_module, "ABSENT_S", 0.0)  # the trace's time is not the wall's
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 60.0)
+    monkeypatch.setattr(presence_cache, "ABSENT_S", 0.0)  # the trace's time is not the wall clock's
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 60.0)
     monkeypatch.setattr(CostModel, "note_gone", lambda self, age_s: None)
     monkeypatch.setattr(CostModel, "note_still_there", lambda self, age_s: None)
     monkeypatch.setattr(CostModel, "write_threshold", lambda self, tokens, as_if_fast=False: THRESHOLD)

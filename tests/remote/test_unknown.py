@@ -1,4 +1,4 @@
-"""Keys that a store could not answer for: they are neither there nor absent, whatever they are asked for."""
+"""Keys that a store could not answer for: they are neither there nor absent, in every kind of call."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkern.remote import cost_model as cost_model_module
-from kvkern.remote import store_calls as calls_module
+from kvkern.remote import cost_model, store_calls
 from kvkern.remote.circuit_breaker import FAILURES
 from kvkern.remote.cost_model import FOREVER_S
 from kvkern.remote.stores.base import Got, Parts, RemoteError
@@ -20,16 +19,16 @@ from tests.support import chain_keys
 
 
 class Sharded(MemoryStore):
-    """Over servers that have a key each, as it were: some are down, for some of the calls."""
+    """A store over servers that hold one key each: some are down, for some kinds of calls."""
 
     def __init__(self, values: dict[bytes, bytes]) -> None:
         super().__init__(values)
         self.down: set[bytes] = set()
         self.kinds = {"exists", "get", "put"}
-        self.takes_s = 0.0  # a call that asks one of them
+        self.takes_s = 0.0  # seconds of a call that asks a server that is down
 
     async def _ask(self, what: str, keys: Sequence[bytes]) -> list[bool]:
-        """Which are answered."""
+        """Return for each key whether its server answers."""
         answered = [what not in self.kinds or key not in self.down for key in keys]
         if not all(answered):
             await asyncio.sleep(self.takes_s)
@@ -56,10 +55,10 @@ class Sharded(MemoryStore):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little time the machine gives these threads."""
-    monkeypatch.setattr(cost_model_module, "FIRST_WAIT_S", 30.0)
-    monkeypatch.setattr(cost_model_module, "LEAST_WAIT_S", 30.0)
-    monkeypatch.setattr(calls_module, "LATE_SHARE", 100.0)  # soon enough, whenever it is
+    """Long waits, however little time the machine gives these threads."""
+    monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
+    monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
+    monkeypatch.setattr(store_calls, "LATE_SHARE", 100.0)  # an answer in part is soon enough, whenever it comes
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def store() -> Sharded:
 
 
 def written(one: Node) -> None:
-    """A, B and C are in the store, by this node, and not in its DRAM."""
+    """A, B and C are in the store, written by this node, and not in its DRAM."""
     for chain in (A, B, C):
         assert one.compute(chain) == 6
         one.settle()
@@ -97,7 +96,7 @@ def test_a_key_that_is_not_answered_ends_the_prefix_and_is_not_absent(
         assert not one.tier.breaker.is_open
         nothing_concluded(one, A)
         store.down = set()
-        assert one.hits(A) == 6  # at once: nobody holds it to be absent
+        assert one.hits(A) == 6  # at once: no key counts as absent
 
 
 @pytest.mark.parametrize("kind", ["exists", "get"])
@@ -139,7 +138,7 @@ def test_the_first_key_is_not_answered(tmp_path: Path, store: Sharded) -> None:
 def test_no_key_is_answered(tmp_path: Path, store: Sharded) -> None:
     class Quiet(Sharded):
         async def _ask(self, what: str, keys: Sequence[bytes]) -> list[bool]:
-            return [not self.down] * len(keys)  # and raises nothing, as it should
+            return [not self.down] * len(keys)  # and it does not raise, as it should
 
     for kind in (Sharded, Quiet):
         silent = kind({})
@@ -155,7 +154,7 @@ def test_no_key_is_answered(tmp_path: Path, store: Sharded) -> None:
 
 
 def test_a_server_that_hangs_closes_the_store(tmp_path: Path, store: Sharded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call waits for it until its time is up: nothing of the others' is worth that."""
+    """Every call waits for that server until its timeout: the keys of the other servers are not worth that."""
     monkeypatch.undo()
     with node(tmp_path, store, timeout_s=0.5) as one:
         written(one)
@@ -163,7 +162,7 @@ def test_a_server_that_hangs_closes_the_store(tmp_path: Path, store: Sharded, mo
         store.down, store.takes_s = {A[3]}, 0.5
         for _ in range(FAILURES):
             assert not one.tier.breaker.is_open
-            assert one.hits(A) == 0  # it has not waited for so long
+            assert one.hits(A) == 0  # the request has not waited so long
             eventually(lambda: not one.tier.reader.num_waiting, "the end of the call")
         assert one.tier.breaker.is_open
         assert one.counters["remote_failures"] == FAILURES

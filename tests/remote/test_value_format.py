@@ -1,4 +1,4 @@
-"""Whatever becomes of a value's bytes in a store: what is accepted is what was stored under that key."""
+"""Whatever happens to a value's bytes in a store, an accepted value is the one that was stored under that key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import NAMESPACE, SHAPE, chain_keys
 
 GEOMETRY = SlotGeometry(part_nbytes=640, max_planes=3, world_size=2)
 HEADER, STRIDE = GEOMETRY.header_nbytes, GEOMETRY.part_stride
-SIZES_AT = 256 + 2 * 8 + 2 * 3 * 8  # of plane_nbytes
+SIZES_AT = 256 + 2 * 8 + 2 * 3 * 8  # offset of plane_nbytes
 KEYS = chain_keys("value", 4)
 FIELDS = {
     "magic": 0, "version": 8, "header size": 12, "key": 16, "namespace": 48, "payload size": 80, "part size": 88, "ranks": 96,
@@ -35,7 +35,7 @@ FIELDS = {
 }  # fmt: skip
 MEANINGLESS = {112: "owner", 120: "its start", 128: "state", HEADER + 640: "behind the planes"}
 
-Mutation = Callable[[list[bytearray]], None]  # of all values; the first is read then
+Mutation = Callable[[list[bytearray]], None]  # changes all values; the first one is read afterwards
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
 
 @pytest.fixture(scope="module")
 def values(arena: Arena) -> list[bytes]:
-    """Of KEYS. The second is of a group with fewer planes, the last of another namespace."""
+    """Values of KEYS. The second is of a group with fewer planes, the last of another namespace."""
     dram = DramTier(arena, LRU())
     for shape, keys in ((SHAPE, KEYS[:3]), (ChunkShape(bytes(32), 0, 16), KEYS[3:])):
         reservation = dram.reserve(keys, keys, shape)
@@ -62,12 +62,12 @@ def values(arena: Arena) -> list[bytes]:
 
 
 def payload_of(value: bytes | bytearray) -> list[bytes]:
-    """What an engine would load, by rank."""
+    """Return the bytes that an engine would load, by rank."""
     return [bytes(value[HEADER + rank * STRIDE :][: GEOMETRY.part_nbytes]) for rank in range(2)]
 
 
 def read(arena: Arena, key: bytes, value: bytes | bytearray) -> list[bytes] | None:
-    """What is in the slot, by rank, if it is accepted. A store gives values of the right size only."""
+    """Read a value into a slot. Returns its bytes by rank, or None if it is rejected; stores reject a wrong size."""
     if len(value) != GEOMETRY.slot_nbytes:
         return None
     slots: npt.NDArray[np.int64] = np.array([7], dtype=np.int64)
@@ -102,7 +102,7 @@ def test_what_means_nothing_may_be_anything(arena: Arena, values: list[bytes], a
 
 
 def test_a_last_plane_without_a_size_is_not_left_out(arena: Arena, values: list[bytes]) -> None:
-    """What holds of zeros a disk leaves: one in the sizes, one in what they would have vouched for."""
+    """A disk leaves holes of zeros: one in the sizes, one in the bytes that these sizes protect."""
     value = bytearray(values[0])
     value[SIZES_AT + 8 : SIZES_AT + 12] = bytes(4)
     begin = HEADER + sum(plane_sizes(GEOMETRY)[:2])
@@ -166,7 +166,7 @@ def test_what_is_accepted_is_what_was_stored(
         change(mutated)
     found = read(arena, KEYS[number], mutated[0])
     wanted = payload_of(values[number])
-    if number == 1:  # of fewer planes
+    if number == 1:  # a value with fewer planes
         nbytes = sum(plane_sizes(GEOMETRY)[:2])
         found, wanted = found and [part[:nbytes] for part in found], [part[:nbytes] for part in wanted]
     assert found is None or found == wanted
@@ -177,7 +177,7 @@ def test_what_is_accepted_is_what_was_stored(
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, dict[bytes, bytes]]]:
-    """A node, and what is in its store."""
+    """Yield a node and the values in its store."""
     store = MemoryStore()
     made = Node(tmp_path_factory.mktemp("node"), store, slots=24, geometry=GEOMETRY)
     for chain in (A, B):

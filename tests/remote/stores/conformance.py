@@ -1,10 +1,10 @@
-"""What every remote store has to do, whatever it is. A test file of a store subclasses `Conformance` and says how to make one.
+"""What every remote store has to do. The test file of a store subclasses `Conformance` and says how to make one.
 
 class TestMine(Conformance):
     @pytest.fixture
-    def make(self) -> MakeStore: ...     # makes stores, unopened, that see the same values
+    def make(self) -> MakeStore: ...     # makes unopened stores that see the same values
 
-A store over many servers, of which one may fail, subclasses `PartConformance` too.
+The test of a store over many servers, of which one may fail, subclasses `PartConformance` too.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ T = TypeVar("T")
 MakeStore = Callable[[], RemoteStore]
 
 HEADER_NBYTES = 4096
-TIMEOUT_S = 30.0  # generous: what takes this long hangs
+TIMEOUT_S = 30.0  # generous: a call that takes this long hangs
 HIT, MISS, WRONG_SIZE, UNKNOWN = Got.HIT, Got.MISS, Got.WRONG_SIZE, Got.UNKNOWN
 
 
 def key_of(number: int) -> bytes:
-    """A key; different numbers, different keys, in the first bytes and in the last."""
+    """Return a key. Keys of different numbers differ in the first bytes and in the last."""
     return number.to_bytes(4, "little") * 8
 
 
 class Memory:
-    """Page-aligned memory as the tier passes it, in one piece that a store may register: values lie in it one by one."""
+    """Page-aligned memory as the tier passes it, in one piece that a store may register. Values lie in it one by one."""
 
     def __init__(self, count: int, payload_nbytes: int) -> None:
         stride = HEADER_NBYTES + -(-payload_nbytes // 4096) * 4096
@@ -43,27 +43,27 @@ class Memory:
         self.bytes = raw[start : start + count * stride].reshape(count, stride)
 
     def parts(self, row: int) -> Parts:
-        """Header and payload of a value."""
+        """Return header and payload of a value."""
         whole = memoryview(self.bytes[row])
         return whole[:HEADER_NBYTES], whole[HEADER_NBYTES : HEADER_NBYTES + self._payload_nbytes]
 
     def fill(self, row: int, seed: int) -> Parts:
-        """`parts` with noise in them."""
+        """Fill a value with noise and return its `parts`."""
         self.bytes[row] = np.random.default_rng(seed).integers(0, 256, self.bytes.shape[1], dtype=np.uint8)
         return self.parts(row)
 
     @property
     def whole(self) -> memoryview:
-        """To register."""
+        """The memory to register."""
         return memoryview(self.bytes).cast("B")
 
     def holds(self, row: int, other: Parts) -> bool:
-        """Whether both are equal, bit for bit."""
+        """Return True if value `row` and `other` are equal, bit for bit."""
         return all(bytes(mine) == bytes(theirs) for mine, theirs in zip(self.parts(row), other, strict=True))
 
 
 class Bench:
-    """A loop, one opened store on it, and memory of which the first half is written from and the second read into."""
+    """A loop, one opened store on it, and memory: values are written from the first half and read into the second."""
 
     def __init__(self, make: MakeStore, count: int = 8, payload_nbytes: int = 70_000) -> None:
         self.make = make
@@ -74,7 +74,7 @@ class Bench:
         self.store = self.another()
 
     def another(self, memory: Memory | None = None) -> RemoteStore:
-        """One more store, opened, for this memory."""
+        """Open one more store, with this memory."""
         store = self.make()
         self._opened.append(store)
         self.run(store.open())
@@ -82,7 +82,7 @@ class Bench:
         return store
 
     def run(self, call: Awaitable[T]) -> T:
-        """What a call returns; it must end."""
+        """Return the result of a call, which must end."""
 
         async def bounded() -> T:
             return await asyncio.wait_for(call, 2 * TIMEOUT_S)
@@ -90,11 +90,11 @@ class Bench:
         return self.runner.run(bounded())
 
     def values(self, seed: int = 1) -> list[Parts]:
-        """Values to write, new noise."""
+        """Return values to write, with new noise."""
         return [self.memory.fill(row, seed * 1000 + row) for row in range(self.count)]
 
     def into(self) -> list[Parts]:
-        """Buffers to read into, emptied."""
+        """Return zeroed buffers to read into."""
         self.memory.bytes[self.count :] = 0
         return [self.memory.parts(row) for row in range(self.count, 2 * self.count)]
 
@@ -110,7 +110,7 @@ class Bench:
         return list(self.run((store or self.store).exists(keys, TIMEOUT_S)))
 
     def read(self, row: int) -> bool:
-        """Whether buffer `row` holds what value `row` has."""
+        """Return True if buffer `row` holds the bytes of value `row`."""
         return self.memory.holds(self.count + row, self.memory.parts(row))
 
     def close(self) -> None:
@@ -121,23 +121,23 @@ class Bench:
 
 @dataclass
 class Part:
-    """A store over several servers, one of which is about to fail. Keys are of values that it has."""
+    """A store over several servers, one of which is about to fail. All keys have values."""
 
     bench: Bench
-    living: list[bytes]  # on servers that go on, known once one has failed
+    living: list[bytes]  # on servers that go on; known once one has failed
     failing: list[bytes]
     fail: Callable[[], object]
     heal: Callable[[], object] | None = None
     timeout_s: float = TIMEOUT_S
-    exists_fails: bool = True  # whether who says what is there fails with who has it
+    exists_fails: bool = True  # False: another server answers `exists`, and it goes on
 
     def mixed(self) -> list[bytes]:
-        """One of the living, one of the failing, and so on."""
+        """Return living and failing keys, in turns."""
         return [key for pair in zip(self.living, self.failing, strict=False) for key in pair]
 
 
 class PartConformance:
-    """Subclass it, and give `part`: of a failed server's keys nothing is said, of the others' the truth."""
+    """Subclass it and define `part`: keys of a failed server are unknown, and the answers for all other keys are true."""
 
     @pytest.fixture
     def part(self) -> Iterator[Part]:
@@ -153,7 +153,7 @@ class PartConformance:
             count // 2
         )
         assert list(bench.run(store.get(keys, bench.into()[:count], timeout_s))) == [HIT, UNKNOWN] * (count // 2)
-        backwards = list(bench.run(store.get(keys[::-1], bench.into()[:count], timeout_s)))  # the first one fails
+        backwards = list(bench.run(store.get(keys[::-1], bench.into()[:count], timeout_s)))  # the first key fails
         assert backwards == [UNKNOWN, HIT] * (count // 2)
         for call in (
             store.get(part.failing, bench.into()[: len(part.failing)], timeout_s),
@@ -174,7 +174,7 @@ class PartConformance:
 
 
 class Conformance:
-    """Subclass it, and give `make`."""
+    """Subclass it and define `make`."""
 
     @pytest.fixture
     def make(self) -> MakeStore:
@@ -211,7 +211,7 @@ class Conformance:
         assert bench.exists(keys) == [True, True, False, True, False, False]
         got = bench.get(keys, bench.into()[:6])
         assert got[:3] == [HIT, HIT, MISS]
-        assert got[3] in (HIT, MISS)  # behind the first miss nothing needs to be read
+        assert got[3] in (HIT, MISS)  # keys behind the first miss need not be read
         assert got[4:] == [MISS, MISS]
         assert bench.read(0)
         assert bench.read(1)
@@ -236,7 +236,7 @@ class Conformance:
         assert (bench.memory.bytes[bench.count + 2 :] == 0xAB).all()
 
     def test_put_again(self, bench: Bench) -> None:
-        """What is there stays or is replaced, and is whole in any case."""
+        """A value that is there stays or is replaced, and is whole in both cases."""
         key, values = key_of(1), bench.values()
         assert bench.put([key], values[:1]) == [True]
         assert bench.put([key], values[1:2]) == [True]
@@ -250,7 +250,7 @@ class Conformance:
         assert bench.put([key, key_of(2)], bench.values()[:2]) == [True, True]
         assert bench.put([key_of(3)], [longer.fill(0, 5)], store=other) == [True]
         assert bench.get([key], [longer.parts(1)], store=other) == [WRONG_SIZE]
-        got = bench.get([key_of(3), key_of(2)], bench.into()[:2])  # the next one is read rightly all the same
+        got = bench.get([key_of(3), key_of(2)], bench.into()[:2])  # the next value is still read correctly
         assert got[0] == WRONG_SIZE
         assert got[1] in (HIT, MISS)
         if got[1] == HIT:
@@ -330,7 +330,7 @@ class Conformance:
             bench.run(bench.store.delete([key], TIMEOUT_S))
 
     def test_a_cancelled_call_is_done_with_the_memory(self, bench: Bench) -> None:
-        """After the await has ended, however it has, nothing is written into the buffers any more."""
+        """After the await has ended, in whatever way, nothing is written into the buffers any more."""
         keys, values = [key_of(i) for i in range(bench.count)], bench.values()
         bench.put(keys, values)
         into = bench.into()
@@ -345,5 +345,5 @@ class Conformance:
 
         bench.run(give_up())
         assert (bench.memory.bytes[bench.count :] == 0xCD).all()
-        assert bench.get(keys, bench.into()) == [HIT] * bench.count  # and the store is as good as before
+        assert bench.get(keys, bench.into()) == [HIT] * bench.count  # and the store works as before
         assert all(bench.read(row) for row in range(bench.count))

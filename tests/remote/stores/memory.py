@@ -1,4 +1,4 @@
-"""A store in memory, for tests of the tier: its faults are asked for."""
+"""A store in memory, for tests of the tier. Tests switch its faults on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from kvkern.remote.stores.base import Got, Parts, RemoteError
 
 
 class MemoryStore:
-    """`RemoteStore` over a dict that several may share."""
+    """`RemoteStore` over a dict that several stores may share."""
 
     def __init__(self, values: dict[bytes, bytes] | None = None) -> None:
         self.values = {} if values is None else values
         self.delay_s = 0.0  # of every call
         self.broken = False  # every call raises
-        self.full = False  # nothing is taken
+        self.full = False  # no value is taken
         self.gate: asyncio.Event | None = None  # set: calls wait for it
-        self.calls: list[tuple[str, int]] = []  # (what, keys)
+        self.calls: list[tuple[str, int]] = []  # (kind, number of keys)
 
     async def open(self) -> None:
         await self._called("open", 0)

@@ -1,4 +1,4 @@
-"""The least of an object store: PUT, GET, HEAD and DELETE as S3, Google and Azure share them. Its faults are asked for."""
+"""A minimal object store: PUT, GET, HEAD and DELETE as S3, Google and Azure share them. Tests switch its faults on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class ObjectServer(ThreadingHTTPServer):
-    """Objects of one bucket, on a port of 127.0.0.1. Use as a context manager."""
+    """Objects of one bucket, on a port of 127.0.0.1. Use it as a context manager."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -17,10 +17,10 @@ class ObjectServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
-        self.requests: list[str] = []  # methods
-        self.faults: list[tuple[str, int, str]] = []  # (method, status, code): of the next request of that method
-        self.cut = 0  # bytes that bodies of GET lack
-        self.delay_s = 0.0  # of every answer
+        self.requests: list[str] = []  # methods, in order
+        self.faults: list[tuple[str, int, str]] = []  # (method, status, code): its next request gets this answer
+        self.cut = 0  # bytes missing at the end of GET bodies
+        self.delay_s = 0.0  # before every answer
         self.most_at_once = self._at_once = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -49,14 +49,14 @@ class ObjectServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 20  # an answer is one packet: no waiting for acknowledgements
+    wbufsize = 1 << 20  # an answer is one packet: no wait for acknowledgements
     server: ObjectServer
 
     def _do(self) -> None:
         self.server.count(1)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         time.sleep(self.server.delay_s)
-        self.server.count(-1)  # before the answer: a client that has it may ask again at once
+        self.server.count(-1)  # before the answer: a client that has the answer may ask again at once
         self.server.requests.append(self.command)
         path, _, query = self.path.partition("?")
         fault = self.server.fault(self.command)
@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.objects.pop(f"{path.rstrip('/')}/{key.decode()}", None)
             done = b"".join(b"<Deleted><Key>%b</Key></Deleted>" % key for key in keys)
             self._answer(200, b"<DeleteResult>%b</DeleteResult>" % done)
-        elif self.command == "POST" and "comp=batch" in query:  # Azure's
+        elif self.command == "POST" and "comp=batch" in query:  # from Azure
             self._answer_batch(re.findall(rb"^DELETE ([^ ?]+)", body, re.MULTILINE))
         elif path not in self.server.objects:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")

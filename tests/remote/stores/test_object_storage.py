@@ -1,4 +1,4 @@
-"""Object stores: the conformance suite on moto's S3 server and on a stand-in for the others, and what fails on the way."""
+"""Object stores: the conformance suite on moto's S3 server and on a stand-in for the others, and faults on the way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def obstore_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     need("objects", module="obstore")
     for name in list(os.environ):
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
-            monkeypatch.delenv(name)  # of whoever runs the tests
+            monkeypatch.delenv(name)  # credentials of the user who runs the tests
 
 
 def makes(url: str) -> MakeStore:
@@ -65,7 +65,7 @@ def ask(port: int, method: str, path: str, body: bytes = b"") -> None:
 def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     need("objects", module="obstore")
     need("objects", module="moto")
-    need("objects", module="flask_cors")  # of moto's server
+    need("objects", module="flask_cors")  # moto's server needs it
     port = free_port()
     with moto(port, tmp_path_factory.mktemp("moto")):
         ask(port, "PUT", "bucket")
@@ -324,7 +324,7 @@ def test_behind_an_object_that_fails_nothing_is_asked(server: ObjectServer, benc
     keys = [key_of(i) for i in range(8)]
     few.put(keys, few.values())
     server.requests.clear()
-    server.faults = [("GET", 200, "")]  # of another size
+    server.faults = [("GET", 200, "")]  # a body of another size
     server.faults += [("GET", 400, "Strange")]
     assert few.get(keys, few.into()) == [WRONG_SIZE, *[UNKNOWN] * 7]
     assert server.requests == ["GET", "GET"]
@@ -333,7 +333,7 @@ def test_behind_an_object_that_fails_nothing_is_asked(server: ObjectServer, benc
 
 @need_obstore
 def test_killed_and_stopped(tmp_path: Path, s3_port: int) -> None:
-    """s3_port: where moto is missing, this is skipped with its reason."""
+    """s3_port skips this test, with its reason, if moto is missing."""
     port = free_port()
     url = s3(port)
     with moto(port, tmp_path) as process:
@@ -353,7 +353,7 @@ def test_killed_and_stopped(tmp_path: Path, s3_port: int) -> None:
                 bench.run(call())
             assert time.monotonic() - start < 2.0
         os.kill(process.pid, signal.SIGCONT)
-        for _ in range(20):  # the deletes given up may still be carried out
+        for _ in range(20):  # deletes that were given up may still be carried out
             assert bench.put(keys, values) == [True] * 8
             if bench.get(keys, bench.into()) == [HIT] * 8:
                 break
@@ -364,7 +364,7 @@ def test_killed_and_stopped(tmp_path: Path, s3_port: int) -> None:
         bench.get(keys, bench.into())
     assert time.monotonic() - start < 5.0
     with moto(port, tmp_path):
-        ask(port, "PUT", "bucket")  # its memory is gone
+        ask(port, "PUT", "bucket")  # the server has forgotten its buckets
         assert bench.exists(keys) == [False] * 8
         assert bench.put(keys, values) == [True] * 8
         assert bench.get(keys, bench.into()) == [HIT] * 8
@@ -373,7 +373,7 @@ def test_killed_and_stopped(tmp_path: Path, s3_port: int) -> None:
 
 
 def test_memory_is_given_back_before_a_put_ends(server: ObjectServer, bench: Bench) -> None:
-    """A server that takes its time: nothing reads what the caller writes after the call, however it ended."""
+    """With a slow server: nothing reads what the caller writes after the call, however the call ended."""
     import obstore
 
     given: list[memoryview] = []

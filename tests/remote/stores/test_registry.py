@@ -1,4 +1,4 @@
-"""URLs, the registry, and the conformance suite held against a store that is nothing but a dict."""
+"""URLs, the registry, and the conformance suite on a store that is only a dict."""
 
 from __future__ import annotations
 

@@ -1,22 +1,36 @@
-"""What tests of the directory store look at: its files."""
+"""A directory store for its tests, and looks at its files."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
-from tests.remote.stores.conformance import MakeStore, key_of
+from tests.remote.stores.conformance import Bench, MakeStore, key_of
 
 VALUE = 4096 + 8192  # bytes of the small values here
 
 
 def makes(path: Path, options: str = "") -> MakeStore:
     return lambda: make_store(RemoteUrl.parse(f"file://{path}?{options}" if options else f"file://{path}"))
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def bench(store_path: Path) -> Iterator[Bench]:
+    bench = Bench(makes(store_path), payload_nbytes=8192)
+    yield bench
+    bench.close()
 
 
 def knows_direct(path: Path) -> bool:
@@ -38,7 +52,7 @@ def temporaries_in(path: Path) -> list[Path]:
 def nbytes_in(path: Path) -> int:
     total = 0
     for value in values_in(path):
-        with suppress(FileNotFoundError):  # evicted meanwhile
+        with suppress(FileNotFoundError):  # it may be evicted meanwhile
             total += value.stat().st_size
     return total
 

@@ -1,4 +1,4 @@
-"""Accounts of a directory: counted once however it comes to be known, the oldest first, and never more memory than said."""
+"""Accounts of a directory: every value is counted once, the oldest goes first, and memory has a limit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_of_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pool", [8, 1000])
 def test_the_oldest_go_whatever_the_pool(tmp_path: Path, pool: int) -> None:
-    """Exact as long as the pool lasts; then a scan is due."""
+    """Eviction is exact while the pool lasts; then a scan is due."""
     numbers = list(range(50))
     random.Random(1).shuffle(numbers)
     for number in numbers:
@@ -65,7 +65,7 @@ def test_the_oldest_go_whatever_the_pool(tmp_path: Path, pool: int) -> None:
     assert space.evict(1)  # whatever the capacity says
     assert there(tmp_path) == list(range(5, 50))
     assert space.wants_scan == (pool == 8)
-    assert space.reserve(900) == (pool == 1000)  # 8 more are to go
+    assert space.reserve(900) == (pool == 1000)  # 8 more values have to go
     space.scan()
     assert space.wants_scan is False
     if pool == 8:
@@ -84,7 +84,7 @@ def test_own_writes_are_the_youngest(tmp_path: Path) -> None:
 
 
 def test_own_writes_before_the_first_scan(tmp_path: Path) -> None:
-    """What is older is not known yet: nothing of our own goes in its place."""
+    """Older values may be unknown yet: none of the process's own values goes in their place."""
     write(tmp_path, 99, age_s=1000)
     space = DirectoryCapacity(str(tmp_path), 300)
     assert [own(space, tmp_path, number) for number in range(4)] == [True, True, True, False]
@@ -104,7 +104,7 @@ def test_used_since_the_scan(tmp_path: Path) -> None:
     for number in (11, 12):
         assert own(space, tmp_path, number)
     assert there(tmp_path) == [0, 10, 11, 12]
-    assert own(space, tmp_path, 13)  # it has had its second turn
+    assert own(space, tmp_path, 13)  # value 0 has had its second chance
     assert there(tmp_path) == [10, 11, 12, 13]
 
 
@@ -132,7 +132,7 @@ def test_writers_who_know_nothing_of_each_other_stay_at_the_capacity(tmp_path: P
 
 
 def test_files_that_somebody_has_removed(tmp_path: Path) -> None:
-    """They are counted until the next scan, which is due at once when there is nothing to evict."""
+    """Gone values stay counted until the next scan, which is due at once when there is nothing to evict."""
     space = DirectoryCapacity(str(tmp_path), 500)
     for number in range(5):
         own(space, tmp_path, number)
@@ -154,7 +154,7 @@ def test_what_happens_during_a_scan_counts_once(tmp_path: Path) -> None:
     real, now = space._scan_directory, iter(range(1, 200, 2))
 
     def scan_directory(directory: str, found: list[tuple[int, str, int]]) -> int:
-        own(space, tmp_path, next(now))  # in a directory that is over, still to come, or new
+        own(space, tmp_path, next(now))  # in a directory that is scanned already, still to come, or new
         gone = name_of(2 * (int(directory[-2:], 16) // 2))
         space.removed(gone, (tmp_path / gone).stat().st_size)
         (tmp_path / gone).unlink()
@@ -175,7 +175,7 @@ def test_what_happens_during_a_scan_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_name_counts_once(tmp_path: Path) -> None:
-    """Two calls that put the same key at the same time see nothing there, both."""
+    """Two calls that put the same key at the same time both see no value there."""
     space = DirectoryCapacity(str(tmp_path), 1000)
     space.scan()
     assert [own(space, tmp_path, 1, nbytes) for nbytes in (100, 100, 300)] == [True] * 3

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kvkern.remote.stores.base import RemoteError
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
 from tests.remote.stores.conformance import HIT, MISS, TIMEOUT_S, Bench, Conformance, MakeStore, Memory, key_of
+from tests.remote.stores.file import files
 from tests.remote.stores.file.files import (
     VALUE,
     file_of,
@@ -30,6 +30,8 @@ from tests.remote.stores.file.files import (
     values_in,
     wait_for,
 )
+
+store_path, bench = files.store_path, files.bench
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -65,18 +67,6 @@ class TestDirect(Conformance):
             assert set(flags) == {direct, 0}  # 0: sync of the directory
             monkeypatch.undo()
             bench.close()
-
-
-@pytest.fixture
-def store_path(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def bench(store_path: Path) -> Iterator[Bench]:
-    bench = Bench(makes(store_path), payload_nbytes=8192)
-    yield bench
-    bench.close()
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -130,7 +120,7 @@ def test_a_file_system_without_direct(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def refuse(path: Any, flags: int, *more: int) -> int:
         fd = real(path, flags & ~os.O_DIRECT, *more)
-        if flags & os.O_DIRECT:  # as Linux does: the file is there all the same
+        if flags & os.O_DIRECT:  # as Linux does: the file exists nevertheless
             os.close(fd)
             raise OSError(errno.EINVAL, "Invalid argument")
         return fd
@@ -168,7 +158,7 @@ def test_a_directory_that_cannot_be_reached_now(store_path: Path, monkeypatch: p
             await store.put([key_of(1)], [memory.fill(0, 1)], TIMEOUT_S)
         assert await store.get([key_of(1)], [memory.parts(1)], TIMEOUT_S) == [MISS]
         gone = False
-        await asyncio.sleep(0.5)  # it connects by itself
+        await asyncio.sleep(0.5)  # it reaches the directory by itself
         assert await store.put([key_of(1)], [memory.parts(0)], TIMEOUT_S) == [True]
         assert await store.get([key_of(1)], [memory.parts(1)], TIMEOUT_S) == [HIT]
         await store.close()
@@ -196,7 +186,7 @@ def test_what_was_not_used_goes_first(store_path: Path) -> None:
     assert bench.put(keys[:10], bench.values()) == [True] * 10
     for age, number in enumerate(range(10)):  # the last hour: 0 is the oldest
         os.utime(file_of(store_path, number), (0, time.time() - 3600 + age))
-    store = bench.another()  # and the first one has never heard of that
+    store = bench.another()  # the first store does not know of these
     wait_for(lambda: store._capacity.used_nbytes == 10 * VALUE)
     assert bench.get(keys[2:4], bench.into()[:2], store=store) == [HIT, HIT]
     assert bench.put(keys[10:14], bench.values()[:4], store=store) == [True] * 4
@@ -224,7 +214,7 @@ def test_a_cap_that_was_lowered(store_path: Path, bench: Bench) -> None:
 
 
 def test_accounts_after_a_rush(store_path: Path) -> None:
-    """Writes, deletes and scans at once: what is counted is what is there, and it is under the cap."""
+    """Writes, deletes and scans at once: the counted values are those that are there, below the capacity."""
     bench = Bench(makes(store_path, f"capacity={20 * VALUE}&threads=4"), payload_nbytes=8192)
     store = bench.store
     store._scan_s = 0.005
@@ -250,6 +240,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from tests.remote.stores.conformance import Bench, key_of
+from tests.remote.stores.file import files
 from tests.remote.stores.file.files import makes
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 bench = Bench(makes(path, sys.argv[3]), count=2, payload_nbytes=8192)
@@ -263,7 +254,7 @@ bench.close()
 
 
 def test_two_processes_share_a_directory(store_path: Path) -> None:
-    """Together they overshoot by no more than what they have not seen of each other, and do not evict for both."""
+    """Writers exceed the capacity by no more than they have not seen of each other, and none evicts for two."""
     foreign = store_path / "kvkern1" / "notes"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
@@ -304,6 +295,7 @@ CRASH = """
 import os, signal, sys
 from pathlib import Path
 from tests.remote.stores.conformance import Bench, key_of
+from tests.remote.stores.file import files
 from tests.remote.stores.file.files import makes
 os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 bench = Bench(makes(Path(sys.argv[1])), count=1, payload_nbytes=8192)
@@ -322,7 +314,7 @@ def test_killed_between_write_and_rename(store_path: Path) -> None:
         os.utime(path, (0, 0))
     bench = Bench(makes(store_path), count=1, payload_nbytes=8192)
     wait_for(lambda: bench.store._capacity._complete)
-    assert left.exists()  # it may be somebody's who is at it
+    assert left.exists()  # another process may still write it
     assert bench.exists([key_of(1)]) == [False]
     os.utime(left, (0, time.time() - 1000))
     bench.store._scan_now.set()
@@ -344,7 +336,7 @@ def test_other_files_are_not_touched(store_path: Path) -> None:
         os.utime(path, (0, 0))
     link = store_path / "kvkern1" / name[:2] / ("05" * 32)
     link.symlink_to(foreign[0])
-    older = store_path / "kvkern0" / name[:2] / name  # another version's: counted, and evicted like all
+    older = store_path / "kvkern0" / name[:2] / name  # of another version: counted and evicted like all values
     older.parent.mkdir(parents=True)
     older.write_bytes(bytes(VALUE))
     bench = Bench(makes(store_path, f"capacity={4 * VALUE}"), payload_nbytes=8192)

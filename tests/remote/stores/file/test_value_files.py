@@ -1,4 +1,4 @@
-"""Files of the directory store: changed, removed, in pieces, on disks that fail, are full, slow or gone."""
+"""Files of the directory store: changed, removed, in pieces, on disks that fail or are full, slow or gone."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ import pytest
 
 from kvkern.remote.stores.base import RemoteError
 from tests.remote.stores.conformance import HIT, MISS, TIMEOUT_S, UNKNOWN, WRONG_SIZE, Bench, key_of
+from tests.remote.stores.file import files
 from tests.remote.stores.file.files import VALUE, file_of, makes, nbytes_in, temporaries_in, values_in, wait_for
 
-
-@pytest.fixture
-def store_path(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def bench(store_path: Path) -> Iterator[Bench]:
-    bench = Bench(makes(store_path), payload_nbytes=8192)
-    yield bench
-    bench.close()
+store_path, bench = files.store_path, files.bench
 
 
 def test_rights_follow_the_directory(tmp_path: Path) -> None:
@@ -51,7 +42,7 @@ def test_files_that_were_changed(store_path: Path, bench: Bench) -> None:
     file_of(store_path, 3).unlink()
     file_of(store_path, 3).mkdir()
     assert bench.get(keys[:3], bench.into()[:3]) == [WRONG_SIZE] * 3
-    assert bench.put(keys[:3], values[5:8]) == [True] * 3  # of another size: replaced
+    assert bench.put(keys[:3], values[5:8]) == [True] * 3  # of another size: it is replaced
     assert bench.get(keys[:3], bench.into()[:3]) == [HIT] * 3
     assert bench.memory.holds(bench.count, values[5])
     with pytest.raises(RemoteError, match="directory"):
@@ -61,7 +52,7 @@ def test_files_that_were_changed(store_path: Path, bench: Bench) -> None:
 
 
 def test_replaced_while_it_is_read(store_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader has the old one, whole."""
+    """The reader has the old value, whole."""
     values = bench.values()
     bench.put([key_of(1)], values[:1])
     real = os.preadv
@@ -111,13 +102,13 @@ class Faulty:
 def test_a_full_disk(store_path: Path, bench: Bench, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(lambda: bench.store._capacity._complete)
     faulty = Faulty("pwritev", code, 100, monkeypatch)
-    assert bench.put([key_of(0)], bench.values()[:1]) == [False]  # and nothing to evict
+    assert bench.put([key_of(0)], bench.values()[:1]) == [False]  # there is nothing to evict
     assert temporaries_in(store_path) == []
     faulty.times = 0
     assert bench.put([key_of(i) for i in range(1, 4)], bench.values()[:3]) == [True] * 3
     faulty.times = 1
     assert bench.put([key_of(4)], bench.values()[:1]) == [True]
-    assert bench.exists([key_of(i) for i in range(1, 5)]).count(False) == 1  # one has made room
+    assert bench.exists([key_of(i) for i in range(1, 5)]).count(False) == 1  # one value has made room
     assert bench.exists([key_of(4)]) == [True]
     assert bench.store._capacity.used_nbytes == nbytes_in(store_path) == 3 * VALUE
     assert temporaries_in(store_path) == []
@@ -137,7 +128,7 @@ def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.
         with pytest.raises(RemoteError, match="Input/output error"):
             bench.get(keys, bench.into())
     with monkeypatch.context() as patch:
-        Faulty("preadv", errno.ESTALE, 1, patch)  # replaced by another node: once is nothing
+        Faulty("preadv", errno.ESTALE, 1, patch)  # replaced by another node: once is no fault
         assert bench.get(keys[:1], bench.into()[:1]) == [HIT]
         Faulty("preadv", errno.ESTALE, 2, patch)
         with pytest.raises(RemoteError, match="Stale file handle"):
@@ -146,7 +137,7 @@ def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.
 
 
 def test_one_file_of_many_that_fails(store_path: Path) -> None:
-    """What came before it is good; it and what is behind it is not known."""
+    """Answers before the failed key are valid. That key and the keys behind it are unknown."""
     bench = Bench(makes(store_path, "threads=1"), payload_nbytes=8192)
     keys, values = [key_of(i) for i in range(8)], bench.values()
     assert bench.put(keys, values) == [True] * 8
@@ -179,7 +170,7 @@ def test_transfers_in_pieces(store_path: Path, direct: str, most: int, monkeypat
 
 
 def test_a_slow_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has not begun when the time is over does not begin; the call ends with what is under way."""
+    """Rows that have not begun when the time is over do not begin. The call ends with the rows under way."""
     real = os.pwritev
     monkeypatch.setattr(os, "pwritev", lambda *args: (time.sleep(0.2), real(*args))[1])
     start = time.monotonic()
@@ -217,7 +208,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_small_disk(small_disk: Path) -> None:
     bench = Bench(makes(small_disk, "capacity=256KiB"), count=8, payload_nbytes=28 << 10)
     wait_for(lambda: bench.store._capacity._complete)
-    (small_disk / "ballast").write_bytes(bytes(96 << 10))  # somebody else's: the capacity is not to be had
+    (small_disk / "ballast").write_bytes(bytes(96 << 10))  # of another program: kvkern cannot use its full capacity
     for start in range(0, 40, 8):
         assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 4
     there = bench.exists([key_of(i) for i in range(40)])
@@ -232,7 +223,7 @@ def test_a_disk_that_is_unmounted(small_disk: Path) -> None:
     assert bench.put([key_of(1)], bench.values()[:1]) == [True]
     subprocess.run(["umount", "-l", str(small_disk)], check=True)
     for call in (
-        lambda: bench.exists([key_of(1)]),  # nothing is absent: nobody knows
+        lambda: bench.exists([key_of(1)]),  # no key counts as absent: nothing is known
         lambda: bench.get([key_of(1)], bench.into()[:1]),
         lambda: bench.put([key_of(2)], bench.values()[1:]),
     ):

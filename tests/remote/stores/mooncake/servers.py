@@ -24,7 +24,7 @@ MASTER = shutil.which(
 
 @dataclass
 class MooncakeMaster:
-    """A master that runs."""
+    """A running master."""
 
     port: int
     metrics_port: int
@@ -35,11 +35,11 @@ class MooncakeMaster:
         return f"mooncake://127.0.0.1:{self.port}?{options}"
 
     def stop(self) -> None:
-        """It answers nothing any more, and its connections stay."""
+        """Freeze it: it answers nothing any more, and its connections stay."""
         os.kill(self.process.pid, signal.SIGSTOP)
         threads = Path(f"/proc/{self.process.pid}/task")
         while any((one / "stat").read_text().rsplit(")", 1)[1].split()[0] != "T" for one in threads.iterdir()):
-            time.sleep(0.001)  # they stop one by one
+            time.sleep(0.001)  # its threads stop one by one
 
     def go_on(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)
@@ -47,7 +47,7 @@ class MooncakeMaster:
 
 @contextmanager
 def mooncake_master(folder: Path, *options: str, port: int = 0) -> Iterator[MooncakeMaster]:
-    """On 127.0.0.1, except for its metadata server, which knows no address."""
+    """Yield a master on 127.0.0.1. Only its metadata server listens on every address."""
     port, metrics, metadata = port or free_port(), free_port(), free_port()
     command = [
         MASTER or "mooncake_master", f"--rpc_port={port}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}",
@@ -68,7 +68,7 @@ class Node:
         self._expect(b"up")
 
     def forget_all(self) -> None:
-        """Every value in the store, whoever has it."""
+        """Delete every value in the store, on every node."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"forget\n")
         self.process.stdin.flush()
@@ -86,7 +86,7 @@ class Node:
 
 @contextmanager
 def node(master: MooncakeMaster, segment: str = "256MiB") -> Iterator[Node]:
-    """A node from when its segment is there to the end of the block."""
+    """Yield a node once its segment is there."""
     one = Node(master, segment)
     try:
         yield one
@@ -95,7 +95,7 @@ def node(master: MooncakeMaster, segment: str = "256MiB") -> Iterator[Node]:
 
 
 def library_client(port: int) -> Any:
-    """A plain client of the library, to look behind the store's back."""
+    """Return a plain client of the library, to look behind the store's back."""
     from mooncake.store import MooncakeDistributedStore
 
     client = MooncakeDistributedStore()

@@ -1,4 +1,4 @@
-"""Mooncake Store against the real master, with nodes in other processes, and with whatever can fail failing."""
+"""Mooncake Store against the real master, with nodes in other processes, and with every kind of fault."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shared_node(master: servers.MooncakeMaster) -> Iterator[Any]:
 
 @pytest.fixture
 def node(shared_node: servers.Node) -> servers.Node:
-    """Of the shared master, and nothing in it."""
+    """The node of the shared master, with an empty store."""
     shared_node.forget_all()
     return shared_node
 
@@ -75,7 +75,7 @@ class TestFromNodeToNode(Conformance):
 
 
 class TestANodeThatDies(PartConformance):
-    """The master does not know for a minute. New values may go to the dead one's segment: they are not taken then."""
+    """The master does not notice for a minute. New values may go to the dead node's segment: they are not taken then."""
 
     @pytest.fixture
     def part(self, folder: Path) -> Iterator[Part]:
@@ -90,7 +90,7 @@ class TestANodeThatDies(PartConformance):
                     first.kill()
                     tried = (key_of(i) for i in range(100, 200))
                     living.extend(key for key in tried if len(living) < 4 and works(bench, key))
-                    bench.memory.bytes[:4] = bench.memory.bytes[0]  # what `works` has written
+                    bench.memory.bytes[:4] = bench.memory.bytes[0]  # `works` has written there
 
                 yield Part(bench, living, [key_of(i) for i in range(4)], fail, exists_fails=False)
             bench.close()
@@ -112,7 +112,7 @@ def test_more_pieces_than_the_library_can_bear(master: servers.MooncakeMaster, n
 
 @pytest.fixture(scope="module")
 def contributing(folder: Path) -> Iterator[Any]:
-    """A store that is the only node of its master, and that."""
+    """Yield a store that is the only node of its master, and the master."""
     with servers.mooncake_master(folder) as master:
         bench = Bench(lambda: store_of(master.url("segment=64MiB")))
         yield bench, master
@@ -138,7 +138,7 @@ def test_a_segment_of_its_own(contributing: Contributing) -> None:
 def test_headers_beside_the_arena(
     master: servers.MooncakeMaster, node: servers.Node, monkeypatch: pytest.MonkeyPatch, registered: bool
 ) -> None:
-    """RDMA moves registered memory only; what is small and elsewhere goes through memory of the store's."""
+    """RDMA moves only registered memory; small pieces elsewhere go through the store's own memory."""
     from kvkern.remote.stores.mooncake import client
 
     if registered:
@@ -182,10 +182,10 @@ def test_memory_is_not_open_to_others_over_tcp(contributing: Contributing) -> No
 
 
 def test_a_store_that_is_full(folder: Path) -> None:
-    """Some values find no room, or push others out; never a wrong byte, never an error."""
+    """Some values find no room or push others out, but there is never a wrong byte and never an error."""
     with servers.mooncake_master(folder, "--default_kv_lease_ttl=1s") as master:
         bench = Bench(lambda: store_of(master.url("segment=0")), count=8, payload_nbytes=2 << 20)
-        assert bench.put(KEYS, bench.values()) == [False] * 8  # nobody contributes anything
+        assert bench.put(KEYS, bench.values()) == [False] * 8  # no node contributes memory
         with servers.node(master, "32MiB"):
             written = [[key_of(10 * turn + row) for row in range(8)] for turn in range(6)]
             there = [bench.put(keys, bench.values(turn)) for turn, keys in enumerate(written)]
@@ -223,7 +223,7 @@ def test_what_cannot_be_set_up(master: servers.MooncakeMaster, node: servers.Nod
     async def refused(url: str) -> str:
         with pytest.raises(ConfigError) as error:
             await (store := store_of(url)).open()
-        await asyncio.wait_for(store.close(), TIMEOUT_S)  # as whoever opened it does
+        await asyncio.wait_for(store.close(), TIMEOUT_S)  # as the opener of a store does
         return str(error.value)
 
     async def something_else() -> str:
@@ -255,7 +255,7 @@ def test_a_metadata_server(folder: Path) -> None:
 
 
 def all_fail(bench: Bench, timeout_s: float = 0.3, within_s: float = SOON_S) -> None:
-    """Every call raises RemoteError, and soon."""
+    """Check that every call raises RemoteError, and soon."""
     store, values, into = bench.store, [bench.memory.parts(0)], bench.into()[:1]
     calls: list[Callable[[], Any]] = [
         lambda: store.exists(KEYS[:1], timeout_s), lambda: store.get(KEYS[:1], into, timeout_s),
@@ -276,7 +276,7 @@ def eventually(check: Callable[[], bool], timeout_s: float = 15.0) -> None:
 
 
 def works(bench: Bench, key: bytes) -> bool:
-    """Whether a value goes there and comes back."""
+    """Return True if a value can be written and read back."""
     try:
         there = bench.put([key], [bench.memory.fill(0, 99)])
         return there == [True] and bench.get([key], bench.into()[:1]) == [HIT] and bench.read(0)
@@ -302,7 +302,7 @@ def test_a_master_that_comes_late_and_is_restarted(folder: Path, capfd: pytest.C
 
 
 class _Unopened:
-    """A store that its test opens."""
+    """A store that the test opens itself."""
 
     def __init__(self, store: RemoteStore) -> None:
         self._store = store
@@ -331,7 +331,7 @@ def test_a_master_that_freezes(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             pass
 
         monkeypatch.setattr(bench.store._master, "check_alive", yes)  # type: ignore[attr-defined]
-        master.stop()  # between the sign of life and the call
+        master.stop()  # between the check of the master and the call
         for message in ("not answered in time", "not answered in time", "all 2 threads of ask hang"):
             with pytest.raises(RemoteError, match=message):
                 bench.run(bench.store.exists(KEYS, 0.3))
@@ -348,15 +348,15 @@ def test_a_node_that_dies(folder: Path) -> None:
         assert bench.put(KEYS[:4], values[:4]) == [True] * 4
         with servers.node(master, "64MiB"):
             first.kill()
-            assert bench.exists(KEYS[:4]) == [True] * 4  # the master does not know yet
+            assert bench.exists(KEYS[:4]) == [True] * 4  # the master has not noticed yet
             with pytest.raises(RemoteError, match="the node that has it is gone"):
                 bench.get(KEYS[:4], bench.into()[:4])
             written = [key for key in map(key_of, range(50, 90)) if works(bench, key)]
             assert written
             keys = [KEYS[0], written[0], KEYS[1]]
             bench.memory.fill(0, 99)
-            first_key, *others = bench.get(keys, bench.into()[:3])  # what can be read, is
-            assert first_key in (MISS, UNKNOWN)  # before or after the master knows
+            first_key, *others = bench.get(keys, bench.into()[:3])  # everything readable is read
+            assert first_key in (MISS, UNKNOWN)  # before or after the master has noticed
             assert others in ([HIT, MISS], [HIT, UNKNOWN])
             assert bench.memory.holds(bench.count + 1, bench.memory.parts(0))
             eventually(lambda: bench.exists(KEYS[:4]) == [False] * 4)
@@ -366,13 +366,13 @@ def test_a_node_that_dies(folder: Path) -> None:
 
 
 def test_a_client_with_transfers_that_may_not_have_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory is nobody else's before it is taken down; a new one takes its place."""
+    """No memory is reused before the client is closed; a new client replaces it."""
     from kvkern.remote.stores.mooncake import client
 
     with servers.mooncake_master(folder) as master, servers.node(master, "64MiB") as first:
         bench = Bench(lambda: store_of(master.url("segment=64MiB")), count=64)
         keys = [key_of(row) for row in range(64)]
-        assert all(bench.put(keys, bench.values()))  # on both
+        assert all(bench.put(keys, bench.values()))  # on both nodes
         first.kill()
         monkeypatch.setattr(client, "GIVES_UP_S", 0.0)
         client = bench.store._client  # type: ignore[attr-defined]

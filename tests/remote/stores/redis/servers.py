@@ -1,4 +1,4 @@
-"""Redis servers for tests, single and as a cluster, certificates for them, and a proxy that breaks what goes through it."""
+"""Redis servers for tests, single and as a cluster, their certificates, and a proxy that breaks replies."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from tests.remote.required_servers import answers, free_port, running
 from tests.remote.stores.conformance import Bench, MakeStore
 
 NUM_SLOTS = 16384
-LATE_S = 1.0  # how much longer than its time a call may take on a busy machine
+LATE_S = 1.0  # how much later than its timeout a call may end on a busy machine
 
 
 @dataclass
 class RedisServer:
-    """A server that runs."""
+    """A running server."""
 
     port: int
     process: subprocess.Popen[bytes]
 
     def client(self, **options: Any) -> Any:
-        """A plain client of its own, to look behind the store's back. Its connections end with it."""
-        import redis  # only where it is there
+        """Return a plain client, to look behind the store's back. Its connections end with it."""
+        import redis  # imported only where it is installed
 
         return redis.Redis(port=self.port, socket_timeout=10, **options)
 
     def stop(self) -> None:
-        """It answers nothing any more, and its connections stay."""
+        """Freeze it: it answers nothing any more, and its connections stay."""
         os.kill(self.process.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
@@ -56,7 +56,7 @@ class RedisServer:
 
 @contextmanager
 def redis_server(folder: Path, *options: str, port: int = 0, tls: bool = False) -> Iterator[RedisServer]:
-    """On 127.0.0.1, keeping nothing on disk."""
+    """Yield a server on 127.0.0.1 that keeps nothing on disk."""
     port = port or free_port()
     listen = ["--port", "0", "--tls-port", str(port)] if tls else ["--port", str(port)]
     command = [
@@ -68,7 +68,7 @@ def redis_server(folder: Path, *options: str, port: int = 0, tls: bool = False) 
 
 @dataclass
 class RedisCluster:
-    """Three masters; the slots are divided evenly."""
+    """Three masters that share the slots evenly."""
 
     servers: list[RedisServer]
     ids: list[str] = field(default_factory=list)
@@ -77,11 +77,11 @@ class RedisCluster:
         return [NUM_SLOTS * i // len(self.servers) for i in range(len(self.servers) + 1)]
 
     def owner(self, slot: int) -> int:
-        """Index of the server that has a slot at the start."""
+        """Return the index of the server that has a slot at the start."""
         return next(i for i, first in enumerate(self.start_slots()[1:]) if slot < first)
 
     def wait(self, timeout_s: float = 20.0) -> None:
-        """Until all see the whole cluster."""
+        """Wait until all servers see the whole cluster."""
         deadline = time.monotonic() + timeout_s
         while not all(self._sees_all(server) for server in self.servers):
             assert time.monotonic() < deadline, "the cluster does not come together"
@@ -100,7 +100,7 @@ class RedisCluster:
 
 @contextmanager
 def redis_cluster(folder: Path, count: int = 3) -> Iterator[RedisCluster]:
-    """Masters only, each of which answers for its slots also when another is gone."""
+    """Yield a cluster of masters only. Each answers for its slots also when another one is gone."""
     with ExitStack() as stack:
         servers, bus = [], []
         for index in range(count):
@@ -125,7 +125,7 @@ def redis_cluster(folder: Path, count: int = 3) -> Iterator[RedisCluster]:
 
 
 def make_certificates(folder: Path, host: str = "127.0.0.1") -> None:
-    """`ca.crt`, and signed by it `server.crt` and `server.key` for an address; `other.crt` is nobody's."""
+    """Make `ca.crt`, `server.crt` and `server.key` that it signed for an address, and `other.crt`, which signed nothing."""
     openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-ca -keyout ca.key -out ca.crt")
     openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other -keyout other.key -out other.crt")
     openssl(folder, "req -newkey rsa:2048 -nodes -subj /CN=server -keyout server.key -out server.csr")
@@ -142,7 +142,7 @@ def openssl(folder: Path, arguments: str) -> None:
 
 
 class Proxy:
-    """Between a client and a server: lets replies through until it is told to break the next ones."""
+    """A proxy between a client and a server: replies pass until it is told to break the next ones."""
 
     def __init__(self, port: int) -> None:
         self.connections = 0
@@ -150,19 +150,19 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._left: int | None = None  # bytes of replies that still pass; None: all
-        self._then = b""  # is sent behind them
-        self._cut = False  # and then the connection ends; else it stays, silent
-        self._once = False  # what comes later passes again
+        self._then = b""  # sent behind them
+        self._cut = False  # the connection ends then; False: it stays, silent
+        self._once = False  # later replies pass again
         self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
     def break_after(self, nbytes: int, then: bytes = b"", cut: bool = False, once: bool = False) -> None:
-        """Replies pass for so many bytes more, counted over all connections."""
+        """Let replies pass for `nbytes` more, counted over all connections."""
         self._then, self._cut, self._once, self._left = then, cut, once, nbytes
 
     def heal(self) -> None:
-        """All passes again, on new connections."""
+        """Let everything pass again, on new connections."""
         self._left = None
 
     def close(self) -> None:
@@ -206,13 +206,13 @@ class Proxy:
                     client.sendall(data[:left] + self._then)
                     if self._cut:
                         break
-                    return  # the rest of its replies goes nowhere
+                    return  # drop the rest of its replies
         with suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)
 
 
 def spread(names: Sequence[bytes], cluster: RedisCluster) -> list[int]:
-    """Which server of the cluster has each of the values."""
+    """Return which server of the cluster has each of the values."""
     with cluster.servers[0].client() as client:
         return [cluster.owner(client.execute_command("CLUSTER KEYSLOT", name)) for name in names]
 
@@ -225,7 +225,7 @@ def store_of(url: str) -> RemoteStore:
 
 
 def fresh(url: str) -> MakeStore:
-    """Stores at a URL, with a prefix that nobody has used."""
+    """Return a maker of stores at a URL, with a prefix that nobody has used."""
     full = f"{url}{'&' if '?' in url else '?'}prefix={secrets.token_hex(4)}/"
     return lambda: store_of(full)
 
@@ -240,7 +240,7 @@ def bench_of(make: MakeStore | str, count: int = 8, payload_nbytes: int = 70_000
 
 
 def fails(bench: Bench, call: Any, timeout_s: float) -> str:
-    """What the call's RemoteError says. It comes soon after the time is up."""
+    """Return the message of a call's RemoteError, which comes soon after the timeout."""
     began = time.monotonic()
     with pytest.raises(RemoteError) as error:
         bench.run(call)
@@ -249,7 +249,7 @@ def fails(bench: Bench, call: Any, timeout_s: float) -> str:
 
 
 def refused(url: str) -> str:
-    """The ConfigError of making and opening a store. It tells no password."""
+    """Return the message of the ConfigError of making and opening a store. It shows no password."""
 
     async def attempt() -> None:
         store = store_of(url)

@@ -1,4 +1,4 @@
-"""A real cluster of three: where values go, and what becomes of calls when slots move or a server hangs."""
+"""A real cluster of three: where values go, and what calls do when slots move or a server hangs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestCluster(Conformance):
 
 
 def part_of(cluster: RedisCluster, fail: Callable[[], None], heal: Callable[[], None] | None) -> Part:
-    """Of its last server."""
+    """The cluster's last server fails."""
     it = InCluster(cluster)
     keys = it.of(0, 1, 0, 1, 2, 2, 2, 2)
     assert it.bench.put(keys, it.bench.values()) == [True] * 8
@@ -94,7 +94,7 @@ class InCluster:
         return f"{self.prefix}{value_name(key)}"
 
     def of(self, *owners: int) -> list[bytes]:
-        """Keys on these servers, one each, all different."""
+        """Return keys on these servers, one each, all different."""
         left = list(zip(self.keys, self.owners, strict=True))
         chosen = []
         for owner in owners:
@@ -146,7 +146,7 @@ def test_a_server_of_a_cluster_that_is_stopped(in_cluster: InCluster, cluster: R
 
 
 def test_slots_that_move(in_cluster: InCluster, cluster: RedisCluster) -> None:
-    """First while they do (ASK), then when they have (MOVED), then back."""
+    """First while the slots move (ASK), then when they have moved (MOVED), then back."""
     bench, (key,) = in_cluster.bench, in_cluster.of(0)
     values, into = bench.values(), bench.into()
     others = in_cluster.of(1, 0, 2, 0)[:3]

@@ -1,4 +1,4 @@
-"""The reader and writer of a connection, against the other end of a socket pair."""
+"""A connection's reader and writer, against the other end of a socket pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.remote.required_servers import need
 
 
 class Connected:
-    """What a redis.Connection is to a connection."""
+    """The part of redis.Connection that RedisConnection uses."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -28,7 +28,7 @@ class Connected:
 
 
 class Pair:
-    """A connection, and its other end."""
+    """A RedisConnection and its other end."""
 
     def __init__(self) -> None:
         from kvkern.remote.stores.redis.connection import RedisConnection
@@ -43,7 +43,7 @@ class Pair:
         self._threads[-1].start()
 
     def say(self, data: bytes, step: int, pause_s: float = 0.0) -> None:
-        """So many bytes at a time."""
+        """Send `data` in pieces of `step` bytes."""
 
         def talk() -> None:
             for at in range(0, len(data), step):
@@ -125,7 +125,7 @@ def test_what_is_sent_arrives_in_order(pair: Pair) -> None:
 
 
 def test_a_trickle_ends_in_time(pair: Pair) -> None:
-    """However many bytes come, each in time."""
+    """The deadline counts for the whole reply, however many bytes come in time."""
     pair.say(b"$1000\r\n" + bytes(1000), 1, pause_s=0.02)
     began = time.monotonic()
     assert pair.connection.bulk_length(pair.connection.read_line(soon(5))) == 1000
@@ -159,7 +159,7 @@ def test_lengths_that_are_none(pair: Pair, line: bytes) -> None:
 
 
 def test_a_window_is_never_exceeded(pair: Pair) -> None:
-    """No more is asked for than fits; and all is, in order."""
+    """At most one window of commands is sent, and all replies come in order."""
     from kvkern.remote.stores.redis.batch import ConnectionShare, GetBatch
 
     value, most = noise(100_000), 0
@@ -171,7 +171,7 @@ def test_a_window_is_never_exceeded(pair: Pair) -> None:
         nonlocal most
         text = b""
         for answered in range(40):
-            while len(asked) == answered or len(text) % 21:  # what a GET of two letters has
+            while len(asked) == answered or len(text) % 21:  # the length of a GET of two letters
                 text += pair.theirs.recv(1 << 16)
                 asked[:] = [int(number) for number in re.findall(rb"GET\r\n\$2\r\n(\d\d)", text)]
             most = max(most, len(asked) - answered)

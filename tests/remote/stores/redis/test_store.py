@@ -1,4 +1,4 @@
-"""Redis and Valkey against real servers: plain, on a Unix socket, with TLS, and broken in every way."""
+"""Redis and Valkey against real servers: plain, on a Unix socket, with TLS, and with every kind of fault."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def server(folder: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def tls(folder: Path) -> Iterator[RedisServer]:
-    """With a user who may do what a store needs, and no more."""
+    """A server with a user who has the rights that a store needs, and no others."""
     make_certificates(folder)
     with redis_server(
         folder, "--tls-cert-file", f"{folder}/server.crt", "--tls-key-file", f"{folder}/server.key",
@@ -118,7 +118,7 @@ def test_not_all_is_read_behind_a_miss(server: RedisServer) -> None:
         bench.put(keys[1:], bench.values()[1:])
         client.config_resetstat()
         assert bench.get(keys, bench.into())[0] == MISS
-        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 10  # two connections' windows
+        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 10  # the windows of two connections
 
 
 def test_values_of_another_size_keep_the_connection(server: RedisServer, proxy: Proxy) -> None:
@@ -161,9 +161,9 @@ def test_a_full_server_takes_nothing(tmp_path: Path) -> None:
         assert bench.exists(keys) == stored
         there = [key for key, ok in zip(keys, stored, strict=True) if ok]
         assert bench.get(there, bench.into()[: len(there)]) == [HIT] * len(there)
-        more = [key_of(100 + i) for i in range(24)]  # what requests took of its memory may be free by now
+        more = [key_of(100 + i) for i in range(24)]  # memory that requests took may be free by now
         assert not all(bench.put([key], bench.values()[:1])[0] for key in more)
-        bench.another()  # to open one is no error
+        bench.another()  # opening another store is no error
         bench.run(bench.store.delete([*there, *more], 10))
         assert bench.put([key_of(99)], bench.values()[:1]) == [True]
 
@@ -184,7 +184,7 @@ def test_a_server_that_is_restarted(tmp_path: Path) -> None:
         assert "refused" in fails(bench, bench.store.put(keys, bench.values(), 5), 0)
         with pytest.raises(RemoteError, match="cannot be reached"):
             bench.another()
-    for _ in range(2):  # the second time its end goes unnoticed
+    for _ in range(2):  # the second time the connection's end goes unnoticed
         with redis_server(tmp_path, port=port):
             assert bench.get(keys, bench.into()) == [MISS] * 8
             assert bench.put(keys, bench.values()) == [True] * 8
@@ -202,7 +202,7 @@ def test_a_server_that_is_stopped(tmp_path: Path) -> None:
         bench.get(keys, into)
         server.stop()
         assert "in time" in fails(bench, store.get(keys, into, 0.3), 0.3)
-        for _ in range(2):  # on connections that it has, and on new ones
+        for _ in range(2):  # on existing connections, and on new ones
             fails(bench, store.get(keys, into, 0.3), 0.3)
             fails(bench, store.put(keys, values, 0.3), 0.3)
             fails(bench, store.exists(keys, 0.3), 0.3)
@@ -225,7 +225,7 @@ def test_a_server_that_is_stopped(tmp_path: Path) -> None:
 
 
 def test_nobody_takes_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that drops packets, and one that takes a connection and says nothing."""
+    """A host that drops packets, and one that accepts a connection and says nothing."""
     monkeypatch.setattr("kvkern.remote.stores.redis.store._OPEN_S", 0.3)
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
@@ -313,7 +313,7 @@ def test_a_value_with_no_end(proxy: Proxy) -> None:
 
 
 def test_a_server_that_says_more_than_it_was_asked(proxy: Proxy) -> None:
-    """What is behind a reply is never taken for the next one."""
+    """Bytes behind a reply are never taken for the next reply."""
     with bench_of(f"redis://127.0.0.1:{proxy.port}?connections=1") as bench:
         assert bench.exists([key_of(0)]) == [False]
         proxy.break_after(4, then=b":1\r\n", once=True)
@@ -355,7 +355,7 @@ def test_a_server_that_does_not_let_us_in(server: RedisServer, tls: RedisServer,
     assert "ACL SETUSER <user> +get +set +exists +unlink" in refused(f"rediss://reader:r@{at}")
     assert "gives too few rights" in refused(
         f"rediss://me:se%40cret@127.0.0.1:{tls.port}?{files}"
-    )  # its keys are */kvkern*
+    )  # its rights are for keys */kvkern*
     assert "without any password configured" in refused(f"redis://:hush@127.0.0.1:{server.port}")
     with redis_server(tmp_path, "--requirepass", "right") as other:
         assert "Give user and password" in refused(f"redis://127.0.0.1:{other.port}")
@@ -370,7 +370,7 @@ def test_certificates_that_do_not_verify(tls: RedisServer, files: str, server: R
     assert "not valid for 'localhost'" in refused(f"rediss://{at.replace('127.0.0.1', 'localhost')}?{files}")
     with pytest.raises(
         (ConfigError, RemoteError), match="cert_file and key_file"
-    ):  # its reason comes through or does not
+    ):  # the reason may or may not come through
         asyncio.run(store_of(f"rediss://{at}?ca_file={folder}/ca.crt").open())
     assert "TLS handshake with" in refused(f"rediss://{at}?ca_file={folder}/names")
     with bench_of(f"rediss://{at}?{ours}&verify=no") as bench:
