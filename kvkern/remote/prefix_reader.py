@@ -97,9 +97,8 @@ class PrefixReader:
                 try:
                     await self._fetch(request, request.missing())
                 except RemoteError as error:
-                    logger.debug(
-                        "kvkern: a remote read failed: %s", error
-                    )  # `StoreCalls` has counted it, the breaker logs it
+                    # `StoreCalls` has counted it, and the breaker logs it.
+                    logger.debug("kvkern: a remote read failed: %s", error)
         finally:
             with self._lock:
                 self.num_waiting -= 1

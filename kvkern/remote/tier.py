@@ -228,9 +228,7 @@ class RemoteTier:
                     key for key, is_there in zip(keys, there, strict=True) if not is_there and is_there is not None
                 ]
                 written = await self._put_missing(missing, slots)
-                self.outbox.count_dropped(
-                    there.count(None) + len(missing) - written
-                )  # not answered, or the store is full
+                self.outbox.count_dropped(there.count(None) + len(missing) - written)  # not answered, or no room
                 return written
             except RemoteError:
                 if last or self.breaker.is_open or self._closing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,17 +22,25 @@ class BlockingCalls:
         If it is cancelled it still waits, because the call uses memory of the caller until its end.
         """
         future = asyncio.get_running_loop().run_in_executor(self._pool, call)
-        cancelled: asyncio.CancelledError | None = None
-        while not future.done():
-            try:
-                await asyncio.wait({future})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
+        try:
+            await wait_until(future.done, lambda: asyncio.wait({future}))
+        except asyncio.CancelledError:
             future.exception()  # read it, so that asyncio does not report it
-            raise cancelled
+            raise
         return future.result()
 
     def close(self) -> None:
         """Wait for the calls under way, then end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def wait_until(done: Callable[[], bool], wait: Callable[[], Awaitable[object]]) -> None:
+    """Repeat `wait` until `done`, also if cancelled; the CancelledError is raised afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not done():
+        try:
+            await wait()
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

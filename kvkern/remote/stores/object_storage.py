@@ -33,7 +33,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from ...errors import ConfigError
 from .base import Got, Parts, RemoteError, checked_answers, checked_get_answers, value_name
-from .blocking_calls import BlockingCalls
+from .blocking_calls import BlockingCalls, wait_until
 from .url import RemoteUrl
 
 _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "60s"}  # http only if the endpoint's URL says so
@@ -294,7 +294,7 @@ async def _wait_until_unused(views: Sequence[memoryview]) -> None:
                 return True
         return False
 
-    await _wait_until(lambda: not held(), lambda: asyncio.sleep(_RELEASE_POLL_S))
+    await wait_until(lambda: not held(), lambda: asyncio.sleep(_RELEASE_POLL_S))
 
 
 async def _cancel_and_wait(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -302,16 +302,4 @@ async def _cancel_and_wait(tasks: Iterable[asyncio.Task[None]]) -> None:
     pending = list(tasks)
     for task in pending:
         task.cancel()
-    await _wait_until(lambda: all(task.done() for task in pending), lambda: asyncio.wait(pending))
-
-
-async def _wait_until(done: Callable[[], bool], wait: Callable[[], Awaitable[object]]) -> None:
-    """Wait until `done`, also if cancelled, like `BlockingCalls.run`."""
-    cancelled: asyncio.CancelledError | None = None
-    while not done():
-        try:
-            await wait()
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
+    await wait_until(lambda: all(task.done() for task in pending), lambda: asyncio.wait(pending))

@@ -95,6 +95,11 @@ class RemoteUrl:
         return given == "yes"
 
 
+def format_address(host: str, port: int) -> str:
+    """Return `host:port`, with an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _host(netloc: str) -> str:
     """Return the host as it was written: names of containers and nodes may be case-sensitive, urllib's `hostname` is not."""
     address = netloc.rpartition("@")[2]

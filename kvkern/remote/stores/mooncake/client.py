@@ -34,6 +34,7 @@ from mooncake import store as library
 
 from ....arena.slots import round_up
 from ..base import Got, Parts, RemoteError
+from ..url import format_address
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -113,7 +114,7 @@ class MooncakeClient:
 
     def _set_up(self, settings: Settings) -> str:
         """Set the library up. Returns what it refuses and what to do, or an empty string."""
-        name = address(settings.host, self._port.getsockname()[1])
+        name = format_address(settings.host, self._port.getsockname()[1])
         try:
             code = self._library.setup(
                 name, settings.metadata, 0, settings.buffer_nbytes, settings.protocol, settings.devices, settings.master,
@@ -395,11 +396,6 @@ def own_address(master: str, port: int) -> str:
     except OSError as error:
         raise RemoteError(f"The Mooncake master {master} cannot be reached: {error}") from error
     raise RemoteError(f"The Mooncake master {master} has no address. Check its name")
-
-
-def address(host: str, port: int) -> str:
-    """Return an address as the library and its peers write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_rdma_devices(devices: str) -> None:

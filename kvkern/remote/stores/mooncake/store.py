@@ -44,8 +44,8 @@ from typing import TypeVar
 from ....errors import ConfigError
 from ..base import Got, Parts, RemoteError, value_name
 from ..blocking_calls import BlockingCalls
-from ..url import RemoteUrl
-from .client import MooncakeClient, RefusedError, Settings, address, own_address
+from ..url import RemoteUrl, format_address
+from .client import MooncakeClient, RefusedError, Settings, own_address
 
 _PORT = 50051
 _OPEN_S = 10.0
@@ -272,7 +272,7 @@ class MooncakeMaster:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     def __str__(self) -> str:
-        return address(self._host, self._port)
+        return format_address(self._host, self._port)
 
     def own_address(self) -> str:
         return own_address(self._host, self._port)

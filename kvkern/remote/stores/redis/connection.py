@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ..base import RemoteError
+from ..url import format_address
 
 _SPARE_NBYTES = 4096  # the longest line of a server; a larger buffer only means that more bytes are copied twice
 _SMALL_NBYTES = 8192  # smaller pieces are joined before they are sent
@@ -204,8 +205,7 @@ class Dialer:
 
     def server_name(self, address: Address) -> str:
         """Return the name of a server for messages."""
-        host, port = address
-        return self.socket_path or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        return self.socket_path or format_address(*address)
 
     def _connection(self, address: Address, deadline: float) -> Any:
         seconds = seconds_left(deadline)

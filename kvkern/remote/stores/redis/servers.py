@@ -223,10 +223,9 @@ class Cluster:
         parts: dict[Address | None, list[int]] = {}
         for index, name in enumerate(names):
             parts.setdefault(self._owners[crc_hqx(name, 0) % _NUM_SLOTS], []).append(index)
-        somebody = next(
-            owner for owner in self._owners if owner is not None
-        )  # it explains what is wrong with slots that no server has
-        return [(self.server_at(address or somebody), indices) for address, indices in parts.items()]
+        # Any owner will do for a slot that no server has: its error reply explains what is wrong.
+        anyone = next(owner for owner in self._owners if owner is not None)
+        return [(self.server_at(address or anyone), indices) for address, indices in parts.items()]
 
     def server_at(self, address: Address) -> RedisServer:
         with self._lock:
@@ -249,9 +248,7 @@ class Cluster:
         addresses.sort(key=lambda address: address in self._suspects)
         for tried, address in enumerate(addresses):
             now = time.monotonic()
-            share_s = (deadline - now) / min(
-                3, len(addresses) - tried
-            )  # a server that hangs leaves time for the others
+            share_s = (deadline - now) / min(3, len(addresses) - tried)  # if one hangs, time is left for the others
             try:
                 self._adopt(_owners(self.server_at(address).cluster_slots(now + share_s), address))
             except RemoteError as error:
