@@ -1,1 +1,1 @@
-"""The cache over the tiers: what is cached, read and written. The one place where a fault becomes a miss."""
+"""The cache over the tiers: lookup, leases, stores. The one place where a fault becomes a miss."""

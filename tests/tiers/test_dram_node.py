@@ -26,11 +26,11 @@ OTHER = ChunkShape(bytes(31) + b"\1", group=0, chunk_tokens=16)
 WRITER = (4711, 99)  # pid and start time
 
 
-def nobody(pid: int, start: int) -> bool:
+def none_alive(pid: int, start: int) -> bool:
     return False
 
 
-def anybody(pid: int, start: int) -> bool:
+def all_alive(pid: int, start: int) -> bool:
     return True
 
 
@@ -95,7 +95,7 @@ class Engines:
         assert self.tier.publish(granted, NAMESPACE) == [True] * chunks
         return granted
 
-    def restart(self, alive: Callable[[int, int], bool] = nobody) -> AdoptionResult:
+    def restart(self, alive: Callable[[int, int], bool] = none_alive) -> AdoptionResult:
         """Start a new tier on the same arena, as a restarted daemon does."""
         self.tier = DramTier(self.arena, LRU())
         return self.tier.adopt(alive)
@@ -319,7 +319,7 @@ def test_an_arena_is_adopted_with_every_group_on_every_rank(engines: Engines) ->
 
 
 def test_a_new_arena_is_adopted(tier: DramTier) -> None:
-    assert tier.adopt(anybody) == AdoptionResult(0, 0, {}, ())
+    assert tier.adopt(all_alive) == AdoptionResult(0, 0, {}, ())
     assert tier.num_free == SLOTS
 
 
@@ -384,7 +384,7 @@ def odd_size(arena: Arena, slot: int, rank: int) -> None:
 def test_a_torn_chunk_is_not_adopted(engines: Engines, tear: Callable[[Arena, int, int], None], rank: int) -> None:
     granted = engines.put("a", 3)
     tear(engines.arena, granted.slots[1], rank)
-    assert engines.restart(anybody) == AdoptionResult(2, 1, {}, ())
+    assert engines.restart(all_alive) == AdoptionResult(2, 1, {}, ())
     assert engines.tier.contains(chain_keys("a", 3)) == 1
     assert engines.tier.num_free == SLOTS - 2
     assert states(engines.arena, granted.slots[1:2]) == {SlotState.FREE}
@@ -428,7 +428,7 @@ def test_unwritten_slots_without_a_living_writer_are_free(tier: DramTier, arena:
     begin(arena, named(tier.grant(2), chain_keys("a", 2)))
     tier.grant(1)
     new = DramTier(arena, LRU())
-    assert new.adopt(nobody) == AdoptionResult(0, 0, {}, ())
+    assert new.adopt(none_alive) == AdoptionResult(0, 0, {}, ())
     assert new.num_free == SLOTS
     assert states(arena, range(SLOTS)) == {SlotState.FREE}
 
@@ -437,13 +437,13 @@ def test_granted_slots_are_kept_while_a_process_lives(tier: DramTier, arena: Are
     """A client may begin to write a granted slot while the daemon dies."""
     stock = tier.grant(2)
     new = DramTier(arena, LRU())
-    assert set(new.adopt(anybody).unfinished) == set(stock.slots)
+    assert set(new.adopt(all_alive).unfinished) == set(stock.slots)
     assert set(new.grant(SLOTS).slots).isdisjoint(stock.slots)
     new.give_back(stock.slots)
     assert set(new.grant(SLOTS).slots) == set(stock.slots)
 
 
-@pytest.mark.parametrize("alive", [nobody, anybody])
+@pytest.mark.parametrize("alive", [none_alive, all_alive])
 @pytest.mark.parametrize("how", ["clear", "drop", "bad"])
 def test_a_chunk_forgotten_while_it_was_read_is_not_served_again(
     engines: Engines, how: str, alive: Callable[[int, int], bool]
@@ -459,7 +459,7 @@ def test_a_chunk_forgotten_while_it_was_read_is_not_served_again(
     adopted = engines.restart(alive)
     assert (adopted.ready, adopted.torn, adopted.unfinished) == (0, 0, {})
     assert engines.tier.contains(chain) == 0
-    kept = set(granted.slots) if alive is anybody else set()  # a process may still read it
+    kept = set(granted.slots) if alive is all_alive else set()  # a process may still read it
     assert set(adopted.unserved) == kept
     assert set(engines.tier.grant(SLOTS).slots).isdisjoint(kept)
     engines.tier.give_back(range(SLOTS))
@@ -471,6 +471,6 @@ def test_a_second_crash_finds_what_the_first_left(engines: Engines) -> None:
     writing = named(engines.tier.grant(1), chain_keys("b", 1))
     begin(engines.arena, writing)
     for _ in range(3):
-        adopted = engines.restart(anybody)
+        adopted = engines.restart(all_alive)
         assert (adopted.ready, set(adopted.unfinished)) == (2, set(writing.slots))
         assert engines.tier.acquire(chain_keys("a", 2)).slots == ready.slots
