@@ -1,8 +1,8 @@
-"""What the GPU benches share: where they run, how they time, what the ceilings are. Knows no case of any bench.
+"""Shared by the GPU benches: the device, the timing and the ceilings. It knows no case of any bench.
 
 --device cuda   torch's events around work on the current stream; kernels by Triton; pinned host memory
---device cpu    a dry run: the same calls over host memory by the numba twins, at tiny sizes. It proves that a script runs
-                from end to end and is no measurement: its JSON says `"dry_run": true`, and so does every line
+--device cpu    a dry run: the same calls over host memory by the numba twins, at tiny sizes. It shows that a script runs
+                from end to end. It is no measurement: its JSON says `"dry_run": true`, and every line says DRY RUN
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ try:
     from kvkern.kernels.paged_tensors import PagedTensors
     from kvkern.transfer.gpu.device import Device
 except ModuleNotFoundError as error:
-    raise SystemExit(f"the GPU benches need a package that is not installed here: {error}; see docs/gpu.md") from error
+    raise SystemExit(
+        f"the GPU benches need a package that is not installed here: {error}. Install it as docs/gpu.md says."
+    ) from error
 
 Row = dict[str, object]
 Work = Callable[[], object]
 WARM_UP_TURNS = 2
-HEAD_START_CYCLES = 1_000_000  # more than half a millisecond, in which the host enqueues what is to be timed
+HEAD_START_CYCLES = 1_000_000  # more than half a millisecond, in which the host enqueues the work to be timed
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -41,34 +43,34 @@ class Rig(ABC):
 
     @abstractmethod
     def time(self, work: Work) -> float:
-        """Seconds from the device's start of `work` to its end."""
+        """Return the seconds from the start of `work` on the device to its end."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for everything enqueued."""
+        """Wait for all enqueued work."""
 
     @abstractmethod
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] uint8 host memory that kernels and copies reach."""
+        """Return [nbytes] uint8 of host memory that kernels and copies can reach."""
 
     @abstractmethod
     def device(self) -> Device:
-        """For a GpuTransfer."""
+        """Return the device for a GpuCopier."""
 
     @abstractmethod
     def copy(
         self, op: str, paged: PagedTensors, ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
         sums: torch.Tensor, ctas: int, stages: int,
     ) -> None:  # fmt: skip
-        """Enqueue a gather, a scatter or a checksum of the current stream: see paged_copy_triton."""
+        """Enqueue a gather, a scatter or a checksum on the current stream: see paged_copy_triton."""
 
     def memory(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] uint8 on the device, every byte written."""
+        """Return [nbytes] uint8 of random bytes on the device."""
         words = torch.randint(-(1 << 62), 1 << 62, (-(-nbytes // 8),), dtype=torch.int64, device=self.name)
         return words.view(torch.uint8)[:nbytes]
 
     def upload(self, host: torch.Tensor) -> torch.Tensor:
-        """A copy on the device."""
+        """Return a copy on the device."""
         return host.to(self.name)
 
 
@@ -78,7 +80,7 @@ class CudaRig(Rig):
     name, dry = "cuda", False
 
     def time(self, work: Work) -> float:
-        """The device waits first: else it would be idle, and the clock run, while Python launches the next kernel."""
+        """See Rig. The device waits first. Otherwise its clock would run while it is idle and Python launches a kernel."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(HEAD_START_CYCLES)
         begin.record()
@@ -112,7 +114,7 @@ class CudaRig(Rig):
 
 
 class DryRig(Rig):
-    """Host memory and the numba twins in a GPU's place."""
+    """Host memory and the numba twins, in place of a GPU."""
 
     name, dry = "cpu", True
 
@@ -145,41 +147,46 @@ class DryRig(Rig):
             run(paged, ids.numpy(), rows.numpy(), row_ids.numpy(), sums.numpy())
 
 
-def missing() -> str | None:
-    """What keeps a GPU bench from running here, in one line; None: nothing."""
+def missing_requirement() -> str | None:
+    """Return one line that says why a GPU bench cannot run here, and what to do; None if it can run."""
     if torch.version.hip is not None:
-        return "the GPU benches need an NVIDIA GPU; this torch is built for ROCm"
+        return (
+            f"this torch ({torch.__version__}) is built for ROCm, but the GPU benches need an NVIDIA GPU. Use a torch built "
+            f"for CUDA, or try the script itself with --device cpu."
+        )
     if torch.version.cuda is None:
         return (
-            f"no GPU bench without a torch built for CUDA; this one is {torch.__version__}: install one in an environment "
-            f"of its own (docs/gpu.md), or try the script itself with --device cpu"
+            f"the GPU benches need a torch built for CUDA, but this torch is {torch.__version__}. Install one in a separate "
+            f"environment (docs/gpu.md), or try the script itself with --device cpu."
         )
     if not torch.cuda.is_available():
-        return f"no CUDA device: torch {torch.__version__} finds no NVIDIA GPU or driver here; see what nvidia-smi says"
+        return (
+            f"no CUDA device: torch {torch.__version__} finds no NVIDIA GPU or driver here. See what nvidia-smi says."
+        )
     return None
 
 
 def open_rig(device: str) -> Rig:
-    """The device of `--device`. Ends the program with one line where there is none."""
+    """Return the device of `--device`. If there is none, end the program with one line."""
     if device == "cpu":
         return DryRig()
-    if (why := missing()) is not None:
+    if (why := missing_requirement()) is not None:
         raise SystemExit(why)
     return CudaRig()
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The options that every GPU bench has."""
+    """Return a parser with the options that every GPU bench has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run, no measurement")
     parser.add_argument("--runs", type=int, default=9, help="turns that count (default 9)")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and turns: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and turns, to see that the bench runs")
     return parser
 
 
 def in_turns(rig: Rig, works: Mapping[str, Work], runs: int) -> dict[str, float]:
-    """Median seconds of each; all take turns, after turns that compile, warm up and do not count."""
+    """Return the median seconds of each work. All take turns; the first turns compile and warm up, and do not count."""
     times_s: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(WARM_UP_TURNS + runs):
         for name, work in works.items():
@@ -190,22 +197,22 @@ def in_turns(rig: Rig, works: Mapping[str, Work], runs: int) -> dict[str, float]
 
 
 def gb_s(nbytes: int, seconds: float) -> float:
-    """10^9 bytes of payload a second, each counted once."""
+    """Return 10^9 bytes of payload per second. Each byte counts once."""
     return nbytes / seconds / 1e9
 
 
 def percent(rate: float, ceiling: float | None) -> float | None:
-    """Of a ceiling measured in the same run; None where there is none."""
+    """Return the percentage of a ceiling that the same run measured; None if there is no ceiling."""
     return 100 * rate / ceiling if ceiling else None
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The least observed value that a share `q` of all does not exceed (nearest rank)."""
+    """Return the least value that at least a share `q` of all values does not exceed (nearest rank)."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
 def ceilings(rig: Rig, nbytes: int, runs: int) -> dict[str, float]:
-    """GB/s of plain large copies: "d2h" and "h2d" between pinned and device memory, "hbm" within device memory."""
+    """Measure GB/s of large plain copies: "d2h" and "h2d" between pinned and device memory, "hbm" within device memory."""
     host, one, two = rig.pinned(nbytes), rig.memory(nbytes), rig.memory(nbytes)
     seconds = in_turns(
         rig,
@@ -220,23 +227,25 @@ def ceilings(rig: Rig, nbytes: int, runs: int) -> dict[str, float]:
 
 
 def print_row(rig: Rig, row: Mapping[str, object]) -> None:
-    """One aligned line; a dry run's says so."""
+    """Print one aligned line. In a dry run it says DRY RUN."""
     _common.print_row({"DRY": "DRY RUN", **row} if rig.dry else row)
 
 
 def write_json(rig: Rig, path: Path | None, rows: Sequence[Row], **extra: object) -> None:
-    """`{"meta", "rows", **extra}` as every bench's; meta also names the device and whether this was a dry run."""
+    """Write `{"meta", "rows", **extra}` as every bench does. `meta` also has the device and whether this was a dry run."""
     if path is None:
         return
     if rig.dry and path.resolve().parent == RESULTS:
-        raise SystemExit(f"{path} is where measurements are kept; write a dry run elsewhere")
+        raise SystemExit(
+            f"{path} is in the folder of measurements, and a dry run is no measurement; write a dry run elsewhere (--json)"
+        )
     where: dict[str, Any] = {**_common.meta(), "dry_run": rig.dry, "device": device_facts(rig)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": where, "rows": list(rows), **extra}, indent=2) + "\n")
 
 
 def device_facts(rig: Rig) -> dict[str, object] | None:
-    """Of the GPU and its link; None in a dry run."""
+    """Return facts about the GPU and its link; None in a dry run."""
     if rig.dry:
         return None
     from kvkern.transfer.gpu.cuda_device import CudaDevice

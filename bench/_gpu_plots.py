@@ -1,4 +1,4 @@
-"""Charts of the GPU benches' JSON: what was measured, and nothing else. A dry run's charts say so across their whole width.
+"""Draws charts from the JSON of the GPU benches. They show measured values only. A dry run's chart says so across its width.
 
 gpu_copy.svg           GB/s of the kernels against thread blocks and run length, with the ceilings of the same run
 gpu_paths.svg          GB/s of whole transfers against run length, a line a method, with the link's ceiling
@@ -24,7 +24,7 @@ LABELS = {
 
 
 def draw_all(results: Path, plots: Path) -> Iterator[Path]:
-    """One chart for every result that is there. Yields the files written."""
+    """Draw one chart for every result file that exists. Yields the written files."""
     plots.mkdir(parents=True, exist_ok=True)
     for name, draw in CHARTS.items():
         source = results / f"{name}.json"
@@ -56,7 +56,7 @@ def _save(result: dict[str, Any], draw: Callable[[Rows], Figure], path: Path) ->
 
 
 def copies(rows: Rows) -> Figure:
-    """Four panels: over HBM and over the link, by thread blocks and by run length."""
+    """Draw four panels: over HBM and over the link, by thread blocks and by run length."""
     from matplotlib import pyplot as plt
 
     limits = {row["where"]: row["gb_s"] for row in rows if row["op"] == "ceiling"}
@@ -88,7 +88,7 @@ def _lines(ax: Axes, rows: Rows, x: str, title: str, label: str) -> None:
 
 
 def paths(rows: Rows) -> Figure:
-    """A panel a direction and batch: the smallest and the largest."""
+    """Draw a panel for each direction and for the smallest and the largest batch."""
     from matplotlib import pyplot as plt
 
     limits = {row["method"]: row["gb_s"] for row in rows if row["op"] == "ceiling"}
@@ -114,7 +114,7 @@ def paths(rows: Rows) -> Figure:
 
 
 def interference(rows: Rows) -> Figure:
-    """Bars of step times with transfers over those without, from the ratios: 1 is undisturbed, higher is slower."""
+    """Draw bars of step times with transfers over step times without: 1 is undisturbed, higher is slower."""
     from matplotlib import pyplot as plt
 
     figure, ax = plt.subplots(figsize=(9, 4.5), layout="constrained")

@@ -45,7 +45,7 @@ DRY = Sizes(4 << 20, 4 << 20, 1 << 20, (656, 32 << 10), (4,))
 
 
 class Case:
-    """Pages of one run length, and rows for all of their chunks."""
+    """Pages of one run length, and rows for all their chunks."""
 
     def __init__(self, rig: Rig, run_nbytes: int, where: str, nbytes: int) -> None:
         per_chunk = max(1, CHUNK_NBYTES // run_nbytes)
@@ -73,7 +73,7 @@ def measure(
     ceiling: dict[str, float],
     runs: int,
 ) -> list[Row]:
-    """A row for each operation and depth, all in turns."""
+    """Measure each operation at each depth, all in turns. Returns one row for each."""
     ops = ("gather", "scatter", "checksum") if where == "hbm" else ("gather", "scatter")
     cases = [(op, stages) for op in ops for stages in depths]
     args = (case.paged, case.ids, case.rows, case.row_ids, case.sums)
@@ -91,7 +91,7 @@ def measure(
 
 
 def sweep(sizes: Sizes) -> list[tuple[str, int, int]]:
-    """(where, run, thread blocks): every run at the planner's caps, then every grid at two runs. Each once."""
+    """Return (where, run, thread blocks): every run at the planner's caps, then every grid at two runs. Each case once."""
     cases = []
     for where, cap in (("hbm", HBM_CTAS), ("host", HOST_CTAS)):
         cases += [(where, run, cap) for run in sizes.runs]
@@ -112,7 +112,7 @@ def main() -> None:
     made: tuple[tuple[str, int], Case] | None = None
     for where, run_nbytes, ctas in sweep(sizes):
         if made is None or made[0] != (where, run_nbytes):
-            made = None  # its memory goes before the next one's comes
+            made = None  # free the memory of the former case first
             made = (where, run_nbytes), Case(rig, run_nbytes, where, getattr(sizes, f"{where}_nbytes"))
         for row in measure(rig, made[1], where, run_nbytes, ctas, args.stages, ceiling, runs):
             rows.append(row)

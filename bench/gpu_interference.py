@@ -1,12 +1,12 @@
-"""What transfers cost an engine that decodes: its steps' times with and without transfers in the background, by method.
+"""Measures what transfers cost an engine that decodes: the times of its steps with and without transfers, by method.
 
     step        the matrix products of a few decoder layers for a small batch, bound by HBM as decode is, and one attention
                 over a KV cache; enqueued on the engine's stream and timed by events, one step after the other
-    background  stores and loads of 32 MiB, back to back, by a thread of its own through GpuTransfer
-    uncapped    the staged path with a grid as large as the GPU: what caps on thread blocks are for
+    background  stores and loads of 32 MiB, back to back, by a separate thread through GpuCopier
+    uncapped    the staged path with a grid as large as the GPU: it shows what caps on thread blocks avoid
 
-p50 and p99 of a step; `ratio_p50`, `ratio_p99`: over the steps without transfers that were measured before and after, below 1
-where steps were slowed. `background_gb_s`: what the transfers moved meanwhile.
+`p50_us` and `p99_us` are of a step. `ratio_p50` and `ratio_p99` compare with the steps without transfers that were measured
+before and after; a ratio below 1 means that steps were slowed. `background_gb_s` is the rate of the transfers meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES: tuple[tuple[str, Method, int], ...] = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a step and of a measurement."""
+    """The sizes of a step, and the number of steps of a measurement."""
 
     batch: int
     width: int
@@ -69,7 +69,7 @@ class Decode:
 
 
 class Background:
-    """Stores and loads without a pause while it runs."""
+    """A thread that stores or loads without a pause while it runs."""
 
     def __init__(self, copies: Copies, direction: Direction, method: Method, ctas: int) -> None:
         self._copies, self._direction, self._method, self._ctas = copies, direction, method, ctas
@@ -87,7 +87,7 @@ class Background:
                 batch = copies.batch(CHUNKS)
                 job = submit.store([batch]) if self._direction is Direction.D2H else submit.load([batch])
                 if not job.wait().ok.all():
-                    raise RuntimeError(f"a chunk did not verify: {job.error}")
+                    raise RuntimeError(f"{int((~job.ok).sum())} of {len(job.ok)} chunks did not verify: {job.error}")
                 self.nbytes += job.nbytes
         except RuntimeError as error:
             self.error = error
@@ -95,7 +95,7 @@ class Background:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Raises what the thread has met."""
+        """Run the thread until the context ends. Raises the thread's error."""
         self._copies.how, self._copies.ctas = self._method, self._ctas
         self._thread.start()
         try:
@@ -108,14 +108,14 @@ class Background:
 
 
 def times_us(rig: Rig, step: Callable[[], None], steps: int) -> list[float]:
-    """One after the other; the first ones warm up and do not count."""
+    """Time steps one after the other. Three steps before them warm up and do not count."""
     for _ in range(3):
         rig.time(step)
     return [rig.time(step) * 1e6 for _ in range(steps)]
 
 
 def row(case: str, op: str, ctas: int, steps_us: list[float], alone_us: list[float], gb: float | None) -> Row:
-    """`alone_us`: steps without transfers, from before and after."""
+    """Make a row of step times. `alone_us` are steps without transfers, from before and after."""
     p50, p99 = quantile(steps_us, 0.5), quantile(steps_us, 0.99)
     return {
         "case": case, "op": op, "ctas": ctas, "steps": len(steps_us), "p50_us": p50, "p99_us": p99,
@@ -131,7 +131,9 @@ def main() -> None:
     decode = Decode(rig, sizes)
     rows: list[Row] = []
     with closing(Copies(rig, device, RUN_NBYTES, CHUNKS, calibration(rig, device))) as copies:
-        copies.run(Direction.D2H, CHUNKS, Method.STAGED)  # loads have something to read, and kernels are compiled
+        copies.run(
+            Direction.D2H, CHUNKS, Method.STAGED
+        )  # so that loads have something to read, and kernels are compiled
         for method in Method:
             for direction in Direction:
                 copies.run(direction, CHUNKS, method)

@@ -1,10 +1,10 @@
-"""Chunk keys on a GPU beside the CPU's, in the same process: what a batch of sequences costs to name.
+"""Measures chunk keys on a GPU and on the CPU in the same process: the time to hash the keys of a batch of sequences.
 
     device   tokens are on the GPU already and keys stay there: three launches (what the kernel is for)
     round    tokens come from the host and keys go back: `extend_keys_batch` with the triton backend, everything included
     cpu      `extend_keys_batch` with the numba backend, one thread, from uint32 arrays
 
-`ratio_cpu`: the CPU's time over theirs, above 1 where the GPU is faster.
+`ratio_cpu` is the CPU's time over the row's time: above 1 the GPU is faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = bytes(range(32))
 
 
 def measure(rig: Rig, sequences: int, tokens: int, runs: int) -> list[Row]:
-    """A row a way. A dry run hashes on the CPU in all three."""
+    """Measure all three ways, one row each. In a dry run all three hash on the CPU."""
     random = np.random.default_rng(0)
     arrays = [random.integers(0, 151_936, tokens, dtype=np.uint32) for _ in range(sequences)]
     states = [ChainState.start(ROOT)] * sequences

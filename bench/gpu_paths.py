@@ -1,12 +1,13 @@
-"""Whole transfers between blocks and a real arena: staged, zero-copy and batch DMA side by side, both directions.
+"""Measures whole transfers between blocks and a real arena: staged, zero-copy and batch DMA side by side, both directions.
 
     staged      a kernel between blocks and staging in HBM, one DMA a chunk        zero_copy   one kernel over the link
     batch_dma   the copy engine moves every run; checksums by a kernel that only reads
-    planned     what kvkern chooses with this device's own calibration, named in `chosen`
-    vllm        vLLM's swap_blocks_batch over the same blocks and slots, no checksum; where a CUDA vLLM is installed
+    planned     the method that kvkern chooses with this device's own calibration; `chosen` names it
+    vllm        vLLM's swap_blocks_batch over the same blocks and slots, without checksums; only if a CUDA vLLM is installed
 
-Through GpuTransfer, headers and checksums included, as an engine calls it; the slots' bytes and checksums are verified by
-every load. `percent_link`: of a plain large pinned copy in the same run. `released_ms`: when a store's blocks are free again.
+Transfers go through GpuCopier as an engine calls it, headers and checksums included. Every load verifies the slots' bytes and
+checksums. `percent_link` compares with a large plain pinned copy in the same run. `released_ms` is the time until a store's
+blocks are free again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ OPS = {Direction.D2H: "store", Direction.H2D: "load"}
 
 
 class Copies:
-    """Pages of one run length on the device, an arena for `chunks` chunks, and one copier that is told how."""
+    """Pages of one run length on the device, an arena for `chunks` chunks, and one copier whose method can be set."""
 
     def __init__(self, rig: Rig, device: Device, run_nbytes: int, chunks: int, table: Calibration) -> None:
         self._rig = rig
@@ -58,7 +59,7 @@ class Copies:
         config = Config(4096 + chunks * geometry.slot_nbytes)
         self.arena = open_arena(config, geometry, f"bench-gpu-{time.time_ns()}", expected=1)
         self.how: Method | None = None  # None: as planned
-        self.ctas = 0  # of `how`; 0: its usual ones
+        self.ctas = 0  # thread blocks of `how`; 0: its usual number
         self.chosen: Choice | None = None
         self._table = table
         self.copier = GpuCopier([self.paged], self.arena, 0, per_chunk, device, self._choose)
@@ -84,25 +85,27 @@ class Copies:
         return self.chosen
 
     def batch(self, chunks: int) -> ChunkBatch:
-        """The first so many chunks."""
+        """Return a batch of the first `chunks` chunks."""
         b = self._whole
         return ChunkBatch(0, b.block_ids[:chunks], b.slots[:chunks], b.generations[:chunks], b.keys[:chunks], NAMESPACE)
 
     def run(self, direction: Direction, chunks: int, how: Method | None) -> tuple[float, float]:
-        """(seconds until done, seconds until a store's blocks are free); raises where a chunk did not verify."""
+        """Return (seconds until done, seconds until a store's blocks are free). Raises if a chunk did not verify."""
         self.how = how
         self._rig.synchronize()
         job: Job = (self.copier.store if direction is Direction.D2H else self.copier.load)([self.batch(chunks)])
         while not job.released():
-            time.sleep(2e-5)  # the copier's threads want the interpreter too
+            time.sleep(2e-5)  # the copier's threads need the interpreter too
         released_s = time.perf_counter() - job.started
         if not job.wait().ok.all():
-            raise RuntimeError(f"{OPS[direction]} of {chunks} chunks by {how or 'plan'}: not all verified: {job.error}")
+            raise RuntimeError(
+                f"{OPS[direction]} by {how or 'plan'}: {int((~job.ok).sum())} of {chunks} chunks did not verify: {job.error}"
+            )
         return job.seconds, released_s
 
 
 def vllm_swap() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
-    """vLLM's swap_blocks_batch (sources, destinations, sizes); None where no CUDA vLLM is installed."""
+    """Return vLLM's swap_blocks_batch (sources, destinations, sizes); None if no CUDA vLLM is installed."""
     try:
         from vllm import _custom_ops
 
@@ -113,7 +116,7 @@ def vllm_swap() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | 
 
 
 def vllm_tables(copies: Copies, direction: Direction, chunks: int) -> list[torch.Tensor]:
-    """[sources, destinations, sizes], each [n] int64 on the host, as swap_blocks_batch takes them."""
+    """Return [sources, destinations, sizes], each [n] int64 on the host, as swap_blocks_batch takes them."""
     batch = copies.batch(chunks)
     parts = copies.arena.parts(0)
     at = batch.slots * parts.strides[0] + parts.ctypes.data
@@ -122,7 +125,7 @@ def vllm_tables(copies: Copies, direction: Direction, chunks: int) -> list[torch
 
 
 def vllm_seconds(rig: Rig, copies: Copies, direction: Direction, chunks: int, swap: Callable[..., None]) -> float:
-    """One call over the same runs and slots, until its bytes are there. On a stream of its own: it refuses the default one."""
+    """Time one call over the same runs and slots, until its bytes are copied. vLLM refuses the default stream."""
     tables = vllm_tables(copies, direction, chunks)
     rig.synchronize()
     start = time.perf_counter()
@@ -135,7 +138,7 @@ def vllm_seconds(rig: Rig, copies: Copies, direction: Direction, chunks: int, sw
 def measure(
     rig: Rig, copies: Copies, direction: Direction, chunks: int, ceiling: dict[str, float], runs: int
 ) -> list[Row]:
-    """A row a method, all in turns; the first turn does not count."""
+    """Measure all methods in turns, one row each. The first turn does not count."""
     swap = None if rig.dry else vllm_swap()
     methods: dict[str, Method | None] = {method.value: method for method in Method}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in [*methods, "planned", "vllm"]}
@@ -171,7 +174,7 @@ def measure(
 
 
 def calibration(rig: Rig, device: Device) -> Calibration:
-    """This device's, measured now; a dry run has seeds."""
+    """Measure this device's calibration now. A dry run has seeds."""
     if rig.dry:
         return seed_calibration(HostLink())
     from kvkern.transfer.gpu.stopwatch import Stopwatch
@@ -196,7 +199,7 @@ def main() -> None:
     table = calibration(rig, device)
     for run_nbytes in lengths:
         with closing(Copies(rig, device, run_nbytes, max(batches), table)) as copies:
-            for direction in (Direction.D2H, Direction.H2D):  # what the stores wrote the loads read
+            for direction in (Direction.D2H, Direction.H2D):  # stores first: the loads read what they wrote
                 for chunks in sorted(batches, reverse=direction is Direction.D2H):
                     for row in measure(rig, copies, direction, chunks, ceiling, runs):
                         rows.append(row)

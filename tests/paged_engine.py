@@ -1,7 +1,7 @@
 """A small paged-attention engine: a transformer of random weights over FlashAttention pages and block tables.
 
-Attention gathers the pages of a sequence and calls torch's SDPA, or calls `flash_attn_with_kvcache` on the pages. Everything
-is deterministic: the same tokens computed from the same cached bytes give the same bits. Knows nothing of kvkern.
+Attention gathers the pages of a sequence and calls torch's SDPA, or it calls `flash_attn_with_kvcache` on the pages. Everything
+is deterministic: the same tokens computed from the same cached bytes give the same bits. It does not know kvkern.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PagedEngine:
         random.Random(seed + 1).shuffle(self.free)
 
     def allocate(self, num_tokens: int) -> list[int]:
-        """A block table for `num_tokens` tokens, of blocks in no order, poisoned."""
+        """Return a block table for `num_tokens` tokens. Its blocks are in no order, and poisoned."""
         count = -(-num_tokens // self.block_size)
         table, self.free = self.free[:count], self.free[count:]
         assert len(table) == count, "the engine is out of blocks"
@@ -58,7 +58,7 @@ class PagedEngine:
         return table
 
     def release(self, table: list[int]) -> None:
-        """Give blocks back; the last freed is the first reused, as in real engines."""
+        """Free blocks. The block freed last is reused first, as in real engines."""
         self.free = table[::-1] + self.free
 
     def compute(
@@ -67,7 +67,7 @@ class PagedEngine:
         start: int,  # KV of tokens [0, start) is in the blocks of `table`
         table: list[int],
     ) -> torch.Tensor:  # [len(tokens) - start, VOCAB]
-        """Run the model on tokens[start:]; their KV is in the blocks afterwards."""
+        """Run the model on tokens[start:] and return their logits. Their KV is in the blocks afterwards."""
         device = self.embedding.device
         positions = torch.arange(start, len(tokens), device=device)
         rows = torch.tensor(table, device=device)[positions // self.block_size]
@@ -101,7 +101,7 @@ class PagedEngine:
 
 
 def _rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding: a key in the wrong place is a wrong key."""
+    """Apply the rotary embedding, which makes a key in the wrong place a wrong key."""
     half = x.shape[-1] // 2
     angle = positions[:, None].float() * 10000 ** (-torch.arange(half, device=x.device) / half)
     cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)

@@ -1,4 +1,4 @@
-"""An engine with the cache computes what it computes without: logits equal bit for bit, turn after turn."""
+"""An engine with the cache computes the same logits as without it, bit for bit, turn after turn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Workers of the test run share two cores; the shapes here are small."""
+    """Use one thread: workers of the test run share the cores, and the shapes here are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def open_for(engine: PagedEngine, folder: Path, **options: Any) -> PagedCache:
 
 
 def with_cache(engine: PagedEngine, cache: PagedCache, tokens: list[int]) -> tuple[torch.Tensor, int]:
-    """One request as kvkern/api.py's docstring has it. The last token is always computed: its logits are wanted."""
+    """Serve one request as the docstring of kvkern/api.py shows. The last token is always computed, for its logits."""
     table = engine.allocate(len(tokens))
     with cache.match(tokens[:-1]) as hit:
         num_loaded = cache.load(hit, table)
@@ -53,7 +53,7 @@ def with_cache(engine: PagedEngine, cache: PagedCache, tokens: list[int]) -> tup
 
 
 def conversation(seed: int, turns: int) -> list[list[int]]:
-    """Growing sequences: each turn goes on where the last one ended."""
+    """Return growing sequences: each turn continues where the last turn ended."""
     rng, tokens, out = random.Random(seed), [], []
     for _ in range(turns):
         tokens = tokens + [rng.randrange(VOCAB) for _ in range(rng.choice([1, 15, 16, 17, 40]))]
@@ -64,8 +64,10 @@ def conversation(seed: int, turns: int) -> list[list[int]]:
 @by_dtype
 @pytest.mark.parametrize(("block_size", "blocks_per_chunk"), [(16, 1), (8, 2), (4, 4), (5, 3)])
 def test_growing_turns(tmp_path: Path, dtype: torch.dtype, block_size: int, blocks_per_chunk: int) -> None:
-    """The reference keeps its own blocks and computes the same tokens from the same place; kvkern's engine gets
-    other, poisoned blocks for every turn and loads the prefix."""
+    """The reference keeps its own blocks, and computes the same tokens from the same start.
+
+    kvkern's engine gets other, poisoned blocks for every turn and loads the prefix.
+    """
     engine = PagedEngine(dtype, block_size, num_blocks=80)
     chunk = block_size * blocks_per_chunk
     with closing(open_for(engine, tmp_path, blocks_per_chunk=blocks_per_chunk)) as cache:
@@ -103,7 +105,7 @@ def test_branches_share_their_prefix(tmp_path: Path, dtype: torch.dtype) -> None
 
 @by_dtype
 def test_a_spoiled_chunk_is_recomputed(tmp_path: Path, dtype: torch.dtype) -> None:
-    """A bit flips in the arena: the load ends before that chunk, and the answer is the reference's."""
+    """A bit flips in the arena: the load ends before that chunk, and the answer equals the reference's."""
     engine, reference = PagedEngine(dtype), PagedEngine(dtype)
     tokens = [i * 7 % VOCAB for i in range(100)]
     with closing(open_for(engine, tmp_path)) as cache:
@@ -117,13 +119,13 @@ def test_a_spoiled_chunk_is_recomputed(tmp_path: Path, dtype: torch.dtype) -> No
         assert torch.equal(logits, reference.compute(tokens, 48, table))
         assert cache.stats()["bad_chunks"] == 1
         logits, num_loaded = with_cache(engine, cache, tokens)
-        assert num_loaded == 96  # the request before has stored it anew
+        assert num_loaded == 96  # the request before has stored the chunk again
         assert torch.equal(logits, reference.compute(tokens, 96, table))
 
 
 @by_dtype
 def test_under_pressure_every_answer_stays_right(tmp_path: Path, dtype: torch.dtype) -> None:
-    """An arena of a dozen chunks and eight conversations in turn: mostly misses, never wrong."""
+    """Eight conversations take turns over an arena of twelve chunks: mostly misses, never a wrong answer."""
     engine = PagedEngine(dtype)
     talks = [conversation(seed, turns=4) for seed in range(8)]
     references = [PagedEngine(dtype) for _ in talks]
@@ -141,7 +143,7 @@ def test_under_pressure_every_answer_stays_right(tmp_path: Path, dtype: torch.dt
 
 
 class Shared:
-    """Two engines with other page sizes over one arena and one manager: what the node daemon will do."""
+    """Two engines with different page sizes over one arena and one manager, as behind a node daemon."""
 
     def __init__(self, folder: Path, engines: list[PagedEngine], chunk_tokens: int) -> None:
         layouts: list[PagedLayout] = [kvkern.layout.flash_attention(e.kv_caches) for e in engines]
@@ -156,8 +158,8 @@ class Shared:
         self.caches = []
         for engine, layout, space in zip(engines, layouts, spaces, strict=True):
             paged = PagedTensors.bind(layout, engine.kv_caches)
-            transfer = build_copier(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
-            self.caches.append(PagedCache(cache, transfer, self.arena.close, space, shape))
+            copier = build_copier(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
+            self.caches.append(PagedCache(cache, copier, self.arena.close, space, shape))
 
 
 def test_engines_of_other_page_sizes_read_each_others_chunks(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_engines_of_other_page_sizes_read_each_others_chunks(tmp_path: Path) -> 
 
 
 def test_the_engine_notices_a_wrong_block() -> None:
-    """The tests above can fail: swap two blocks of a table and the logits differ."""
+    """The tests above can fail: if two blocks of a table are swapped, the logits differ."""
     engine = PagedEngine(torch.float32)
     tokens = [i * 5 % VOCAB for i in range(64)]
     table = engine.allocate(80)
@@ -191,7 +193,7 @@ def test_the_engine_notices_a_wrong_block() -> None:
 @pytest.mark.gpu
 @by_dtype
 def test_flash_attn_with_kvcache(tmp_path: Path, dtype: torch.dtype) -> None:
-    """The same through FlashAttention's own paged kernel, whose pages are 256 tokens."""
+    """The same holds for FlashAttention's own paged kernel, whose pages are 256 tokens."""
     pytest.importorskip("flash_attn", reason="flash-attn is not installed (pip install kvkern[flash-attn])")
     if not torch.cuda.is_available():
         pytest.skip("flash-attn needs a CUDA device, and there is none")

@@ -1,9 +1,9 @@
-"""What moves chunks, whatever the device: a batch of chunks, a job under way, one rank's parts of the slots, a copier.
+"""The interface of every copier, for any device: a batch of chunks, a running job, one rank's parts of the slots, a copier.
 
     store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see RankParts.publish)
-    load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
+    load:  does the header name the expected chunk? scatter part -> blocks, checksums equal? else mark the slot BAD
 
-The caller keeps the engine's blocks unused until a job is done, and slots leased or reserved until then.
+Until a job is done the caller must not use the engine's blocks, and must keep the slots leased or reserved.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ BatchRows = slice | npt.NDArray[np.int64]  # which chunks of a batch
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """Chunks of one KV group and where they go. Arrays are not copied; leave them alone until the job is done."""
+    """Chunks of one KV group, their blocks and their slots. Arrays are not copied: do not change them until the job is done."""
 
-    group: int  # index into the transfer's groups
-    block_ids: npt.NDArray[np.int32]  # [n, blocks_per_chunk] int32; -1: not part of this transfer
+    group: int  # index into the copier's groups
+    block_ids: npt.NDArray[np.int32]  # [n, blocks_per_chunk] int32; -1: this block is not copied
     slots: npt.NDArray[np.int64]  # [n] int64
     generations: npt.NDArray[np.uint64]  # [n] uint64, of the reservation; unused in loads
     keys: npt.NDArray[np.void]  # [n] V32
@@ -41,28 +41,30 @@ class ChunkBatch:
 
 @dataclass
 class Job:
-    """A transfer under way. `ok[i]` is final for chunk i once `done()`."""
+    """A running store or load. `ok[i]` is final for chunk i once `done()` is True."""
 
     nbytes: int
     ok: npt.NDArray[np.bool_]  # [n] bool
     futures: list[Future[None]] = field(default_factory=list)  # one a piece
-    unclaimed: deque[tuple[Future[None], Callable[[], None]]] = field(default_factory=deque)  # pieces nobody has begun
+    unclaimed: deque[tuple[Future[None], Callable[[], None]]] = field(
+        default_factory=deque
+    )  # pieces no thread has begun
     started: float = field(default_factory=time.perf_counter)
     finished: float = 0.0
 
     def done(self) -> bool:
-        """Whether every piece has ended."""
+        """Return True if every piece has ended."""
         return all(future.done() for future in self.futures)
 
     def released(self) -> bool:
-        """Whether a store has read all its blocks: the engine may overwrite them from now on. Never later than `done`.
+        """Return True if a store has read all its blocks, so that the engine may overwrite them. Never later than `done`.
 
-        Of a load it is `done`: its blocks are being written until then.
+        For a load this equals `done()`: until then the load still writes its blocks.
         """
         return self.done()
 
     def run_piece(self) -> bool:
-        """Run a piece nobody has begun, in this thread; False if there is none. Raises what the piece raises."""
+        """Run one unclaimed piece in this thread. Returns False if there is none. Raises what the piece raises."""
         try:
             future, piece = self.unclaimed.popleft()
         except IndexError:
@@ -78,25 +80,25 @@ class Job:
         return True
 
     def run_unclaimed(self) -> None:
-        """Run pieces in this thread until all have been begun. Raises what one of them raises; `wait` in any case."""
+        """Run pieces in this thread until no piece is unclaimed. Raises what a piece raises. Call `wait` in any case."""
         while self.run_piece():
             pass
 
     def fail_unclaimed(self, error: BaseException) -> None:
-        """End the pieces that nobody has begun: nobody will."""
+        """End all unclaimed pieces with this error, because no thread will run them."""
         while self.unclaimed:
-            with suppress(IndexError):  # taken meanwhile
+            with suppress(IndexError):  # another thread took the piece meanwhile
                 self.unclaimed.popleft()[0].set_exception(error)
         self.finished = max(self.finished, time.perf_counter())
 
     def wait(self, timeout_s: float | None = None) -> Job:
-        """Block until done, or for `timeout_s`."""
+        """Block until the job is done, but at most for `timeout_s`."""
         wait(self.futures, timeout_s)
         return self
 
     @property
     def error(self) -> BaseException | None:
-        """What the first failed piece raised; its chunks are not ok. Call when done."""
+        """The exception of the first failed piece, whose chunks are not ok; None if no piece failed. Call when done."""
         return next((error for future in self.futures if (error := future.exception()) is not None), None)
 
     @property
@@ -106,7 +108,7 @@ class Job:
 
 
 class RankParts:
-    """One rank's parts of the slots: which may be written, what seals them, and what a load must find. No copies here."""
+    """One rank's parts of the slots: checks before a copy, verification and publication after it. It copies no payload."""
 
     def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
         self.groups = tuple(groups)
@@ -120,17 +122,18 @@ class RankParts:
             planes = len(group.layout.planes)
             if size > geometry.part_nbytes or planes > geometry.max_planes:
                 raise LayoutError(
-                    f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank; "
-                    f"the arena's slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes"
+                    f"a chunk of {blocks_per_chunk} blocks needs {size} bytes in {planes} planes a rank, but the arena's "
+                    f"slots have {geometry.part_nbytes} bytes and {geometry.max_planes} planes a rank. Use an arena that "
+                    f"was made for this model and layout, or fewer blocks per chunk."
                 )
         offsets = [group.layout.plane_offsets(blocks_per_chunk) for group in self.groups]
-        # a group: [max_planes] uint32, zeros where it has fewer planes
+        # for each group: [max_planes] uint32, zeros where the group has fewer planes
         self._plane_nbytes = [
             np.pad(np.diff(o), (0, geometry.max_planes - len(o) + 1)).astype(np.uint32) for o in offsets
         ]
 
     def writable(self, batch: ChunkBatch, rows: BatchRows) -> npt.NDArray[np.bool_]:
-        """[rows] bool: whose reservation is still the slot's. The others have a new owner: hands off."""
+        """[rows] bool: True where the slot still has the chunk's reservation. Never write the others: they have a new owner."""
         current: npt.NDArray[np.bool_] = self.arena.headers["generation"][batch.slots[rows]] == batch.generations[rows]
         return current
 
@@ -138,14 +141,15 @@ class RankParts:
         self,
         batch: ChunkBatch,
         rows: npt.NDArray[np.int64],
-        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of payload that every process sees by now
+        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of payload that every process can see already
     ) -> None:
-        """Write sealed checksums, then WRITTEN for this rank: numpy's plain stores, in this order, and no barrier.
+        """Write sealed checksums, then WRITTEN for this rank. These are numpy's plain stores, in this order, without a barrier.
 
-        On x86 stores are seen in the order they are made: who sees WRITTEN sees the rest. Elsewhere (aarch64: Grace) another
-        core may see WRITTEN first, until both sides have gone through a lock or a socket. The manager has: it asks for WRITTEN
-        when it has heard that the job is done, and others find a chunk only after it is READY. Who looked earlier would find
-        checksums that do not fit: a miss, never wrong bytes. A fence here would need its partner in every reader, in Python.
+        On x86 other cores see stores in the order in which they were made: a process that sees WRITTEN sees the rest too.
+        On other CPUs (aarch64: Grace) another core may see WRITTEN first, until both sides have gone through a lock or a
+        socket. The manager has done so: it reads WRITTEN after it has heard that the job is done, and other processes find a
+        chunk only after it is READY. A reader that looked earlier would find checksums that do not match: a miss, never wrong
+        bytes. A fence here would need a matching fence in every reader, in Python.
         """
         headers, slots, generations = self.arena.headers, batch.slots[rows], batch.generations[rows]
         planes = sums.shape[1]
@@ -154,7 +158,7 @@ class RankParts:
         headers["written"][slots, self.rank] = generations
 
     def readable(self, batch: ChunkBatch, rows: BatchRows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """([rows] bool: whose header says it holds this chunk, written by this rank; [rows] uint64 generations)."""
+        """([rows] bool: True where the header names this chunk and this rank has written it; [rows] uint64 generations)."""
         headers, slots = self.arena.headers, batch.slots[rows]
         good: npt.NDArray[np.bool_] = self.arena.identities[slots] == self.arena.spec.geometry.identities(
             batch.keys[rows], np.void(batch.namespace)
@@ -169,21 +173,21 @@ class RankParts:
         batch: ChunkBatch,
         rows: BatchRows,
         generations: npt.NDArray[np.uint64],  # [rows] uint64, from `readable`
-        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of what was read
+        sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of the bytes that the load has read
     ) -> npt.NDArray[np.bool_]:
-        """[rows] bool: whose payload is what was stored under this key and generation."""
+        """[rows] bool: True where the payload equals what was stored under this key and generation."""
         sealed = sums ^ seal(batch.keys[rows], generations)[:, None]
         found = self.arena.headers["checksum"][batch.slots[rows], self.rank, : sums.shape[1]]
         equal: npt.NDArray[np.bool_] = (found == sealed).all(axis=1)
         return equal
 
     def payload_nbytes(self, batches: Sequence[ChunkBatch]) -> int:
-        """Payload of these chunks."""
+        """Return the payload bytes of these chunks, for this rank."""
         return sum(len(batch.slots) * self.sizes[batch.group] for batch in batches)
 
 
 class Copier(ABC):
-    """What moves chunks for one rank, whatever the device. Thread-safe: jobs on distinct slots and blocks may overlap."""
+    """Moves chunks between one rank's paged tensors and slots. Thread-safe: jobs on distinct slots and blocks may overlap."""
 
     def __init__(self, groups: Sequence[PagedTensors], arena: Slots, rank: int, blocks_per_chunk: int) -> None:
         self._arena = arena
@@ -193,28 +197,28 @@ class Copier(ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks the engine has in every group."""
+        """The number of blocks that every group has."""
         return min(group.layout.num_blocks for group in self._groups)
 
     @abstractmethod
     def self_test(self) -> None:
-        """Round trip of every group through its registered tensors. Raises LayoutError. Before the first request."""
+        """Copy random blocks of every group out and back, and compare. Raises LayoutError. Call before the first request."""
 
     @abstractmethod
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
-        """Start writing chunks into reserved slots. Chunk i is WRITTEN for this rank when ok[i]."""
+        """Start to write chunks into reserved slots. Chunk i is WRITTEN for this rank if ok[i]."""
 
     @abstractmethod
     def load(self, batches: Sequence[ChunkBatch]) -> Job:
-        """Start reading leased slots into blocks. Where not ok[i] the slot is BAD and the blocks hold nothing."""
+        """Start to read leased slots into blocks. If not ok[i], the slot is BAD and its blocks hold nothing usable."""
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what is under way and let threads and memory go."""
+        """Wait for running jobs, then free threads and memory."""
 
     def reject(self, slots: npt.NDArray[np.int64]) -> Job:
-        """A load that cannot be done: its slots are marked BAD, so that nobody asks for them again."""
+        """Return a failed job for a load that cannot be done. It marks the slots BAD, so that they are not used again."""
         self._arena.mark_bad(slots)
-        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))  # never an empty one: `all()` of nothing is True
+        job = Job(0, np.zeros(max(1, len(slots)), dtype=np.bool_))  # never empty: `all()` of an empty array is True
         job.finished = job.started
         return job

@@ -1,11 +1,7 @@
-"""Moves chunks between one rank's paged tensors and its parts of the arena's slots. Where tensors stop.
+"""Moves chunks between one rank's paged tensors in host memory and its parts of the arena's slots. Beyond it a chunk is bytes.
 
-    store: gather blocks -> part, sealed checksums -> header, then `written[rank] = generation`    (see RankParts.publish)
-    load:  header says what it should be? scatter part -> blocks, checksums equal? else mark the slot BAD
-
-Jobs are cut into pieces of whole chunks and run on this object's own threads without the GIL; a caller with nothing
-else to do takes pieces too (`Job.run_unclaimed`). The caller keeps the engine's blocks unused until a job is done, and slots
-leased or reserved until then.
+A job is cut into pieces of whole chunks. The copier's own threads run the pieces without the GIL. A caller with nothing else
+to do may run pieces too (`Job.run_unclaimed`). The steps of a store and a load, and the duties of the caller, are in base.py.
 """
 
 from __future__ import annotations
@@ -25,7 +21,10 @@ from ..kernels.warm import compile_cpu_kernels
 from .base import ChunkBatch, Copier, Job
 from .nvtx import span
 
-_MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 4 << 20, 32 << 20  # a piece costs Python: with 8 MiB a tenth of a copy's time
+_MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = (
+    4 << 20,
+    32 << 20,
+)  # each piece costs Python time: at 8 MiB a tenth of the copy's time
 
 
 def chunks_per_piece(
@@ -33,13 +32,13 @@ def chunks_per_piece(
     chunk_nbytes: int,
     threads: int,
 ) -> int:
-    """Chunks of a piece: two pieces a thread, but none below 4 MiB or above 32 MiB as far as whole chunks allow."""
+    """Return the chunks of a piece. Each thread gets two pieces, of 4 MiB to 32 MiB each as far as whole chunks allow."""
     nbytes = max(_MIN_PIECE_NBYTES, min(job_nbytes // (2 * threads), _MAX_PIECE_NBYTES))
     return max(1, nbytes // max(1, chunk_nbytes))
 
 
 class HostCopier(Copier):
-    """Copies in host memory, on threads of its own."""
+    """Copies in host memory, on its own threads."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class HostCopier(Copier):
         try:
             for _ in job.futures:
                 self._pool.submit(job.run_piece)
-        except RuntimeError as error:  # closed, or Python ends
+        except RuntimeError as error:  # the copier is closed, or Python shuts down
             job.fail_unclaimed(error)
         return job
 
@@ -108,13 +107,15 @@ class HostCopier(Copier):
             with span("kvkern load"):
                 ok[:] = self._scatter_verified(batch, rows)
         finally:
-            self._arena.mark_bad(batch.slots[rows][~ok])  # also after an exception: a retry must not meet them again
+            self._arena.mark_bad(
+                batch.slots[rows][~ok]
+            )  # also after an exception: a retry must not read these slots again
 
     def _scatter_verified(self, batch: ChunkBatch, rows: slice) -> npt.NDArray[np.bool_]:
-        """[rows] bool: whose header and payload are what they should be."""
+        """Scatter these slots into their blocks. Returns [rows] bool: True where header and payload verify."""
         group, slots = self._groups[batch.group], batch.slots[rows]
         sums = np.empty((len(slots), len(group.layout.planes)), dtype=np.uint64)
         good, generations = self._parts.readable(batch, rows)
-        read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a foreign slot reaches no block
+        read = np.where(good[:, None], batch.block_ids[rows], np.int32(-1))  # a slot of another chunk reaches no block
         scatter_chunks(group, np.ascontiguousarray(read), self._parts.rows, slots, sums)
         return good & self._parts.verified(batch, rows, generations, sums)

@@ -1,6 +1,6 @@
 """Names pieces of work in an Nsight Systems trace: `with span("kvkern store"): ...`. Off unless KVKERN_NVTX=1.
 
-Off, every span is one shared context that does nothing. On, it needs a torch built for CUDA, whose NVTX it calls.
+If off, every span is one shared context that does nothing. If on, spans call the NVTX of a torch built for CUDA.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def make_span(asked: bool) -> Span:
-    """A range of that name in the calling thread, or nothing; where it cannot be had, nothing and a warning."""
+    """Return what opens an NVTX range of a given name in the calling thread.
+
+    If spans are not asked for, or torch has no CUDA, the result opens nothing. The latter logs a warning.
+    """
     if not asked:
         return lambda name: _NOTHING
     import torch
 
     if torch.version.cuda is None:
-        logger.warning("kvkern: KVKERN_NVTX is set, but torch %s is built without CUDA: no NVTX", torch.__version__)
+        logger.warning(
+            "kvkern: KVKERN_NVTX is set, but torch %s is built without CUDA, so there are no NVTX ranges. Install a torch "
+            "built for CUDA, or unset KVKERN_NVTX.", torch.__version__,
+        )  # fmt: skip
         return lambda name: _NOTHING
     ranges: Span = torch.cuda.nvtx.range
     return ranges

@@ -1,4 +1,4 @@
-"""The GPU benches without a GPU: dry runs from end to end, their arithmetic, their plots, and what they say where none is."""
+"""The GPU benches without a GPU: dry runs from end to end, their arithmetic, their plots, and their message without a GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_without_a_gpu_there_is_one_line_that_names_what_is_missing(name: str, t
 
 @pytest.mark.slow
 def test_a_dry_run_of_everything(tmp_path: Path) -> None:
-    """Every script and plot works, every line, file and plot says that nothing was measured, and no arena is left."""
+    """Every script and plot works. Every line, file and plot says that nothing was measured. No arena is left."""
     pytest.importorskip("matplotlib")
     done = run("gpu", tmp_path, "--device", "cpu", "--results", "results", "--plots", "plots")
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
 
 
 def check_rows(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Those of docs/benchmarks.md."""
+    """Check that the rows are those of docs/benchmarks.md."""
     copies = [row for row in rows["gpu_copy"] if row["op"] != "ceiling"]
     assert {(r["op"], r["where"], r["stages"]) for r in copies} == {
         (op, where, stages)
@@ -112,14 +112,14 @@ def test_a_dry_run_does_not_go_where_measurements_are_kept(options: list[str], t
     assert "a dry run is no measurement" in done.stderr
 
 
-def test_a_single_dry_run_does_not_either(shared: ModuleType) -> None:
+def test_a_single_dry_run_does_not_overwrite_measurements(shared: ModuleType) -> None:
     with pytest.raises(SystemExit, match="write a dry run elsewhere"):
         shared.write_json(shared.DryRig(), BENCH / "results" / "gpu_copy.json", [])
     assert not (BENCH / "results" / "gpu_copy.json").exists()
 
 
 def test_make_bench_leaves_them_out() -> None:
-    """They fail without a GPU, and say so only if asked."""
+    """They fail without a GPU, so `make bench` does not run them."""
     makefile = (ROOT / "Makefile").read_text()
     recipe = makefile[makefile.index("\nbench:") :]
     assert "*/gpu*) continue" in recipe[: recipe.index("\ngpu:")]
@@ -160,7 +160,7 @@ def test_contenders_take_turns_and_the_first_turns_do_not_count(shared: ModuleTy
 
 
 def test_launches_are_not_timed(shared: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work is enqueued while the device still waits: its time is the device's, not Python's."""
+    """Work is enqueued while the device still waits, so its time is the device's time and not Python's."""
     calls: list[str] = []
 
     class Event:
@@ -183,7 +183,7 @@ def test_launches_are_not_timed(shared: ModuleType, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_sweep_covers_both_questions(shared: ModuleType) -> None:
-    """GB/s against thread blocks, 1 to 64, and against runs, 256 B to 2 MiB; each case once."""
+    """It covers 1 to 64 thread blocks and runs of 256 B to 2 MiB, and each case once."""
     import gpu_copy
 
     cases = gpu_copy.sweep(gpu_copy.FULL)
@@ -194,7 +194,7 @@ def test_the_sweep_covers_both_questions(shared: ModuleType) -> None:
 
 
 def test_vllm_is_given_the_same_bytes_to_move(shared: ModuleType) -> None:
-    """Its tables, moved by hand, leave the slots as our own store did, and ours verifies what they load."""
+    """Copies of vLLM's tables leave the slots as our own store did, and our load verifies them."""
     import gpu_paths
 
     from kvkern.transfer.gpu.link_table import Direction, HostLink, seed_calibration
@@ -247,7 +247,7 @@ SYNTHETIC = {
 
 
 def test_plots_of_synthetic_numbers(plots: ModuleType, tmp_path: Path) -> None:
-    """Made-up numbers, named so: a measurement's plot names its GPU and has no warning; what is absent is not drawn."""
+    """A plot of a measurement names its GPU and has no warning. A missing result is not drawn. The numbers here are made up."""
     meta = {"dry_run": False, "device": {"name": "SYNTHETIC GPU"}, "commit": "abc"}
     for name, rows in SYNTHETIC.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"meta": meta, "rows": rows}))

@@ -1,4 +1,4 @@
-"""Between tensors and slots: what is verified, what is refused, and that a refusal touches nothing."""
+"""The host copier between tensors and slots: what it verifies, what it refuses, and that a refusal changes no byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.policy.lru import LRU
 from kvkern.tiers.base import Reservation
 from kvkern.tiers.dram import DramTier
-from kvkern.transfer import host as transfer_module
+from kvkern.transfer import host as host_module
 from kvkern.transfer.base import ChunkBatch
 from kvkern.transfer.host import HostCopier, chunks_per_piece
 from tests.support import NAMESPACE, SHAPE, chain_keys, guarded, make_arena, storage_bytes
@@ -38,7 +38,7 @@ def paged(seed: int, layers: int = 2) -> PagedTensors:
 
 @dataclass
 class Bench:
-    """An arena, its manager, and one transfer a rank."""
+    """An arena, its manager, and one copier per rank."""
 
     arena: Arena
     cache: Cache
@@ -74,7 +74,7 @@ class Bench:
         assert self.cache.commit(reservation) == len(reservation.slots)
 
     def load(self, name: object, ids: npt.ArrayLike, rank: int = 0) -> tuple[list[bool], int]:
-        """(ok of each chunk, chunks dropped as BAD at the release)."""
+        """Load all chunks. Returns (ok of each chunk, number of chunks dropped as BAD at the release)."""
         lease = self.cache.acquire(chain_keys(name, len(np.reshape(ids, (-1, PER_CHUNK)))))
         job = self.ranks[rank].load([self.batch(ids, lease.keys, lease.slots)]).wait()
         assert job.error is None
@@ -105,7 +105,7 @@ IDS = np.array([[3, 1], [0, 7], [22, 23]])
 ELSEWHERE = np.array([[10, 11], [5, 13], [8, 2]])
 
 
-def test_what_is_stored_is_loaded_elsewhere(bench: Bench) -> None:
+def test_stored_chunks_are_loaded_into_other_blocks(bench: Bench) -> None:
     bench.put("a", IDS)
     want = bench.blocks(IDS)
     untouched = np.setdiff1d(np.arange(NUM_BLOCKS), ELSEWHERE)
@@ -135,7 +135,7 @@ def test_a_job_says_what_it_moved(bench: Bench) -> None:
 
 
 def test_many_pieces_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ok` of a job is in the order of its batches, however it was cut."""
+    """`ok` of a job is in the order of its batches, in whatever way the job was cut."""
     monkeypatch.setattr("kvkern.transfer.host._MIN_PIECE_NBYTES", 1)
     bench = make(tmp_path, slots=8)
     bench.put("a", IDS)
@@ -154,12 +154,12 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(("job", "chunk", "threads", "chunks"), [
-    (400 * MIB, 2 * MIB, 2, 16),  # 32 MiB at most
-    (48 * MIB, 2 * MIB, 2, 6),  # two pieces a thread
+    (400 * MIB, 2 * MIB, 2, 16),  # at most 32 MiB
+    (48 * MIB, 2 * MIB, 2, 6),  # two pieces per thread
     (48 * MIB, 2 * MIB, 4, 3),
-    (8 * MIB, 2 * MIB, 2, 2),  # 4 MiB at least
+    (8 * MIB, 2 * MIB, 2, 2),  # at least 4 MiB
     (2 * MIB, 2 * MIB, 2, 2),
-    (400 * MIB, 40 * MIB, 2, 1),  # a chunk is whole
+    (400 * MIB, 40 * MIB, 2, 1),  # a chunk is never cut
     (0, 0, 1, 4 * MIB),
 ])  # fmt: skip
 def test_pieces_grow_with_the_job(job: int, chunk: int, threads: int, chunks: int) -> None:
@@ -167,7 +167,7 @@ def test_pieces_grow_with_the_job(job: int, chunk: int, threads: int, chunks: in
 
 
 def test_a_lost_slot_costs_its_neighbours_nothing(bench: Bench) -> None:
-    """One of three reservations has ended meanwhile: the other two are stored, the third is left alone."""
+    """One of three reservations has ended meanwhile: the other two chunks are stored, and its slot is not written."""
     reservation = bench.reserve("a", 3)
     generations = (reservation.generations[0], reservation.generations[1] + 1, reservation.generations[2])
     before = bench.arena.parts(0)[reservation.slots[1]].copy()
@@ -180,7 +180,7 @@ def test_a_lost_slot_costs_its_neighbours_nothing(bench: Bench) -> None:
 @pytest.mark.parametrize("at", [0, 1, 511, 512, 1023, 1024, PART // 2, PART - 1])
 @pytest.mark.parametrize("bit", [0, 7])
 def test_one_flipped_bit_of_the_payload(bench: Bench, at: int, bit: int) -> None:
-    """That chunk is not ok and forgotten; its neighbours are good."""
+    """The chunk is not ok and is dropped. Its neighbours stay good."""
     bench.put("a", IDS)
     slot = bench.cache.acquire(chain_keys("a", 3))
     bench.cache.release(slot)
@@ -211,12 +211,12 @@ def test_every_byte_of_a_payload_is_covered(bench: Bench) -> None:
 
 IDENTITY = ["magic", "version", "key", "namespace", "part_nbytes", "planes", "generation", "written"]
 SIZES = ["header_nbytes", "payload_nbytes", "world_size", "codec"]
-# `group` and `chunk_tokens` are for people who look into a slot: the key and the namespace name them already
+# `group` and `chunk_tokens` only inform people who read a slot: the key and the namespace contain them already
 
 
 @pytest.mark.parametrize("field", [*IDENTITY, *SIZES, "checksum"])
 def test_any_flipped_byte_of_the_header(bench: Bench, field: str) -> None:
-    """Every byte that says what the payload is. A slot of another identity reaches no block at all."""
+    """This covers every byte that describes the payload. A slot with another identity reaches no block at all."""
     bench.put("a", IDS)
     lease = bench.cache.acquire(chain_keys("a", 3))
     header = bench.arena.headers[lease.slots[1] : lease.slots[1] + 1]
@@ -241,7 +241,7 @@ def test_any_flipped_byte_of_the_header(bench: Bench, field: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["key", "namespace", "generation"])
 def test_a_foreign_slot_reaches_no_block(bench: Bench, wrong: str) -> None:
-    """What a stale lease, another tenant or a torn header would read: not one byte of it."""
+    """A stale lease, another tenant or a torn header must not get one byte of the slot."""
     bench.put("a", IDS)
     lease = bench.cache.acquire(chain_keys("a", 3))
     batch = bench.batch(ELSEWHERE, lease.keys, lease.slots)
@@ -262,7 +262,7 @@ def test_a_foreign_slot_reaches_no_block(bench: Bench, wrong: str) -> None:
 
 
 def test_partial_loads_verify_the_whole_plane(bench: Bench) -> None:
-    """Only block 1 of the chunk is wanted; a fault in block 0's bytes is found all the same."""
+    """Only block 1 of the chunk is wanted, but a fault in block 0's bytes is found too."""
     bench.put("a", IDS[:1])
     before, want = bench.blocks([10]), bench.blocks(IDS[0, 1:])
     partial = np.array([[-1, 11]])
@@ -275,8 +275,8 @@ def test_partial_loads_verify_the_whole_plane(bench: Bench) -> None:
     assert bench.load("a", partial) == ([False], 1)
 
 
-def test_a_late_writer_keeps_its_hands_off(bench: Bench) -> None:
-    """A store that starts after its reservation ended writes neither payload nor header of the new owner."""
+def test_a_late_writer_writes_nothing(bench: Bench) -> None:
+    """A store that starts after its reservation ended does not write the new owner's payload or header."""
     late = bench.reserve("late", 3)
     bench.cache.abort(late)
     new = bench.reserve("new", 6)
@@ -292,7 +292,7 @@ def test_a_late_writer_keeps_its_hands_off(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bad", [NUM_BLOCKS, -2])
 def test_a_block_out_of_range_is_the_callers_error(bench: Bench, bad: int) -> None:
-    """Reported by the job; nothing is published, and all slots come back."""
+    """The job reports it; nothing is published, and all slots become free."""
     reservation = bench.reserve("a", 1)
     job = bench.ranks[0].store([bench.batch([[0, bad]], reservation.keys, reservation.slots, reservation.generations)])
     assert isinstance(job.wait().error, LayoutError)
@@ -357,21 +357,21 @@ def test_a_layout_that_does_not_round_trip_is_an_error_at_start(tmp_path: Path) 
     good, other = paged(0), paged(1)
     swapped = PagedTensors(good.layout, good.tensors, other.bases)
     arena = make_arena(tmp_path, part_nbytes=PART, planes=4)
-    transfer = HostCopier([good, swapped], arena, 0, PER_CHUNK, threads=1)
+    copier = HostCopier([good, swapped], arena, 0, PER_CHUNK, threads=1)
     with pytest.raises(LayoutError, match="does not round-trip"):
-        transfer.self_test()
-    transfer.close()
+        copier.self_test()
+    copier.close()
     arena.close()
 
 
 def test_a_caller_that_helps_does_every_piece(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool's threads never come: the caller copies everything itself, and the pieces are done once."""
-    transfer, submitted = bench.ranks[0], []
-    monkeypatch.setattr(transfer_module, "_MIN_PIECE_NBYTES", 1)
-    monkeypatch.setattr(transfer_module, "_MAX_PIECE_NBYTES", 1)
-    monkeypatch.setattr(transfer._pool, "submit", submitted.append)
+    """The pool's threads never run a piece: the caller copies everything itself, and each piece runs once."""
+    copier, submitted = bench.ranks[0], []
+    monkeypatch.setattr(host_module, "_MIN_PIECE_NBYTES", 1)
+    monkeypatch.setattr(host_module, "_MAX_PIECE_NBYTES", 1)
+    monkeypatch.setattr(copier._pool, "submit", submitted.append)
     reserved = bench.reserve("a", 3)
-    job = transfer.store([bench.batch(range(1, 7), reserved.keys, reserved.slots, reserved.generations)])
+    job = copier.store([bench.batch(range(1, 7), reserved.keys, reserved.slots, reserved.generations)])
     assert (len(job.futures), len(submitted), job.done()) == (3, 3, False)
     job.run_unclaimed()
     assert job.done()
@@ -380,12 +380,12 @@ def test_a_caller_that_helps_does_every_piece(bench: Bench, monkeypatch: pytest.
     assert job.run_piece() is False
 
 
-def test_what_a_helped_piece_raises_reaches_helper_and_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    transfer = bench.ranks[0]
-    monkeypatch.setattr(transfer._pool, "submit", lambda piece: None)
-    monkeypatch.setattr(transfer_module, "gather_chunks", lambda *args: 1 / 0)
+def test_an_error_in_a_helped_piece_reaches_helper_and_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    copier = bench.ranks[0]
+    monkeypatch.setattr(copier._pool, "submit", lambda piece: None)
+    monkeypatch.setattr(host_module, "gather_chunks", lambda *args: 1 / 0)
     reserved = bench.reserve("a", 1)
-    job = transfer.store([bench.batch(range(1, 3), reserved.keys, reserved.slots, reserved.generations)])
+    job = copier.store([bench.batch(range(1, 3), reserved.keys, reserved.slots, reserved.generations)])
     with pytest.raises(ZeroDivisionError):
         job.run_unclaimed()
     assert job.done()
@@ -393,12 +393,12 @@ def test_what_a_helped_piece_raises_reaches_helper_and_job(bench: Bench, monkeyp
     assert not job.ok.any()
 
 
-def test_a_job_for_threads_that_have_ended_is_its_error(bench: Bench) -> None:
+def test_a_job_after_close_carries_the_error(bench: Bench) -> None:
     reservation = bench.reserve("a", 2)
     bench.ranks[0].close()
     batch = bench.batch([0, 1, 2, 3], reservation.keys, reservation.slots, reservation.generations)
     for submit in (bench.ranks[0].store, bench.ranks[0].load):
-        job = submit([batch])  # the engine's thread hears nothing
+        job = submit([batch])  # the engine's thread gets no exception
         assert job.done()
         assert isinstance(job.error, RuntimeError)
         assert not job.ok.any()

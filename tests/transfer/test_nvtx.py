@@ -1,4 +1,4 @@
-"""Spans cost nothing when nobody asked for them, and name the copiers' pieces when somebody did."""
+"""Spans do nothing unless KVKERN_NVTX asks for them; then they name the copiers' pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch, value: str | None
     assert nvtx_requested() is asked
 
 
-def test_off_is_one_shared_nothing() -> None:
+def test_spans_that_are_off_are_one_shared_context() -> None:
     span = nvtx.make_span(False)
     assert span("a") is span("b")
     with span("a"), span("a"):
@@ -32,20 +32,20 @@ def test_off_is_one_shared_nothing() -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has NVTX")
-def test_on_without_cuda_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_spans_without_cuda_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "kvkern"), nvtx.make_span(True)("a"):
         pass
     assert "KVKERN_NVTX is set, but torch" in caplog.text
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_torchs() -> None:
+def test_spans_on_a_gpu_are_torchs() -> None:
     with nvtx.make_span(True)("a"):
         pass
 
 
 def test_pieces_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of either copier; a span ends also when a piece fails."""
+    """This holds for both copiers. A span also ends if its piece fails."""
     from kvkern.transfer import host
     from kvkern.transfer.gpu import lanes
     from tests.transfer.gpu.engine import Engine, load_late, store_late
@@ -68,11 +68,11 @@ def test_pieces_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     load_late(engine, "a", reserved)
     bad = engine.batch("a", np.full_like(engine.there, 9999), reserved.slots, reserved.generations)
     assert engine.copier.load([bad]).wait(60).error is not None
-    host = host.HostCopier(engine.copier._groups, engine.arena, 0, engine.copier.blocks_per_chunk, threads=1)
+    copier = host.HostCopier(engine.copier._groups, engine.arena, 0, engine.copier.blocks_per_chunk, threads=1)
     batch = engine.batch("a", engine.here, reserved.slots, reserved.generations)
-    assert host.load([batch]).wait(60).error is None
-    assert host.store([batch]).wait(60).error is None
-    host.close()
+    assert copier.load([batch]).wait(60).error is None
+    assert copier.store([batch]).wait(60).error is None
+    copier.close()
     engine.close()
     kinds = {"kvkern store", "kvkern load"}
     kinds |= {

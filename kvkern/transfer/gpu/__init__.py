@@ -1,1 +1,1 @@
-"""Moving chunks between a GPU and the arena: what the link can do, which way to move a job, and the copies themselves."""
+"""Moves chunks between a GPU and the arena: measures the link, plans how to move a job, and copies."""

@@ -1,18 +1,18 @@
-"""Measures what a device's link can do, in about 20 ms at the first start. Knows timed operations, not CUDA; see `TimedOperations`.
+"""Measures the speed of a device's link, in about 20 ms at the first start. Knows `TimedOperations`, not CUDA.
 
-    for round in 5:                    so that a slow device has every probe once before any has it twice
-      for probe in probes, most telling first:
-        for size in (small, large):    skipped if it would end behind the deadline
+    for round in 5:                    rounds are outermost: a slow device runs every probe once before it runs one twice
+      for probe in probes, most important first:
+        for size in (small, large):    skipped if it would end after the deadline
           time it
-    least time of each size;  a line through the two:  slope = seconds a byte (or descriptor), what is left = seconds a call
+    take the least time of each size and fit a line through both:  slope = seconds a byte (or descriptor), rest = seconds a call
 
-The least is right as noise only adds time; the slope is free of what every operation costs whatever its size. Beside the 20 ms
-are compiling and warming up, which come first. A descriptor has two costs: CPU until submitted (`descriptor_s`), and what it
-takes until done (`short_gb_s`), which on some GPUs is a multiple.
+The least time is the right one, because noise only adds time. The slope excludes what every operation costs at any size.
+Compiling and warming up come first and do not count against the 20 ms. A descriptor has two costs: the CPU time until it is
+submitted (`descriptor_s`), and the time until it is done (`short_gb_s`), which is a multiple of the first on some GPUs.
 
-A probe has measured nothing if it lacks a size, its slope is not above 0, or the two best rounds of a size are further apart
-than a quarter of what the slope is made of. Its seed stays then, the table says so, and later starts do not try again. The
-table is saved. Of the ranks of a host one measures at a time, and the others read what it has saved: they share its memory.
+A probe has measured nothing if it lacks a size, if its slope is not above 0, or if the two best rounds of a size differ by more
+than a quarter of the difference between the sizes. Then its seed stays, the table marks it, and later starts do not try again.
+The table is saved. The ranks of a host share its memory, so one rank measures at a time, and the others read the saved table.
 """
 
 from __future__ import annotations
@@ -40,21 +40,24 @@ ROUNDS = 5
 ZERO_COPY_CTAS, RELAYOUT_CTAS = (4, 8, MAX_ZERO_COPY_CTAS), (16, 32)
 _COPY_NBYTES = (1 << 20, 8 << 20)
 _ZERO_COPY_NBYTES = (1 << 19, 2 << 20)
-_RELAYOUT_NBYTES = (32 << 20, 64 << 20)  # read and written: more than an H100's L2 of 50 MB
+_RELAYOUT_NBYTES = (32 << 20, 64 << 20)  # read and written, so together more than an H100's L2 of 50 MB
 _DESCRIPTORS = (2, 128)  # a batch of one is a plain copy
 _SHORT_RUNS = (64, 512)  # 8 MiB: 1.3 ms at 6.5 GB/s
 SHORT_RUN_NBYTES = 16 << 10  # clearly below SHORT_NBYTES
-_LEAST_S, _LEAST_SLOPE_S = 1e-9, 1e-15  # below these a clock has seen nothing
-_SPREAD = 0.25
-HOST_NBYTES, DEVICE_NBYTES = 16 << 20, 64 << 20  # that these need: pinned, and on the device on either side
-LOCK_WAIT_S = 60.0  # for another process that measures: most of it is compiling
+_MIN_TIME_S, _MIN_SLOPE_S = 1e-9, 1e-15  # smaller values mean that the clock did not advance
+_MAX_SPREAD = 0.25
+HOST_NBYTES, DEVICE_NBYTES = (
+    16 << 20,
+    64 << 20,
+)  # the probes need: pinned host memory; device memory, for pages and for rows each
+LOCK_WAIT_S = 60.0  # how long to wait for another process that measures; most of its time is compiling
 
 
 class TimedOperations(Protocol):
-    """Operations on one GPU and registered host memory. Each runs once and returns the seconds it took.
+    """Operations on one GPU and registered host memory. Each call runs once and returns the seconds that it took.
 
-    "Submitted" is from the call until it has returned, by the host's clock; "done" from start to end, by the device's, which
-    no thread's waking up disturbs. Compiles and warms up before it is measured.
+    "Until submitted" is from the call until it returns, by the host's clock. "Until done" is from start to end by the device's
+    clock, which does not depend on when a thread wakes up. Implementations compile and warm up before they are measured.
     """
 
     def copy(self, direction: Direction, nbytes: int) -> float:
@@ -64,41 +67,46 @@ class TimedOperations(Protocol):
         """One plain copy of a page, until submitted."""
 
     def submit_batch(self, direction: Direction, count: int) -> float:
-        """One batch copy of `count` > 1 pages that do not touch, until submitted. Only asked where there is a batch API."""
+        """One batch copy of `count` > 1 pages that do not touch, until submitted. Called only if there is a batch API."""
 
     def short_runs(self, direction: Direction, count: int) -> float:
-        """One batch copy of `count` > 1 runs of SHORT_RUN_NBYTES that do not touch, from its call until done. Likewise."""
+        """One batch copy of `count` > 1 runs of SHORT_RUN_NBYTES that do not touch, from its call until done.
+
+        Called only if there is a batch API.
+        """
 
     def launch(self) -> float:
-        """One kernel, the way copies launch theirs, until submitted."""
+        """One kernel, launched as copies launch theirs, until submitted."""
 
     def zero_copy(self, direction: Direction, ctas: int, nbytes: int) -> float:
-        """The kernel between paged blocks and host memory, until done, its launch left out. Only asked where it can be."""
+        """The kernel between paged blocks and host memory, until done, without its launch. Called only if it can run."""
 
     def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
-        """The gather (D2H) or scatter (H2D) between paged blocks and HBM, until done, its launch left out."""
+        """The gather (D2H) or scatter (H2D) between paged blocks and HBM, until done, without its launch."""
 
 
 @dataclass
 class _Probe:
-    """One operation at one or two sizes, and the times of each."""
+    """One operation at one or two sizes, and the measured times of each size."""
 
     name: str
     direction: Direction
     sizes: tuple[int, ...]
     run: Callable[[int], float]
     ctas: int = 0
-    times: dict[int, list[float]] = field(default_factory=dict)  # as told, ascending
-    wall_s: dict[int, float] = field(default_factory=dict)  # all of it, waiting included; the least
+    times: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # size: the seconds that the operation returned, ascending
+    wall_s: dict[int, float] = field(default_factory=dict)  # size: the least wall time of a call, waiting included
 
     def expected_s(self, size: int) -> float:
-        """About how long it will take; 0 before anything is known."""
+        """Return about how long this size will take; 0 if no time is known."""
         if size in self.wall_s:
             return self.wall_s[size]
         return max((s * size / known for known, s in self.wall_s.items() if known < size), default=0.0)
 
     def measure(self, size: int, clock: Callable[[], float]) -> None:
-        """Once more."""
+        """Run the operation once at this size, and keep its times."""
         begin = clock()
         seconds = self.run(size)
         took = clock() - begin
@@ -106,19 +114,19 @@ class _Probe:
         self.times[size] = sorted([*self.times.get(size, []), seconds])
 
     def fit_line(self) -> tuple[float, float] | None:
-        """(seconds of each unit of size, seconds beside them), None if that was not measured or not well."""
+        """Return (seconds per unit of size, seconds per call). None if the times are missing or too noisy."""
         if len(self.times) < len(self.sizes):
             return None
         small, large = self.sizes[0], self.sizes[-1]
         least = {size: times[0] for size, times in self.times.items()}
         if small == large:
-            return (0.0, least[small]) if least[small] > _LEAST_S else None
+            return (0.0, least[small]) if least[small] > _MIN_TIME_S else None
         difference = least[large] - least[small]
         slope = difference / (large - small)
         spread = max(times[1] - times[0] if len(times) > 1 else 0.0 for times in self.times.values())
-        if slope <= _LEAST_SLOPE_S or spread > _SPREAD * difference:
+        if slope <= _MIN_SLOPE_S or spread > _MAX_SPREAD * difference:
             return None
-        return slope, max(least[small] - slope * small, _LEAST_S)
+        return slope, max(least[small] - slope * small, _MIN_TIME_S)
 
 
 def calibrate(
@@ -127,9 +135,10 @@ def calibrate(
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
-    """`start` with what could be measured in `budget_s` in place of its seeds.
+    """Return `start` with its seeds replaced by what could be measured in `budget_s`.
 
-    Takes longer only by one operation of a probe's least size, whose time nobody knows before. Raises what the device does.
+    It exceeds the budget by at most one operation of a probe's smallest size, whose time is not known before. Raises what the
+    device raises.
     """
     deadline = clock() + budget_s
     probes = list(_probes(device, start.abilities))
@@ -148,7 +157,7 @@ def calibrate(
 
 
 def load_or_calibrate(
-    make: Callable[[], TimedOperations],  # asked only where something is to be measured: it compiles and takes memory
+    make: Callable[[], TimedOperations],  # called only if something is to be measured: it compiles and takes memory
     identity: DeviceId,
     abilities: Abilities,
     folder: Path,  # the user's cache directory
@@ -156,13 +165,14 @@ def load_or_calibrate(
     clock: Callable[[], float] = time.perf_counter,
     wait_s: float = LOCK_WAIT_S,
 ) -> Calibration:
-    """The device's table: saved by an earlier start or another rank, or measured now and saved. Logged at INFO.
+    """Return the device's table: saved by an earlier start or another rank, or else measured now and saved. Logged at INFO.
 
-    Where another process measures for longer than `wait_s`, estimates stand for this start: two at once would measure half.
+    If another process measures for longer than `wait_s`, this start uses estimates: two measurements at once would each see
+    half the speed.
     """
     start = seed_calibration(identity.link, abilities)
     table = calibration_file.load(identity, start, folder)
-    if table is None or untried(table):  # more can be measured than in the start that saved it
+    if table is None or untried(table):  # untried: this start can measure more than the start that saved the table
         with calibration_file.measuring_lock(folder, wait_s) as alone:
             found = calibration_file.load(identity, start, folder, warn=False)
             if found is not None and not untried(found):
@@ -172,8 +182,9 @@ def load_or_calibrate(
             else:
                 table = found or start
                 logger.warning(
-                    "kvkern: another process has measured its GPU for %.0f s; estimates stand for now", wait_s
-                )
+                    "kvkern: another process still measures its GPU after %.0f s, so this start uses estimates. A later start "
+                    "measures this GPU.", wait_s,
+                )  # fmt: skip
     logger.info("kvkern: %s\n%s", identity, table_text(table))
     return table
 
@@ -187,7 +198,8 @@ def _measured(
     logger.info("kvkern: calibrated in %.0f ms", (clock() - begin) * 1e3)
     if left := unmeasured(table):
         logger.warning(
-            "kvkern: not measured well within %.0f ms, estimates stand: %s; delete %s to try again",
+            "kvkern: not measured well within %.0f ms, so estimates are used: %s. Delete %s to measure again at the next "
+            "start.",
             budget_s * 1e3, ", ".join(left), calibration_file.path_of(identity, folder),
         )  # fmt: skip
     for direction in Direction:
@@ -198,7 +210,7 @@ def _measured(
 
 
 def unmeasured(table: Calibration) -> list[str]:
-    """What could be measured on this device and is a seed still, such as "d2h copy_gb_s"."""
+    """Return the costs that could be measured on this device but are still seeds, such as "d2h copy_gb_s"."""
     able = table.abilities
     names = ["copy_gb_s", "copy_s"]
     if able.pinned:
@@ -211,7 +223,7 @@ def unmeasured(table: Calibration) -> list[str]:
 
 
 def untried(table: Calibration) -> list[str]:
-    """Those of them that no start has tried to measure."""
+    """Return the unmeasured costs that no start has tried to measure."""
     tried = {f"{d.value} {name}" for d in Direction for name in table.costs(d).tried}
     return [name for name in unmeasured(table) if name not in tried]
 
@@ -239,7 +251,7 @@ def _probes(device: TimedOperations, able: Abilities) -> Iterator[_Probe]:
 
 
 def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
-    """These costs with what the probes of this direction have found."""
+    """Return these costs with the results of this direction's probes in place."""
     rates: dict[str, list[Rate]] = {}
     values: dict[str, float] = {}
     for probe in probes:
@@ -261,14 +273,14 @@ def _fitted(costs: Costs, probes: list[_Probe]) -> Costs:
 
 
 def table_text(table: Calibration, width: int = 100) -> str:
-    """The table as plain aligned text; seeds are marked."""
+    """Return the table as plain aligned text. `~` marks seeds."""
     out = StringIO()
     Console(file=out, width=width, color_system=None).print(rich_table(table))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def rich_table(table: Calibration) -> Table:
-    """Aligned, for a terminal. `~` marks what is an estimate or published by others, not measured on this device."""
+    """Return the table for a terminal. `~` marks estimates and values published by others, not measured on this device."""
     shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     shown.add_column("")
     for title in ("D2H (store)", "H2D (load)"):

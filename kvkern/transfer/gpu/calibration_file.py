@@ -1,7 +1,7 @@
-"""Keeps what a device was measured at between starts: one JSON file a device, in the user's cache directory.
+"""Keeps a device's calibration between starts: one JSON file per device, in the user's cache directory.
 
-A file is named by GPU, driver, link and NUMA nodes, and says so inside too. One that is damaged, of another version or another
-device's is as good as none, with one warning: the device is measured again.
+GPU, driver, link and NUMA nodes name a file, and the file contains them too. A file that is damaged, of another version or of
+another device is ignored with one warning, and the device is measured again.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from .nvml import GpuInfo
 
 logger = logging.getLogger("kvkern")
 
-# Of the file, of what its numbers mean, and of the kernels they were measured with: nothing raises it but whoever changes the
-# speed of a kernel (kvkern/kernels/paged_copy_triton.py, or the Triton that compiles it), a probe or the planner's formulas.
+# The version of the file, of the meaning of its numbers, and of the measured kernels. Raise it by hand when you change a probe,
+# the planner's formulas, or the speed of a kernel (kernels/paged_copy_triton.py, or the Triton that compiles it).
 VERSION = 2
 _POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceId:
-    """What a measurement holds for."""
+    """The GPU, driver, link and NUMA nodes that a calibration is valid for."""
 
     name: str
     driver: str
     link: HostLink
-    gpu_node: int | None = None  # memory node next to it; None: not known
-    cpu_nodes: tuple[int, ...] = ()  # those that this process runs on: pinned memory comes from there
+    gpu_node: int | None = None  # the memory node next to the GPU; None: not known
+    cpu_nodes: tuple[int, ...] = ()  # the nodes that this process runs on: pinned memory comes from there
 
     @classmethod
     def for_this_process(cls, info: GpuInfo) -> DeviceId:
-        """Of a GPU as this process reaches it."""
+        """Return the id of a GPU as this process reaches it."""
         return cls(info.name, info.driver, info.link, info.numa_node, process_nodes())
 
     @property
     def file_name(self) -> str:
-        """Of its file: letters, digits, dots and dashes."""
+        """The name of its calibration file: letters, digits, dots and dashes."""
         link = "c2c" if self.link.c2c else f"pcie{self.link.generation}x{self.link.width}"
         words = f"{self.name} {self.driver} {link}{self._nodes}"
         return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.") + ".json"
@@ -72,16 +72,16 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def path_of(device: DeviceId, folder: Path) -> Path:
-    """Where its file is, below the user's cache directory."""
+    """Return the path of the device's file, below the user's cache directory."""
     return folder / "calibration" / device.file_name
 
 
 @contextmanager
 def measuring_lock(folder: Path, wait_s: float) -> Iterator[bool]:
-    """Whether nobody else on this host measures, of any device, until the context ends. Waits `wait_s` for that.
+    """Hold the host's measuring lock until the context ends. Yields False if another process holds it for `wait_s`.
 
-    All devices have one lock, as they share the memory and often the link of one host; it ends with the process that holds it.
-    Where no lock can be had, in a folder that cannot be written, the answer is yes.
+    All devices have one lock, because they share the memory and often the link of one host. The lock ends with its process. If
+    no lock can be made, because the folder cannot be written or its file system has no locks, it yields True.
     """
     try:
         (folder / "calibration").mkdir(parents=True, exist_ok=True)
@@ -110,9 +110,9 @@ def _acquire_lock(fd: int, deadline: float) -> bool:
 
 
 def load(device: DeviceId, seeds: Calibration, folder: Path, warn: bool = True) -> Calibration | None:
-    """The table with this device's saved costs, its abilities those of `seeds`; None if there is no good file.
+    """Return `seeds` with this device's saved costs; its abilities stay. None if there is no valid file.
 
-    Logs one warning if there is a file but not a good one.
+    Logs one warning if there is a file but it is not valid.
     """
     path = path_of(device, folder)
     try:
@@ -126,12 +126,12 @@ def load(device: DeviceId, seeds: Calibration, folder: Path, warn: bool = True) 
             return replace(seeds, d2h=found.d2h, h2d=found.h2d)
         why = f"it is version {found.version} of {found.device}; expected version {VERSION} of {device}"
     if warn:
-        logger.warning("kvkern: calibration %s is ignored, the device is measured again: %s", path, why)
+        logger.warning("kvkern: the calibration file %s is ignored: %s. The device is measured again.", path, why)
     return None
 
 
 def save(device: DeviceId, table: Calibration, folder: Path) -> None:
-    """Write it whole or not at all. A folder that cannot be written is a warning: the next start measures again."""
+    """Write the whole file or nothing. If the folder cannot be written, log a warning: the next start measures again."""
     path = path_of(device, folder)
     data = msgspec.json.format(msgspec.json.encode(_File(VERSION, device, table.d2h, table.h2d)))
     try:
@@ -145,4 +145,7 @@ def save(device: DeviceId, table: Calibration, folder: Path) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        logger.warning("kvkern: calibration not saved in %s: %s; the next start measures again", path.parent, error)
+        logger.warning(
+            "kvkern: the calibration was not saved in %s: %s. The next start measures again; make the folder writable to keep "
+            "the result.", path.parent, error,
+        )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Moves chunks between paged tensors on a GPU and the arena's slots. The GPU's counterpart of `kvkern.transfer.host.Transfer`.
+"""Moves chunks between paged tensors on a GPU and the arena's slots. The GPU's counterpart of kvkern/transfer/host.py.
 
-    submit (the engine's thread)    record COMPUTED on its stream; choose a method a batch; cut into pieces; queue
-    one thread a direction          enqueue pieces, end them in order: see lanes.py
+    submit (the engine's thread)    record COMPUTED on its stream; choose a method for each batch; cut into pieces; queue
+    one thread per direction        enqueue pieces, end them in order: see lanes.py
 
-The engine's thread never waits and never launches. What the driver or the executor refuses at submission is an error of the
-job, which is done then. Blocks of a store are free once `job.released()`.
+The engine's thread never waits and never launches a kernel. If the driver or the executor refuses a submission, the error
+belongs to the job, and the job is done. The blocks of a store are free once `job.released()` is True.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from .planner import MAX_RELAYOUT_CTAS, Choice, Method
 from .staging_rings import MAX_LAUNCH_NBYTES, MAX_PIECE_CHUNKS, RingDepths, Rings
 
 DEPTHS = RingDepths()
-Choose = Callable[
-    [Direction, int, int, int], Choice
-]  # direction, bytes of a run, runs, bytes in all: planner.choose_method
+# (direction, bytes of a run, number of runs, bytes in all) -> Choice: see planner.choose_method
+Choose = Callable[[Direction, int, int, int], Choice]
 
 
 def start_lane_thread(name: str, initialise: Callable[[], None]) -> Executor:
-    """What runs a lane. Raises what `initialise` raises in its thread: now, and not at the first transfer."""
+    """Start the thread of a lane and run `initialise` in it. Raises what `initialise` raises, before any job is submitted."""
     thread = ThreadPoolExecutor(1, f"kvkern-{name}")
     try:
         thread.submit(initialise).result()
@@ -52,7 +51,7 @@ def start_lane_thread(name: str, initialise: Callable[[], None]) -> Executor:
 
 
 class GpuCopier(Copier):
-    """Copies for one rank. See `Copier`."""
+    """The copier of one rank whose KV is on a GPU. See `Copier`."""
 
     def __init__(
         self,
@@ -66,14 +65,14 @@ class GpuCopier(Copier):
         progress: Progress = lambda line: None,
         executor: Callable[[str, Callable[[], None]], Executor] = start_lane_thread,
     ) -> None:
-        """Take memory on the device and register the arena. Raises LayoutError, ArenaError or DeviceError."""
+        """Allocate memory on the device and register the arena. Raises LayoutError, ArenaError or DeviceError."""
         super().__init__(groups, arena, rank, blocks_per_chunk)
         self._device, self._choose = device, choose
         largest = max(self._parts.sizes)
         if largest > MAX_LAUNCH_NBYTES:
             raise LayoutError(
-                f"a chunk has {format_nbytes(largest)} a rank; one launch moves at most {format_nbytes(MAX_LAUNCH_NBYTES)}, "
-                f"for the engine waits that long: use fewer blocks per chunk"
+                f"a chunk has {format_nbytes(largest)} a rank, but one launch moves at most "
+                f"{format_nbytes(MAX_LAUNCH_NBYTES)}, because the engine waits for a whole launch. Use fewer blocks per chunk."
             )
         depths = replace(depths, staging_nbytes=max(depths.staging_nbytes, largest))
         self._piece_chunks = [max(1, min(depths.staging_nbytes // n, MAX_PIECE_CHUNKS)) for n in self._parts.sizes]
@@ -93,28 +92,29 @@ class GpuCopier(Copier):
             undo.pop_all()
 
     def self_test(self) -> None:
-        """See `Copier.self_test`. Proves layouts and kernels; checksums prove every transfer after it."""
+        """See `Copier.self_test`. It checks layouts and kernels; checksums verify every later copy."""
         for group in self._groups:
             check_round_trip(group, self.blocks_per_chunk, self._device.backend)
 
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
-        """See `Copier.store`. The thread's current stream is the one that has written the blocks."""
+        """See `Copier.store`. The thread's current stream must be the one that has written the blocks."""
         return self._submit(Direction.D2H, batches, self._store, self._stores)
 
     def load(self, batches: Sequence[ChunkBatch]) -> Job:
-        """See `Copier.load`. The thread's current stream is the one that still uses the blocks."""
+        """See `Copier.load`. The thread's current stream must be the one that still uses the blocks."""
         return self._submit(Direction.H2D, batches, self._load, self._loads)
 
     def close(self) -> None:
-        """Wait for what is under way, end the threads, unregister the arena and give the streams back. Idempotent.
+        """Wait for running jobs, end the threads, unregister the arena and destroy the streams. Idempotent.
 
-        The last two by the stores' thread, which is on the device: the caller's may be on another, or on none.
+        The stores' thread does the last two, because it is attached to the device. The caller's thread may be attached to
+        another device, or to none.
         """
         self._loads.shutdown(wait=True)
-        with suppress(RuntimeError):  # closed before, or Python ends and its threads have
+        with suppress(RuntimeError):  # already closed, or Python shuts down and its threads have ended
             self._stores.submit(self._release_device)
         self._stores.shutdown(wait=True)
-        self._release_device()  # what that thread could not
+        self._release_device()  # for whatever that thread could not release
 
     def _release_device(self) -> None:
         self._pinned.close()
@@ -132,7 +132,9 @@ class GpuCopier(Copier):
                     pieces += self._cut_into_pieces(job, batch, begin, choice, rows, computed)
                 begin += len(batch.slots)
             lane.submit(pieces, executor)
-        except RuntimeError as error:  # the driver's, after a fault; the executor's, when it is closed or Python ends
+        except (
+            RuntimeError
+        ) as error:  # from the driver after a fault, or from an executor that is closed or shutting down
             lane.fail_unqueued(batches)
             failed: Future[None] = Future()
             failed.set_exception(error)
@@ -146,12 +148,12 @@ class GpuCopier(Copier):
         return job
 
     def _plan(self, direction: Direction, batch: ChunkBatch) -> list[tuple[Choice, npt.NDArray[np.int64]]]:
-        """(how, [n] int64 rows) of a batch: DMA only for chunks that have all their blocks."""
+        """Split a batch into (choice, [n] int64 rows). DMA only moves chunks that have all their blocks."""
         group, rows = self._groups[batch.group], np.arange(len(batch.slots))
         nbytes = len(rows) * self._parts.sizes[batch.group]
         if not nbytes:
             return []
-        if batch.block_ids.shape[1:] != (self.blocks_per_chunk,):  # the lane refuses it: an error of the job
+        if batch.block_ids.shape[1:] != (self.blocks_per_chunk,):  # the lane rejects this batch: an error of the job
             return [(Choice(Method.STAGED, MAX_RELAYOUT_CTAS, nbytes), rows)]
         count = count_runs(group, batch.block_ids)
         choice = self._choose(direction, max(1, nbytes // count), count, nbytes)
@@ -161,7 +163,7 @@ class GpuCopier(Copier):
                 return [(staged, rows)]
             case Method.BATCH_DMA:
                 whole = (batch.block_ids >= 0).all(axis=1) & is_unpadded(group, self.blocks_per_chunk)
-                by_dma = replace(choice, max_ctas=staged.max_ctas)  # of its checksums
+                by_dma = replace(choice, max_ctas=staged.max_ctas)  # of the kernel that sums
                 return [(how, part) for how, part in ((by_dma, rows[whole]), (staged, rows[~whole])) if len(part)]
             case _:
                 return [(choice, rows)]
@@ -181,7 +183,7 @@ class GpuCopier(Copier):
 
 
 def _device_view(rows: npt.NDArray[np.uint8], shift: int) -> torch.Tensor:
-    """[num_slots, part_stride] uint8: `rows` where the device sees them. For kernels only, unless shift is 0."""
+    """Return `rows` at the device's addresses: [num_slots, part_stride] uint8. Only kernels may use it, unless shift is 0."""
     if not shift:
         return torch.from_numpy(rows)
     nbytes = (len(rows) - 1) * rows.strides[0] + rows.shape[1]

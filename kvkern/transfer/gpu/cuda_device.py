@@ -1,6 +1,6 @@
-"""The device that is a GPU: torch's streams and events, Triton's kernels, the driver's copies. A few lines each; no choices.
+"""The CUDA device: torch's streams and events, Triton's kernels, the driver's copies. It forwards calls and decides nothing.
 
-Everything that could be wrong about the order of these calls is in lanes.py, and proven there without a GPU.
+lanes.py decides the order of these calls, and tests prove that order without a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .dma import Runs
 from .link_table import Direction
 from .nvml import GpuInfo, read_gpus
 
-HEAD_START_CYCLES = 200_000  # 0.1 to 0.15 ms at full clock: Python launches a kernel in less
+HEAD_START_CYCLES = 200_000  # 0.1 to 0.15 ms at full clock: Python needs less to launch a kernel
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """Torch reports what CUDA reports as RuntimeError."""
+def _cuda_errors() -> Iterator[None]:
+    """Raise a RuntimeError of torch as DeviceError: torch reports CUDA's errors as RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -44,25 +44,25 @@ class CudaStream:
         self._stream = torch.cuda.ExternalStream(self._handle, device=index)
 
     def record(self, name: str) -> Event:
-        """Blocking: whoever waits for it sleeps."""
+        """See device.Stream. The event is of the blocking kind: a thread that waits for it sleeps."""
         event = torch.cuda.Event(blocking=True)
-        with _named():
+        with _cuda_errors():
             event.record(self._stream)
         return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
-        with _named():
+        with _cuda_errors():
             self._stream.wait_event(event)
 
     def synchronize(self) -> None:
-        with _named():
+        with _cuda_errors():
             self._stream.synchronize()
 
     def seconds(self, work: Callable[[], None], behind_wait: bool) -> float:
         """See stopwatch.TimedStream."""
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        with _named():
+        with _cuda_errors():
             if behind_wait:
                 with torch.cuda.stream(self._stream):
                     torch.cuda._sleep(HEAD_START_CYCLES)
@@ -82,36 +82,26 @@ class CudaStream:
         self._driver.copy(runs, direction, self._handle)
 
     def gather(
-        self,
-        paged: PagedTensors,
-        block_ids: torch.Tensor,
-        rows: torch.Tensor,
-        row_ids: torch.Tensor,
-        sums: torch.Tensor,
-        max_ctas: int,
-    ) -> None:
-        with _named(), torch.cuda.stream(self._stream):
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        with _cuda_errors(), torch.cuda.stream(self._stream):
             paged_copy_triton.gather_chunks(paged, block_ids, rows, row_ids, sums, max_ctas)
 
     def scatter(
-        self,
-        paged: PagedTensors,
-        block_ids: torch.Tensor,
-        rows: torch.Tensor,
-        row_ids: torch.Tensor,
-        sums: torch.Tensor,
-        max_ctas: int,
-    ) -> None:
-        with _named(), torch.cuda.stream(self._stream):
+        self, paged: PagedTensors, block_ids: torch.Tensor, rows: torch.Tensor, row_ids: torch.Tensor,
+        sums: torch.Tensor, max_ctas: int,
+    ) -> None:  # fmt: skip
+        with _cuda_errors(), torch.cuda.stream(self._stream):
             paged_copy_triton.scatter_chunks(paged, block_ids, rows, row_ids, sums, max_ctas)
 
     def checksum(self, paged: PagedTensors, block_ids: torch.Tensor, sums: torch.Tensor, max_ctas: int) -> None:
-        with _named(), torch.cuda.stream(self._stream):
+        with _cuda_errors(), torch.cuda.stream(self._stream):
             paged_copy_triton.checksum_chunks(paged, block_ids, sums, max_ctas)
 
 
 class CudaDevice:
-    """See device.Device. Made in the engine's thread, with its device current."""
+    """See device.Device. Create it in the engine's thread, while the engine's device is current."""
 
     backend: Backend = "triton"
 
@@ -120,9 +110,12 @@ class CudaDevice:
         device: torch.device,  # without an index: the current one
     ) -> None:
         if torch.version.hip is not None:
-            raise UnsupportedError("this torch is built for ROCm; kvkern copies between CUDA GPUs and the arena only")
+            raise UnsupportedError(
+                f"this torch ({torch.__version__}) is built for ROCm, but kvkern copies to and from CUDA GPUs only. Use a "
+                f"torch built for CUDA, or leave kvkern out."
+            )
         index: int | None = device.index
-        with _named():
+        with _cuda_errors():
             self._index = torch.cuda.current_device() if index is None else index
         self.attach()
         self._driver = Driver(load_libcuda())
@@ -131,21 +124,21 @@ class CudaDevice:
 
     @property
     def name(self) -> str:
-        """Of its model, where NVML does not say."""
+        """The name of the GPU's model, for hosts where NVML does not show the GPU."""
         return torch.cuda.get_device_name(self._index)
 
     @property
     def batch_api(self) -> bool:
-        """Whether many copies go in one call of the driver."""
+        """Whether one call of the driver makes many copies."""
         return self._driver.batch_api
 
     @property
     def host_pointers(self) -> bool:
-        """Whether kernels see registered memory at the host's address: not under WSL2."""
+        """Whether kernels see registered memory at the host's address. False under WSL2."""
         return self._driver.host_pointers(self._index)
 
     def attach(self) -> None:
-        with _named():
+        with _cuda_errors():
             torch.cuda.set_device(self._index)
             torch.cuda.current_stream().query()  # makes the context current, for the driver's calls
 
@@ -154,7 +147,7 @@ class CudaDevice:
 
     def record_computed(self) -> Event:
         event = torch.cuda.Event(blocking=True)
-        with _named():
+        with _cuda_errors():
             event.record(torch.cuda.current_stream(self._index))
         return event
 
@@ -163,15 +156,15 @@ class CudaDevice:
             made = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{self._index}")
         except RuntimeError as error:
             raise DeviceError(
-                f"no {format_nbytes(nbytes)} of GPU memory for staging: {error}; leave the engine less, in vLLM with "
-                f"gpu_memory_utilization"
+                f"no {format_nbytes(nbytes)} of GPU memory for staging: {error}. Let the engine take less GPU memory (in vLLM: "
+                f"gpu_memory_utilization)."
             ) from error
-        with _named():  # the allocator may hand out what work still queued on this stream uses
+        with _cuda_errors():  # the allocator may return memory that work still queued on this stream uses
             torch.cuda.current_stream(self._index).synchronize()
         return made
 
     def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        with _named():
+        with _cuda_errors():
             pinned: npt.NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
 

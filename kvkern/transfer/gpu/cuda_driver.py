@@ -1,7 +1,7 @@
-"""The few calls of the CUDA driver that torch has no name for: plain and batch copies, registration, streams of low priority.
+"""The few calls of the CUDA driver that torch does not offer: plain and batch copies, registration, streams of low priority.
 
-Straight from libcuda, which comes with the driver: descriptors go there as arrays, where a binding would make a Python object
-of each. Knows addresses; decides nothing but which of two copy calls to use.
+It calls libcuda directly, which comes with the driver. So descriptors go to the driver as arrays; a binding would make a Python
+object of each. It knows addresses. Its only decision is which of two copy calls to use.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .device import DeviceError
 from .dma import Runs
 from .link_table import Direction
 
-_BATCH_VERSION = 12080  # of CUDA: the signature with failIdx, which later drivers go on answering to
-MAX_BATCH = 4096  # copies of a call: 50,000 have ended a process (vLLM issue 49276)
-_BLACKWELL = 10  # compute capability
+_BATCH_VERSION = 12080  # the CUDA version whose signature has failIdx; later drivers still offer this version
+MAX_BATCH = 4096  # copies per call: a call with 50,000 has ended a process (vLLM issue 49276)
+_BLACKWELL = 10  # compute capability, major
 # CU_DEVICE_ATTRIBUTE_: COMPUTE_CAPABILITY_MAJOR, CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
 _CAPABILITY, _HOST_POINTERS = 75, 91
 _STREAM_NON_BLOCKING = 1  # no order with the legacy default stream
 _REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2
-# Who may read the source when: D2H after what is before it in the stream; H2D any time, the host has finished with it.
+# When the driver may read the source. D2H: in stream order. H2D: at any time, because the host has finished writing it.
 _ACCESS_ORDER = {Direction.D2H: 1, Direction.H2D: 3}
 
 
@@ -46,24 +46,28 @@ _BATCH = ctypes.CFUNCTYPE(ctypes.c_int, _PTR, _PTR, _PTR, _SIZE, _PTR, _PTR, _SI
 
 
 def trusts_batches(host_pointers: bool, capability: int) -> bool:
-    """Whether batch copies may be used on a GPU of this compute capability, if the driver has them.
+    """Return True if batch copies may be used on a GPU of this compute capability, provided that the driver has them.
 
-    They take registered memory's host address for the device's, where plain copies look it up: an illegal access where the
-    two differ (SGLang issue 40232). On Blackwell they have crashed and hung: lmdeploy leaves them out there, vLLM issue 49276.
+    Batch copies take the host address of registered memory for its device address; plain copies look the device address up. If
+    the two differ, a batch copy is an illegal access (SGLang issue 40232). On Blackwell batch copies have crashed and hung
+    (vLLM issue 49276), and lmdeploy does not use them there.
     """
     return host_pointers and capability < _BLACKWELL
 
 
 def load_libcuda() -> Any:
-    """Raises DeviceError where there is none."""
+    """Load the driver's library. Raises DeviceError if there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise DeviceError(f"libcuda.so.1 cannot be loaded: {error}; is the NVIDIA driver visible in here?") from error
+        raise DeviceError(
+            f"libcuda.so.1 cannot be loaded: {error}. Install the NVIDIA driver, or make the host's driver visible in this "
+            f"container."
+        ) from error
 
 
 class Driver:
-    """Calls in the calling thread's current context. All raise DeviceError."""
+    """Calls into the driver, in the calling thread's current context. All of them raise DeviceError."""
 
     def __init__(self, lib: Any) -> None:
         self._lib = lib
@@ -71,20 +75,20 @@ class Driver:
 
     @property
     def batch_api(self) -> bool:
-        """Whether many copies go in one call (CUDA 12.8)."""
+        """Whether one call makes many copies (CUDA 12.8)."""
         return self._batch is not None
 
     def limit_to_device(self, index: int) -> None:
-        """Do without batch copies from now on where a device cannot be trusted with them."""
+        """Stop using batch copies if they are not safe on this device. See `trusts_batches`."""
         if not trusts_batches(self.host_pointers(index), self.attribute(_CAPABILITY, index)):
             self._batch = None
 
     def host_pointers(self, index: int) -> bool:
-        """Whether a device sees registered memory at the host's address: not under WSL2."""
+        """Return True if the device sees registered memory at the host's address. False under WSL2."""
         return bool(self.attribute(_HOST_POINTERS, index))
 
     def copy(self, runs: Runs, direction: Direction, stream: int) -> None:
-        """Enqueue copies: one call for some thousands, or one a run where there is no other. May fail half-way."""
+        """Enqueue copies: one call per MAX_BATCH runs, or one call per run if there is no batch API. May fail half-way."""
         if self._batch is not None and len(runs.dst) > 1:
             for at in range(0, len(runs.dst), MAX_BATCH):
                 part = slice(at, at + MAX_BATCH)
@@ -94,7 +98,7 @@ class Driver:
             self._check(self._lib.cuMemcpyAsync(_PTR(dst), _PTR(src), _SIZE(nbytes), _PTR(stream)), "cuMemcpyAsync")
 
     def stream(self) -> int:
-        """A new stream of the lowest priority there is."""
+        """Create a stream of the lowest priority that the device offers, and return its handle."""
         least, greatest, handle = ctypes.c_int(), ctypes.c_int(), _PTR()
         code = self._lib.cuCtxGetStreamPriorityRange(ctypes.byref(least), ctypes.byref(greatest))
         self._check(code, "cuCtxGetStreamPriorityRange")
@@ -103,34 +107,34 @@ class Driver:
         return int(handle.value or 0)
 
     def destroy(self, stream: int) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self._check(self._lib.cuStreamDestroy_v2(_PTR(stream)), "cuStreamDestroy")
 
     def register(self, address: int, nbytes: int) -> None:
-        """Pin and map pages, for every context."""
+        """Pin host pages and map them into every context."""
         flags = ctypes.c_uint(_REGISTER_PORTABLE | _REGISTER_MAPPED)
         self._check(self._lib.cuMemHostRegister_v2(_PTR(address), _SIZE(nbytes), flags), "cuMemHostRegister")
 
     def unregister(self, address: int) -> None:
-        """Undo it."""
+        """Undo `register`."""
         self._check(self._lib.cuMemHostUnregister(_PTR(address)), "cuMemHostUnregister")
 
     def device_address(self, address: int) -> int:
-        """The device's address of registered memory."""
+        """Return the device's address of registered host memory."""
         found = ctypes.c_uint64()
         code = self._lib.cuMemHostGetDevicePointer_v2(ctypes.byref(found), _PTR(address), ctypes.c_uint(0))
         self._check(code, "cuMemHostGetDevicePointer")
         return found.value
 
     def attribute(self, attribute: int, index: int) -> int:
-        """A CUdevice_attribute of a device."""
+        """Return a CUdevice_attribute of a device."""
         found = ctypes.c_int()
         code = self._lib.cuDeviceGetAttribute(ctypes.byref(found), ctypes.c_int(attribute), self._device(index))
         self._check(code, "cuDeviceGetAttribute")
         return found.value
 
     def bus_id(self, index: int) -> str:
-        """Its PCI address, as sysfs writes it."""
+        """Return the device's PCI address, as sysfs writes it."""
         found = ctypes.create_string_buffer(32)
         code = self._lib.cuDeviceGetPCIBusId(found, ctypes.c_int(len(found)), self._device(index))
         self._check(code, "cuDeviceGetPCIBusId")
@@ -155,7 +159,7 @@ class Driver:
     def _find_batch(self) -> Any | None:
         found, status = _PTR(), ctypes.c_int()
         find = getattr(self._lib, "cuGetProcAddress_v2", None)
-        if find is None:  # a driver of before CUDA 12
+        if find is None:  # a driver older than CUDA 12
             return None
         code = find(
             b"cuMemcpyBatchAsync",

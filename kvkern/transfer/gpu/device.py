@@ -1,7 +1,7 @@
-"""What the GPU copier asks of a device: streams, events, copies and the three kernels. Nothing is decided behind it.
+"""The device interface of the GPU copier: streams, events, copies and three kernels. An implementation decides nothing.
 
-Enqueuing never blocks; work on one stream runs in order, work on two streams in any order that events do not forbid.
-`cuda.py` is the real one; the tests have one that runs every allowed order on host memory.
+Enqueuing never blocks. Work on one stream runs in order. Work on two streams runs in any order that events do not forbid.
+`cuda_device.py` is the real device, `dry_run_device.py` runs on the host, and the tests have one that runs every allowed order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .dma import Runs
     from .link_table import Direction
 
-# Names of events. Who waits for which is in lanes.py.
+# Names of events. lanes.py says which stream or thread waits for which event.
 COMPUTED = "computed"  # the engine's stream, when the job was submitted
 UPLOADED = "uploaded"  # an index table has left its pinned memory
 GATHERED = "gathered"  # a store's blocks are in staging, or in the slots
@@ -30,48 +30,48 @@ LOADED = "loaded"  # a load's blocks are written and their checksums are in host
 
 
 class DeviceError(RuntimeError):
-    """The driver refused, in its own words. In a job that is a fault like any other: a miss, not the caller's error.
+    """The driver refused a call; the message is the driver's. In a job this is a fault, and so a miss, not the caller's error.
 
-    After a kernel that failed all later calls do: every transfer is then a miss.
+    After one failed kernel all later calls fail, so every later job is a miss.
     """
 
 
 class Event(Protocol):
-    """A place in a stream. Recorded once."""
+    """A point in a stream. Recorded once."""
 
     def query(self) -> bool:
-        """Whether everything before it has run. Never blocks; any thread."""
+        """Return True if all work before the event has run. Never blocks. Any thread may call it."""
 
     def synchronize(self) -> None:
-        """Block this thread, without spinning, until everything before it has run."""
+        """Block this thread, without spinning, until all work before the event has run."""
 
 
 class Stream(Protocol):
-    """A queue of work. One thread enqueues; arguments stay alive and unchanged until the work has run."""
+    """A queue of work. One thread enqueues. Arguments must stay alive and unchanged until the work has run."""
 
     def record(self, name: str) -> Event:
-        """A new event here."""
+        """Return a new event after all work enqueued so far."""
 
     def wait(self, event: Event) -> None:
-        """What is enqueued from now on runs after `event`. The host does not wait."""
+        """Let all work enqueued from now on run after `event`. The host does not wait."""
 
     def synchronize(self) -> None:
         """Block until the stream is empty."""
 
     def close(self) -> None:
-        """Give the stream back, when it is empty and nobody enqueues any more. Idempotent. Raises DeviceError."""
+        """Destroy the stream. It must be empty, and no thread may enqueue any more. Idempotent. Raises DeviceError."""
 
     def copy(self, runs: Runs, direction: Direction) -> None:
-        """Copy runs between device memory and pinned or registered host memory, in any order among themselves.
+        """Copy runs between device memory and pinned or registered host memory. The order of the runs is not defined.
 
-        Of D2H the sources are read in stream order; of H2D from the call on: host memory must be ready at the call.
+        D2H reads its sources in stream order. H2D may read them from the call on, so host memory must be ready at the call.
         """
 
     def gather(
         self,
         paged: PagedTensors,
         block_ids: torch.Tensor,  # [n, blocks_per_chunk] int32 on the device
-        rows: torch.Tensor,  # [num_rows, >= part_nbytes] uint8, on the device or an `device_address` of registered memory
+        rows: torch.Tensor,  # [num_rows, >= part_nbytes] uint8, on the device, or registered memory at its `device_address`
         row_ids: torch.Tensor,  # [n] int64 on the device
         sums: torch.Tensor,  # out: [n, planes] uint64 on the device
         max_ctas: int,
@@ -100,32 +100,32 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """One GPU, and host memory it can reach."""
+    """One GPU, and the host memory that it can reach."""
 
     @property
     def backend(self) -> Backend:
-        """Which kernels run here, for the self-test."""
+        """The kernels that run on this device, for the self-test."""
 
     def attach(self) -> None:
-        """Called by a thread before its first use of the device."""
+        """Make this device current in the calling thread. A thread calls it before its first use of the device."""
 
     def stream(self, name: str) -> Stream:
-        """A new stream of low priority, never the default one."""
+        """Create a stream of low priority. It is never the default stream."""
 
     def record_computed(self) -> Event:
-        """A new event in the calling thread's current stream: the engine's."""
+        """Return a new event in the calling thread's current stream, which is the engine's."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] uint8 on the device, aligned to 256. Raises DeviceError if there is no room."""
+        """Return [nbytes] uint8 on the device, aligned to 256. Raises DeviceError if there is no room."""
 
     def allocate_pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """[nbytes] uint8 pinned host memory, aligned to 64. Raises DeviceError."""
+        """Return [nbytes] uint8 of pinned host memory, aligned to 64. Raises DeviceError."""
 
     def write_pinned(self, out: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
-        """`out[:] = values`, by the host, into memory of `allocate_pinned`."""
+        """Set `out[:] = values` on the host. `out` is memory of `allocate_pinned`."""
 
     def read_pinned(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """A copy, by the host, out of memory of `allocate_pinned`."""
+        """Return a copy of `values`, made by the host. `values` is memory of `allocate_pinned`."""
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin pages of this process, for copies and kernels. Raises DeviceError."""
@@ -134,7 +134,7 @@ class Device(Protocol):
         """Undo a `register`. Raises DeviceError."""
 
     def device_address(self, address: int) -> int:
-        """Where the device sees registered host memory; under WSL2 not at the host's address. Raises DeviceError."""
+        """Return the device's address of registered host memory. Under WSL2 the host's address differs. Raises DeviceError."""
 
     def numa_node(self) -> int | None:
-        """The host memory node nearest to the device; None where the system does not say."""
+        """Return the host memory node nearest to the device; None if the system does not say."""

@@ -1,11 +1,11 @@
-"""Which bytes the copy engine moves, as (source, destination, size). Pure functions of layout, block ids and addresses.
+"""Lists what the copy engine moves, as (source, destination, size). Pure functions of layout, block ids and addresses.
 
     run (chunk, plane, block b of the chunk, outer o, inner i)
         page = base[plane] + block_ids[chunk, b] * stride_block + o * stride_outer + i * stride_inner
         slot = part[chunk] + plane_offset[plane] + b * block_nbytes + (o * inner + i) * run_nbytes
 
-In slot order a run has one successor only, so one pass merges all that continue each other on both sides: the driver does
-not, and a descriptor costs it as much as 26 KB on the wire (vLLM issue 48434).
+In slot order a run has only one successor, so one pass merges all runs that continue each other on both sides. The driver does
+not merge runs, and a descriptor costs it as much as 26 KB on the wire (vLLM issue 48434).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...kernels.paged_tensors import PagedTensors
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies, in any order: `nbytes[i]` from `src[i]` to `dst[i]`. All [n] uint64."""
+    """Copies of `nbytes[i]` bytes from address `src[i]` to address `dst[i]`, in any order. All [n] uint64."""
 
     dst: npt.NDArray[np.uint64]
     src: npt.NDArray[np.uint64]
@@ -28,7 +28,7 @@ class Runs:
 
     @classmethod
     def of(cls, dst: npt.ArrayLike, src: npt.ArrayLike, nbytes: npt.ArrayLike) -> Runs:
-        """From addresses and sizes; scalars are one run, or the same size for all."""
+        """Make runs of addresses and sizes. Scalar addresses are one run; a scalar size is the size of every run."""
         to, from_ = (np.atleast_1d(np.asarray(a, dtype=np.uint64)) for a in (dst, src))
         return cls(to, from_, np.broadcast_to(np.asarray(nbytes, dtype=np.uint64), to.shape).copy())
 
@@ -39,11 +39,11 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class _ChunkTemplate:
-    """The runs of one chunk in slot order, but for its block ids and its slot. All [runs] int64."""
+    """The runs of any chunk in slot order, before its block ids and its slot are known. All [runs] int64."""
 
-    block: npt.NDArray[np.int64]  # place in the chunk
-    page: npt.NDArray[np.int64]  # address for block id 0
-    stride: npt.NDArray[np.int64]  # of block ids
+    block: npt.NDArray[np.int64]  # index of the block in the chunk
+    page: npt.NDArray[np.int64]  # address if the block id were 0
+    stride: npt.NDArray[np.int64]  # bytes from one block id to the next
     slot: npt.NDArray[np.int64]  # offset in the part
     nbytes: npt.NDArray[np.int64]
 
@@ -70,9 +70,9 @@ def merged_runs(
     parts: npt.NDArray[np.int64],  # [n] int64, addresses of the chunks' parts
     to_slots: bool,
 ) -> Runs:
-    """The fewest runs that move these chunks. Padding between planes is not moved: see `is_unpadded`."""
+    """Return the fewest runs that move these chunks. They do not move the padding between planes: see `is_unpadded`."""
     per_chunk = block_ids.shape[1]
-    t: _ChunkTemplate = paged.plan(("dma", per_chunk), lambda: _ChunkTemplate.of(paged, per_chunk))
+    t: _ChunkTemplate = paged.cached_plan(("dma", per_chunk), lambda: _ChunkTemplate.of(paged, per_chunk))
     pages = (t.page + block_ids[:, t.block].astype(np.int64) * t.stride).ravel()
     slots = (parts[:, None] + t.slot).ravel()
     nbytes = np.tile(t.nbytes, len(parts))
@@ -88,7 +88,7 @@ def count_runs(
     paged: PagedTensors,
     block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
 ) -> int:
-    """How many runs `merged_runs` would give, without making them; neighbours that only meet across planes count apart."""
+    """Return how many runs `merged_runs` would give, without making them. Runs that join across planes count separately."""
     n, per_chunk = block_ids.shape
     neighbours = int((np.diff(block_ids.astype(np.int64), axis=1) == 1).sum())
     count = 0
@@ -100,6 +100,6 @@ def count_runs(
 
 
 def is_unpadded(paged: PagedTensors, blocks_per_chunk: int) -> bool:
-    """Whether runs are all there is to a part: a plane that ends in padding needs somebody who writes the zeros."""
+    """Return True if the runs fill a whole part. If a plane ends in padding, DMA alone would leave its zeros unwritten."""
     sizes = sum(plane.block_nbytes for plane in paged.layout.planes) * blocks_per_chunk
     return sizes == paged.layout.part_nbytes(blocks_per_chunk)

@@ -1,6 +1,7 @@
-"""A device that is this host: every operation runs at once, in the order of the calls. For dry runs, of benches and of tests.
+"""A device on this host that runs every operation at once, in the order of the calls. For dry runs of benches and tests.
 
-It shows that a script works from end to end. It shows nothing of orders (tests/transfer/gpu/fake.py does), and times nothing.
+It shows that a script works from end to end. It does not test the order of operations (tests/transfer/gpu/fake.py does that),
+and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .link_table import Direction
 
 
 class DryRunEvent:
-    """Always past."""
+    """An event that has always happened."""
 
     def query(self) -> bool:
         return True

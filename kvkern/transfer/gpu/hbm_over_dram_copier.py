@@ -1,7 +1,8 @@
-"""Copies for a cache over two tiers: each chunk to or from the tier that its slot is in, and slots between the tiers.
+"""Copies for a cache of two tiers, HBM over DRAM: between blocks and the tier that holds a slot, and between the tiers.
 
-StackedCopier     paged blocks <-> slots: HBM's by the copier of the device, DRAM's by the one there was
-DmaSlotMover           HBM's slots <-> DRAM's, whole parts; who asks waits, and holds leases so long
+HbmOverDramCopier   paged blocks <-> slots: HBM's slots by a copier on the device, DRAM's slots by the DRAM tier's own copier
+DmaSlotMover        HBM's slots <-> DRAM's slots, whole parts. A call blocks until the copy has ended; the caller holds leases
+                    until then
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ logger = logging.getLogger("kvkern")
 
 MOVED = "moved"  # an event: slots have been copied between the tiers
 
-PlacedJob = tuple[Job, npt.NDArray[np.int64]]  # a job, and where its chunks are in the whole: [n] int64
+PlacedJob = tuple[Job, npt.NDArray[np.int64]]  # a job, and the indexes of its chunks in the joined job: [n] int64
 
 
 def device_slots(geometry: SlotGeometry, count: int, device: Device) -> HbmSlots:
-    """So many slots in the device's memory. Raises DeviceError if there is no room."""
+    """Make `count` slots in the device's memory. Raises DeviceError if there is no room."""
     memory = device.allocate(count * geometry.part_stride)
     seen = (ctypes.c_uint8 * memory.numel()).from_address(memory.data_ptr())
     rows = np.ndarray((count, geometry.part_stride), np.uint8, memoryview(seen))
@@ -44,7 +45,7 @@ def device_slots(geometry: SlotGeometry, count: int, device: Device) -> HbmSlots
 
 
 class UnregisteredDevice:
-    """A device whose memory is to be reached where it is: nothing needs registering. All else is the device's."""
+    """A device for slots in its own memory, where nothing needs registering. It forwards all other calls to `device`."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -63,14 +64,14 @@ class UnregisteredDevice:
         return address
 
     def numa_node(self) -> int | None:
-        """See Device; no host memory's business."""
+        """See Device. None, because no host memory is involved."""
         return None
 
 
 def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, device: Device) -> Copier:
-    """Between paged blocks and slots on the same device: one kernel, and nothing over the link but ids and checksums.
+    """Make the copier between paged blocks and slots on one device. One kernel copies; only ids and checksums use the link.
 
-    Nothing is staged, so beside the slots it takes device memory for ids and checksums only: some 100 KiB, at most a few MiB.
+    Nothing is staged. So besides the slots it takes device memory only for ids and checksums: some 100 KiB, at most a few MiB.
     """
     resident, arena = cast(Device, UnregisteredDevice(device)), cast(Arena, slots)
 
@@ -81,7 +82,7 @@ def device_copier(group: PagedTensors, slots: HbmSlots, blocks_per_chunk: int, d
 
 
 class DmaSlotMover:
-    """`SlotMover` by the copy engine, a piece at a time: the engine's own small copies wait for no more than one."""
+    """A `SlotMover` that uses the copy engine, one piece at a time, so that the engine's own copies wait for one piece only."""
 
     def __init__(self, hbm: HbmSlots, dram: Slots, device: Device) -> None:
         self._hbm, self._dram = hbm.parts(0), dram.parts(0)
@@ -98,12 +99,15 @@ class DmaSlotMover:
         self._copy(self._addresses(self._hbm, hbm), self._addresses(self._dram, dram), Direction.H2D)
 
     def close(self) -> None:
-        """See SlotMover. What the driver refuses is left to the process's end."""
+        """See SlotMover. If the driver refuses, the stream lives until the process ends."""
         try:
             self._attach()
             self._stream.close()
         except DeviceError as error:
-            logger.warning("kvkern: the stream between HBM and DRAM stays: %s", error)
+            logger.warning(
+                "kvkern: the stream between HBM and DRAM cannot be destroyed: %s. It is freed when this process ends.",
+                error,
+            )
 
     def _attach(self) -> None:
         if not hasattr(self._attached, "yes"):
@@ -121,13 +125,13 @@ class DmaSlotMover:
             try:
                 self._stream.copy(Runs.of(to[rows], at[rows], self._nbytes), direction)
             except BaseException:
-                self._stream.synchronize()  # what was submitted before it still runs
+                self._stream.synchronize()  # earlier pieces still run
                 raise
             self._stream.record(MOVED).synchronize()
 
 
 class JoinedJob(Job):
-    """Several jobs as one. `ok` is put together anew at every reading."""
+    """Several jobs as one. Each read of `ok` joins their results again."""
 
     def __init__(self, parts: Sequence[PlacedJob]) -> None:
         self._jobs = [job for job, _ in parts]
@@ -146,7 +150,7 @@ class JoinedJob(Job):
 
     @property
     def finished(self) -> float:  # type: ignore[override]
-        """When the last one ended."""
+        """The time when the last job ended."""
         return max(job.finished for job in self._jobs)
 
     def released(self) -> bool:
@@ -159,17 +163,19 @@ class JoinedJob(Job):
 
 
 class HbmOverDramCopier(Copier):
-    """Copies for one rank, whose slots from `first` on are HBM's."""
+    """The copier of one rank whose slots are in two tiers: slots from `first_hbm_slot` on are in HBM, the others in DRAM."""
 
     def __init__(
         self,
         dram: Copier,
         hbm: Copier,
-        first: int,
-        end_moves: Callable[[], None],  # between the tiers, which need what the copiers have registered
+        first_hbm_slot: int,
+        end_moves: Callable[
+            [], None
+        ],  # ends moves between the tiers, which use the memory that the copiers have registered
     ) -> None:
         self.blocks_per_chunk = dram.blocks_per_chunk
-        self._dram, self._hbm, self._first_hbm_slot, self._end_moves = dram, hbm, first, end_moves
+        self._dram, self._hbm, self._first_hbm_slot, self._end_moves = dram, hbm, first_hbm_slot, end_moves
 
     @property
     def num_blocks(self) -> int:
@@ -177,7 +183,7 @@ class HbmOverDramCopier(Copier):
         return self._dram.num_blocks
 
     def self_test(self) -> None:
-        """See Copier. Both move the same tensors by the same kernels."""
+        """See Copier. One test is enough: both copiers move the same tensors by the same kernels."""
         self._dram.self_test()
 
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
@@ -199,7 +205,7 @@ class HbmOverDramCopier(Copier):
         return job
 
     def close(self) -> None:
-        """See Copier. Moves end first."""
+        """See Copier. Moves between the tiers end first."""
         self._end_moves()
         self._hbm.close()
         self._dram.close()
@@ -207,7 +213,7 @@ class HbmOverDramCopier(Copier):
     def _split(
         self, batches: Sequence[ChunkBatch]
     ) -> tuple[tuple[list[ChunkBatch], npt.NDArray[np.int64]], tuple[list[ChunkBatch], npt.NDArray[np.int64]]]:
-        """(DRAM's batches and their places in the whole, HBM's)."""
+        """Split batches by tier: ((DRAM's batches, indexes of their chunks in the whole), (HBM's batches, their indexes))."""
         parts: tuple[list[ChunkBatch], list[ChunkBatch]] = ([], [])
         places: tuple[list[npt.NDArray[np.int64]], ...] = ([], [])
         begin = 0
@@ -222,7 +228,7 @@ class HbmOverDramCopier(Copier):
 
 
 def _select_chunks(batch: ChunkBatch, mine: npt.NDArray[np.bool_], first: int) -> ChunkBatch:
-    """Those chunks of a batch, their slots counted from `first`. Loads give no generations."""
+    """Return the chunks of a batch where `mine` is True, with slots counted from `first`. Loads have no generations."""
     return replace(
         batch,
         block_ids=np.ascontiguousarray(batch.block_ids[mine]),

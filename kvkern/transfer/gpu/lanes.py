@@ -1,19 +1,20 @@
 """The order of work on the device: one lane for stores, one for loads, each with two streams and one host thread.
 
               kernel stream                                   copy stream                               host
-    store     ids up; wait COMPUTED, staging's former end     wait GATHERED; rows -> slots, sums down   wait STORED;
+    store     ids up; wait COMPUTED, staging's last use;      wait GATHERED; rows -> slots, sums down   wait STORED;
               gather -> GATHERED: blocks are free             -> STORED                                 publish
      zero copy     ...; gather into the slots -> GATHERED; sums down -> STORED
      DMA      ids up; checksum -> SUMMED                      wait COMPUTED; blocks -> slots;
                                                               wait SUMMED; sums down -> STORED: blocks are free
-    load      ids up; wait ARRIVED, COMPUTED; scatter;        wait staging's former end;                wait LOADED;
+    load      ids up; wait ARRIVED, COMPUTED; scatter;        wait staging's last use;                  wait LOADED;
               sums down -> LOADED                             slots -> rows -> ARRIVED                  compare
      zero copy     ...; wait COMPUTED; scatter out of the slots; sums down -> LOADED
      DMA      ids up; wait ARRIVED; checksum; sums down       wait COMPUTED; slots -> blocks
               -> LOADED                                       -> ARRIVED
 
-Every wait above is needed: the tests take them away one at a time and find wrong bytes for each. A lane is a machine of small
-turns, so that they can drive it without threads, through every order that streams may take.
+"up" is a copy to the device, "down" a copy to the host. Every wait above is needed: the tests remove one wait at a time, and
+find wrong bytes for each. A lane works in small turns, so that the tests can drive it without threads, through every order
+that streams may take.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from .staging_rings import DeviceTable, Rings, Staging
 
 logger = logging.getLogger("kvkern")
 
-# Between two questions whether a piece has run: an eighth of the time waited so far, so that few are asked.
+# The pause between two queries whether a piece has run: an eighth of the time waited so far, so that queries are few.
 MIN_PAUSE_S, MAX_PAUSE_S = 50e-6, 1e-3
 
 
 @dataclass
 class GpuJob(Job):
-    """A transfer under way on the device. Its pieces are the lane's alone: `run_unclaimed` has nothing to do."""
+    """A running job on the device. Only the lane runs its pieces, so `run_unclaimed` has nothing to do."""
 
     pieces: tuple[Piece, ...] = ()
 
     def released(self) -> bool:
-        """See `Job.released`: true as soon as the gathers have run, long before the bytes have crossed. Never blocks."""
+        """See `Job.released`. True once the gathers have run, long before the bytes have crossed the link. Never blocks."""
         return all(piece.released() for piece in self.pieces)
 
 
@@ -64,19 +65,19 @@ class Piece:
 
     job: GpuJob
     batch: ChunkBatch
-    rows: npt.NDArray[np.int64]  # [n] int64, of the batch
-    begin: int  # of the batch in the job's `ok`
+    rows: npt.NDArray[np.int64]  # [n] int64, rows of the batch
+    begin: int  # where the batch begins in the job's `ok`
     choice: Choice
-    computed: Event  # the engine's stream when the job came
+    computed: Event  # recorded in the engine's stream when the job was submitted
     future: Future[None]
-    freed: Event | None = None  # a store's: its blocks have been read
+    freed: Event | None = None  # stores only: the piece's blocks have been read
 
     def released(self) -> bool:
-        """Whether nothing reads its blocks any more."""
+        """Return True if nothing reads the piece's blocks any more."""
         return self.future.done() or (self.freed is not None and self.freed.query())
 
     def finish(self, error: BaseException | None = None) -> None:
-        """The last word on this piece: nothing of it runs any more."""
+        """Set the result of this piece. Call it once, when none of its work runs any more."""
         self.job.finished = max(self.job.finished, time.perf_counter())
         if error is None:
             self.future.set_result(None)
@@ -86,16 +87,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PieceWork:
-    """A piece and the memory it works in."""
+    """A piece and the memory that it works in."""
 
     piece: Piece
-    rows: npt.NDArray[np.int64]  # [m] int64, m > 0, of the batch: those the piece may touch
+    rows: npt.NDArray[np.int64]  # [m] int64, m > 0, rows of the batch that the piece may move
     generations: npt.NDArray[np.uint64]  # [m] uint64
     group: PagedTensors
     part_nbytes: int
     table: DeviceTable
     staging: Staging
-    pinned: npt.NDArray[np.uint8]  # for the sums
+    pinned: npt.NDArray[np.uint8]  # host memory for the sums
 
     @property
     def block_ids(self) -> npt.NDArray[np.int32]:
@@ -123,43 +124,48 @@ class PieceWork:
         return Runs.of(self.pinned.ctypes.data, self.sums.data_ptr(), self.sums.numel() * 8)
 
     def read_sums(self, device: Device) -> npt.NDArray[np.uint64]:
-        """[m, planes] uint64: `sums` as they came down."""
+        """[m, planes] uint64: the sums that have been copied into `pinned`."""
         sums = device.read_pinned(self.pinned[: self.sums.numel() * 8]).view(np.uint64)
         return sums.reshape(len(self.rows), -1)
 
 
 class Lane(ABC):
-    """One direction. `submit` from any thread; `take_turn` from one."""
+    """One direction. Any thread may call `submit`; only the lane's thread calls `take_turn`."""
 
     def __init__(
         self,
         name: str,
         device: Device,
         parts: RankParts,
-        device_rows: torch.Tensor | None,  # `parts.rows` as kernels see them; None: they cannot
+        device_rows: torch.Tensor | None,  # `parts.rows` at the device's addresses; None: kernels cannot reach them
         rings: Rings,
     ) -> None:
         self.name = name
         self._device, self._parts, self._device_rows, self._rings = device, parts, device_rows, rings
         self._kernels = device.stream(f"{name}.kernels")
         self._copies = device.stream(f"{name}.copies")
-        self._queueing = threading.Lock()  # held for moments: the engine's thread takes it
+        self._queueing = threading.Lock()  # held briefly, because the engine's thread takes it too
         self._queued: deque[Piece] = deque()
-        self._arrived = threading.Event()  # since a turn last looked at what waits
+        self._arrived = threading.Event()  # set if pieces were queued since a turn last looked
         self._in_flight: deque[tuple[PieceWork, Event]] = deque()
 
     def close(self) -> None:
-        """Give the streams back, when all turns are done. Idempotent; what the driver refuses is left to the process's end."""
+        """Destroy the streams, after all turns. Idempotent. If the driver refuses, a stream lives until the process ends."""
         for stream in (self._kernels, self._copies):
             try:
                 stream.close()
             except DeviceError as error:
-                logger.warning("kvkern: a stream of the %s lane stays: %s", self.name, error)
+                logger.warning(
+                    "kvkern: a stream of the %s lane cannot be destroyed: %s. It is freed when this process ends.",
+                    self.name,
+                    error,
+                )
 
     def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:
-        """Queue pieces, and two turns for each: one begins it, one ends it. All or nothing; raises what the executor raises.
+        """Queue pieces, and two turns for each: one begins it, one ends it. All or nothing. Raises what the executor raises.
 
-        Turns come first: those that it took before it refused find nothing to do, where a piece without them never ended.
+        Turns are submitted before pieces. If the executor refuses half-way, the turns that it took find nothing to do; a piece
+        without its turns would never end.
         """
         with self._queueing:
             for _ in range(2 * len(pieces)):
@@ -167,19 +173,19 @@ class Lane(ABC):
             self._queued.extend(pieces)
         self._arrived.set()
 
-    def fail_unqueued(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to say
-        """These chunks are not moved: nothing of them was queued. Any thread."""
+    def fail_unqueued(self, batches: Sequence[ChunkBatch]) -> None:  # noqa: B027  # a store has nothing to do
+        """Settle chunks that will not be moved, because their submission failed. Any thread may call it."""
 
     def take_turn(self) -> None:
-        """Begin the next piece or end the oldest one, whichever can be first. Raises what that raises.
+        """Begin the next piece or end the oldest one, whichever is possible first. Raises what that raises.
 
-        With the window full nothing can begin before an end: the thread sleeps until that. Else it asks now and then
-        whether the oldest piece is past, and what arrives meanwhile begins at once.
+        If the window is full, no piece can begin before one ends, so the thread sleeps until the oldest piece ends. Otherwise
+        it queries the oldest piece after pauses, and begins a piece that arrives meanwhile at once.
         """
         since = time.perf_counter()
         while True:
             self._arrived.clear()
-            with self._queueing:  # a turn that is early waits for its piece
+            with self._queueing:  # an early turn waits here until `submit` has queued its piece
                 piece = self._queued.popleft() if self._queued and self._rings.sums else None
             if piece is not None:
                 with span(f"kvkern gpu {self.name}: enqueue"):
@@ -191,11 +197,11 @@ class Lane(ABC):
                     return self._end(*self._in_flight.popleft())
 
     def _has_ended(self, end: Event, since: float) -> bool:
-        """Whether a piece has run. If not, a while has passed or a piece has arrived."""
+        """Return True if a piece has run. Before it returns False it has paused, or another piece has arrived."""
         try:
             if end.query():
                 return True
-        except RuntimeError:  # who ends the piece hears it again
+        except RuntimeError:  # `_end` meets the same error and reports it
             return True
         waited = time.perf_counter() - since
         self._arrived.wait(min(max(MIN_PAUSE_S, waited / 8), MAX_PAUSE_S))
@@ -230,7 +236,7 @@ class Lane(ABC):
         work.piece.finish()
 
     def _fail(self, piece: Piece, pinned: npt.NDArray[np.uint8], error: BaseException) -> None:
-        """What is on the streams ends first: until then it may touch the piece's blocks, slots and buffers."""
+        """Fail a piece. First drain the streams: until then their work may touch the piece's blocks, slots and buffers."""
         try:
             self._kernels.synchronize()
             self._copies.synchronize()
@@ -242,15 +248,24 @@ class Lane(ABC):
                 piece.finish(error)
 
     def _check_ranges(self, piece: Piece) -> None:
-        """Kernels check nothing: an id out of range would be an illegal access, and the end of the engine."""
+        """Raise LayoutError for bad ids or slots. Kernels check nothing: a bad id is an illegal access and ends the engine."""
         ids, slots = piece.batch.block_ids[piece.rows], piece.batch.slots[piece.rows]
         width, num_blocks = self._parts.blocks_per_chunk, self._parts.groups[piece.batch.group].layout.num_blocks
         if ids.dtype != np.int32 or ids.shape[1:] != (width,):
-            raise LayoutError(f"block_ids is {ids.dtype} {ids.shape}, expected int32 [chunks, {width}]")
+            raise LayoutError(
+                f"block_ids is {ids.dtype} {ids.shape}, expected int32 [chunks, {width}]. Give one row per chunk, with one "
+                f"block id per block."
+            )
         if int(ids.max()) >= num_blocks or int(ids.min()) < -1:
-            raise LayoutError(f"block ids are in [{ids.min()}, {ids.max()}], expected [-1, {num_blocks})")
+            raise LayoutError(
+                f"block ids are in [{ids.min()}, {ids.max()}], expected [-1, {num_blocks}). Give ids of the registered "
+                f"tensors, or -1 for a block that is not copied."
+            )
         if int(slots.max()) >= len(self._parts.rows) or int(slots.min()) < 0:
-            raise LayoutError(f"slots are in [{slots.min()}, {slots.max()}], expected [0, {len(self._parts.rows)})")
+            raise LayoutError(
+                f"slots are in [{slots.min()}, {slots.max()}], expected [0, {len(self._parts.rows)}). Give slots that the "
+                f"cache has reserved or leased."
+            )
 
     def _assign_buffers(
         self,
@@ -267,40 +282,40 @@ class Lane(ABC):
     def _upload_ids(
         self, work: PieceWork, row_ids: npt.NDArray[np.int64] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(block ids, row ids) on the device; rows of the staging buffer unless given."""
+        """Upload (block ids, row ids) to the device. Without `row_ids` the rows are those of the staging buffer."""
         rows = np.arange(len(work.rows)) if row_ids is None else row_ids
         return work.table.upload(self._device, self._kernels, work.block_ids, rows)
 
     def _slot_rows(self) -> torch.Tensor:
-        assert self._device_rows is not None, "the transfer chooses ZERO_COPY only where kernels reach the slots"
+        assert self._device_rows is not None, "the copier chooses ZERO_COPY only if kernels reach the slots"
         return self._device_rows
 
     def _slot_addresses(self, work: PieceWork) -> npt.NDArray[np.int64]:
-        """[m] int64: where the parts start in host memory."""
+        """[m] int64: addresses of the parts in host memory."""
         return work.slots * self._parts.rows.strides[0] + self._parts.rows.ctypes.data
 
     def _staging_addresses(self, work: PieceWork) -> npt.NDArray[np.int64]:
-        """[m] int64: where the parts start in the staging buffer."""
+        """[m] int64: addresses of the parts in the staging buffer."""
         return np.arange(len(work.rows)) * work.part_nbytes + work.buffer.data_ptr()
 
     @abstractmethod
     def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """([m] int64 rows of the batch that the piece may move, [m] uint64 their generations)."""
+        """Return ([m] int64 rows of the batch that the piece may move, [m] uint64 their generations)."""
 
     @abstractmethod
     def _enqueue(self, work: PieceWork) -> Event:
-        """Put a piece on the streams. After the event nothing of it runs and its sums are in pinned memory."""
+        """Put a piece on the streams. After the returned event all its work has run and its sums are in pinned memory."""
 
     @abstractmethod
     def _publish_or_verify(self, work: PieceWork, sums: npt.NDArray[np.uint64]) -> None:
-        """The device is done with the piece: say which of its chunks are ok."""
+        """Set `ok` of the piece's chunks. Called when the device has run the piece."""
 
-    def _mark_failed(self, piece: Piece) -> None:  # noqa: B027  # a store has nothing to say
-        """`ok` is final for this piece, also if it failed."""
+    def _mark_failed(self, piece: Piece) -> None:  # noqa: B027  # a store has nothing to do
+        """Mark the slots of the piece's failed chunks. Called when `ok` is final for this piece, also after an error."""
 
 
 class StoreLane(Lane):
-    """Blocks to slots."""
+    """Moves blocks to slots."""
 
     def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         rows = piece.rows[self._parts.writable(piece.batch, piece.rows)]
@@ -357,11 +372,11 @@ class StoreLane(Lane):
 
 
 class LoadLane(Lane):
-    """Slots to blocks."""
+    """Moves slots to blocks."""
 
     def _select_rows(self, piece: Piece) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         good, generations = self._parts.readable(piece.batch, piece.rows)
-        return piece.rows[good], generations[good]  # a foreign slot reaches no block
+        return piece.rows[good], generations[good]  # a slot of another chunk reaches no block
 
     def _enqueue(self, work: PieceWork) -> Event:
         match work.piece.choice.method:
@@ -386,7 +401,7 @@ class LoadLane(Lane):
         self._mark_bad(piece.batch.slots[piece.rows[~piece.job.ok[piece.begin + piece.rows]]])
 
     def _mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
-        """Also after an exception: a retry must not meet them again."""
+        """Mark slots BAD, also after an exception: a retry must not read them again. Ignores slots out of range."""
         self._parts.arena.mark_bad(slots[(slots >= 0) & (slots < len(self._parts.rows))])
 
     def _by_staging(self, work: PieceWork) -> None:

@@ -1,4 +1,4 @@
-"""Which memory nodes of this host a process runs on, by its CPUs. Reads sysfs; asks no device."""
+"""Finds the memory nodes of this host that a process runs on, by its CPUs. Reads sysfs; asks no device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _SYSFS = Path("/sys/devices/system/node")
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """Numbers of a list such as `0-3,8`."""
+    """Return the numbers in a list such as `0-3,8`."""
     ranges = [part.partition("-") for part in text.strip().split(",") if part]
     return tuple(n for low, _, high in ranges for n in range(int(low), int(high or low) + 1))
 
 
 def process_nodes(cpus: Collection[int] | None = None, sysfs: Path = _SYSFS) -> tuple[int, ...]:
-    """Nodes that have any of these CPUs (default: those this thread may run on); () where the kernel has no NUMA.
+    """Return the nodes that have any of these CPUs, by default the CPUs that this thread may run on; () without NUMA.
 
-    What a memory policy alone allows or forbids (`numactl --membind` without `--cpunodebind`) is not seen.
+    It does not see a memory policy that is set alone (`numactl --membind` without `--cpunodebind`).
     """
     mine = set(os.sched_getaffinity(0) if cpus is None else cpus)
     found = []

@@ -1,6 +1,6 @@
-"""What NVML and sysfs say of a GPU: name, driver, link, NUMA node, power state. Thin; decides nothing.
+"""Reads facts about GPUs from NVML and sysfs: name, driver, link, NUMA node, power state. It decides nothing.
 
-NVML comes with the driver, its binding with `nvidia-ml-py`. Either may be missing: that is a line to print, not an error.
+NVML comes with the driver, its Python binding with `nvidia-ml-py`. If one is missing, the result is a line to print, no error.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ _SYSFS = Path("/sys/bus/pci/devices")
 
 @dataclass(frozen=True, slots=True)
 class GpuInfo:
-    """One GPU. 0 or None where NVML does not say."""
+    """One GPU. A field is 0 or None if NVML does not report it."""
 
     name: str  # "NVIDIA H100 80GB HBM3"
     driver: str  # "570.124.06"
     bus_id: str  # "0000:3b:00.0", as sysfs names it
     memory_nbytes: int
-    generation: int  # of the PCIe link now; an idle GPU lets its link sleep at 1
-    generation_here: int  # the most that GPU and slot allow
-    generation_gpu: int  # the most that the GPU is built for
+    generation: int  # the PCIe generation of the link now; the link of an idle GPU sleeps at 1
+    generation_here: int  # the highest generation that GPU and slot allow
+    generation_gpu: int  # the highest generation that the GPU is built for
     width: int  # lanes now
     width_gpu: int  # lanes that the GPU is built for
     numa_node: int | None
     power_state: int  # 0: full speed .. 15: idle
     c2c: bool  # NVLink-C2C to the CPU
-    capability: int = 0  # of compute, the major number: 9 for an H100
+    capability: int = 0  # major number of the compute capability: 9 for an H100
 
     @property
     def link(self) -> HostLink:
-        """For the calibration table: what it can do when it is awake."""
+        """The link for the calibration table: what it can do when it is awake."""
         return HostLink(self.generation_here or self.generation, self.width, self.c2c)
 
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """All GPUs of this host, or why there are none to see."""
+    """All GPUs of this host, or the reason why none is visible."""
 
     gpus: tuple[GpuInfo, ...]
-    line: str  # what was found, for people
-    cuda: int = 0  # the newest CUDA that the driver speaks: 12080 is 12.8
+    line: str  # what was found, for people to read
+    cuda: int = 0  # the newest CUDA version that the driver supports: 12080 is 12.8
 
     def by_bus_id(self, bus_id: str) -> GpuInfo | None:
-        """The GPU with this PCI address in sysfs form, None if NVML did not show it."""
+        """Return the GPU with this PCI address (in sysfs form); None if NVML did not show it."""
         return next((gpu for gpu in self.gpus if gpu.bus_id == bus_id.lower()), None)
 
 
 def read_gpus(sysfs: Path = _SYSFS) -> Gpus:
-    """Ask NVML. Never raises for a missing library, driver or GPU; starts NVML and shuts it down."""
+    """Ask NVML for all GPUs. A missing library, driver or GPU raises nothing. It starts NVML and shuts it down."""
     try:
         import pynvml
     except ImportError:
-        return Gpus((), "NVML: no Python binding; `pip install nvidia-ml-py` to see link, driver and NUMA node")
+        return Gpus((), "NVML: no Python binding; run `pip install nvidia-ml-py` to see link, driver and NUMA node")
     return _read(pynvml, sysfs)
 
 
@@ -104,7 +104,7 @@ def _gpu(nvml: Any, handle: Any, driver: str, sysfs: Path) -> GpuInfo:
 
 
 def _ask(nvml: Any, question: Callable[[], Any], otherwise: Any) -> Any:
-    """What a GPU, its driver or an old binding may not answer."""
+    """Return the answer to `question`, or `otherwise` if the GPU, the driver or an old binding does not answer it."""
     try:
         return question()
     except (nvml.NVMLError, AttributeError):
@@ -112,18 +112,18 @@ def _ask(nvml: Any, question: Callable[[], Any], otherwise: Any) -> Any:
 
 
 def _text(value: str | bytes) -> str:
-    """Old bindings answer in bytes."""
+    """Return text. Old bindings answer in bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 
 def _sysfs_name(bus_id: str) -> str:
-    """NVML writes the PCI domain with eight digits, sysfs with four."""
+    """Return a PCI address in sysfs form. NVML writes the PCI domain with eight digits, sysfs with four."""
     domain, _, rest = bus_id.lower().partition(":")
     return f"{domain[-4:]}:{rest}"
 
 
 def _numa_node(device: Path) -> int | None:
-    """None: the firmware does not say, or the host has one node."""
+    """Return the device's memory node; None if the firmware does not say, or the host has one node."""
     try:
         node = int((device / "numa_node").read_text())
     except (OSError, ValueError):

@@ -1,10 +1,11 @@
-"""Registers an arena with the driver, so that copies run beside the host and kernels reach it.
+"""Registers an arena with the driver, so that copies run without blocking the host and kernels reach the arena.
 
-Pieces end between slots, so that no copy crosses two registrations, and have at most 64 GiB: one call for 512 GiB fails
-(vLLM issue 51080). Exact size, unlike an allocator's pinned memory, which doubles to powers of two. Takes about 0.1 s a GB.
+It registers regions of at most 64 GiB, because one call for 512 GiB fails (vLLM issue 51080). Regions end between slots, so
+that no copy crosses two registrations. The registered size is exact, unlike an allocator's pinned memory, which grows to
+powers of two. Registration takes about 0.1 s a GB.
 
-Of several ranks each registers all of it, though it moves only its own parts: they lie in every slot, a slot's length apart, so
-they would be as many registrations as slots. Pages that are pinned twice are not taken twice.
+With several ranks, each rank registers the whole arena, though it moves only its own parts. Its parts lie in every slot, one
+slot's length apart, so they would need as many registrations as there are slots. Pages that are pinned twice use memory once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def split_into_regions(
     slot_nbytes: int,
     max_nbytes: int = MAX_REGION_NBYTES,
 ) -> list[tuple[int, int]]:
-    """(first byte, bytes) of each piece: whole slots, the file's header page with the first. A slot is never cut."""
+    """Return (first byte, bytes) of each region: whole slots, and the file's header page in the first. No slot is cut."""
     per_region = max(1, (max_nbytes - PAGE) // slot_nbytes)
     out = []
     for first in range(0, num_slots, per_region):
@@ -41,7 +42,7 @@ def split_into_regions(
 
 
 class PinnedArena:
-    """An arena's registration. `close` before the arena's last view is gone."""
+    """An arena's registration. Call `close` before the arena's last view is gone."""
 
     def __init__(
         self,
@@ -50,10 +51,10 @@ class PinnedArena:
         progress: Progress = lambda line: None,
         max_nbytes: int = MAX_REGION_NBYTES,
     ) -> None:
-        """Register everything or nothing. Raises ArenaError that says what to change."""
+        """Register the whole arena or nothing. Raises ArenaError, whose message says what to change."""
         self._device = device
         self._registered: list[int] = []
-        self.shift: int | None = 0  # the device sees host address a at a + shift; None: it differs among the pieces
+        self.shift: int | None = 0  # the device sees host address a at a + shift; None: the shift differs among regions
         start, base = time.monotonic(), arena.bytes.ctypes.data
         whole = arena.spec.nbytes
         try:
@@ -76,20 +77,24 @@ class PinnedArena:
             progress(_nearness_line(node, pages_per_numa_node(base)))
 
     def close(self) -> None:
-        """Unregister, the last piece first. Idempotent; what the driver refuses is logged and left to the process's end.
+        """Unregister the regions, last region first. Idempotent.
 
-        The thread is on the device from then on: without a context the driver refuses each piece.
+        It attaches the calling thread to the device: without a context the driver refuses every region. A region that the
+        driver refuses to unregister is logged, and stays registered until the process ends.
         """
         if self._registered:
             try:
                 self._device.attach()
             except DeviceError as error:
-                logger.warning("kvkern: %s", error)
+                logger.warning("kvkern: this thread cannot use the GPU to unregister the arena: %s", error)
         while self._registered:
             try:
                 self._device.unregister(self._registered.pop())
             except DeviceError as error:
-                logger.warning("kvkern: a piece of the arena stays registered: %s", error)
+                logger.warning(
+                    "kvkern: a region of the arena cannot be unregistered: %s. It stays registered until this process ends.",
+                    error,
+                )
 
 
 def _refusal_message(nbytes: int, error: DeviceError) -> str:
@@ -97,13 +102,13 @@ def _refusal_message(nbytes: int, error: DeviceError) -> str:
     words = "unlimited" if limit == resource.RLIM_INFINITY else format_nbytes(limit)
     return (
         f"the arena of {format_nbytes(nbytes)} cannot be registered with the GPU's driver: {error}. This process may lock "
-        f"{words} of memory: raise it (ulimit -l unlimited, docker run --ulimit memlock=-1), lower `capacity`, or see "
-        f"whether the driver is older than the CUDA that torch was built for"
+        f"{words} of memory. Raise that limit (ulimit -l unlimited, docker run --ulimit memlock=-1), lower `capacity`, or "
+        f"check whether the driver is older than the CUDA that torch was built for."
     )
 
 
 def pages_per_numa_node(address: int, numa_maps: Path = Path("/proc/self/numa_maps")) -> dict[int, int]:
-    """{memory node: pages there} of the mapping that starts at this address; empty where the system does not say."""
+    """Return {memory node: number of pages} of the mapping that starts at this address; {} if the system does not say."""
     try:
         lines = numa_maps.read_text().splitlines()
     except OSError:
@@ -121,4 +126,4 @@ def _nearness_line(node: int, pages: dict[int, int]) -> str:
         return f"gpu: the GPU is near memory node {node}; the system does not say where the arena is"
     near = pages.get(node, 0) / sum(pages.values())
     advice = "" if near > 0.9 else f"; start the engine with numactl --membind={node} to have all of it near"
-    return f"gpu: {near:.0%} of the arena is on memory node {node}, the GPU's{advice}"
+    return f"gpu: {near:.0%} of the arena is on the GPU's memory node {node}{advice}"

@@ -1,7 +1,7 @@
-"""Chooses how to move a job between paged blocks and slots. A pure function of the calibration table; calls no device.
+"""Chooses how to move a job between paged blocks and slots. A pure function of the calibration table; it calls no device.
 
     job = `count` contiguous runs of `run_nbytes` on the GPU's side (neighbours already merged), `nbytes` in all; on the
-          host's side it is whole parts of slots. Cut into `calls` pieces of at most 32 MiB, and piped:
+          host's side whole parts of slots. It is cut into `calls` pieces of at most 32 MiB, which are pipelined:
 
     pipe(calls, a, b) = a + b + (calls - 1) * max(a, b)         two stages, a and b seconds a piece
 
@@ -9,25 +9,30 @@
     BATCH_DMA pipe(calls, launch + call + runs * descriptor,   calls * (launch + call)                    ctas * relayout / 2
                    wire)                                       + count * descriptor
       runs below 28 KiB: at least nbytes / short
-      no batch: the same with a call a run, `copy` for `call + descriptor`, and no `short`
+      without a batch API: the same with one call per run, `copy` in place of `call + descriptor`, and no `short`
     STAGED    pipe(calls, launch + relayout, copy + wire)      calls * (launch + copy)                    ctas * relayout
     ZERO_COPY calls * launch + nbytes / rate(ctas)             calls * launch                             ctas * wall
 
-    least wall; those within 25 % of it are ties, and of these the least of CPU + thread blocks * time / 4
-    below 256 KiB in all only other numbers of thread blocks of the same method tie
+    the fastest way, and every way whose wall time is within 25 % of it, are ties;
+    among ties the least CPU + thread blocks * time / 4 wins
+    below 256 KiB in all, ways of another method are no ties: only the number of thread blocks may differ
 
-Checksums are part of each: the other kernels have the bytes in registers, beside DMA one reads the blocks for them, which is
-half of what a gather or scatter moves in HBM. What all have in common, ids up and sums down, is left out.
+Checksums are part of every method. The gather and scatter kernels have the bytes in registers. Beside DMA another kernel reads
+the blocks to sum them, which is half of what a gather or scatter moves in HBM. Costs that all methods share (ids up, sums down)
+are left out.
 
-Why so: within one batch call the driver submits first and moves then, and submission that takes longer than the wire is a
-cliff below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4). Loads have a steeper one below
-28 KiB (vLLM pull request 42212, an H100): there the driver and the copy engine need more for a descriptor than its submission
-takes, 1 GiB in runs of 18 KiB 150-170 ms where 29 ms are submission, and a faster CPU does not help. So a short descriptor
-costs the wall max(submitted, done), and the CPU what it takes until submitted. A thread block that copies is taken from the
-engine's own kernels, hence its price: with a quarter, runs of 32-64 KiB are staged and those of 128 KiB and more left to the
-copy engine, as vLLM's and SGLang's measurements advise; a large job crosses PCIe by zero-copy never. Of a small one, one
-launch is over in the time that the launch itself takes: nobody misses its thread blocks, and somebody waits for it.
-Scaling all times of a table changes no choice of method.
+Why the formulas have this form:
+- Within one batch call the driver first submits, then moves. If submission takes longer than the wire, the rate falls sharply:
+  that is the case for runs below `break_even_nbytes` (26.5 KB with the seeds of PCIe 5, 12.5 KB with those of PCIe 4).
+- Loads are slower still below 28 KiB (vLLM pull request 42212, an H100). There the driver and the copy engine need longer for a
+  descriptor than its submission takes: 1 GiB in runs of 18 KiB takes 150-170 ms, of which 29 ms are submission. A faster CPU
+  does not help. So a short descriptor costs max(submitted, done) of wall time, and the time until submitted of CPU time.
+- A thread block that copies is taken from the engine's own kernels, so it has a price. With a price of a quarter, runs of
+  32-64 KiB are staged, and runs of 128 KiB and more are left to the copy engine, as the measurements of vLLM and SGLang advise.
+  A large job never crosses PCIe by zero-copy.
+- A small job is one launch, which ends about as fast as the launch itself takes. The engine hardly misses its thread blocks,
+  and a request waits for it. So its wall time decides.
+- Scaling all times of a table changes no choice of method.
 """
 
 from __future__ import annotations
@@ -44,17 +49,17 @@ __all__ = ["Choice", "Direction", "Estimate", "Method", "break_even_nbytes", "ch
 DEFAULT_ZERO_COPY_CTAS, MAX_ZERO_COPY_CTAS = 8, 12
 MIN_RELAYOUT_CTAS, MAX_RELAYOUT_CTAS = 16, 32  # full grids cost decode 47 % at p99: pegaflow issue 408
 MIN_PIECE_NBYTES, MAX_PIECE_NBYTES = 16 << 20, 32 << 20
-# A copy engine is first in, first out, and blind to priorities: the engine's own small copies wait for a piece.
+# A copy engine is first in, first out, and knows no priorities: the engine's own small copies wait for a whole piece.
 MAX_COPY_ENGINE_HOLD_S = 0.7e-3
 TIE_FACTOR = 1.25
 SMALL_NBYTES = 256 << 10
-CTA_PRICE = 1 / 4  # seconds of CPU that a second of a thread block is worth
+CTA_PRICE = 1 / 4  # a second of a thread block counts as this many seconds of CPU
 
 
 class Method(StrEnum):
-    """How bytes cross. Without a batch API (`Abilities.batch_api`) BATCH_DMA is a loop of plain copies."""
+    """How bytes cross the link. Without a batch API (`Abilities.batch_api`) BATCH_DMA is a loop of plain copies."""
 
-    STAGED = "staged"  # a kernel between paged blocks and a ring in HBM, one copy a contiguous part of a slot
+    STAGED = "staged"  # a kernel between paged blocks and a ring in HBM, and one copy per contiguous part of a slot
     ZERO_COPY = "zero_copy"  # one kernel between paged blocks and registered host memory
     BATCH_DMA = "batch_dma"  # the copy engine moves every run; a kernel beside it sums
 
@@ -64,13 +69,13 @@ class Choice:
     """How to move a job."""
 
     method: Method
-    max_ctas: int  # thread blocks of its kernel; 0: any
-    piece_nbytes: int  # the most a launch or a submission moves
+    max_ctas: int  # most thread blocks of its kernel; 0: any number
+    piece_nbytes: int  # most bytes of a launch or a submission
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a way of moving a job would cost."""
+    """The estimated cost of one way to move a job."""
 
     method: Method
     ctas: int
@@ -81,7 +86,7 @@ class Estimate:
 
     @property
     def price_s(self) -> float:
-        """What it takes from others, in seconds of CPU."""
+        """The cost to other work on host and GPU, in seconds of CPU."""
         return self.cpu_s + CTA_PRICE * self.cta_s
 
 
@@ -91,11 +96,11 @@ def choose_method(
     run_nbytes: int,
     count: int,
     nbytes: int,
-    zero_copy_ctas: int = DEFAULT_ZERO_COPY_CTAS,  # 12 at most, for layer-wise loads
+    zero_copy_ctas: int = DEFAULT_ZERO_COPY_CTAS,  # at most 12, for layer-wise loads
 ) -> Choice:
-    """The best way to move `count` runs of `run_nbytes`, `nbytes` in all (the last run may be shorter).
+    """Return the best way to move `count` runs of `run_nbytes`, `nbytes` in all (the last run may be shorter).
 
-    Never a method that the table's abilities exclude. Deterministic; sizes of 0 are allowed.
+    It never returns a method that the table's abilities exclude. Deterministic. Sizes of 0 are allowed.
     """
     ways = list(estimate_methods(table, direction, run_nbytes, count, nbytes, zero_copy_ctas))
     fastest = min(ways, key=lambda way: way.wall_s)
@@ -115,11 +120,11 @@ def estimate_methods(
     nbytes: int,
     zero_copy_ctas: int = DEFAULT_ZERO_COPY_CTAS,
 ) -> Iterator[Estimate]:
-    """Every way that the table allows, with what it would cost; see the formulas above. Copies are always among them."""
+    """Yield the cost of every way that the table allows, by the formulas above. BATCH_DMA is always among them."""
     costs, able = table.costs(direction), table.abilities
     calls = max(1, math.ceil(nbytes / MAX_PIECE_NBYTES))
     relayout = [rate for rate in costs.relayout if MIN_RELAYOUT_CTAS <= rate.ctas <= MAX_RELAYOUT_CTAS]
-    if not able.pinned:  # a copy from or to pageable memory holds its caller: nothing to overlap, nothing to stage for
+    if not able.pinned:  # a copy from or to pageable memory blocks its caller, so staging would overlap with nothing
         yield _estimate_copies(costs, False, None, run_nbytes, count, nbytes)
         return
     yield _estimate_copies(costs, able.batch_api, relayout[0] if relayout else None, run_nbytes, count, nbytes)
@@ -134,9 +139,9 @@ def estimate_methods(
 
 
 def break_even_nbytes(table: Calibration, direction: Direction) -> float:
-    """The run whose submission takes as long as its transfer. Shorter ones leave the link idle, however many there are.
+    """Return the run length whose submission takes as long as its transfer. Shorter runs leave the link idle in any number.
 
-    Of submission alone: what is below SHORT_NBYTES may be slow for another reason, see `Costs.short_gb_s`.
+    This is about submission only. Runs below SHORT_NBYTES may be slow for another reason, see `Costs.short_gb_s`.
     """
     costs = table.costs(direction)
     batch = table.abilities.batch_api and table.abilities.pinned
@@ -146,8 +151,8 @@ def break_even_nbytes(table: Calibration, direction: Direction) -> float:
 def _estimate_copies(
     costs: Costs, batch: bool, summing: Rate | None, run_nbytes: int, count: int, nbytes: int
 ) -> Estimate:
-    """`summing`: how fast the kernel beside it would gather; None: there is none."""
-    runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes))  # of a piece; a run is never cut
+    """Estimate BATCH_DMA. `summing` is the gather rate of the kernel that sums beside it; None: there is no such kernel."""
+    runs = max(1, MAX_PIECE_NBYTES // max(1, run_nbytes))  # in a piece; a run is never cut
     pieces = max(1, math.ceil(count / runs))
     cpu_s = pieces * costs.call_s + count * costs.descriptor_s if batch else count * costs.copy_s
     calls = pieces if batch else max(1, count)

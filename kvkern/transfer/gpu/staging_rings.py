@@ -1,10 +1,10 @@
-"""Memory that transfers take turns in, and what must have happened before the next turn.
+"""Buffers that the pieces of a lane use in turn, and the event after which each buffer may be used again.
 
-table     block and row ids: pinned host memory, and its copy on the device.  Refilled after UPLOADED, waited for by the
-          host; the copy is read and overwritten by one stream, in its order.
-staging   rows of payload on the device, and the checksums.  Reused after the last event of its former user, waited for
-          by the stream that writes it first.
-sums      pinned host memory that checksums come down to.  Reused when its piece has ended.
+table     block and row ids: pinned host memory, and its copy on the device. The host refills it after it has waited for
+          UPLOADED. One stream reads and overwrites the copy, in stream order.
+staging   rows of payload on the device, and the checksums. The stream that writes it first waits for the last event of its
+          former piece.
+sums      pinned host memory that checksums are copied down to. It is reused when its piece has ended.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from .device import UPLOADED, Device, DeviceError, Event, Stream
 from .dma import Runs
 from .link_table import Direction
 
-MAX_STAGING_NBYTES = 32 << 20  # of a buffer, which is a launch: the engine waits that long at most
-MAX_LAUNCH_NBYTES = 64_000_000  # one launch of more starved decode for half a second: pegaflow pull request 422
+MAX_STAGING_NBYTES = 32 << 20  # of a buffer, and so of a launch: the engine waits for one launch at most
+MAX_LAUNCH_NBYTES = 64_000_000  # a larger launch starved decode for half a second: pegaflow pull request 422
 MAX_PIECE_CHUNKS = 4096
-_ALIGN = 16  # of every argument: for an address that is less aligned Triton compiles anew, in the middle of a transfer
+_ALIGN = 16  # of every kernel argument: for a less aligned address Triton compiles again, in the middle of a job
 
 
 @dataclass(frozen=True, slots=True)
 class RingDepths:
-    """How many pieces share what. A lane's window is wider than its buffers: the device never waits for the host."""
+    """The number of buffers of each kind. The window is wider than the buffers, so that the device never waits for the host."""
 
-    staging_nbytes: int = MAX_STAGING_NBYTES  # of payload a piece
+    staging_nbytes: int = MAX_STAGING_NBYTES  # payload bytes of a piece
     staging: int = 2
-    payload: bool = True  # False: no room for payload, for a transfer that only ever chooses ZERO_COPY
+    payload: bool = True  # False: staging has no room for payload, for a copier that only chooses ZERO_COPY
     tables: int = 2
-    window: int = 4  # pieces enqueued and not ended
+    window: int = 4  # pieces that are enqueued but not ended
 
 
 @dataclass(slots=True)
 class DeviceTable:
-    """Ids of one launch. See above."""
+    """The ids of one launch. See above."""
 
     host: npt.NDArray[np.uint8]
     device: torch.Tensor  # [same] uint8
@@ -52,7 +52,7 @@ class DeviceTable:
         block_ids: npt.NDArray[np.int32],  # [n, blocks_per_chunk] int32
         row_ids: npt.NDArray[np.int64],  # [n] int64
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(block ids, row ids) on the device, for work on `stream` only. May block until the former ids have left."""
+        """Upload (block ids, row ids), for work on `stream` only. May block until the former ids have left pinned memory."""
         n, rows_nbytes = len(row_ids), row_ids.nbytes
         pad = -rows_nbytes % _ALIGN
         begin, nbytes = rows_nbytes + pad, rows_nbytes + pad + block_ids.nbytes
@@ -70,16 +70,19 @@ class DeviceTable:
 
 @dataclass(slots=True)
 class Staging:
-    """A buffer on the device. See above."""
+    """A staging buffer on the device. See above."""
 
     memory: torch.Tensor | None  # [bytes of rows] uint8; None: nothing is staged
     sums_memory: torch.Tensor  # [bytes of sums] uint8
-    free_after: Event | None = None  # after it nobody uses the buffer
+    free_after: Event | None = None  # no work uses the buffer after this event
 
     def rows(self, n: int, part_nbytes: int) -> torch.Tensor:
         """[n, part_nbytes] uint8"""
         if self.memory is None:
-            raise DeviceError("a piece is to be staged where no memory was taken for that")
+            raise DeviceError(
+                "a piece was to be staged, but this copier has no staging memory (RingDepths.payload is False). Choose "
+                "ZERO_COPY."
+            )
         return self.memory[: n * part_nbytes].view(n, part_nbytes)
 
     def sums(self, n: int, planes: int) -> torch.Tensor:
@@ -88,7 +91,7 @@ class Staging:
 
 
 class Rings:
-    """The memory of one lane, whose thread alone calls it."""
+    """The buffers of one lane. Only the lane's thread calls it."""
 
     def __init__(self, device: Device, depths: RingDepths, chunks: int, blocks_per_chunk: int, planes: int) -> None:
         table_nbytes, sums_nbytes = chunks * (8 + 4 * blocks_per_chunk) + _ALIGN, chunks * planes * 8
@@ -105,11 +108,11 @@ class Rings:
         )  # those that no piece has taken
 
     def next_table(self) -> DeviceTable:
-        """The one not used for longest."""
+        """Return the least recently used table."""
         self._tables.rotate(-1)
         return self._tables[-1]
 
     def next_staging(self) -> Staging:
-        """The one not used for longest."""
+        """Return the least recently used staging buffer."""
         self._staging.rotate(-1)
         return self._staging[-1]

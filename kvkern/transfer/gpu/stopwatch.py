@@ -1,8 +1,9 @@
-"""Times the operations that `calibrate` asks for on a device: plain copies, batches and the kernels over pages of its own.
+"""Times the operations of `calibrate.TimedOperations` on a device: plain copies, batches, and the kernels over its own pages.
 
-submitted   the host's clock around the call
-done        the device's clock: events before and after on its stream. Kernels are enqueued while the stream waits, as
-            Python takes longer to launch one than some run; copies are not: a batch that is submitted slowly is done slowly
+until submitted   the host's clock around the call
+until done        the device's clock: events before and after on its stream. Kernels are enqueued while the stream waits,
+                  because launching takes Python longer than some kernels run. Copies are not enqueued behind a wait: a batch
+                  that is submitted slowly is done slowly
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .device import Device, Stream
 from .dma import Runs
 from .link_table import Direction
 
-_PAGE_NBYTES = 32 << 10  # of L8B's K of a layer and 16 tokens: the usual run
+_PAGE_NBYTES = 32 << 10  # K of one layer and 16 tokens of Llama-3.1-8B: the usual run
 _BLOCKS_PER_CHUNK = 16
 _PART_NBYTES = _PAGE_NBYTES * _BLOCKS_PER_CHUNK
 
@@ -30,9 +31,9 @@ class TimedStream(Stream, Protocol):
     """A stream with a clock."""
 
     def seconds(self, work: Callable[[], None], behind_wait: bool) -> float:
-        """From start to end of the work that the closure enqueues here, by the device's clock; blocks until it has run.
+        """Time the work that the closure enqueues on this stream, by the device's clock. Blocks until it has run.
 
-        `behind_wait`: the stream waits some 0.1 ms before, so that all of it is enqueued when the clock starts.
+        With `behind_wait` the stream first waits some 0.1 ms, so that all work is enqueued when the clock starts.
         """
 
 
@@ -44,7 +45,7 @@ class TimedDevice(Device, Protocol):
 
 
 class Stopwatch:
-    """See calibrate.TimedOperations. Holds 128 MiB of device memory, as much as staging takes later, and 16 MiB pinned until dropped."""
+    """See calibrate.TimedOperations. Until dropped it holds 128 MiB of the device, as staging does later, and 16 MiB pinned."""
 
     def __init__(self, device: TimedDevice, batch_api: bool, host_pointers: bool, warm_up: bool = True) -> None:
         self._device = device
@@ -104,7 +105,7 @@ class Stopwatch:
         return self._stream.seconds(lambda: run(*arguments), behind_wait=True)
 
     def _runs(self, direction: Direction, count: int, nbytes: int) -> Runs:
-        at = np.arange(count) * 2 * nbytes  # runs that do not touch
+        at = np.arange(count) * 2 * nbytes  # a gap after every run, so that no two runs touch
         device, host = self._rows.data_ptr() + at, self._host.ctypes.data + at
         return Runs.of(host, device, nbytes) if direction is Direction.D2H else Runs.of(device, host, nbytes)
 
@@ -116,7 +117,7 @@ class Stopwatch:
         return end - begin
 
     def _warm_up(self, batch_api: bool, host_pointers: bool) -> None:
-        """Compile and load what will be timed."""
+        """Compile and load the operations that will be timed."""
         for direction in Direction:
             self.submit_copy(direction)
             if batch_api:

@@ -1,4 +1,4 @@
-"""Small programs for a fake device: a store or a load by one method, among an engine that leaves no gap unused."""
+"""Small programs for a fake device: a store or a load by one method, beside an engine that uses every moment it is allowed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JUNK, LATE = 0x55, 0x33
 
 
 class Manual(Executor):
-    """Runs what it is given when `run` is called, in the caller's thread."""
+    """An executor that runs its tasks when `run` is called, in the caller's thread."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Manual(Executor):
         return Future()
 
     def run(self) -> None:
-        """What a task raises is lost, as in a thread pool, unless it is the test's own."""
+        """Run all tasks. Drops errors of kvkern and of the device, as a thread pool does. Raises a test's own errors."""
         while self._tasks:
             try:
                 self._tasks.pop(0)()
@@ -63,14 +63,14 @@ class Manual(Executor):
 
 
 def choosing(*methods: Method, piece_nbytes: int = 32 << 20) -> Callable[..., Choice]:
-    """A planner that knows one answer, or gives several in turn."""
+    """Return a planner that gives these methods in turn."""
     turns = cycle(methods)
     return lambda direction, run_nbytes, count, nbytes: Choice(next(turns), 4, piece_nbytes)
 
 
 @dataclass
 class World:
-    """An arena and paged tensors, as they are before a run and as they must be after it."""
+    """An arena and paged tensors: their bytes before a run, and the bytes they must have after it."""
 
     arena: Arena
     cache: Cache
@@ -79,17 +79,17 @@ class World:
     arena_before: npt.NDArray[np.uint8]
     tensor_before: npt.NDArray[np.uint8]
     arena_after: npt.NDArray[np.uint8]
-    loaded: npt.NDArray[np.uint8]  # of a load: the tensor, by the CPU's copier
+    loaded: npt.NDArray[np.uint8]  # for loads: the tensor as the host copier loads it
     ok: list[bool]
     observed: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
 
     @property
     def bytes(self) -> npt.NDArray[np.uint8]:
-        """The whole tensor."""
+        """The bytes of the whole tensor."""
         return self.paged.tensors[0].view(torch.uint8).numpy().reshape(-1)
 
     def cut(self) -> list[ChunkBatch]:
-        """A batch a chunk: each has a method of its own."""
+        """Split the batch into one batch per chunk, so that each chunk has its own method."""
         b = self.batch
         one = [slice(i, i + 1) for i in range(len(b.slots))]
         return [
@@ -103,11 +103,11 @@ class World:
         self.observed = np.zeros(len(self.bytes), dtype=np.uint8)
 
     def spans(self, write: bool, rows: slice = slice(None)) -> list[Span]:
-        """The blocks of the batch."""
+        """Return the memory of the batch's blocks."""
         return list(blocks(self.paged, self.batch.block_ids[rows], write))
 
     def put(self, values: npt.NDArray[np.uint8] | int, rows: slice = slice(None)) -> None:
-        """Set the blocks of the batch, from bytes of a whole tensor or to one byte."""
+        """Set the batch's blocks: from the bytes of a whole tensor, or every byte to one value."""
         start, flat = self.bytes.ctypes.data, self.bytes
         for span in self.spans(True, rows):
             at = slice(span.address - start, span.address - start + span.nbytes)
@@ -115,7 +115,7 @@ class World:
 
 
 def world(folder: Path, direction: str, chunks: int, corrupt: bool = False) -> World:
-    """`chunks` chunks of one block each; what the CPU's copier makes of them is right."""
+    """Make `chunks` chunks of one block each. The result of the host copier is the expected one."""
     arena = make_arena(folder, slots=chunks, part_nbytes=PART, planes=2)
     cache = Cache(DramTier(arena, LRU()))
     noise = torch.randint(0, 256, (2 * NUM_BLOCKS * 64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -153,9 +153,9 @@ def world(folder: Path, direction: str, chunks: int, corrupt: bool = False) -> W
 def gpu(
     made: World, device: FakeDevice, methods: tuple[Method, ...], depths: RingDepths
 ) -> tuple[GpuCopier, dict[str, Manual]]:
-    """A transfer whose lanes the caller drives."""
+    """Make a GPU copier whose lanes the caller drives."""
     lanes: dict[str, Manual] = {}
-    transfer = GpuCopier(
+    copier = GpuCopier(
         [made.paged],
         made.arena,
         0,
@@ -165,14 +165,14 @@ def gpu(
         depths,
         executor=lambda name, attach: lanes.setdefault(name, Manual(name)),
     )
-    return transfer, lanes
+    return copier, lanes
 
 
 TIGHT = RingDepths(staging_nbytes=PART, staging=1, tables=1, window=2)
 
 
 def _drive(device: FakeDevice, lane: Lane, manual: Manual, jobs: list[Job], late: bool) -> None:
-    """Run a lane's turns. With `late` a second job comes whenever the engine likes: before, between or after them."""
+    """Run a lane's turns. With `late` a second job may arrive at any time: before, between or after them."""
     device.agent = lane.name
     device.arrived = lambda: bool(lane._queued)
     manual.run()
@@ -194,14 +194,14 @@ def store_program(
     made: World,
     *methods: Method,
     depths: RingDepths = TIGHT,
-    late: bool = False,  # all chunks but the first are a job of their own, which may come at any time
+    late: bool = False,  # all chunks but the first are a second job, which may arrive at any time
 ) -> Callable[[FakeDevice], Program]:
-    """The engine writes the blocks late, and writes others over them as soon as it is told they are free."""
+    """The engine writes the blocks late, and overwrites them as soon as the job says that they are free."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
         made.put(LATE)
-        transfer, lanes = gpu(made, device, methods, depths)
+        copier, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
         batches = made.cut()
         first = 1 if late else len(batches)
@@ -209,11 +209,11 @@ def store_program(
         def main() -> None:
             fresh = made.tensor_before
             device.compute.push("writes blocks", lambda: made.put(fresh), lambda: made.spans(True))
-            jobs.append(transfer.store(batches[:first]))
-            _drive(device, transfer._store, lanes["store"], jobs, late)
+            jobs.append(copier.store(batches[:first]))
+            _drive(device, copier._store, lanes["store"], jobs, late)
 
         def submit() -> None:
-            jobs.append(transfer.store(batches[first:]))
+            jobs.append(copier.store(batches[first:]))
 
         def overwrite() -> None:
             if any(future.done() for job in jobs for future in job.futures):
@@ -259,22 +259,22 @@ def _store_complaints(made: World, jobs: list[Job], end: bool) -> list[str]:
 def load_program(
     made: World, *methods: Method, depths: RingDepths = TIGHT, late: bool = False
 ) -> Callable[[FakeDevice], Program]:
-    """The engine uses the blocks late for something else, and reads them as soon as they are loaded."""
+    """The engine writes other data into the blocks late, and reads the blocks as soon as they are loaded."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
-        transfer, lanes = gpu(made, device, methods, depths)
+        copier, lanes = gpu(made, device, methods, depths)
         jobs: list[Job] = []
         batches = made.cut()
         first = 1 if late else len(batches)
 
         def main() -> None:
             device.compute.push("writes blocks", lambda: made.put(LATE), lambda: made.spans(True))
-            jobs.append(transfer.load(batches[:first]))
-            _drive(device, transfer._load, lanes["load"], jobs, late)
+            jobs.append(copier.load(batches[:first]))
+            _drive(device, copier._load, lanes["load"], jobs, late)
 
         def submit() -> None:
-            jobs.append(transfer.load(batches[first:]))
+            jobs.append(copier.load(batches[first:]))
 
         def see() -> None:
             device.watch.join("engine", device.watch.now("load"))
@@ -312,90 +312,89 @@ def _load_complaints(made: World, jobs: list[Job]) -> list[str]:
     return out
 
 
-def failing_store(made: World, method: Method, at: tuple[str, int]) -> Callable[[FakeDevice], Program]:
-    """The last piece fails. The engine reuses all blocks, and the last slot belongs to another chunk, once the job is done."""
-    last = made.batch.slots[-1:]
+def _failing_program(
+    made: World,
+    direction: str,
+    method: Method,
+    at: tuple[str, int],  # the operation that fails, see FakeDevice.fail_at
+    reuse: Callable[[FakeDevice], None],  # what the engine does once the job is done
+    complaints: Callable[[], list[str]],  # what is wrong at the end, beside the job's verdict
+) -> Callable[[FakeDevice], Program]:
+    """The last of two pieces fails, and the engine reuses its memory once the job is done."""
 
     def build(device: FakeDevice) -> Program:
         made.reset()
-        transfer, lanes = gpu(made, device, (method,), TIGHT)
+        copier, lanes = gpu(made, device, (method,), TIGHT)
         device.fail_at = at
         jobs: list[Job] = []
 
         def main() -> None:
-            jobs.append(transfer.store(made.cut()))
-            device.agent = "store"
-            lanes["store"].run()
+            jobs.append((copier.store if direction == "store" else copier.load)(made.cut()))
+            device.agent = direction
+            lanes[direction].run()
 
-        def reuse() -> None:
-            device.watch.join("engine", device.watch.now("store"))
-            made.arena.headers["generation"][last] += 1
-            part = made.arena.parts(0)[last[0]]
-            device.watch.host("engine", "reuses slot", [Span(part.ctypes.data, PART, True)])
-            part[:PART] = JUNK
-            device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
+        def act() -> None:
+            device.watch.join("engine", device.watch.now(direction))
+            reuse(device)
 
-        def complaints(end: bool) -> list[str]:
+        def complaints_at_end(end: bool) -> list[str]:
             if not end:
                 return []
-            out = []
-            if not (made.arena.parts(0)[last, :PART] == JUNK).all():
-                out.append("a slot that was given away has been written to")
-            if not np.array_equal(
-                made.arena.parts(0)[made.batch.slots[0], :PART], _parts_of(made, made.arena_after)[0]
-            ):
-                out.append("the piece before it has wrong bytes")
+            out = complaints()
             if not isinstance(jobs[0].error, DeviceError) or jobs[0].ok.tolist() != [True, False]:
                 out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
             return out
 
-        step = Step("reuses blocks and slot", lambda: bool(jobs) and jobs[0].done(), reuse)
-        return Program(main, [step], complaints, [made.arena.bytes, made.bytes])
+        step = Step("reuses memory", lambda: bool(jobs) and jobs[0].done(), act)
+        return Program(main, [step], complaints_at_end, [made.arena.bytes, made.bytes])
 
     return build
 
 
+def failing_store(made: World, method: Method, at: tuple[str, int]) -> Callable[[FakeDevice], Program]:
+    """The last piece fails. Once the job is done, the engine reuses all blocks, and the last slot belongs to another chunk."""
+    last = made.batch.slots[-1:]
+
+    def reuse(device: FakeDevice) -> None:
+        made.arena.headers["generation"][last] += 1
+        part = made.arena.parts(0)[last[0]]
+        device.watch.host("engine", "reuses slot", [Span(part.ctypes.data, PART, True)])
+        part[:PART] = JUNK
+        device.compute.push("reuses blocks", lambda: made.put(JUNK), lambda: made.spans(True))
+
+    def complaints() -> list[str]:
+        out = []
+        if not (made.arena.parts(0)[last, :PART] == JUNK).all():
+            out.append("the last slot was written after it had a new owner")
+        if not np.array_equal(made.arena.parts(0)[made.batch.slots[0], :PART], _parts_of(made, made.arena_after)[0]):
+            out.append("the piece before it has wrong bytes")
+        return out
+
+    return _failing_program(made, "store", method, at, reuse, complaints)
+
+
 def _parts_of(made: World, file: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """[n, PART]: the batch's parts in a copy of the arena's bytes."""
+    """Return [n, PART]: the batch's parts in a copy of the arena's bytes."""
     rows = made.arena.parts(0)
     begins = [rows[slot].ctypes.data - made.arena.bytes.ctypes.data for slot in made.batch.slots]
     return np.stack([file[begin : begin + PART] for begin in begins])
 
 
 def failing_load(made: World, method: Method, at: tuple[str, int]) -> Callable[[FakeDevice], Program]:
-    """The last piece fails. The engine fills its blocks with something else once the job is done."""
+    """The last piece fails. Once the job is done, the engine writes other data into the blocks of that piece."""
     last = slice(len(made.batch.slots) - 1, None)
 
-    def build(device: FakeDevice) -> Program:
-        made.reset()
-        transfer, lanes = gpu(made, device, (method,), TIGHT)
-        device.fail_at = at
-        jobs: list[Job] = []
+    def reuse(device: FakeDevice) -> None:
+        device.compute.push("reuses blocks", lambda: made.put(LATE, last), lambda: made.spans(True, last))
 
-        def main() -> None:
-            jobs.append(transfer.load(made.cut()))
-            device.agent = "load"
-            lanes["load"].run()
+    def complaints() -> list[str]:
+        now, want = made.bytes.copy(), made.loaded.copy()
+        made.bytes[:] = want
+        made.put(LATE, last)
+        want[:], made.bytes[:] = made.bytes, now
+        out = [] if np.array_equal(now, want) else ["blocks are wrong"]
+        if (made.arena.headers["state"][made.batch.slots] == SlotState.BAD).tolist() != [False, True]:
+            out.append("the wrong slots are BAD")
+        return out
 
-        def reuse() -> None:
-            device.watch.join("engine", device.watch.now("load"))
-            device.compute.push("reuses blocks", lambda: made.put(LATE, last), lambda: made.spans(True, last))
-
-        def complaints(end: bool) -> list[str]:
-            if not end:
-                return []
-            now, want = made.bytes.copy(), made.loaded.copy()
-            made.bytes[:] = want
-            made.put(LATE, last)
-            want[:], made.bytes[:] = made.bytes, now
-            out = [] if np.array_equal(now, want) else ["blocks are wrong"]
-            if not isinstance(jobs[0].error, DeviceError) or jobs[0].ok.tolist() != [True, False]:
-                out.append(f"ok is {jobs[0].ok.tolist()}, error {jobs[0].error!r}")
-            if (made.arena.headers["state"][made.batch.slots] == SlotState.BAD).tolist() != [False, True]:
-                out.append("the wrong slots are BAD")
-            return out
-
-        step = Step("reuses blocks", lambda: bool(jobs) and jobs[0].done(), reuse)
-        return Program(main, [step], complaints, [made.arena.bytes, made.bytes])
-
-    return build
+    return _failing_program(made, "load", method, at, reuse, complaints)

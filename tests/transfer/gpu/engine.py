@@ -1,8 +1,8 @@
-"""An engine that leaves no gap unused, on a real GPU: it writes late, reads late, and reuses blocks as soon as it is told.
+"""An engine on a real GPU that uses every moment it is allowed: it writes late, reads late, and reuses blocks at once.
 
-On a GPU "late" is `torch.cuda._sleep` before the work, on a stream of the engine's own; every buffer of the copier starts as
-poison. Without a GPU the same calls run in order over host memory (kvkern/transfer/gpu/dry_run_device.py), which proves the
-tests' own logic.
+On a GPU "late" means `torch.cuda._sleep` before the work, on the engine's own stream, and every buffer of the copier starts as
+poison. Without a GPU the same calls run in order over host memory (kvkern/transfer/gpu/dry_run_device.py). That checks the
+logic of the tests themselves.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from kvkern.transfer.gpu.staging_rings import RingDepths
 from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena
 
 POISON, JUNK = 0xEE, 0x55
-LATE_CYCLES = 100_000_000  # some 50 ms: far longer than any transfer here
+LATE_CYCLES = 100_000_000  # some 50 ms: far longer than any job here
 PER_CHUNK, LAYERS, BLOCK = 4, 2, (16, 2, 32)  # blocks; tokens, heads, elements of two bytes: runs of 2 KiB
 CHUNKS = 6
 PART = PER_CHUNK * LAYERS * 2 * 2048
-TIGHT = RingDepths(staging_nbytes=2 * PART, staging=1, tables=1, window=2)  # every buffer is used again at once
+TIGHT = RingDepths(staging_nbytes=2 * PART, staging=1, tables=1, window=2)  # every buffer is reused at once
 
 
 def make_device(kind: str, careless: bool = False) -> Device:
-    """ "cuda": with poisoned buffers; "cpu": in order, on the host. `careless`: the engine's event says nothing."""
+    """Make a device: "cuda" has poisoned buffers, "cpu" runs in order. With `careless` jobs do not wait for the engine."""
     if kind == "cpu":
         return DryRunDevice()
     from kvkern.transfer.gpu.cuda_device import CudaDevice
@@ -59,7 +59,7 @@ def make_device(kind: str, careless: bool = False) -> Device:
             if not careless:
                 return super().record_computed()
             event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.Stream())  # an idle one
+            event.record(torch.cuda.Stream())  # an idle stream
             return event
 
     return Poisoned(torch.device("cuda"))
@@ -95,13 +95,13 @@ class Engine:
         self.arena.close()
 
     def late(self, work: Callable[[], object]) -> None:
-        """Enqueue `work` behind a long wait, and return at once."""
+        """Enqueue `work` after a long wait, and return at once."""
         if self._stream is not None:
             torch.cuda._sleep(LATE_CYCLES)
         work()
 
     def noise(self, seed: int) -> list[torch.Tensor]:
-        """Random bytes for the blocks of `CHUNKS` chunks, a layer each, on the device."""
+        """Return random bytes for the blocks of `CHUNKS` chunks, one tensor per layer, on the device."""
         shape = (2, CHUNKS * PER_CHUNK, *BLOCK)
         generator = torch.Generator().manual_seed(seed)
         made = [
@@ -110,7 +110,7 @@ class Engine:
         return [values.to(self.kind).view(torch.bfloat16) for values in made]
 
     def index(self, ids: npt.NDArray[np.int32]) -> torch.Tensor:
-        """Block ids on the device. Uploaded here, so that what uses it later does not wait for the host."""
+        """Upload block ids now, so that later work with them does not wait for the host."""
         index = torch.from_numpy(ids.reshape(-1).astype(np.int64)).to(self.kind)
         self.settle()
         return index
@@ -150,7 +150,7 @@ class Engine:
 
 
 def until(condition: Callable[[], bool], patience_s: float = 60) -> None:
-    """Ask again and again, as an engine does at every step."""
+    """Poll `condition`, as an engine does at every step."""
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it does not become true"
@@ -158,7 +158,7 @@ def until(condition: Callable[[], bool], patience_s: float = 60) -> None:
 
 
 def store_late(engine: Engine, name: object, seed: int) -> tuple[list[torch.Tensor], Reservation]:
-    """Blocks are written late, stored at once, and overwritten as soon as they are free. Returns what was written."""
+    """Write blocks late, store them at once, and overwrite them as soon as they are free. Returns the written bytes."""
     want, index = engine.noise(seed), engine.index(engine.here)
     engine.spoil(index)
     reserved, batch = engine.reserve(name, engine.here)
@@ -175,10 +175,10 @@ def store_late(engine: Engine, name: object, seed: int) -> tuple[list[torch.Tens
 def load_late(
     engine: Engine, name: object, reserved: Reservation
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], npt.NDArray[np.bool_]]:
-    """Blocks are read late, and loaded into at once. (what they held, what the reader saw, what they hold, ok)"""
+    """Read blocks late, and load into them at once. Returns (former bytes, bytes that the reader saw, bytes now, ok)."""
     index, old = engine.index(engine.there), engine.noise(99)
     engine.write(index, old)
-    engine.settle()  # what is late is the reader alone
+    engine.settle()  # so that only the reader is late
     seen, got = engine.noise(0), engine.noise(0)
     engine.late(lambda: engine.read(index, seen))
     job = engine.copier.load([engine.batch(name, engine.there, reserved.slots, reserved.generations)])

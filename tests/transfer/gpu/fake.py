@@ -1,7 +1,7 @@
-"""A device whose streams are queues of closures over host memory. Somebody else says which one runs next: see `Order`.
+"""A device whose streams are queues of closures over host memory. An `Order` decides which one runs next.
 
-Gathers and scatters really run (numba), copies are memory moves, so a wrong order shows as wrong bytes. `drop` takes away
-edges: (event, who waits), or (operation, the next one on its stream). Who looks at memory declares it to `watch`, see race.py.
+Gathers and scatters really run (numba), and copies are memory moves, so a wrong order gives wrong bytes. `drop` removes edges:
+(event, who waits), or (operation, the next operation on its stream). Each access to memory is reported to `watch`: see race.py.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from kvkern.transfer.gpu.link_table import Direction
 from tests.transfer.gpu.race import Clock, Span, Watch
 
 POISON = 0xEE
-# Event, and who waits: a stream, "host" (blocks), "engine" (asks) or "drain"; or two operations in a row on one stream
+# (event, who waits): a stream, "host" (blocks), "engine" (queries) or "drain". Or two operations in a row on one stream
 Edge = tuple[str, str]
 
 
 class Order(Protocol):
-    """Who runs next."""
+    """Decides what runs next."""
 
     def point(self, device: FakeDevice, label: str, ready: Callable[[], bool]) -> None:
-        """The host is about to touch memory or to ask the device. Run streams as you like; return when `ready()`."""
+        """Called before the host touches memory or queries the device. Run any streams; return when `ready()` is True."""
 
 
 @dataclass
 class Op:
     name: str
     run: Callable[[], object]
-    spans: Callable[[], list[Span]]  # what it reads and writes; asked when it runs
+    spans: Callable[[], list[Span]]  # the memory that it reads and writes; called when it runs
     clock: Clock
     held: Sequence[ctypes.Array[ctypes.c_char]] = ()
 
@@ -64,7 +64,7 @@ class FakeEvent:
             return found
 
     def _poll(self) -> bool:
-        """A lane's thread asks, and would ask again."""
+        """A query of a lane's thread, which would query again."""
         kept, arrived = self.device.kept(self.name, "host"), self.device.arrived
         self.device.point(f"ask {self.name}", lambda: arrived is None or self.done or not kept or arrived())
         with self.device.lock:
@@ -87,9 +87,9 @@ class FakeStream:
     name: str
     queue: deque[Op | FakeEvent | tuple[str, FakeEvent]] = field(default_factory=deque)  # op, record, wait
     ran: int = 0
-    last: str = ""  # operation that was enqueued
+    last: str = ""  # the operation that was enqueued last
     before_last: FakeEvent | None = None
-    since_last: list[FakeEvent] = field(default_factory=list)  # that it waits for
+    since_last: list[FakeEvent] = field(default_factory=list)  # events that the stream waits for since `last`
     closed: bool = False
 
     def record(self, name: str) -> FakeEvent:
@@ -112,7 +112,7 @@ class FakeStream:
         self.device.watch.join(self.name, event.clock)
 
     def _mark(self) -> FakeEvent:
-        """An event nobody has asked for."""
+        """Record an internal event."""
         event = FakeEvent(self.device, "mark", self.device.watch.now(self.name))
         self.queue.append(event)
         return event
@@ -122,8 +122,8 @@ class FakeStream:
             if self.closed:
                 return
             if self.queue:
-                self.device.faults.append(f"{self.name} is given back with work on it")
-            self.device.unattached(f"{self.name} is given back")
+                self.device.faults.append(f"{self.name} is destroyed with work on it")
+            self.device.unattached(f"{self.name} is destroyed")
             self.closed = True
 
     def synchronize(self) -> None:
@@ -133,14 +133,14 @@ class FakeStream:
             self.device.watch.join(self.device.agent, self.device.watch.now(self.name))
 
     def seconds(self, work: Callable[[], None], behind_wait: bool) -> float:
-        """The host's clock in place of a device's."""
+        """Time the work by the host's clock, in place of a device's clock."""
         begin = time.perf_counter()
         work()
         self.record("timed").synchronize()
         return time.perf_counter() - begin
 
     def copy(self, runs: Runs, direction: Direction) -> None:
-        """Of H2D the sources may be read at any time from the call on, by an operation that waits for nothing."""
+        """Enqueue copies. H2D may read its sources at any time from the call on, in an operation that waits for nothing."""
         moves = [(int(d), int(s), int(n)) for d, s, n in zip(runs.dst, runs.src, runs.nbytes, strict=True)]
         seen = [ctypes.create_string_buffer(nbytes) for _, _, nbytes in moves]
         reads, writes = [Span(s, n, False) for _, s, n in moves], [Span(d, n, True) for d, _, n in moves]
@@ -197,10 +197,10 @@ class FakeStream:
         name: str,
         run: Callable[[], object],
         spans: Callable[[], list[Span]],
-        held: Sequence[ctypes.Array[ctypes.c_char]] = (),  # what it leaves for another operation
-        after: FakeStream | None = None,  # the other half of the operation, beside what is before it here
+        held: Sequence[ctypes.Array[ctypes.c_char]] = (),  # bytes that it leaves for another operation
+        after: FakeStream | None = None,  # a stream with the operation's first half, which must run before this half
     ) -> None:
-        """Enqueue a closure and what it touches."""
+        """Enqueue a closure and the memory that it touches."""
         with self.device.lock:
             label = f"{self.name}: {name}"
             assert not self.closed, f"{self.name} is closed"
@@ -208,7 +208,7 @@ class FakeStream:
                 self.device.inject(label)
             beside = (self.last, label) in self.device.drop
             stream = self.device.stream(f"{self.name}, beside") if beside else self
-            if beside:  # after all that the last operation was after, but not after that one itself
+            if beside:  # after everything that the last operation was after, but not after that operation itself
                 assert self.before_last is not None
                 for event in (self.before_last, *self.since_last):
                     stream._wait(event)
@@ -224,7 +224,7 @@ class FakeStream:
 
 
 class FakeDevice:
-    """One thread, or several: `agent` names who calls, and is the host of race.py's clocks."""
+    """A fake device for one thread or several. `agent` names the calling thread, and is the host agent in race.py's clocks."""
 
     backend: Backend = "numba"
 
@@ -234,21 +234,21 @@ class FakeDevice:
         self.order, self.drop, self.early_reads = order, frozenset(drop), early_reads
         self.watch = watch or Watch()
         self.lock = threading.RLock()
-        self.edges: set[Edge] = set()  # all that were asked for, dropped or not
-        self.faults: list[str] = []  # what a real device would have answered with an illegal access
+        self.edges: set[Edge] = set()  # all edges that were requested, dropped or not
+        self.faults: list[str] = []  # accesses and calls that a real device would have refused
         self.streams: dict[str, FakeStream] = {}
-        self.memories: list[npt.NDArray[np.uint8]] = []  # everything a state is made of
+        self.memories: list[npt.NDArray[np.uint8]] = []  # all memory of the device, which is part of its state
         self.registered: dict[int, int] = {}
-        self.refuse_after: int | None = None  # registrations before the driver has enough
+        self.refuse_after: int | None = None  # the driver refuses registrations after this many
         self.shifts: Callable[[int], int] = lambda address: 0
         self.node: int | None = None
-        self.fail_at: tuple[str, int] | None = None  # (name of an operation, how many there are until one fails)
-        # What ends a thread's polling beside the event: until then, asking again changes nothing, and a search takes it for
-        # one wait. None: every question is answered at once.
+        self.fail_at: tuple[str, int] | None = None  # (name of an operation, n): the n-th such operation fails
+        # What ends a thread's polling, besides the event. Until then another query changes nothing, so a search treats the
+        # polling as one wait. None: every query is answered at once.
         self.arrived: Callable[[], bool] | None = None
         self.points = 0
-        self.seen: list[bytes] = []  # what the host has read
-        self.held: list[ctypes.Array[ctypes.c_char]] = []  # what copies have read and not written yet
+        self.seen: list[bytes] = []  # all bytes and answers that the host has read
+        self.held: list[ctypes.Array[ctypes.c_char]] = []  # bytes that copies have read but not written yet
         self._agent, self._maker = threading.local(), threading.get_ident()
         self.compute = self.stream("compute")
 
@@ -264,7 +264,7 @@ class FakeDevice:
         self.agent = threading.current_thread().name
 
     def unattached(self, what: str) -> None:
-        """Note what is done by a thread without a context, if this one has none. The thread that made the device has one."""
+        """Note a fault if this thread has no context. The thread that made the device has one."""
         if not hasattr(self._agent, "name") and threading.get_ident() != self._maker:
             self.faults.append(f"{what} by a thread without a context")
 
@@ -313,15 +313,15 @@ class FakeDevice:
         return self.node
 
     def check_host(self, address: int, nbytes: int) -> None:
-        """Copies reach pinned or registered memory, and one registration at a time."""
+        """Note a fault if a copy leaves pinned or registered memory, or crosses two registrations."""
         regions = [*self.registered.items(), *((m.ctypes.data, len(m)) for m in self.memories)]
         if not any(start <= address and address + nbytes <= start + size for start, size in regions):
             self.faults.append(f"a copy of {nbytes} bytes leaves registered memory")
 
-    # what an Order uses
+    # used by an Order
 
     def kept(self, event: str, who: str) -> bool:
-        """Note that this edge is there; whether it holds."""
+        """Note that this edge was requested. Returns False if it is dropped."""
         self.edges.add((event, who))
         return (event, who) not in self.drop
 
@@ -336,7 +336,7 @@ class FakeDevice:
         self.points += 1
 
     def settle(self) -> None:
-        """Let waits and records at the heads of queues happen: they touch no memory."""
+        """Run the waits and records at the heads of queues, as far as possible: they touch no memory."""
         moved = True
         while moved:
             moved = False
@@ -380,7 +380,7 @@ def _sums(sums: torch.Tensor) -> list[Span]:
 
 
 def blocks(paged: PagedTensors, ids: npt.NDArray[np.int32], write: bool) -> Iterator[Span]:
-    """Where these blocks lie, by the layout's formula."""
+    """Return the memory of these blocks, by the layout's formula."""
     for plane, base in zip(paged.layout.planes, paged.bases, strict=True):
         outer, stride_outer, inner, stride_inner, run = plane.runs
         for block in ids[ids >= 0]:

@@ -1,13 +1,13 @@
-"""Who runs next on a fake device: chance, or every order there is.
+"""Orders for a fake device: a random one, or every possible one.
 
-The search runs a program again and again, each time with other choices (stateless: Godefroid 1997). At a point where more
-than one can go it takes a fingerprint of all memory, of how far each stream and the host are and of all that the host has
-read or been told so far. Two runs with the same fingerprint have the same future, so the second one stops there. That needs
-no claim about which operations are independent, and leaves one run for each edge of the graph of states instead of one for
-each of its paths; the paths are counted all the same.
+The search runs a program many times, each time with other choices (stateless search: Godefroid 1997). At a point with more than
+one choice it takes a fingerprint: of all memory, of the progress of each stream and of the host, and of everything that the
+host has read or been told so far. Two runs with the same fingerprint have the same future, so the second run stops there. This
+needs no assumption about which operations are independent. It needs one run for each edge of the graph of states, not one for
+each path; the paths are counted all the same.
 
-The host's points are those where it touches shared memory or asks the device. Enqueuing needs none: whatever a stream could
-do before it, it can do after it with the same result.
+The host's points are those where it touches shared memory or queries the device. Enqueuing needs no point: whatever a stream
+could do before it, the stream can do after it with the same result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.transfer.gpu.race import Watch
 
 
 class Random:
-    """Any stream or host that can go, by chance. For threads too: who waits runs the streams."""
+    """Picks a random stream or the host, among those that can run. Works with threads: a waiting thread runs the streams."""
 
     def __init__(self, seed: int, patience_s: float = 60) -> None:
         self._random, self._patience_s = random.Random(seed), patience_s
@@ -42,17 +42,17 @@ class Random:
                 if pick:
                     device.run(pick)
                     continue
-            assert time.monotonic() < deadline, f"{label}: nothing can run, and nobody enqueues"
+            assert time.monotonic() < deadline, f"{label}: nothing can run, and no thread enqueues"
             time.sleep(1e-4)
 
 
 class Pruned(BaseException):
-    """This state has been explored. Not an Exception: nobody handles it."""
+    """This state has been explored already. Not an Exception, so that no code under test handles it."""
 
 
 @dataclass
 class Step:
-    """What the engine does as soon as it may."""
+    """What the engine does as soon as it is allowed to."""
 
     name: str
     may: Callable[[], bool]
@@ -61,28 +61,28 @@ class Step:
 
 @dataclass
 class Program:
-    """One run from the start: built anew for every choice of orders."""
+    """One run from the start. It is built again for every order."""
 
-    main: Callable[[], None]  # calls the transfer; drives its lanes
+    main: Callable[[], None]  # calls the copier and drives its lanes
     engine: list[Step]
-    complaints: Callable[[bool], list[str]]  # what is wrong now; with True: at the end
-    memories: list[npt.NDArray[np.uint8]]  # beside the device's own
+    complaints: Callable[[bool], list[str]]  # what is wrong now; with True: what is wrong at the end
+    memories: list[npt.NDArray[np.uint8]]  # memory that is part of the state, besides the device's own
 
 
 @dataclass
 class Found:
-    """What a search has seen."""
+    """The results of a search."""
 
     runs: int = 0
-    states: int = 0  # with more than one way on
-    interleavings: int = 0  # paths through them
+    states: int = 0  # states with more than one choice
+    interleavings: int = 0  # paths through the states
     wrong: dict[str, list[str]] = field(default_factory=dict)  # complaint: an order that leads to it
     edges: set[Edge] = field(default_factory=set)
-    races: set[tuple[str, str]] = field(default_factory=set)  # by the clocks, in any of the runs
+    races: set[tuple[str, str]] = field(default_factory=set)  # races that the clocks saw in any of the runs
 
 
 class _Script:
-    """Takes the choices of a prefix, then the first one everywhere. Remembers where it was."""
+    """Takes the choices of a prefix, then always the first choice. Remembers the states that it met."""
 
     def __init__(self, prefix: list[int], graph: dict[bytes, list[bytes | None]]) -> None:
         self.program: Program | None = None
@@ -115,7 +115,7 @@ class _Script:
             self._look(device, False)
 
     def finish(self, device: FakeDevice) -> None:
-        """Let everything run, in every order, and look at what is left."""
+        """Let all remaining work run, then check the end state."""
         assert self.program is not None
         steps = self.program.engine
         self.point(device, "end", lambda: device.idle() and self._steps == len(steps))
@@ -167,7 +167,7 @@ class _Script:
             self.graph[before][choice] = state
 
     def came_from(self, state: bytes, choice: int) -> None:
-        """The last choice of the prefix, for the graph."""
+        """Set the state and the choice that this run continues from, for the graph."""
         self._came = (state, choice)
 
     def _fingerprint(self, device: FakeDevice) -> bytes:
@@ -188,7 +188,7 @@ def search(
     prune: bool = True,  # False: take every path, to count them
     early_reads: bool = True,  # see FakeStream.copy
 ) -> Found:
-    """Every order of a program, with some edges taken away."""
+    """Run a program in every order, with some edges removed."""
     found, graph = Found(), dict[bytes, list[bytes | None]]()
     todo: list[tuple[list[int], tuple[bytes, int] | None]] = [([], None)]
     start: bytes | None = None
@@ -222,14 +222,14 @@ def search(
 
 
 def _pending(more: list[list[int]], new: list[bytes]) -> list[tuple[list[int], tuple[bytes, int] | None]]:
-    """Each prefix not taken, with the state it leaves from: prefixes of one length leave from one state."""
+    """Return each untaken prefix with the state that it branches from. Prefixes of one length branch from one state."""
     lengths = sorted({len(prefix) for prefix in more})
     states = dict(zip(lengths, new, strict=True))
     return [(prefix, (states[len(prefix)], prefix[-1])) for prefix in more]
 
 
 def _paths(graph: dict[bytes, list[bytes | None]], start: bytes) -> int:
-    """How many ways lead from a state to the end. The graph has no cycles: every step moves something on."""
+    """Count the paths from a state to the end. The graph has no cycles, because every step makes progress."""
     counts: dict[bytes, int] = {b"end": 1}
     stack = [start]
     while stack:
@@ -246,7 +246,7 @@ def _paths(graph: dict[bytes, list[bytes | None]], start: bytes) -> int:
 
 
 def one_run(build: Callable[[FakeDevice], Program], seed: int, drop: Iterable[Edge] = ()) -> Watch:
-    """A single order by chance, watched for races."""
+    """Run a program once in a random order, watched for races."""
     watch = Watch(enabled=True)
     script = _Chance(seed)
     device = FakeDevice(script, drop, watch)
@@ -258,7 +258,7 @@ def one_run(build: Callable[[FakeDevice], Program], seed: int, drop: Iterable[Ed
 
 
 class _Chance(_Script):
-    """The engine, the host and the streams by chance."""
+    """Chooses randomly among the engine, the host and the streams."""
 
     def __init__(self, seed: int) -> None:
         super().__init__([], {})

@@ -1,8 +1,8 @@
-"""Finds unordered accesses by vector clocks, in one run and whatever order that run took (Lamport 1978, Mattern 1989).
+"""Finds unordered accesses by vector clocks, in one run of any order (Lamport 1978, Mattern 1989).
 
-Agents are streams and host threads, each with a clock: how much of every agent it is after. Enqueuing orders the host before
-the operation; an event carries its stream's clock to whoever waits for it. Two accesses to the same 64 bytes, one of them a
-write, race unless the later one's clock has reached the earlier one.
+Agents are streams and host threads. An agent's clock says how much of every other agent's work has happened before it.
+Enqueuing orders the host before the operation. An event carries its stream's clock to every agent that waits for it. Two
+accesses to the same 64 bytes race if one of them is a write and the later one's clock has not reached the earlier one.
 """
 
 from __future__ import annotations
@@ -24,44 +24,46 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class _Access:
     agent: str
-    time: int  # of its agent
+    time: int  # on its agent's clock
     name: str
 
 
 class Watch:
-    """Clocks of all agents and the last accesses to each line. `enabled` from the start, or clocks only."""
+    """The clocks of all agents and the last accesses to each line. If not `enabled` it keeps clocks only."""
 
     def __init__(self, enabled: bool = False) -> None:
-        self.races: set[tuple[str, str]] = set()  # (who came first in this run, who is not ordered after it)
+        self.races: set[tuple[str, str]] = (
+            set()
+        )  # (first access in this run, a later access that is not ordered after it)
         self._enabled = enabled
         self._clocks: defaultdict[str, Clock] = defaultdict(dict)
         self._writes: dict[int, _Access] = {}
-        self._reads: defaultdict[int, dict[str, _Access]] = defaultdict(dict)  # since the last write, one an agent
+        self._reads: defaultdict[int, dict[str, _Access]] = defaultdict(dict)  # since the last write, one per agent
 
     def now(self, agent: str) -> Clock:
-        """A copy of an agent's clock."""
+        """Return a copy of an agent's clock."""
         return dict(self._clocks[agent])
 
     def join(self, agent: str, clock: Clock) -> None:
-        """From now on the agent is after all that `clock` is after."""
+        """Order the agent, from now on, after everything that `clock` is after."""
         own = self._clocks[agent]
         for other, time in clock.items():
             own[other] = max(own.get(other, 0), time)
 
     def enqueue(self, host: str, stream: str) -> Clock:
-        """The clock of the next thing on a stream."""
+        """Return the clock of the next operation on a stream."""
         if not self._enabled:
             return {}
         self.join(stream, self._clocks[host])
         return self._tick(stream)
 
     def host(self, agent: str, name: str, spans: list[Span]) -> None:
-        """A host thread touches memory now."""
+        """Report that a host thread touches memory now."""
         if self._enabled:
             self._touch(agent, f"{agent}: {name}", spans, self._tick(agent))
 
     def device(self, stream: str, name: str, spans: list[Span], clock: Clock) -> None:
-        """An operation runs."""
+        """Report that an operation of a stream runs."""
         if self._enabled:
             self._touch(stream, name, spans, clock)
 

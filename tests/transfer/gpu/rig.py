@@ -1,4 +1,4 @@
-"""A transfer with its threads over a real arena and a fake device, for tests of the whole."""
+"""A GPU copier with its threads over a real arena and a fake device, for tests of the whole copier."""
 
 from __future__ import annotations
 
@@ -31,9 +31,19 @@ from tests.transfer.gpu.race import Watch
 PER_CHUNK = 3
 
 
+class TensorsOnGpu(PagedTensors):
+    """Host tensors that claim to be on a GPU until a test sets `where` to "cpu", when the fake device is made."""
+
+    where = "cuda:0"
+
+    @property
+    def device(self) -> str:
+        return TensorsOnGpu.where
+
+
 @dataclass
 class Rig:
-    """An arena and its manager, paged tensors, a fake device and the transfer under test."""
+    """An arena and its manager, paged tensors, a fake device and the copier under test."""
 
     arena: Arena
     cache: Cache
@@ -52,7 +62,7 @@ class Rig:
         )
 
     def seen_done(self) -> None:
-        """This thread has seen its jobs done, and what it submits from now on comes after them."""
+        """Tell the clocks that this thread has seen its jobs done, so that what it submits next comes after them."""
         lanes = [f"kvkern-{lane}_0" for lane in ("store", "load")]
         with self.device.lock:
             for one, other in (*((lane, "engine") for lane in lanes), *(("engine", lane) for lane in lanes)):
@@ -76,7 +86,7 @@ class Rig:
         return lease, self.batch(ids, lease.keys, lease.slots)
 
     def read(self, name: object, ids: npt.NDArray[np.int64]) -> tuple[list[bool], int]:
-        """(ok of each chunk, chunks dropped as BAD at the release)."""
+        """Load all chunks. Returns (ok of each chunk, number of chunks dropped as BAD at the release)."""
         lease, batch = self.leased(name, ids)
         job = self.copier.load([batch]).wait(60)
         assert job.error is None
@@ -98,10 +108,10 @@ def rig(
     arena = make_arena(folder, slots=slots, part_nbytes=part, planes=planes)
     device = FakeDevice(Random(seed), watch=Watch(enabled=True))
     depths = depths or RingDepths(staging_nbytes=2 * part)
-    transfer = GpuCopier(groups, arena, 0, per_chunk, device, choose, depths)
-    made = Rig(arena, Cache(DramTier(arena, LRU())), groups, device, transfer)
+    copier = GpuCopier(groups, arena, 0, per_chunk, device, choose, depths)
+    made = Rig(arena, Cache(DramTier(arena, LRU())), groups, device, copier)
     yield made
-    transfer.close()
+    copier.close()
     assert device.registered == {}
     assert device.faults == []
     assert device.idle()
@@ -110,7 +120,7 @@ def rig(
 
 
 def flash(blocks: int = 32, layers: int = 2, seed: int = 0) -> PagedTensors:
-    """Planes of 256 bytes a block."""
+    """Paged tensors in FlashAttention's layout, with random bytes: planes of 256 bytes a block."""
     generator = torch.Generator().manual_seed(seed)
     shape = (2, blocks, 4, 2, 16)
     tensors = [

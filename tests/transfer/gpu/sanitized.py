@@ -1,4 +1,4 @@
-"""What runs under compute-sanitizer: a store and a load by every method, and every depth of the ring, at small sizes.
+"""The script that runs under compute-sanitizer: a store and a load by every method, and every ring depth, at small sizes.
 
 python -m tests.transfer.gpu.sanitized FOLDER [cpu]
 """
@@ -32,7 +32,7 @@ def transfers(folder: Path, kind: str) -> None:
 
 
 def kernels() -> None:
-    """Long runs, short ones, and odd ones without a ring, each depth; the round trip gives the same sums."""
+    """Run the kernels at every depth over long runs, short runs, and odd runs without a ring. All must give the same sums."""
     from kvkern.kernels import paged_copy_triton
 
     for name in ("FA bf16", "MLA 656", "pages, odd rows"):

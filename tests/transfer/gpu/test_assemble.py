@@ -1,4 +1,4 @@
-"""Which copier a rank gets: by where its tensors are, proven before the first request."""
+"""A rank gets the copier of its tensors' device, and the copier is tested before the first request."""
 
 from __future__ import annotations
 
@@ -22,39 +22,30 @@ from tests.kernels.paged_cases import CASES
 from tests.support import make_arena
 from tests.transfer.gpu.fake import FakeDevice
 from tests.transfer.gpu.orders import Random
-
-
-class Elsewhere(PagedTensors):
-    """Says that its tensors are on a GPU until the device that copies them is made."""
-
-    where = "cuda:0"
-
-    @property
-    def device(self) -> str:
-        return Elsewhere.where
+from tests.transfer.gpu.rig import TensorsOnGpu
 
 
 class Standin(FakeDevice):
-    """In the place of CudaDevice."""
+    """Replaces CudaDevice."""
 
     batch_api, host_pointers, info, name = True, True, None, "Test GPU 80GB"
-    made: list[FakeDevice] = []  # noqa: RUF012  # of the test
+    made: list[FakeDevice] = []  # noqa: RUF012  # the devices that the test has made
 
     def __init__(self, device: Any) -> None:
         super().__init__(Random(0))
         assert str(device) == "cuda:0"
-        Elsewhere.where = "cpu"
+        TensorsOnGpu.where = "cpu"
         Standin.made.append(self)
 
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PagedTensors]:
-    monkeypatch.setattr(Elsewhere, "where", "cuda:0")
+    monkeypatch.setattr(TensorsOnGpu, "where", "cuda:0")
     monkeypatch.setattr(Standin, "made", [])
     monkeypatch.setattr(cuda_device, "CudaDevice", Standin)
     monkeypatch.setattr(assemble, "user_cache_dir", lambda: tmp_path)
     paged = CASES["FA bf16"]()
-    return [Elsewhere(paged.layout, paged.tensors, paged.bases)]
+    return [TensorsOnGpu(paged.layout, paged.tensors, paged.bases)]
 
 
 def build(folder: Path, groups: list[PagedTensors]) -> Any:
@@ -62,18 +53,18 @@ def build(folder: Path, groups: list[PagedTensors]) -> Any:
     return assemble.build_copier(Config(capacity_nbytes=1 << 20), arena, groups, rank=0, blocks_per_chunk=2)
 
 
-def test_tensors_on_a_gpu_get_the_gpus(tmp_path: Path, groups: list[PagedTensors]) -> None:
-    transfer = build(tmp_path, groups)
-    assert type(transfer) is GpuCopier
+def test_tensors_on_a_gpu_get_the_gpu_copier(tmp_path: Path, groups: list[PagedTensors]) -> None:
+    copier = build(tmp_path, groups)
+    assert type(copier) is GpuCopier
     assert Standin.made[0].registered
-    transfer.close()
+    copier.close()
     assert not Standin.made[0].registered
 
 
 def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
     tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Homes are shared between hosts: two models must not meet in one file."""
+    """Hosts may share a home folder: two GPU models must not share one file."""
     seen = []
 
     def table(make: Any, identity: DeviceId, able: Any, folder: Path) -> Calibration:
@@ -85,20 +76,20 @@ def test_a_gpu_that_nvml_does_not_show_has_a_table_of_its_own(
     assert seen == [DeviceId("Test GPU 80GB", "unknown", HostLink(0, 0), cpu_nodes=process_nodes())]
 
 
-def test_tensors_in_host_memory_get_the_cpus(tmp_path: Path) -> None:
-    transfer = build(tmp_path, [CASES["FA bf16"]()])
-    assert type(transfer) is HostCopier
-    transfer.close()
+def test_tensors_in_host_memory_get_the_host_copier(tmp_path: Path) -> None:
+    copier = build(tmp_path, [CASES["FA bf16"]()])
+    assert type(copier) is HostCopier
+    copier.close()
 
 
 def test_a_layout_that_does_not_round_trip_gives_the_memory_back(tmp_path: Path, groups: list[PagedTensors]) -> None:
     other = CASES["FA bf16"]()
     with pytest.raises(LayoutError, match="does not round-trip"):
-        build(tmp_path, [Elsewhere(groups[0].layout, groups[0].tensors, other.bases)])
+        build(tmp_path, [TensorsOnGpu(groups[0].layout, groups[0].tensors, other.bases)])
     assert not Standin.made[0].registered
 
 
-def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
+def test_an_unusable_gpu_is_an_error_for_the_user(
     tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, nbytes: int) -> None:
@@ -109,7 +100,7 @@ def test_a_gpu_that_cannot_be_used_is_the_users_to_hear_of(
         build(tmp_path, groups)
 
 
-def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
+def test_an_hbm_tier_without_room_is_an_error_for_the_user(
     tmp_path: Path, groups: list[PagedTensors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = make_arena(tmp_path, part_nbytes=groups[0].layout.part_nbytes(2), planes=4)
@@ -127,5 +118,7 @@ def test_an_hbm_tier_without_room_is_the_users_to_hear_of(
 
 
 def test_groups_on_two_devices_are_refused(tmp_path: Path, groups: list[PagedTensors]) -> None:
-    with pytest.raises(LayoutError, match="tensors are on 2 devices: cpu, cuda:0. Give each rank tensors of one device."):
+    with pytest.raises(
+        LayoutError, match=r"tensors are on 2 devices: cpu, cuda:0; give each rank tensors of one device"
+    ):
         build(tmp_path, [*groups, CASES["FA bf16"]()])

@@ -1,4 +1,4 @@
-"""The sweep against a device whose parameters are known: recovered, within the budget, honest about the rest."""
+"""The calibration of a device with known parameters: it recovers them within the budget, and marks those that it cannot."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def parameters(scale: float = 1.0) -> Costs:
 
 @dataclass
 class Synthetic:
-    """A device with a clock of its own: what it does takes what its costs say, plus noise."""
+    """A device with its own clock: every operation takes the time that its costs give, plus noise."""
 
     d2h: Costs = field(default_factory=parameters)
     h2d: Costs = field(
         default_factory=lambda: replace(parameters(), copy_gb_s=51.0, descriptor_s=0.55e-6, short_gb_s=6.4)
     )
-    noise: float = 0.0  # a part of the time, and as many microseconds
-    overhead_s: float = 6e-6  # of every operation that is waited for
-    stall_every: int = 0  # one operation in so many takes 300 us more
+    noise: float = 0.0  # adds up to this part of the time, and microseconds with this mean
+    overhead_s: float = 6e-6  # of every operation that is timed until done
+    stall_every: int = 0  # every n-th operation takes 300 us more
     seed: int = 1
     now_s: float = 100.0
     asked: list[tuple[str, int]] = field(default_factory=list)
@@ -142,7 +142,7 @@ def test_a_noisy_device_is_recovered_within_a_few_percent(seed: int) -> None:
 
 
 def test_a_slow_device_ends_in_time_and_keeps_seeds() -> None:
-    """PCIe 3 x1, say: large copies do not fit the budget."""
+    """On a link such as PCIe 3 x1 large copies do not fit the budget."""
     slow = replace(parameters(0.02), relayout=parameters().relayout)
     device = Synthetic(d2h=slow, h2d=slow)
     table = calibrate(device, SEEDS, clock=device.clock)
@@ -194,7 +194,7 @@ def test_a_clock_that_sees_nothing_measures_nothing(stopped: float) -> None:
     (Abilities(host_pointers=False), {"zero_copy"}),
     (Abilities(pinned=False), {"submit_batch", "short_runs", "zero_copy", "relayout", "launch"}),
 ])  # fmt: skip
-def test_what_cannot_be_is_not_asked(able: Abilities, never: set[str]) -> None:
+def test_impossible_operations_are_not_measured(able: Abilities, never: set[str]) -> None:
     device = Synthetic()
     table = calibrate(device, seed_calibration(DEVICE.link, able), clock=device.clock)
     assert never.isdisjoint(what for what, _ in device.asked)
@@ -219,7 +219,7 @@ def test_the_next_start_measures_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     assert "47.0 GB/s" in caplog.text
 
     def unwanted() -> Synthetic:
-        raise AssertionError("what measures compiles kernels and takes memory")
+        raise AssertionError("the device was made, which compiles kernels and takes memory")
 
     assert load_or_calibrate(unwanted, DEVICE, SEEDS.abilities, tmp_path) == first
 
@@ -247,11 +247,13 @@ def test_new_abilities_are_measured(tmp_path: Path) -> None:
     assert fewer.asked == []
 
 
-def test_half_a_measurement_is_said_once_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_measurement_is_warned_of_once_and_not_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     slow = parameters(0.001)
     table = start(Synthetic(slow, slow), tmp_path)
-    assert "not measured well within 20 ms, estimates stand: d2h " in caplog.text
-    assert str(calibration_file.path_of(DEVICE, tmp_path)) in caplog.text  # what to delete
+    assert "not measured well within 20 ms, so estimates are used: d2h " in caplog.text
+    assert str(calibration_file.path_of(DEVICE, tmp_path)) in caplog.text  # the file to delete
     assert "~" in table_text(table)
     assert unmeasured(table) != []
     assert untried(table) == []
@@ -264,8 +266,8 @@ def test_half_a_measurement_is_said_once_and_not_tried_again(tmp_path: Path, cap
     assert unmeasured(start(again, tmp_path)) == []
 
 
-def test_what_was_not_tried_is_measured_later(tmp_path: Path) -> None:
-    """A driver that has learned batch copies, of a device whose other costs nobody could measure."""
+def test_untried_costs_are_measured_later(tmp_path: Path) -> None:
+    """A newer driver has batch copies, on a device whose other costs could not be measured."""
     slow = parameters(0.001)
     start(Synthetic(slow, slow), tmp_path, Abilities(batch_api=False))
     device = Synthetic(slow, slow)
@@ -274,7 +276,7 @@ def test_what_was_not_tried_is_measured_later(tmp_path: Path) -> None:
 
 
 def test_rounds_that_disagree_are_no_measurement() -> None:
-    """A thread that wakes up late, an L2 that holds half of it: no rate is better than a wrong one."""
+    """A thread may wake up late, or L2 may hold half of the bytes: no rate is better than a wrong rate."""
 
     class Unsteady(Synthetic):
         def relayout(self, direction: Direction, ctas: int, nbytes: int) -> float:
@@ -286,8 +288,8 @@ def test_rounds_that_disagree_are_no_measurement() -> None:
     assert table.h2d.relayout == SEEDS.h2d.relayout
 
 
-def test_what_waiting_takes_counts_against_the_budget() -> None:
-    """A device's clock does not see it."""
+def test_waiting_time_counts_against_the_budget() -> None:
+    """The device's clock does not see the waiting time."""
 
     class Waiting(Synthetic):
         def _took(self, what: str, size: int, seconds: float) -> float:
@@ -300,7 +302,7 @@ def test_what_waiting_takes_counts_against_the_budget() -> None:
 
 
 def test_ranks_measure_one_after_the_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The first measures, the others read what it has saved; a rank with another GPU measures after it."""
+    """The first rank measures, and the others read its saved table. A rank with another GPU measures after it."""
     inside, most, devices = [0], [0], []
 
     def make(device: Synthetic) -> Synthetic:
@@ -322,13 +324,15 @@ def test_ranks_measure_one_after_the_other(tmp_path: Path, caplog: pytest.LogCap
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_who_waits_in_vain_takes_estimates_for_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_that_does_not_get_the_lock_uses_estimates_for_one_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     device = Synthetic()
     with calibration_file.measuring_lock(tmp_path, 0):
         table = load_or_calibrate(lambda: device, DEVICE, SEEDS.abilities, tmp_path, clock=device.clock, wait_s=0.06)
     assert table == SEEDS
     assert device.asked == []
-    assert "estimates stand for now" in caplog.text
+    assert "so this start uses estimates" in caplog.text
     assert unmeasured(start(device, tmp_path)) == []
 
 

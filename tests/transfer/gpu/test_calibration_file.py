@@ -1,4 +1,4 @@
-"""The calibration file: what is written is read, and what is not good is as if it were not there, with one warning."""
+"""The calibration file: a written file is read back, and an invalid file is ignored with one warning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_round_trip(
     table = replace(TABLE, d2h=d2h, h2d=h2d)
     calibration_file.save(device, table, tmp_path)
     assert calibration_file.load(device, TABLE, tmp_path) == table
-    assert calibration_file.path_of(device, tmp_path).parent == tmp_path / "calibration"  # whatever the name
+    assert calibration_file.path_of(device, tmp_path).parent == tmp_path / "calibration"  # for any device name
 
 
 def test_the_name_tells_the_device() -> None:
@@ -77,8 +77,8 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         assert third
 
 
-def test_the_lock_of_who_died_is_free(tmp_path: Path) -> None:
-    """And who waits gets it as soon as it is."""
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """A waiting process gets the lock as soon as the holder dies."""
     code = f"""
 import time
 from pathlib import Path

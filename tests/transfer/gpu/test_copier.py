@@ -1,4 +1,4 @@
-"""The GPU's copier as a whole, with its threads, over a real arena: bytes, verdicts and refusals as the CPU's."""
+"""The whole GPU copier, with its threads, over a real arena: bytes, verdicts and errors equal those of the host copier."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ each_method = pytest.mark.parametrize("method", list(Method))
 @pytest.mark.parametrize("name", sorted(CASES))
 @each_method
 def test_bit_for_bit_what_the_cpu_moves(tmp_path: Path, name: str, method: Method) -> None:
-    """Two chunks out, blocks overwritten, both back: arena and tensors equal the CPU's at each step, guards included."""
+    """Store two chunks, overwrite the blocks, load both: arena and tensors equal the CPU's at each step, guards included."""
     for other in ("gpu", "cpu"):
         (tmp_path / other).mkdir()
     ids = np.array([[5, 0, 1], [2, 3, 6]])
@@ -62,7 +62,7 @@ def test_bit_for_bit_what_the_cpu_moves(tmp_path: Path, name: str, method: Metho
 @each_method
 @pytest.mark.parametrize("seed", range(3))
 def test_jobs_larger_than_the_ring(tmp_path: Path, method: Method, seed: int) -> None:
-    """Ten pieces through two buffers, stores and loads at once, in an order by chance; no race by the clocks either."""
+    """Ten pieces go through two buffers, stores and loads at once, in random order. The clocks see no race either."""
     paged = flash(blocks=64)
     ids = np.random.default_rng(seed).permutation(60).reshape(20, 3)
     with rig(tmp_path, [paged], choosing(method), slots=48, seed=seed) as bench:
@@ -85,17 +85,17 @@ def test_jobs_larger_than_the_ring(tmp_path: Path, method: Method, seed: int) ->
     ("stored", "store.kernels"), ("gathered", "store.copies"), ("uploaded", "host"), ("computed", "store.kernels"),
 ])  # fmt: skip
 def test_the_clocks_see_a_missing_edge_among_threads(tmp_path: Path, edge: tuple[str, str]) -> None:
-    """The same check as above is not empty: without an edge it finds a race."""
+    """The check above is not empty: without an edge it finds a race."""
     ids = np.arange(60).reshape(20, 3)
     arena = make_arena(tmp_path, slots=20, part_nbytes=3 * 1024, planes=4)
     paged, device = flash(blocks=64), FakeDevice(Random(1), [edge], Watch(enabled=True))
-    transfer = GpuCopier([paged], arena, 0, 3, device, choosing(Method.STAGED), RingDepths(staging_nbytes=3 * 1024))
+    copier = GpuCopier([paged], arena, 0, 3, device, choosing(Method.STAGED), RingDepths(staging_nbytes=3 * 1024))
     writes = [Span(t.data_ptr(), t.nbytes, True) for t in paged.tensors]
     device.compute.push("computes", lambda: None, lambda: writes)
     zeros = np.zeros(20, dtype=np.uint64)
     keys = np.frombuffer(b"".join(chain_keys("a", 20)), dtype="V32")
-    transfer.store([ChunkBatch(0, ids.astype(np.int32), np.arange(20), zeros, keys, NAMESPACE)]).wait(60)
-    transfer.close()
+    copier.store([ChunkBatch(0, ids.astype(np.int32), np.arange(20), zeros, keys, NAMESPACE)]).wait(60)
+    copier.close()
     assert device.watch.races
     arena.close()
 
@@ -187,7 +187,7 @@ def test_a_lost_reservation_is_left_alone(tmp_path: Path, method: Method) -> Non
 
 @each_method
 def test_partial_loads_verify_all_and_write_what_is_asked(tmp_path: Path, method: Method) -> None:
-    """Of chunks with absent blocks also where the rest goes by DMA."""
+    """This also holds for chunks with absent blocks while the other chunks go by DMA."""
     paged, ids = flash(), np.arange(6).reshape(2, 3)
     with rig(tmp_path, [paged], choosing(method)) as bench:
         bench.put("a", ids)
@@ -199,7 +199,7 @@ def test_partial_loads_verify_all_and_write_what_is_asked(tmp_path: Path, method
         for a, b in zip(before, picked(paged, np.array([13])), strict=True):
             np.testing.assert_array_equal(a, b)
         lease, _ = bench.leased("a", ids)
-        bench.arena.parts(0)[lease.slots[1], 0] ^= 1  # of the block that is not asked for
+        bench.arena.parts(0)[lease.slots[1], 0] ^= 1  # in the block that is not asked for
         bench.cache.release(lease)
         assert bench.read("a", np.array([[10, 11, 12], [-1, 14, 15]])) == ([True, False], 1)
 
@@ -289,9 +289,9 @@ def test_a_job_of_nothing(tmp_path: Path) -> None:
         assert bench.copier.num_blocks == 32
 
 
-def test_without_one_alias_kernels_keep_off_the_slots(tmp_path: Path) -> None:
+def test_kernels_do_not_use_slots_at_differing_device_addresses(tmp_path: Path) -> None:
     with rig(tmp_path, [flash()], choosing(Method.ZERO_COPY)) as bench:
-        bench.copier._device_rows = None  # as after a registration in pieces that the device sees at different shifts
+        bench.copier._device_rows = None  # as if the device saw the arena's regions at different shifts
         plan = bench.copier._plan(*_asked(bench))
         assert [choice.method for choice, _ in plan] == [Method.STAGED]
 
@@ -317,51 +317,52 @@ def test_a_chunk_too_large_for_a_launch_is_refused(tmp_path: Path) -> None:
     pages = [torch.empty((1, 65 << 20), dtype=torch.uint8)]
     paged = PagedTensors.bind(L.from_pages(pages, 16), pages)
     arena = make_arena(tmp_path, slots=1, part_nbytes=65 << 20)
-    with pytest.raises(LayoutError, match="use fewer blocks per chunk"):
+    with pytest.raises(LayoutError, match="Use fewer blocks per chunk"):
         GpuCopier([paged], arena, 0, 1, FakeDevice(Random(0)), choosing(Method.STAGED))
     arena.close()
 
 
+def start_fails(folder: Path, device: FakeDevice, error: type[Exception], match: str) -> None:
+    """Expect an error from a copier on this device, and nothing left registered."""
+    arena = make_arena(folder, part_nbytes=3 * 1024, planes=4)
+    with pytest.raises(error, match=match):
+        GpuCopier([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=1 << 16))
+    assert device.registered == {}
+    arena.close()
+
+
 def test_a_device_without_streams_leaves_nothing_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+    device = FakeDevice(Random(0))
 
     def none(name: str) -> None:
         raise DeviceError("no stream")
 
     monkeypatch.setattr(device, "stream", none)
-    with pytest.raises(DeviceError, match="no stream"):
-        GpuCopier([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=1 << 16))
-    assert device.registered == {}
-    arena.close()
+    start_fails(tmp_path, device, DeviceError, "no stream")
 
 
 def test_a_thread_that_cannot_use_the_device_is_an_error_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not of the first transfer, whose pieces nobody would ever run."""
-    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+    """Otherwise the first job would fail: no thread would ever run its pieces."""
+    device = FakeDevice(Random(0))
 
     def broken() -> None:
         raise DeviceError("no context")
 
     monkeypatch.setattr(device, "attach", broken)
-    with pytest.raises(DeviceError, match="no context"):
-        GpuCopier([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=1 << 16))
-    assert device.registered == {}
-    arena.close()
+    start_fails(tmp_path, device, DeviceError, "no context")
 
 
 def test_a_driver_that_refuses_memory_is_an_error_at_start(tmp_path: Path) -> None:
-    arena, device = make_arena(tmp_path, part_nbytes=3 * 1024, planes=4), FakeDevice(Random(0))
+    device = FakeDevice(Random(0))
     device.refuse_after = 0
-    with pytest.raises(ArenaError, match="memlock"):
-        GpuCopier([flash()], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=1 << 16))
-    arena.close()
+    start_fails(tmp_path, device, ArenaError, "memlock")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_long_life(tmp_path: Path, seed: int) -> None:
-    """Jobs of any size and method, several at once, some failing, some slots corrupted: what is ok is right, always."""
+def test_random_jobs_with_faults_over_many_rounds(tmp_path: Path, seed: int) -> None:
+    """Jobs of any size and method, several at once, some failing, some slots corrupted: every chunk that is ok is right."""
     rng = np.random.default_rng(seed)
     paged = flash(blocks=128, seed=seed)
     choose = choosing(*(Method(m) for m in rng.permutation(list(Method))), Method.STAGED)

@@ -1,4 +1,4 @@
-"""That the real device hands each call on to the right one of torch, Triton and the driver. Runs without a GPU: on doubles."""
+"""The CUDA device forwards each call to the right call of torch, Triton or the driver. Runs without a GPU, on test doubles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda", 1)
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was called, in order."""
+    """All calls, in order."""
     calls: list[Any] = []
 
     class Event:
@@ -80,7 +80,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_each_call_goes_where_it_says(log: list[Any]) -> None:
+def test_each_call_reaches_its_counterpart(log: list[Any]) -> None:
     device = cuda_device.CudaDevice(DEVICE)
     assert (device.numa_node(), device.host_pointers, device.batch_api, device.backend) == (3, True, True, "triton")
     device.record_computed()
@@ -121,7 +121,7 @@ def test_a_stream_is_given_back_once(log: list[Any]) -> None:
 
 
 def test_a_device_without_a_number_is_the_current_one(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the benches and the tests on a GPU name it: `torch.device("cuda")`."""
+    """The benches and the tests on a GPU name it `torch.device("cuda")`."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     device = cuda_device.CudaDevice(torch.device("cuda"))
     device.record_computed()
@@ -168,7 +168,7 @@ def test_new_memory_waits_for_its_former_owner(log: list[Any], monkeypatch: pyte
         device.allocate_pinned(100)
 
 
-def test_what_torch_raises_is_named(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_errors_become_device_errors(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stream = cuda_device.CudaDevice(DEVICE).stream("any")
 
     def broken(self: Any) -> None:

@@ -1,4 +1,4 @@
-"""What reaches libcuda: a stub of it that does on host memory what its arguments say."""
+"""The calls that reach libcuda: a stub of the library executes their arguments on host memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAM = 0x5EED
 
 
 class Libcuda:
-    """Copies for real. `batch` is called through its C signature."""
+    """A stub that really copies. The batch call goes through its C signature."""
 
     def __init__(self, batch_api: bool = True, fail: int = 0) -> None:
         self.calls: list[str] = []
@@ -108,7 +108,7 @@ class Libcuda:
 ])  # fmt: skip
 @pytest.mark.parametrize(("direction", "order"), [(Direction.D2H, 1), (Direction.H2D, 3)])
 def test_copies(batch_api: bool, count: int, calls: list[str], direction: Direction, order: int) -> None:
-    """Sources of a store are read in stream order, those of a load at any time."""
+    """A store's sources are read in stream order, a load's sources at any time."""
     src, dst = np.arange(1, 41, dtype=np.uint8), np.zeros(40, dtype=np.uint8)
     at = np.arange(count) * 10
     lib = Libcuda(batch_api)
@@ -122,7 +122,7 @@ def test_copies(batch_api: bool, count: int, calls: list[str], direction: Direct
         assert lib.order == order
 
 
-def test_a_call_takes_no_more_than_drivers_bear() -> None:
+def test_a_batch_call_is_limited_in_size() -> None:
     src, dst = np.arange(2 * D.MAX_BATCH + 1, dtype=np.uint16), np.zeros(2 * D.MAX_BATCH + 1, dtype=np.uint16)
     at = np.arange(len(src)) * 2
     lib = Libcuda()

@@ -1,4 +1,4 @@
-"""What the copy engine is told to move: every byte that the layout's formula names, once, in the fewest runs."""
+"""The copy engine is told to move every byte that the layout's formula names, once, in the fewest runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def addresses(slots: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 @st.composite
 def tables(draw: st.DrawFn, repeats: bool) -> npt.NDArray[np.int32]:
-    """[n, blocks_per_chunk] block ids, runs of neighbours likely."""
+    """Draw [n, blocks_per_chunk] block ids in which runs of neighbours are likely."""
     per_chunk, chunks = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     ids = list(range(NUM_BLOCKS))
     if draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""The HBM tier where HBM is a device's: the GPU copier's lanes and the copy engine, on the fake device, through the API."""
+"""The HBM tier in a device's memory: the GPU copier's lanes and the copy engine on the fake device, called through the API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support import guarded, make_arena
 from tests.transfer.gpu.cases import choosing
 from tests.transfer.gpu.fake import FakeDevice, FakeStream
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.rig import flash
+from tests.transfer.gpu.rig import TensorsOnGpu, flash
 from tests.transfer.gpu.rig import rig as rig_of_lanes
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 48, 4, 2
@@ -41,18 +41,8 @@ CHUNK = BLOCK_TOKENS * PER_CHUNK
 SHAPE = (2, NUM_BLOCKS, BLOCK_TOKENS, 2, 16)
 
 
-class Elsewhere(PagedTensors):
-    """Says that its tensors are on a GPU until the device that copies them is made."""
-
-    where = "cuda:0"
-
-    @property
-    def device(self) -> str:
-        return Elsewhere.where
-
-
 class Device(FakeDevice):
-    """Gives every caller a stream of its own, whatever its name."""
+    """Gives every caller its own stream, even if two callers choose the same name."""
 
     def stream(self, name: str) -> FakeStream:
         while name in self.streams:
@@ -72,7 +62,7 @@ class Rig:
         return [t[:, table].contiguous().view(torch.uint8).numpy().copy() for t in self.tensors]
 
     def comes_back(self, name: int, chunks: int) -> None:
-        """All of a sequence, by way of the last blocks, as it is in its own."""
+        """Load a whole sequence into the last blocks, and compare it with the sequence's own blocks."""
         elsewhere = table(NUM_BLOCKS // PER_CHUNK - chunks, chunks)
         for t in self.tensors:
             t[:, elsewhere] = 0
@@ -99,14 +89,14 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     device = Device(Random(request.param))
     dram = Cache(DramTier(arena, LRU()))
     paged = PagedTensors.bind(layout, tensors)
-    group = Elsewhere(layout, paged.tensors, paged.bases)
+    group = TensorsOnGpu(layout, paged.tensors, paged.bases)
 
     def made(name: str) -> FakeDevice:
         assert name == "cuda:0"
-        monkeypatch.setattr(Elsewhere, "where", "cpu")
+        monkeypatch.setattr(TensorsOnGpu, "where", "cpu")
         return device
 
-    monkeypatch.setattr(assemble, "_cuda", made)
+    monkeypatch.setattr(assemble, "_cuda_device", made)
     below = GpuCopier(
         [paged], arena, 0, PER_CHUNK, device, choosing(Method.STAGED), RingDepths(staging_nbytes=2 * part)
     )
@@ -141,7 +131,7 @@ def test_stored_spilled_promoted_and_loaded(rig: Rig) -> None:
 
 
 def test_closed_while_chunks_are_moved(rig: Rig) -> None:
-    """What moves ends before the arena is unregistered; see the fixture."""
+    """Moves end before the arena is unregistered; the fixture checks it."""
     for name in range(6):
         rig.cache.store(tokens(name, 3), table(name * 3, 3))
     rig.cache.close()
@@ -156,7 +146,7 @@ def test_hbm_needs_no_registration(rig: Rig) -> None:
 
 
 def test_hbm_takes_no_more_than_its_slots(tmp_path: Path) -> None:
-    """Beside them some memory for ids and checksums: nothing is staged on the way between blocks and slots."""
+    """Besides the slots it takes some memory for ids and checksums only, because nothing is staged."""
     tensors = [guarded(2 * NUM_BLOCKS * 256, i)[0].view(torch.bfloat16).view(SHAPE) for i in range(2)]
     layout = flash_attention(tensors)
     arena = make_arena(tmp_path, slots=1, part_nbytes=layout.part_nbytes(PER_CHUNK), planes=len(layout.planes))
@@ -170,7 +160,7 @@ def test_hbm_takes_no_more_than_its_slots(tmp_path: Path) -> None:
 
 
 def test_a_piece_is_not_staged_where_there_is_no_room_for_it(tmp_path: Path) -> None:
-    """An error of the job, should it ever be chosen."""
+    """If STAGED is chosen all the same, the job carries an error."""
     paged = flash()
     depths = RingDepths(staging_nbytes=1 << 16, payload=False)
     with rig_of_lanes(tmp_path, [paged], choosing(Method.STAGED), depths) as bench:
@@ -188,12 +178,12 @@ def test_a_copy_that_the_driver_refuses_is_counted(rig: Rig, caplog: pytest.LogC
     assert "launch failed" in caplog.text
     stats = rig.cache.stats()
     assert stats["faults"] == 1
-    assert stats["hbm_lost_chunks"] == 1  # a chunk less: a miss, never wrong bytes
+    assert stats["hbm_lost_chunks"] == 1  # one chunk is lost: a miss, never wrong bytes
     rig.comes_back(2, 3)
 
 
 def test_moves_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No submission is larger than a piece; one chunk is always moved whole."""
+    """No submission is larger than a piece, and a chunk is never cut."""
     monkeypatch.setattr("kvkern.transfer.gpu.hbm_over_dram_copier.MIN_PIECE_NBYTES", 1000)
     arena = make_arena(tmp_path, slots=8, part_nbytes=256)
     device = FakeDevice(Random(0))

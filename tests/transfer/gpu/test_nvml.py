@@ -1,4 +1,4 @@
-"""What is read of a GPU, by a stand-in for the driver's library; and the real binding's names where it is installed."""
+"""Facts about a GPU, read from a stand-in for the driver's library, and the names of the real binding if it is installed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANSWERS: dict[str, Any] = {
 
 
 class Driver:
-    """Answers as the binding does, raises for what is `broken`, and lacks what is `missing`."""
+    """Answers as the binding does. Functions in `broken` raise; functions in `missing` do not exist."""
 
     class NVMLError(Exception):
         pass
@@ -71,7 +71,7 @@ def test_a_gpu(tmp_path: Path) -> None:
     assert gpu == nvml.GpuInfo(
         "NVIDIA H100 80GB HBM3", "570.124.06", "0000:3b:00.0", 80 << 30, 1, 4, 5, 8, 16, 1, 8, False, 9
     )
-    assert gpu.link == HostLink(4, 8)  # asleep at generation 1: it counts what it can do
+    assert gpu.link == HostLink(4, 8)  # the link sleeps at generation 1; its highest possible generation counts
     assert found.line == "NVML: 1 GPU(s), driver 570.124.06"
     assert found.cuda == 12080
     assert found.by_bus_id("0000:3B:00.0") is gpu
@@ -80,13 +80,13 @@ def test_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("node", ["-1\n", "", "x"])
-def test_a_node_that_is_not_told(tmp_path: Path, node: str) -> None:
+def test_a_numa_node_that_is_not_reported(tmp_path: Path, node: str) -> None:
     (gpu,) = nvml._read(Driver(), sysfs(tmp_path, node)).gpus
     assert gpu.numa_node is None
 
 
 @pytest.mark.parametrize("how", ["broken", "missing"])
-def test_what_a_gpu_does_not_answer_is_nothing(tmp_path: Path, how: str) -> None:
+def test_unanswered_questions_are_zero_or_none(tmp_path: Path, how: str) -> None:
     parts = ("Link", "C2c", "State", "Memory", "Capability")
     names = tuple(name for name in ANSWERS if any(part in name for part in parts))
     (gpu,) = nvml._read(Driver(**{how: names}), tmp_path).gpus

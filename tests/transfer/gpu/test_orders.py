@@ -1,4 +1,4 @@
-"""Every order the device may take, and every edge that forbids one."""
+"""Every order that the device may take gives right bytes, and every edge that forbids an order is needed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EDGES: dict[tuple[str, Method], list[Edge]] = {
         ("loaded", "host"),
     ],
 }  # fmt: skip
-# What two operations in a row on one stream owe each other
+# Edges between two operations in a row on one stream
 IN_STREAM: dict[tuple[str, Method], list[Edge]] = {
     ("store", STAGED): [
         ("store.kernels: copy h2d", "store.kernels: gather"),  # ids are up -> gather
@@ -119,7 +119,7 @@ def test_no_order_is_wrong(tmp_path: Path, direction: str, method: Method, chunk
     )
     assert (found.wrong, found.races) == ({}, set())
     if chunks > 1:
-        own = {("stored", "store.kernels")} if method is ZERO_COPY else set()  # a stream's with itself
+        own = {("stored", "store.kernels")} if method is ZERO_COPY else set()  # an edge of a stream to itself
         assert found.edges - own == set(EDGES[direction, method])
     assert found.interleavings >= found.states
 
@@ -129,15 +129,15 @@ def test_no_order_is_wrong(tmp_path: Path, direction: str, method: Method, chunk
 def test_no_order_is_wrong_of_a_job_that_comes_late(
     tmp_path: Path, direction: str, method: Method, chunks: int, depths: RingDepths
 ) -> None:
-    """At any time: before the lane begins, while it waits for a piece, or when it is idle again."""
+    """The second job arrives at any time: before the lane begins, while it waits for a piece, or when it is idle again."""
     found = search(program(tmp_path, direction, method, chunks, depths, late=True), early_reads=depths is TIGHT)
     print(f"{direction} {method}, {chunks} pieces: {found.interleavings} orders, {found.states} states")
     assert found.wrong == {}
     assert found.races == set()
 
 
-def test_a_late_job_hides_no_order_either(tmp_path: Path) -> None:
-    """As below; of the others there are too many to take every path. In some an arrival ends the wait for a piece."""
+def test_pruning_hides_no_order_of_a_late_job_either(tmp_path: Path) -> None:
+    """As the next test. Other programs have too many paths to take all. In some orders an arrival ends the wait for a piece."""
     answers: set[bytes] = set()
     build = program(tmp_path, "load", ZERO_COPY, 2, WIDE, late=True)
 
@@ -154,8 +154,8 @@ def test_a_late_job_hides_no_order_either(tmp_path: Path) -> None:
 
 
 @each_way
-def test_states_that_are_met_again_hide_no_order(tmp_path: Path, direction: str, method: Method) -> None:
-    """The search against one that takes every path to its end."""
+def test_pruning_known_states_hides_no_order(tmp_path: Path, direction: str, method: Method) -> None:
+    """The search finds as many orders as one that takes every path to its end."""
     build = program(tmp_path, direction, method, 2 if (direction, method) == ("load", ZERO_COPY) else 1)
     every = search(build, prune=False)
     assert search(build).interleavings == every.runs
@@ -170,7 +170,7 @@ def test_no_order_is_wrong_of_a_slot_that_does_not_verify(tmp_path: Path, direct
 @pytest.mark.parametrize("methods", list(permutations(Method)), ids=str)
 @pytest.mark.parametrize("direction", ["store", "load"])
 def test_methods_share_what_they_stage_in(tmp_path: Path, direction: str, methods: tuple[Method, ...]) -> None:
-    """One lane, one buffer, and a piece by each method in turn."""
+    """One lane and one buffer serve a piece by each method in turn."""
     made = world(tmp_path, direction, 3)
     found = search((store_program if direction == "store" else load_program)(made, *methods))
     assert found.wrong == {}
@@ -178,7 +178,7 @@ def test_methods_share_what_they_stage_in(tmp_path: Path, direction: str, method
 
 
 FAILURES: list[tuple[str, Method, tuple[str, int], Edge]] = [
-    # the operation of the second piece that fails, and who is drained before its job is done
+    # the operation of the second piece that fails, and the stream that is drained before the job is done
     ("store", STAGED, ("store.kernels: record gathered", 2), ("store.kernels", "drain")),
     ("store", ZERO_COPY, ("store.kernels: copy d2h", 2), ("store.kernels", "drain")),
     ("store", BATCH_DMA, ("store.copies: copy d2h", 4), ("store.copies", "drain")),
@@ -206,12 +206,12 @@ def test_a_failed_piece_ends_before_its_job(
 
 
 @each_failure
-def test_without_the_drain_it_does_not(
+def test_without_the_drain_a_failed_piece_outlives_its_job(
     tmp_path: Path, direction: str, method: Method, at: tuple[str, int], edge: Edge
 ) -> None:
     build = failing(tmp_path, direction, method, at)
     assert any(one_run(build, seed, [edge]).races for seed in range(5)), f"{edge} can go unnoticed"
-    if (direction, method) != ("store", STAGED):  # there the gather's bytes go no further than the buffer
+    if (direction, method) != ("store", STAGED):  # there the gathered bytes stay in the buffer
         assert search(build, [edge], first=True).wrong, f"{edge} can go unnoticed"
 
 
@@ -226,17 +226,17 @@ def test_without_an_edge_the_search_finds_wrong_bytes(
 
 @each_edge
 def test_without_an_edge_there_is_a_race(tmp_path: Path, direction: str, method: Method, edge: Edge) -> None:
-    """By the clocks of one run, also if its order did no harm. They name both operations."""
+    """The clocks of one run see it, even if the order of that run did no harm. They name both operations."""
     build = program(tmp_path, direction, method)
     races = set().union(*(one_run(build, seed, [edge]).races for seed in range(3)))
     assert races, f"{edge} can go unnoticed"
 
 
 @each_way
-def test_a_memory_for_sums_that_is_given_twice_is_found(
+def test_sums_memory_that_two_pieces_share_is_found(
     tmp_path: Path, direction: str, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the host guards by itself, without an event: checksums that come down before the former ones were read."""
+    """The host guards this memory itself, without an event: new checksums must not arrive before the old ones were read."""
 
     class Careless(Rings):
         def __init__(self, *args: Any) -> None:
@@ -251,7 +251,7 @@ def test_a_memory_for_sums_that_is_given_twice_is_found(
 
 @each_way
 @pytest.mark.parametrize("depths", [TIGHT, WIDE], ids=str)
-def test_with_all_edges_there_is_none(tmp_path: Path, direction: str, method: Method, depths: RingDepths) -> None:
+def test_with_all_edges_there_is_no_race(tmp_path: Path, direction: str, method: Method, depths: RingDepths) -> None:
     build = program(tmp_path, direction, method, 3, depths)
     for seed in range(20):
         assert one_run(build, seed).races == set()

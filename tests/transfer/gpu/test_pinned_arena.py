@@ -1,4 +1,4 @@
-"""Registration: all of the arena or none, in pieces that end between slots."""
+"""Registration: the whole arena or nothing, in regions that end between slots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_regions_are_whole_slots(slots: int, pages: int, limit: int) -> None:
         assert max(nbytes for _, nbytes in found) <= limit * PAGE
 
 
-def test_the_whole_arena_is_registered_and_given_back(tmp_path: Path) -> None:
+def test_the_whole_arena_is_registered_and_unregistered(tmp_path: Path) -> None:
     arena, device, lines = make_arena(tmp_path, slots=5), FakeDevice(Random(0)), []
     pinned = PinnedArena(arena, device, lines.append, max_nbytes=2 * arena.spec.geometry.slot_nbytes + PAGE)
     assert len(device.registered) == 3
@@ -44,8 +44,8 @@ def test_the_whole_arena_is_registered_and_given_back(tmp_path: Path) -> None:
     assert device.registered == {}
 
 
-def test_it_is_given_back_by_a_thread_that_is_on_the_device(tmp_path: Path) -> None:
-    """Whichever thread closes: the driver refuses one without a context (CUDA error 201), a piece after the other."""
+def test_the_closing_thread_is_attached_to_the_device(tmp_path: Path) -> None:
+    """This holds for any closing thread: the driver refuses every region to a thread without a context (CUDA error 201)."""
     arena, device = make_arena(tmp_path, slots=5), FakeDevice(Random(0))
     pinned = PinnedArena(arena, device)
     thread = threading.Thread(target=pinned.close)
@@ -63,7 +63,7 @@ def test_half_a_registration_is_undone_and_says_why(tmp_path: Path) -> None:
     assert device.registered == {}
 
 
-def test_an_alias_that_differs_among_pieces_is_none(tmp_path: Path) -> None:
+def test_a_shift_that_differs_among_regions_is_none(tmp_path: Path) -> None:
     arena, device = make_arena(tmp_path, slots=5), FakeDevice(Random(0))
     device.shifts = lambda address: 4096
     assert PinnedArena(arena, device).shift == 4096

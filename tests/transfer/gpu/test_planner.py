@@ -1,4 +1,4 @@
-"""Which way a job is moved: break-evens of the published measurements, odd tables, and what holds for every table."""
+"""The planner's choices: break-evens of published measurements, odd tables, and properties that hold for every table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def method(table: Calibration, direction: Direction, run_nbytes: int, nbytes: in
 
 @both_ways
 def test_break_even_of_a_descriptor(direction: Direction) -> None:
-    """Where submission takes as long as the wire: 26.5 KB and 12.5 KB."""
+    """Submission takes as long as the wire at 26.5 KB and 12.5 KB."""
     assert break_even_nbytes(GEN5, direction) == pytest.approx(26_500, rel=0.01)
     assert break_even_nbytes(GEN4, direction) == pytest.approx(12_500, rel=0.01)
     assert break_even_nbytes(seed_calibration(HostLink(5), Abilities(batch_api=False)), direction) == pytest.approx(
@@ -61,8 +61,8 @@ def test_long_runs_are_the_copy_engine_s(table: Calibration, direction: Directio
 @pcie
 @both_ways
 @pytest.mark.parametrize("run_nbytes", [1152, 4 * KIB, 18 * KIB, 32 * KIB, 64 * KIB, 128 * KIB])
-def test_little_is_one_launch(table: Calibration, direction: Direction, run_nbytes: int) -> None:
-    """One launch is sooner than a launch and a copy."""
+def test_small_jobs_are_one_launch(table: Calibration, direction: Direction, run_nbytes: int) -> None:
+    """One launch takes less time than a launch and a copy."""
     assert method(table, direction, run_nbytes, 128 * KIB) is Method.ZERO_COPY
 
 
@@ -79,14 +79,17 @@ def test_llama_blocks_are_staged(table: Calibration, direction: Direction, count
 @pcie
 @both_ways
 def test_below_256_kib_the_wall_decides(table: Calibration, direction: Direction, run_nbytes: int, nbytes: int) -> None:
-    """In both directions, whatever the thread blocks are worth; of larger loads over PCIe 5 they are worth more."""
+    """This holds in both directions, whatever the price of thread blocks. For larger loads over PCIe 5 the price decides."""
     assert method(table, direction, run_nbytes, nbytes) is Method.ZERO_COPY
     assert method(GEN5, Direction.H2D, run_nbytes, 256 * KIB) is Method.STAGED
     assert method(table, direction, run_nbytes, MIB) is Method.STAGED
 
 
-def test_short_runs_to_the_gpu_take_what_others_have_measured() -> None:
-    """1 GiB of 18 KiB: 150-170 ms by the copy engine, 29 ms of which are submission; from it, submission and the wire."""
+def test_short_runs_to_the_gpu_take_the_published_time() -> None:
+    """1 GiB to the GPU in runs of 18 KiB takes the copy engine 150-170 ms, of which 29 ms are submission.
+
+    From the GPU it takes only submission and the wire.
+    """
     count = GIB // (18 * KIB)
     for table in (GEN4, GEN5):
         ways = {way.method: way for way in estimate_methods(table, Direction.H2D, 18 * KIB, count, GIB)}
@@ -101,7 +104,7 @@ def test_short_runs_to_the_gpu_take_what_others_have_measured() -> None:
 
 @pytest.mark.parametrize("run_nbytes", [4 * KIB, 8 * KIB, 18 * KIB, 24 * KIB])
 def test_a_fast_cpu_does_not_make_short_runs_fast(run_nbytes: int) -> None:
-    """Submission of 50 ns alone would leave all of these to the copy engine."""
+    """By a submission time of 50 ns alone, all of these would go to the copy engine."""
     fast = GEN5.with_costs(Direction.H2D, replace(GEN5.h2d, descriptor_s=50e-9, call_s=1e-6))
     assert break_even_nbytes(fast, Direction.H2D) < 4 * KIB
     assert method(fast, Direction.H2D, run_nbytes, 64 * MIB) is Method.STAGED
@@ -116,8 +119,8 @@ def test_a_fast_cpu_does_not_make_short_runs_fast(run_nbytes: int) -> None:
     assert quick[Method.BATCH_DMA].wall_s <= 1.25 * quick[Method.STAGED].wall_s
 
 
-def test_the_rate_of_short_runs_is_a_batch_s() -> None:
-    """Not of long runs, nor of one call a run."""
+def test_the_rate_of_short_runs_applies_to_batches_only() -> None:
+    """It does not apply to long runs, nor to one call per run."""
     slow = GEN5.with_costs(Direction.H2D, replace(GEN5.h2d, short_gb_s=0.5))
     for table, run_nbytes in ((slow, 28 * KIB), (replace(slow, abilities=Abilities(batch_api=False)), 4 * KIB)):
         way = next(iter(estimate_methods(table, Direction.H2D, run_nbytes, 1000, 1000 * run_nbytes)))
@@ -128,14 +131,14 @@ def test_the_rate_of_short_runs_is_a_batch_s() -> None:
 @pytest.mark.parametrize("run_nbytes", [18 * KIB, 32 * KIB, 64 * KIB])
 @pytest.mark.parametrize("nbytes", [2 * MIB, 64 * MIB, GIB])
 def test_one_address_space_needs_no_staging(direction: Direction, run_nbytes: int, nbytes: int) -> None:
-    """GH200: a kernel reaches what the copy engine does."""
+    """On GH200 a kernel reaches the rate of the copy engine."""
     assert method(GH200, direction, run_nbytes, nbytes) is Method.ZERO_COPY
 
 
 @both_ways
 @pytest.mark.parametrize("nbytes", [64 * KIB, 2 * MIB, GIB])
 def test_host_addresses_that_no_kernel_may_use(direction: Direction, nbytes: int) -> None:
-    """WSL2: the device's alias of registered memory is another address."""
+    """Under WSL2 the device sees registered memory at another address."""
     for link in (HostLink(4), HostLink(5), HostLink(5, c2c=True)):
         table = seed_calibration(link, Abilities(host_pointers=False))
         assert method(table, direction, 8 * KIB, nbytes) is not Method.ZERO_COPY
@@ -157,7 +160,7 @@ def test_without_a_batch_api_long_runs_are_staged_sooner() -> None:
 
 
 def test_directions_are_their_own() -> None:
-    """A host whose loads are slow (11 GB/s beside 25): they wait for the wire whatever submits them."""
+    """On a host with slow loads (11 GB/s beside 25), loads wait for the wire, whichever method submits them."""
     slow = replace(GEN4.h2d, copy_gb_s=11.0, zero_copy=(Rate(8, 11.0),))
     table = GEN4.with_costs(Direction.H2D, slow)
     assert table.costs(Direction.D2H) == GEN4.d2h
@@ -188,7 +191,7 @@ def test_formulas_by_hand() -> None:
 
 
 def test_pieces_hold_the_copy_engine_briefly() -> None:
-    """32 MiB take 0.63 ms on PCIe 5; on slower links half of that is sent at once."""
+    """32 MiB take 0.63 ms on PCIe 5. On slower links a piece has half of that."""
     assert choose_method(GEN5, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 32 * MIB
     assert choose_method(GEN4, Direction.D2H, 2 * MIB, 512, GIB).piece_nbytes == 16 * MIB
 
@@ -232,7 +235,7 @@ sizes = st.tuples(st.integers(1, 4 * MIB), st.integers(1, 5000))
 
 
 def scaled(of: Costs, by: float) -> Costs:
-    """Everything takes `by` times as long."""
+    """Return costs where everything takes `by` times as long."""
     values = {f.name: getattr(of, f.name) for f in fields(of)}
     for name, value in values.items():
         if name.endswith("gb_s"):
@@ -264,7 +267,7 @@ def test_no_table_leads_outside_the_limits(
 def test_scaling_all_costs_changes_nothing(
     table: Calibration, direction: Direction, size: tuple[int, int], by: float
 ) -> None:
-    """Powers of two, which floating point scales exactly. The piece is the one limit in seconds."""
+    """Floating point scales powers of two exactly. The size of a piece is the only limit in seconds, and is not compared."""
     run_nbytes, count = size
     other = replace(table, d2h=scaled(table.d2h, by), h2d=scaled(table.h2d, by))
     a, b = (choose_method(t, direction, run_nbytes, count, run_nbytes * count) for t in (table, other))
@@ -301,7 +304,7 @@ def test_more_to_move_never_costs_less(
 
 @given(directions, st.integers(1, 4096), st.integers(10, 20))
 def test_longer_runs_never_turn_away_from_the_copy_engine(direction: Direction, count: int, bits: int) -> None:
-    """At the same total: what DMA moves best in short runs it moves best in long ones."""
+    """At the same total size, if DMA is best for short runs, it is also best for long runs."""
     nbytes = count << bits
     for table in (GEN4, GEN5, GH200):
         if choose_method(table, direction, 1 << bits, count, nbytes).method is Method.BATCH_DMA:

@@ -1,7 +1,7 @@
-"""What only a GPU shows: that the copier's streams wait where they must, when the engine is late and reuses blocks at once.
+"""On a real GPU the copier's streams wait where they must, even if the engine is late and reuses blocks at once.
 
-Every order of the streams is proven on a fake device (test_orders.py). Here the real ones run, with poisoned buffers and
-delays that are longer than any transfer; the last tests make sure that a missing wait would be seen.
+test_orders.py proves every order of the streams on a fake device. Here real streams run, with poisoned buffers and with delays
+that are longer than any job. The last tests make sure that these tests would notice a missing wait.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def engine(tmp_path: Path, device: str, method: Method) -> Iterator[Engine]:
 
 @devices
 @each_method
-def test_what_is_written_late_and_overwritten_at_once_is_stored_and_loaded(engine: Engine) -> None:
+def test_blocks_written_late_and_reused_at_once_are_stored_and_loaded(engine: Engine) -> None:
     want, reserved = store_late(engine, "a", seed=1)
     old, seen, got, ok = load_late(engine, "a", reserved)
     assert ok.all()
@@ -45,7 +45,7 @@ def test_what_is_written_late_and_overwritten_at_once_is_stored_and_loaded(engin
 @devices
 @each_method
 def test_stores_and_loads_at_once_with_one_buffer_each(engine: Engine) -> None:
-    """Twenty rounds: half of the chunks go out while the other half come back into other blocks, then they change roles."""
+    """In each of twenty rounds half of the chunks are stored while the other half are loaded into other blocks."""
     half = CHUNKS // 2
     want = engine.noise(1)
     engine.write(engine.index(engine.here), want)
@@ -70,32 +70,39 @@ def test_stores_and_loads_at_once_with_one_buffer_each(engine: Engine) -> None:
     assert engine.cache.commit(second) == half
 
 
+def careless_round_trip(folder: Path, method: Method) -> tuple[bool, bool]:
+    """Store and load on a GPU without the edge to the engine's stream.
+
+    Returns (the load gave what the engine wrote before the store, the engine's late reader saw its blocks before the load).
+    """
+    with closing(Engine(folder, "cuda", method, careless=True)) as engine:
+        want, reserved = store_late(engine, "a", seed=1)
+        torch.cuda.synchronize()
+        old, seen, got, _ = load_late(engine, "a", reserved)
+        return engine.equal(got, want), engine.equal(seen, old)
+
+
 @gpu
 @each_method
 def test_a_store_that_does_not_wait_for_the_engine_is_seen(tmp_path: Path, method: Method) -> None:
-    """The delay is long enough: without the edge to the engine's stream, what was stored is not what was written."""
-    with closing(Engine(tmp_path, "cuda", method, careless=True)) as engine:
-        want, reserved = store_late(engine, "a", seed=1)
-        torch.cuda.synchronize()
-        _, _, got, _ = load_late(engine, "a", reserved)
-        assert not engine.equal(got, want)
+    """The delay is long enough: without the edge the stored bytes are not the bytes that the engine wrote."""
+    stored_what_was_written, _ = careless_round_trip(tmp_path, method)
+    assert not stored_what_was_written
 
 
 @gpu
 @each_method
 def test_a_load_that_does_not_wait_for_the_engine_is_seen(tmp_path: Path, method: Method) -> None:
-    with closing(Engine(tmp_path, "cuda", method, careless=True)) as engine:
-        _, reserved = store_late(engine, "a", seed=1)
-        torch.cuda.synchronize()
-        old, seen, _, _ = load_late(engine, "a", reserved)
-        assert not engine.equal(seen, old)
+    """The delay is long enough: without the edge the load overwrites blocks that the engine still reads."""
+    _, reader_saw_its_blocks = careless_round_trip(tmp_path, method)
+    assert not reader_saw_its_blocks
 
 
 @gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
-    """Accesses out of bounds, hazards in shared memory (the ring), reads of what nobody has written."""
+    """It looks for accesses out of bounds, hazards in shared memory (the ring), and reads of memory that was never written."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
@@ -106,8 +113,8 @@ def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_what_the_sanitizer_runs(tmp_path: Path) -> None:
-    """The script itself, over host memory."""
+def test_the_sanitizer_script_runs_on_the_host(tmp_path: Path) -> None:
+    """The script itself works, over host memory."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.transfer.gpu.sanitized", str(tmp_path), "cpu"], cwd=ROOT, capture_output=True, text=True,
         timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},

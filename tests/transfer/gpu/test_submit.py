@@ -1,4 +1,4 @@
-"""When jobs come: a lane that is closed or broken, one that waits for a piece, and what an engine is told when."""
+"""Submission to a lane that is closed or broken, or that waits for a piece; and when a job reports released and done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.transfer.gpu.rig import Rig, flash, rig
 
 
 class CopiesHang(Random):
-    """Gathers run at once, and what they gathered stays on the device until `go`."""
+    """Gathers run at once, but their bytes stay on the device until `go` is set."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -48,25 +48,25 @@ def _comes_true(holds: Callable[[], bool]) -> bool:
 
 
 def test_blocks_are_free_before_the_bytes_have_crossed(tmp_path: Path) -> None:
-    """`released` after the gathers, `done` not before the copies."""
+    """A job is released after its gathers, and done only after its copies."""
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         bench.device.order = order = CopiesHang()
         _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
         job = bench.copier.store([batch])
         assert _comes_true(job.released)
         assert not job.done()
-        job.run_unclaimed()  # nothing to help with
+        job.run_unclaimed()  # there is no unclaimed piece
         order.go.set()
         assert job.wait(60).ok.all()
 
 
-def test_a_job_that_comes_while_a_piece_flies_begins_at_once(tmp_path: Path) -> None:
-    """The lane's thread waits for the first job's bytes, and gathers the second's blocks meanwhile: those are free."""
+def test_a_job_that_arrives_while_a_piece_is_in_flight_begins_at_once(tmp_path: Path) -> None:
+    """The lane's thread waits for the first job's bytes. Meanwhile it gathers the second job's blocks, which are free then."""
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         bench.device.order = order = CopiesHang()
         jobs = []
         for name in ("a", "b"):
-            time.sleep(0.05)  # asleep between two questions
+            time.sleep(0.05)  # the lane's thread sleeps between two queries
             _, batch = bench.reserve(name, np.arange(6).reshape(2, 3))
             jobs.append(bench.copier.store([batch]))
             assert _comes_true(jobs[-1].released)
@@ -75,8 +75,8 @@ def test_a_job_that_comes_while_a_piece_flies_begins_at_once(tmp_path: Path) -> 
         assert all(job.wait(60).ok.all() for job in jobs)
 
 
-def test_a_thread_that_waits_asks_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eighth of the time waited so far between two questions, a millisecond at most; and none with a full window."""
+def test_a_waiting_thread_queries_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pauses for an eighth of the time waited so far, at most a millisecond. With a full window it does not query at all."""
     asked: list[float] = []
     query = FakeEvent.query
 
@@ -104,8 +104,8 @@ def test_a_thread_that_waits_asks_rarely(tmp_path: Path, monkeypatch: pytest.Mon
         asked.clear()
 
 
-def test_whoever_closes_what_is_given_back_is_by_a_lane(tmp_path: Path) -> None:
-    """A thread that is on no device, or on another one, leaves as it came; the fixture looks at what is left."""
+def test_a_lane_thread_releases_the_device_whichever_thread_closes(tmp_path: Path) -> None:
+    """A closing thread that is attached to no device, or to another one, stays as it is. The fixture checks what is left."""
     with rig(tmp_path, [flash()], choosing(Method.STAGED)) as bench:
         _, batch = bench.reserve("a", np.arange(6).reshape(2, 3))
         attached: list[str] = []
@@ -120,7 +120,7 @@ def test_whoever_closes_what_is_given_back_is_by_a_lane(tmp_path: Path) -> None:
         assert "closes" not in attached
 
 
-def test_streams_that_the_driver_keeps_do_not_stop_a_close(
+def test_streams_that_the_driver_does_not_destroy_do_not_stop_a_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuses(stream: FakeStream) -> None:
@@ -130,12 +130,12 @@ def test_streams_that_the_driver_keeps_do_not_stop_a_close(
         with monkeypatch.context() as patch:
             patch.setattr(FakeStream, "close", refuses)
             bench.copier.close()
-        assert "stream of the store lane stays" in caplog.text
+        assert "stream of the store lane cannot be destroyed: cuStreamDestroy" in caplog.text
         assert bench.device.registered == {}
 
 
-def test_an_event_that_cannot_be_asked_fails_its_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a sticky fault: the job ends with the driver's words, and so does the next one."""
+def test_an_event_that_cannot_be_queried_fails_its_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a sticky fault: the job ends with the driver's message, and so does the next job."""
 
     def broken(event: FakeEvent) -> bool:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -168,7 +168,7 @@ def _broken(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 
 def _ending(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    """Python begins to end in the middle of a submission: of 8 turns 3 are taken."""
+    """Python begins to shut down in the middle of a submission: the executor takes 3 of 8 turns."""
     for executor in (bench.copier._stores, bench.copier._loads):
         taken, submit = iter(range(3)), executor.submit
 
@@ -185,7 +185,7 @@ def _ending(bench: Rig, monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 def test_a_submission_that_is_refused_is_an_error_of_its_job(
     tmp_path: Path, fault: Callable[..., type[Exception]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine's thread hears nothing of it, no piece is left without an end, and what was to be loaded is dropped."""
+    """The engine's thread gets no exception, every piece ends, and the chunks that were to be loaded are dropped."""
     ids = np.arange(12).reshape(4, 3)
     with rig(tmp_path, [flash()], choosing(Method.STAGED, piece_nbytes=1)) as bench:
         bench.put("a", ids)
