@@ -1,4 +1,4 @@
-"""What bench/node.py measures with: a daemon process, paged KV, and an engine's part. Measures one acquire; prints nothing."""
+"""Tools of bench/node.py: a daemon process, paged KV, and an engine's part. Measures one acquire; prints nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from kvkern.tiers.base import ChunkShape
 from kvkern.transfer.base import ChunkBatch
 from kvkern.transfer.host import HostCopier
 
-CHUNKS = 128  # of a sequence
+CHUNKS = 128  # per sequence
 BLOCK_TOKENS, HEADS, HEAD_DIM = 16, 8, 128  # Llama-3.1-8B; a chunk is a block, 64 KiB a layer
 GIVE_UP_S = 60.0
 SHAPE = ChunkShape(bytes(range(32)), group=0, chunk_tokens=BLOCK_TOKENS)
@@ -40,7 +40,7 @@ SPAWN = get_context("spawn")
 
 
 def sequence(name: int | str, chunks: int = CHUNKS) -> list[bytes]:
-    """Keys of a sequence that shares no chunk with those of another name."""
+    """Return the keys of a sequence. Sequences of different names share no chunk."""
     return [hashlib.blake2b(f"{name} {i}".encode(), digest_size=32).digest() for i in range(chunks)]
 
 
@@ -49,23 +49,23 @@ def sequence(name: int | str, chunks: int = CHUNKS) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Daemon:
-    """One that runs."""
+    """A daemon that runs."""
 
     pid: int
     path: Path  # of its socket
 
     def cpu_s(self) -> float:
-        """CPU time of its only thread so far."""
+        """Return the CPU time of the daemon's only thread so far."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def stat(self) -> dict[str, Any]:
-        with AdminClient(self.path) as operator:
-            return operator.ask(protocol.Stat(1))[0]
+        with AdminClient(self.path) as admin:
+            return admin.ask(protocol.Stat(1))[0]
 
 
 @contextmanager
 def daemon(geometry: SlotGeometry, slots: int, prefault: bool = True) -> Iterator[Daemon]:
-    """A process of `kvkern serve` with an arena of its own; both are gone afterwards."""
+    """Run `kvkern serve` with an arena of its own. Both are gone afterwards."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=f"kvkern-{os.getuid()}-bench-node-") as folder:
         path = Path(folder) / "socket"
         capacity = PAGE + slots * geometry.slot_nbytes
@@ -77,14 +77,14 @@ def daemon(geometry: SlotGeometry, slots: int, prefault: bool = True) -> Iterato
             try:
                 assert process.stdout is not None
                 if not process.stdout.readline().startswith("kvkern: serving"):
-                    raise RuntimeError("the daemon did not start")
+                    raise RuntimeError(f"the daemon on {path} did not start; its errors are above")
                 yield Daemon(process.pid, path)
             finally:
                 process.terminate()
 
 
 def resident_nbytes(pid: int) -> int:
-    """Resident memory of a process without what it shares, which is the arena."""
+    """Return the resident memory of a process without its shared memory, which is the arena."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines if line.startswith("Rss"))}
     return (kib["RssAnon"] + kib["RssFile"]) << 10
@@ -95,7 +95,7 @@ ANSWER = framing.encode(protocol.Acquired(1, 1, list(range(CHUNKS)), list(range(
 
 
 def echo_main(path: Path) -> None:
-    """Answer every REQUEST on a Unix socket with ANSWER, until terminated. One thread, like the daemon."""
+    """Answer every REQUEST on a Unix socket with ANSWER, until terminated. Has one thread, like the daemon."""
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(str(path))
         listener.listen()
@@ -132,7 +132,7 @@ def echoes(path: Path) -> Iterator[Path]:
 
 
 class Pages:
-    """Paged KV of `layers` layers with room for one sequence, and a number for what is in it."""
+    """Paged KV of `layers` layers with room for one sequence. A number names its content."""
 
     def __init__(self, layers: int) -> None:
         self.tensors = [
@@ -163,38 +163,38 @@ class Pages:
 
 
 class Engine:
-    """Copies between pages and one cache, a daemon's or its own."""
+    """Copies between pages and one cache, a daemon's or an embedded one."""
 
     def __init__(self, cache: Cache | NodeClient, arena: Arena, pages: Pages, threads: int) -> None:
         self.cache = cache
-        self._transfer = HostCopier([pages.paged], arena, 0, 1, threads)
+        self._copier = HostCopier([pages.paged], arena, 0, 1, threads)
 
     def close(self) -> None:
-        self._transfer.close()
+        self._copier.close()
 
     def load(self, keys: list[bytes]) -> float:
-        """Seconds that the acquire took; the whole sequence is in the pages and has verified."""
+        """Load the whole sequence into the pages and verify it. Returns the seconds that the acquire took."""
         start = time.perf_counter()
         lease = self.cache.acquire(keys)
         acquired = time.perf_counter()
         if len(lease.slots) != len(keys):
             raise RuntimeError(f"{len(lease.slots)} of {len(keys)} chunks hit")
-        job = self._transfer.load([_batch(keys, lease.slots, np.zeros(len(keys), dtype=np.uint64), range(len(keys)))])
+        job = self._copier.load([_batch(keys, lease.slots, np.zeros(len(keys), dtype=np.uint64), range(len(keys)))])
         job.help()
         if not job.wait().ok.all():
-            raise RuntimeError("a chunk did not verify")
+            raise RuntimeError("a loaded chunk did not verify: its bytes in the arena are wrong")
         self.cache.release(lease)
         return acquired - start
 
     def store(self, keys: list[bytes]) -> int:
-        """How many stores it took: a daemon grants what it can at a time, and every chunk is stored in the end."""
+        """Store every chunk. Returns how many stores it took, because a daemon grants only some slots at a time."""
         at = {key: i for i, key in enumerate(keys)}
         left, stores, deadline = keys, 0, time.perf_counter() + GIVE_UP_S
         while left:
             reservation = self.cache.reserve(keys, left, SHAPE)
             generations = np.array(reservation.generations, dtype=np.uint64)
             rows = [at[key] for key in reservation.keys]
-            job = self._transfer.store([_batch(reservation.keys, reservation.slots, generations, rows)])
+            job = self._copier.store([_batch(reservation.keys, reservation.slots, generations, rows)])
             job.help()
             job.wait()
             if self.cache.commit(reservation) != len(rows):

@@ -1,19 +1,19 @@
-"""The node daemon: what engines pay for sharing one cache, and that it loses nothing. Real daemon, real client processes.
+"""The node daemon: what sharing one cache costs engines, and that no chunk is lost. Real daemon, real client processes.
 
     together:         8 clients store at once, then each finds, loads and compares what all of them stored
     lookup:           longest cached prefix of 128 chunks, from the client's replica of the index
     echo:             8 clients, each: send as many bytes as an acquire, receive as many as its answer, sleep 20 ms.
-                      A bare Unix socket and a process that does nothing else: what this machine asks for a round trip
-    acquire:          8 clients, each: acquire 128 chunks (timed), release, sleep 20 ms; nobody copies. daemon_cpu_us is what
-                      the daemon computes for one of them
+                      A bare Unix socket and a process that does nothing else: the cost of a round trip on this machine
+    acquire:          8 clients, each: acquire 128 chunks (timed), release, sleep 20 ms; nobody copies. daemon_cpu_us is the
+                      daemon's CPU time for one acquire with its release
     acquire_copying:  the same, and each client loads the 32 MiB into its tensors before it releases
     load, store:      2,048 tokens of Llama-3.1-8B (256 MiB): acquire, copy, release; reserve, copy, commit.
                       Through a daemon, and in the same turn with a cache embedded in the process
     memory:           the daemon's resident memory beyond the arena once all slots are filled, against a daemon of few slots;
                       and what the replica of the index costs a client
 
-Every client is a process of its own, started once. Percentiles are a round's own, over all clients; the median over rounds
-is reported. other_cpus is how many CPUs other processes used meanwhile: above a fifth, repeat the run.
+Every client is a process of its own, started once. A percentile is taken over all clients of one round; the median over
+rounds is reported. other_cpus is how many CPUs other processes used meanwhile. If it is above a fifth, repeat the run.
 Targets: lookup p50 100 us; acquire p50 400 us and p99 3 ms; load and store 0.9 of the embedded cache's rate.
 """
 
@@ -73,7 +73,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 class Client:
-    """What one client process does when told to; its own sequence is named by its number."""
+    """What one client process does on request. Its number names its own sequence."""
 
     def __init__(self, path: Path, number: int, layers: int) -> None:
         torch.set_num_threads(1)
@@ -93,7 +93,7 @@ class Client:
         return self._engine.store(self._keys)
 
     def verify(self, clients: int) -> int:
-        """Load what every client has stored, and compare it. Returns how many chunks are right."""
+        """Load the chunks that every client has stored and compare them. Returns how many chunks are right."""
         right = 0
         for number in range(clients):
             self._engine.load(sequence(number))
@@ -123,7 +123,7 @@ class Client:
             return self._paced(partial(_round_trip, sock), seconds)
 
     def _paced(self, act: Callable[[], float], seconds: float) -> list[float]:
-        """What each act took. Phases of clients are drawn anew each time."""
+        """Call `act` every PAUSE_S and return what it returns. The client's phase is drawn anew each time."""
         times_s = []
         time.sleep(self._random.uniform(0, PAUSE_S))
         deadline = time.perf_counter() + seconds
@@ -158,7 +158,7 @@ def client_main(pipe: Connection, path: Path, number: int, layers: int) -> None:
 
 
 class Clients:
-    """Client processes of one daemon. `ask` makes all, or the first few, do the same at once."""
+    """Client processes of one daemon. `ask` makes all of them, or the first few, do the same at once."""
 
     def __init__(self, path: Path, count: int, layers: int) -> None:
         self.pipes: list[Connection] = []
@@ -186,7 +186,7 @@ class Clients:
 
 
 def latency(case: str, rounds: Sequence[Sequence[Sequence[float]]]) -> Row:
-    """Row of rounds, each with the times of every client; the first round is not counted."""
+    """Make the row of rounds, each with the times of every client. The first round is not counted."""
     pooled = [[1e6 * taken for client in clients for taken in client] for clients in rounds[1:]]
     return {
         "case": case, "clients": len(rounds[0]), "chunks": CHUNKS, "p50_us": median(percentile(r, 50) for r in pooled),
@@ -195,9 +195,9 @@ def latency(case: str, rounds: Sequence[Sequence[Sequence[float]]]) -> Row:
 
 
 def many_clients(layers: int, runs: int, round_s: float, lookups: int) -> Iterator[Row]:
-    """The rows of one daemon with CLIENTS clients: 128 chunks of 64 KiB times `layers` each."""
+    """Yield the rows of one daemon with CLIENTS clients. Each stores 128 chunks of 64 KiB times `layers`."""
     pages = Pages(layers)
-    slots = 4 * CLIENTS * CHUNKS  # what is granted and not written must not crowd out what is stored
+    slots = 4 * CLIENTS * CHUNKS  # granted slots that are not written must not crowd out stored chunks
     with daemon(pages.geometry, slots) as node, closing(Clients(node.path, CLIENTS, layers)) as clients:
         start = time.perf_counter()
         stores = clients.ask("store")
@@ -212,13 +212,13 @@ def many_clients(layers: int, runs: int, round_s: float, lookups: int) -> Iterat
         }  # fmt: skip
         yield latency("lookup", [clients.ask("lookup", lookups, first=1) for _ in range(runs + 1)])
         busy_s = node.cpu_s()
-        with echoes(node.path.with_name("echo")) as path:  # in turns with acquire: what slows the machine slows both
+        with echoes(node.path.with_name("echo")) as path:  # in turns with acquire, so that a busy machine slows both
             turns = [(clients.ask("echo", round_s, path), clients.ask("acquire", round_s)) for _ in range(runs + 1)]
         busy_s = node.cpu_s() - busy_s
         echoed, acquired = zip(*turns, strict=True)
         yield latency("echo", echoed)
         count = sum(len(times) for client_times in acquired for times in client_times)
-        yield latency("acquire", acquired) | {"daemon_cpu_us": 1e6 * busy_s / count}  # of an acquire with its release
+        yield latency("acquire", acquired) | {"daemon_cpu_us": 1e6 * busy_s / count}  # for an acquire with its release
         rounds = [clients.ask("acquire_copying", round_s) for _ in range(runs + 1)]
         loaded = sum(len(times) for client_times in rounds[1:] for times in client_times)
         yield latency("acquire_copying", rounds) | {"gb_s": loaded * pages.nbytes / (runs * round_s) / 1e9}
@@ -228,7 +228,7 @@ def many_clients(layers: int, runs: int, round_s: float, lookups: int) -> Iterat
 
 
 def copies(layers: int, threads: int, runs: int) -> Iterator[Row]:
-    """Load and store of one sequence; daemon and embedded cache take turns, in alternating order, on the same tensors."""
+    """Load and store one sequence. Daemon and embedded cache take turns on the same tensors, in alternating order."""
     pages = Pages(layers)
     pages.fill(0)
     geometry, slots = pages.geometry, GRANTED_SHARE * (CHUNKS + CHUNKS // 4)
@@ -254,7 +254,7 @@ def copies(layers: int, threads: int, runs: int) -> Iterator[Row]:
 
 
 def _turn(case: str, shared: Engine, embedded: Engine, turn: int) -> tuple[float, float]:
-    """Seconds (through the daemon, embedded) of the second of two calls each."""
+    """Return the seconds of the second of two calls: (through the daemon, embedded)."""
     taken = {}
     for engine in (shared, embedded) if turn % 2 else (embedded, shared):
         for call in range(2):
@@ -281,7 +281,7 @@ def memory(sizes: Sequence[int]) -> Iterator[Row]:
 
 
 def filled(slots: int) -> tuple[int, int, int]:
-    """(resident bytes of a daemon, chunks it has, resident bytes that a client's replica of them needs)."""
+    """Fill a daemon. Returns (its resident bytes, its chunks, resident bytes of a client's replica of them)."""
     geometry = SlotGeometry(PAGE, max_planes=1)
     with (
         daemon(geometry, slots, prefault=False) as node,
@@ -293,7 +293,9 @@ def filled(slots: int) -> tuple[int, int, int]:
             keys = left = sequence(name, chunks)
             while left:
                 if not client.connected:
-                    raise RuntimeError("the daemon is gone")
+                    raise RuntimeError(
+                        "the daemon is gone while its slots are filled; look at its log, then repeat the run"
+                    )
                 reservation = client.reserve(keys, left, SHAPE)
                 written[list(reservation.slots), 0] = reservation.generations
                 client.commit(reservation)
@@ -304,17 +306,17 @@ def filled(slots: int) -> tuple[int, int, int]:
 
 
 def replica_nbytes(path: Path, geometry: SlotGeometry, chunks: int) -> int:
-    """What this process needs more once it knows so many chunks."""
+    """Return how many resident bytes this process gains when it has a replica of so many chunks."""
     before = resident_nbytes(os.getpid())
     with closing(NodeClient.open(path, "replica", geometry, prefault=False)) as client:
         deadline = time.monotonic() + GIVE_UP_S
         while client.usage()["known_chunks"] < chunks * 7 // 8 and time.monotonic() < deadline:
-            time.sleep(0.02)  # this client's own stock of slots costs the daemon a few chunks
+            time.sleep(0.02)  # the daemon evicts a few chunks for this client's own stock of slots
         return resident_nbytes(os.getpid()) - before
 
 
 def sections(quick: bool, threads: int) -> Iterator[Iterator[Row]]:
-    """Each with daemons of its own, which have ended when it has."""
+    """Yield the sections. Each starts daemons of its own, which have ended when the section ends."""
     if quick:
         yield many_clients(layers=1, runs=1, round_s=0.3, lookups=50)
         yield copies(layers=1, threads=threads, runs=2)
@@ -327,7 +329,7 @@ def sections(quick: bool, threads: int) -> Iterator[Iterator[Row]]:
 
 def main() -> None:
     parser = option_parser(__doc__, quick="small and short: for smoke tests, not for numbers")
-    parser.add_argument("--threads", type=int, default=2, help="that copy in load and store (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that copy in load and store (default 2)")
     args = parser.parse_args()
     rows: list[Row] = []
     for section in sections(args.quick, args.threads):
@@ -338,7 +340,7 @@ def main() -> None:
         other_cpus = others.busy_cpus()
         for row in rows[begin:]:
             row["other_cpus"] = other_cpus
-        print(f"  others used {other_cpus:.2f} CPUs", flush=True)
+        print(f"  other processes used {other_cpus:.2f} CPUs", flush=True)
     write_json(args.json, rows)
 
 

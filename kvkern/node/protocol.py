@@ -75,9 +75,7 @@ class Hello(_Message, tag=1):
     """The first message. Without a geometry the client is an operator: it gets no arena and no slots."""
 
     version: Annotated[int, Meta(ge=0, lt=1 << 16)]
-    engine: Name = (
-        ""  # the same for all processes of an engine: slots of one stay in quarantine while any of them lives
-    )
+    engine: Name = ""  # the same for all processes of an engine: what one holds lives as long as any of them
     geometry: Geometry | None = None
     index: bool = False  # send the index and its changes; a worker, which only copies, needs neither
 

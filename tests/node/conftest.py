@@ -1,4 +1,4 @@
-"""What tests of the daemon share: a real one in a process of its own, and a worker that fills and reads slots."""
+"""Shared by tests of the daemon: a real daemon in a process of its own, and a worker that fills and reads slots."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ from kvkern.node.client import reconnecting_link
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.server import NodeConfig, Server
-from kvkern.tiers.base import Lease, Reservation
-from tests.support import SHAPE
+from kvkern.node.daemon.sessions import Session, Sessions
+from kvkern.tiers.base import ChunkShape, Lease, Reservation
+from kvkern.tiers.slot_headers import begin_slots
+from tests.support import SHAPE, make_arena
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GEOMETRY = SlotGeometry(part_nbytes=256, max_planes=2, world_size=1)  # a slot takes 8 KiB
+SIZES = p.Geometry.from_slots(GEOMETRY)
 PATIENCE_S = 30.0  # generous: a condition that takes this long is never met
 
 
 def eventually(condition: Callable[[], Any], what: str = "the condition", timeout_s: float = PATIENCE_S) -> Any:
-    """What `condition` returns once that is true. Fails the test if it does not become true."""
+    """Return what `condition` returns once that is true. Fails the test if it does not become true in time."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} is not met after {timeout_s:.0f} s"
@@ -48,13 +51,13 @@ def eventually(condition: Callable[[], Any], what: str = "the condition", timeou
 
 
 def stock(client: NodeClient) -> tuple[int, int]:
-    """(slots granted and unused, the most a client may hold)."""
+    """Return (unused granted slots, the most granted slots that the client may hold)."""
     usage = client.usage()
     return usage["stock_slots"], usage["limit_slots"]
 
 
 class Daemon:
-    """`python -m kvkern serve` on a socket in a short folder; may be ended and started again. `close` cleans up."""
+    """`python -m kvkern serve` on a socket in a folder with a short name. May be ended and started again. `close` cleans up."""
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class Daemon:
         capacity: str = "1MiB",  # 127 slots of GEOMETRY
         options: Sequence[str] = (),
     ) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="kvkern-", dir="/tmp"))  # socket names are short
+        self.folder = Path(tempfile.mkdtemp(prefix="kvkern-", dir="/tmp"))  # the path of a socket must be short
         self.socket = self.folder / "s"
         self.arena_dir = arena_dir
         self.capacity = capacity
@@ -93,64 +96,64 @@ class Daemon:
 
     @property
     def log(self) -> str:
-        """What the present process, or the last one, has printed."""
+        """What the present process has printed, or the last one if none runs."""
         return (self.folder / "log").read_text()
 
     @property
     def pid(self) -> int:
-        """Of the present process."""
+        """The process id of the present process."""
         assert self.process is not None
         return self.process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there, suspended or not."""
+        """True if the process exists, suspended or not."""
         return self.process is not None and self.process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal and go on."""
+        """Send a signal and do not wait."""
         assert self.process is not None
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL and wait."""
         self.signal(signal.SIGKILL)
         self.wait()
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit status."""
+        """Send SIGTERM and wait. Returns the exit status."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for the end; returns the exit status."""
+        """Wait until the process ends. Returns the exit status."""
         assert self.process is not None
         return self.process.wait(PATIENCE_S)
 
     def close(self) -> None:
-        """End the process in whatever state it is, and remove what it left beside its arena."""
+        """Kill the process if it runs, and remove its folder. The arena stays."""
         if self.alive:
             self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def client(self, engine: str = "e", geometry: SlotGeometry = GEOMETRY, **options: Any) -> NodeClient:
-        """An engine's client; the caller closes it."""
+        """Open an engine's client. The caller closes it."""
         options = {"timeout_s": PATIENCE_S, "patience_s": PATIENCE_S} | options
         return NodeClient.open(self.socket, engine, geometry, **options)
 
     def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
-        """An operator's question."""
-        with AdminClient(self.socket) as operator:
-            return operator.ask(request)
+        """Send an operator's request and return the rows of the answer."""
+        with AdminClient(self.socket) as admin:
+            return admin.ask(request)
 
     def stat(self) -> dict[str, Any]:
-        """The daemon's counters."""
+        """Return the daemon's counters."""
         (row,) = self.ask(p.Stat(1))
         return row
 
 
 class Peer:
-    """A bare connection that says what it likes."""
+    """A bare connection that may send any message."""
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -166,18 +169,18 @@ class Peer:
         self.socket.close()
 
     def say(self, *messages: p.Request) -> Peer:
-        """Send messages in one piece."""
+        """Send messages in one write."""
         self.socket.sendall(b"".join(map(framing.encode, messages)))
         return self
 
     def greet(self, geometry: SlotGeometry | None = GEOMETRY, index: bool = False, engine: str = "peer") -> p.Response:
-        """Say Hello; returns the first answer."""
-        sizes = geometry and p.Geometry(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
+        """Send Hello. Returns the first answer."""
+        sizes = geometry and p.Geometry.from_slots(geometry)
         self.say(p.Hello(p.VERSION, engine, sizes, index))
         return self.hear()
 
     def hear(self) -> p.Response:
-        """The next message. Raises EOFError if the connection ends before."""
+        """Return the next message. Raises EOFError if the connection ends first."""
         while not self._bodies:
             data, descriptors, _flags, _address = socket.recv_fds(self.socket, 1 << 16, 4)
             for descriptor in descriptors:
@@ -188,7 +191,7 @@ class Peer:
         return framing.decode_response(self._bodies.pop(0))
 
     def hung_up(self) -> bool:
-        """Read on until the daemon ends the connection. Fails if it does not."""
+        """Read until the daemon ends the connection. Fails if it does not."""
         try:
             while True:
                 self.hear()
@@ -198,7 +201,7 @@ class Peer:
 
 @contextmanager
 def served(config: NodeConfig) -> Iterator[Server]:
-    """A daemon in a thread of this process, for tests that change its limits."""
+    """Run a daemon in a thread of this process, for tests that change its limits."""
     server, ready = Server(config), threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -224,21 +227,21 @@ MakeClient = Callable[..., NodeClient]
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon that the machine gives no time to is not taken for gone; tests of that shorten it again."""
+    """Clients wait long, so a slow machine does not make a daemon look gone. Tests of that shorten the limits again."""
     monkeypatch.setattr(reconnecting_link, "ANSWER_S", PATIENCE_S)
     monkeypatch.setattr(reconnecting_link, "CONNECT_S", PATIENCE_S)
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """An empty folder with a name short enough for sockets."""
+    """An empty folder whose name is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="kvkern-", dir="/tmp") as name:
         yield Path(name)
 
 
 @pytest.fixture
 def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
-    """Makes daemons, not yet started, with their arenas in `tmp_path`; all are ended with the test."""
+    """Makes daemons that are not started, with their arenas in `tmp_path`. All are ended with the test."""
     daemons: list[Daemon] = []
 
     def make(capacity: str = "1MiB", options: Sequence[str] = (), arena_dir: Path = tmp_path) -> Daemon:
@@ -252,13 +255,13 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
 
 @pytest.fixture
 def daemon(make_daemon: MakeDaemon, request: pytest.FixtureRequest) -> Daemon:
-    """One that serves; its capacity may be given by indirect parametrization."""
+    """A daemon that serves. Its capacity may be given by indirect parametrization."""
     return make_daemon(getattr(request, "param", "1MiB")).start()
 
 
 @pytest.fixture
 def make_client(daemon: Daemon) -> Iterator[MakeClient]:
-    """Opens clients of `daemon`, which are closed with the test."""
+    """Opens clients of `daemon`. All are closed with the test."""
     clients: list[NodeClient] = []
 
     def make(engine: str = "e", **options: Any) -> NodeClient:
@@ -278,24 +281,24 @@ def payload(
     seed: int,
     nbytes: int,
 ) -> npt.NDArray[np.uint8]:  # [nbytes] uint8
-    """What a chunk holds in tests: noise of its own for every key and seed."""
+    """Return what a chunk holds in tests: different noise for every key and seed."""
     return np.random.default_rng([seed, *key]).integers(0, 256, nbytes, dtype=np.uint8)
 
 
 def plane_sizes(geometry: SlotGeometry) -> list[int]:
-    """Whole rows for every plane, the rest for the last."""
+    """Return the bytes of every plane: whole rows, and the rest for the last plane."""
     each = geometry.part_nbytes // geometry.max_planes // ROW_NBYTES * ROW_NBYTES
     return [each] * (geometry.max_planes - 1) + [geometry.part_nbytes - each * (geometry.max_planes - 1)]
 
 
 def plane_sums(part: npt.NDArray[np.uint8], geometry: SlotGeometry) -> list[int]:
-    """Checksums of the planes of one rank's part."""
+    """Return the checksums of the planes of one rank's part."""
     ends = np.cumsum(plane_sizes(geometry)).tolist()
     return [checksum(part[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def write_payload(arena: Arena, reservation: Reservation, seed: int = 0) -> None:
-    """What every rank's `Transfer.store` leaves: payload, sizes, sealed checksums, and last the generation."""
+    """Write what a copier's `store` leaves on every rank: payload, sizes, sealed checksums, and last the generation."""
     geometry, headers = arena.spec.geometry, arena.headers
     for key, slot, generation in zip(reservation.keys, reservation.slots, reservation.generations, strict=True):
         under = np.array([generation], dtype=np.uint64)
@@ -309,7 +312,7 @@ def write_payload(arena: Arena, reservation: Reservation, seed: int = 0) -> None
 
 
 def read_verified(arena: Arena, lease: Lease, seed: int = 0) -> bool:
-    """Whether every leased slot verifies as `Transfer.load` would, and holds what `write_payload` wrote."""
+    """Return True if every leased slot verifies as in a copier's `load`, and holds what `write_payload` wrote."""
     geometry, headers = arena.spec.geometry, arena.headers
     for key, slot in zip(lease.keys, lease.slots, strict=True):
         sealed = seal(np.frombuffer(key, dtype="V32"), headers["generation"][slot : slot + 1])
@@ -331,8 +334,42 @@ def store(client: NodeClient, chain: list[bytes], seed: int = 0) -> int:
 
 
 def hits(client: NodeClient, chain: list[bytes], seed: int = 0) -> int:
-    """Length of the prefix that can be acquired and holds what was stored."""
+    """Acquire a prefix, check its bytes and release it. Returns its length."""
     lease = client.acquire(chain)
     assert read_verified(client.arena, lease, seed)
     client.release(lease)
     return len(lease.keys)
+
+
+# -- a daemon's state without its process ----------------------------------------------------------------------------
+
+
+ARENA_SLOTS = 32
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    """An arena of ARENA_SLOTS slots."""
+    arena = make_arena(tmp_path, slots=ARENA_SLOTS)
+    yield arena
+    arena.close()
+
+
+def publish_one_by_one(
+    sessions: Sessions,
+    session: Session,
+    namespace: bytes,  # 32-byte root
+    chain: Sequence[bytes],
+    start: int = 0,
+) -> list[bool]:
+    """Store the chunks of `chain` from `start` on, each with a grant and a publish of its own. Returns which were published."""
+    published: list[bool] = []
+    for at in range(start, len(chain)):
+        granted = sessions.grant(session, 1)
+        named = Reservation((chain[at],), granted.slots, granted.generations)
+        slots, generations = np.array(named.slots, np.int64), np.array(named.generations, np.uint64)
+        shape, known = ChunkShape(namespace, 0, 16), chain[: at + 1]
+        begin_slots(sessions.arena, slots, generations, named.keys, shape, chain, session.process)
+        write_payload(sessions.arena, named)
+        published += sessions.publish(session, namespace, named.slots, named.generations, named.keys, known)
+    return published

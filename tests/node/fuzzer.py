@@ -1,8 +1,8 @@
-"""Says wrong things to a daemon: `python -m tests.node.fuzzer SOCKET SEED ROUNDS`, in a process that then ends.
+"""Sends wrong frames to a daemon: `python -m tests.node.fuzzer SOCKET SEED ROUNDS`.
 
-Every round is a connection. It says Hello or not, then noise, valid frames in any order, frames replayed, changed,
-cut short or of an impossible length, and slots, generations and leases that it does not hold. It forgets nothing that
-others have stored: whoever may connect may also say Clear and Evict, so these two are left out.
+Every round is a connection. It may send Hello. Then it sends noise; valid frames in any order; frames that are replayed,
+changed, cut short or of an impossible length; and slots, generations and leases that it does not hold. Clear and Evict are
+left out, because every client that may connect may send them, and they would remove what others have stored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def keys(rng: random.Random) -> list[bytes]:
 
 
 def number(rng: random.Random, below: int) -> int:
-    """Often small: what somebody else may well hold."""
+    """Return a number that is often small, so that another client may hold it."""
     return rng.choice([0, 1, rng.randrange(128), below - 1, rng.randrange(below)])
 
 
@@ -36,7 +36,7 @@ def use(rng: random.Random) -> tuple[int, int, Stop, int]:
 
 
 def message(rng: random.Random) -> p.Request:
-    """A valid one, that nobody asked for."""
+    """Return a valid message that makes no sense here."""
     slots = [number(rng, 1 << 40) for _ in range(rng.choice([0, 1, 3, 200]))]
     generations = [number(rng, 1 << 63) for _ in slots]
     makers: list[Callable[[], p.Request]] = [
@@ -63,7 +63,7 @@ def message(rng: random.Random) -> p.Request:
 
 
 def changed(rng: random.Random, frame: bytes) -> bytes:
-    """One to three bytes are others."""
+    """Change one to three bytes."""
     found = bytearray(frame)
     for _ in range(rng.randrange(1, 4)):
         found[rng.randrange(len(found))] = rng.randrange(256)
@@ -71,7 +71,7 @@ def changed(rng: random.Random, frame: bytes) -> bytes:
 
 
 def speech(rng: random.Random) -> bytes:
-    """What is said in a round."""
+    """Return the bytes to send in one round."""
     hello = framing.encode(p.Hello(p.VERSION, "fuzz", GEOMETRY, rng.random() < 0.5))
     frames = [framing.encode(message(rng)) for _ in range(rng.randrange(1, 12))]
     makers: list[Callable[[], bytes]] = [
@@ -80,7 +80,9 @@ def speech(rng: random.Random) -> bytes:
         lambda: (
             hello + struct.pack("<I", rng.choice([framing.MAX_FRAME_NBYTES + 1, (1 << 32) - 1])) + rng.randbytes(100)
         ),
-        lambda: hello + struct.pack("<I", framing.MAX_FRAME_NBYTES) + bytes(LARGE_NBYTES),  # the rest never comes
+        lambda: (
+            hello + struct.pack("<I", framing.MAX_FRAME_NBYTES) + bytes(LARGE_NBYTES)
+        ),  # the rest of the frame never comes
         lambda: hello + b"".join(frames),
         lambda: b"".join(frames),
         lambda: hello + frames[0] * 20,
@@ -93,7 +95,7 @@ def speech(rng: random.Random) -> bytes:
 
 
 def speak(path: Path, rng: random.Random) -> None:
-    """One round. The daemon may hang up at any moment."""
+    """Do one round. The daemon may hang up at any moment."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(30)
         sock.connect(str(path))
@@ -102,7 +104,7 @@ def speak(path: Path, rng: random.Random) -> None:
         try:
             for begin, end in zip([0, *cuts], [*cuts, len(said)], strict=True):
                 sock.sendall(said[begin:end])
-            if rng.random() < 0.5:  # else it is gone before it is answered
+            if rng.random() < 0.5:  # else this side closes before it is answered
                 sock.shutdown(socket.SHUT_WR)
                 while sock.recv(1 << 16):
                     continue

@@ -1,11 +1,11 @@
 """A daemon and its clients, real processes, killed with SIGKILL at random points: no wrong byte is read, nothing leaks.
 
-The test starts one process without threads, which forks all others from its warm state, kills them and forks new ones:
+The test starts one process without threads. It forks all others after its imports, kills them and forks new ones:
 
     daemon    `serve`, over an arena of a few MiB that outlives it
-    engine    a NodeClient that stores, reads and clears; checks leased bytes when it gets them and before it lets go
+    engine    a NodeClient that stores, reads and clears; checks leased bytes when it gets the lease and before it ends it
     worker    an engine's second process, which does the copying, slowly, and does not stop when its engine is killed
-    checker   after every start of a daemon: acquires every chunk that is served again and compares every byte
+    checker   runs after every start of a daemon: acquires every chunk that is served again and compares every byte
 
 A chunk's bytes are a function of its key. By hand: `python tests/node/test_crash.py SEED KILLS`.
 """
@@ -48,9 +48,9 @@ PLANE_NBYTES, PLANES, RANKS = 512, 2, 2
 GEOMETRY = SlotGeometry(PLANE_NBYTES * PLANES, PLANES, RANKS)
 CAPACITY_NBYTES = 1536 << 10  # 127 slots: every second all of them are overwritten
 ENGINES = 3
-SEQUENCES, MAX_CHUNKS = 40, 12  # shared by all engines, and more than fit
-SHARED = bytes(range(32))  # the namespace of them
-PATIENCE_S = 60.0  # for what must happen; it takes a moment
+SEQUENCES, MAX_CHUNKS = 40, 12  # shared by all engines, and more than the arena holds
+SHARED = bytes(range(32))  # their namespace
+PATIENCE_S = 60.0  # limit for conditions that must come true
 STORED, VERIFIED, RECHECKED, CLEARED, SERVED_AGAIN = range(5)  # columns of `tallies`
 
 
@@ -73,7 +73,7 @@ def check_bytes(arena: Arena, keys: Sequence[bytes], slots: Sequence[int]) -> No
 def store(
     arena: Arena, keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int], pause_s: float
 ) -> None:
-    """What `Transfer.store` does with a piece, with pauses in which this process may be killed."""
+    """Do what a copier's `store` does with a piece of a job, with pauses in which this process may be killed."""
     sizes = np.full((1, PLANES), PLANE_NBYTES, dtype=np.uint32)
     headers = arena.headers
     current = (headers["generation"][slots] == generations).tolist()
@@ -95,7 +95,7 @@ def store(
 
 
 class Stop:
-    """Becomes true with SIGTERM."""
+    """Becomes true when SIGTERM arrives."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -115,7 +115,7 @@ class Engine:
         self.name, self.number = name, number
         self.random = random.Random(f"{seed} {number}")
         self.orders, self.answers, self.tally = orders, answers, tally
-        self.own = hashlib.sha256(self.name.encode()).digest()  # a namespace
+        self.own = hashlib.sha256(self.name.encode()).digest()  # a namespace of its own
         self.epoch = 0
         self.cleared: list[bytes] = []
         self.leases: list[Lease] = []
@@ -138,7 +138,7 @@ class Engine:
         self.client.close()
 
     def sequence(self) -> tuple[list[bytes], bytes]:
-        """(chunks from the first on, namespace) of a sequence, one in four of them this engine's own."""
+        """Return (keys from the first chunk on, namespace) of a random sequence. One in four is this engine's own."""
         if self.random.random() < 0.25:
             name, namespace = (self.number, self.epoch, self.random.randrange(3)), self.own
         else:
@@ -153,7 +153,7 @@ class Engine:
         self.let_go(6)
 
     def let_go(self, keep: int) -> None:
-        """Release all leases but `keep`. What was leased is what it was, whatever has happened to the daemon."""
+        """Release all leases but `keep`. Their bytes are unchanged, whatever has happened to the daemon."""
         while len(self.leases) > keep:
             lease = self.leases.pop(self.random.randrange(len(self.leases)))
             check_bytes(self.client.arena, lease.keys, lease.slots)
@@ -175,13 +175,13 @@ class Engine:
         except BrokenPipeError:
             done = b""
         if not done:
-            os._exit(0)  # the worker was killed: an engine ends with it
+            os._exit(0)  # the worker was killed, so the engine ends too
         stored = self.client.commit(got)
         assert stored <= count
         self.tally[STORED] += stored
 
     def clear(self) -> None:
-        """Forget the own namespace: whatever happens to the daemon, nothing of it comes back."""
+        """Clear the engine's own namespace. Whatever happens to the daemon, none of its chunks comes back."""
         self.client.clear(self.own)
         for sequence in range(3):
             self.cleared += [key_of(self.number, self.epoch, sequence, i) for i in range(MAX_CHUNKS)]
@@ -192,7 +192,7 @@ class Engine:
 
 
 def run_worker(socket: Path, name: str, number: int, seed: int, orders: Any, answers: Any) -> None:
-    """Does what it is ordered to, to the end, then looks whether its engine is still there."""
+    """Carry out every order to its end. End when the engine's end of the pipe is closed."""
     rng = random.Random(f"{seed} worker {number}")
     client = NodeClient.open(socket, name, GEOMETRY, index=False, timeout_s=PATIENCE_S, prefault=False)
     try:
@@ -209,8 +209,8 @@ def run_worker(socket: Path, name: str, number: int, seed: int, orders: Any, ans
 
 def run_checker(socket: Path, number: int, tally: Any) -> None:
     client = NodeClient.open(socket, f"checker-{number}", GEOMETRY, timeout_s=PATIENCE_S, prefault=False)
-    with AdminClient(socket) as operator:
-        keys = [bytes.fromhex(row["key"]) for row in operator.ask(p.List(1, b"", p.MAX_ROWS))]
+    with AdminClient(socket) as admin:
+        keys = [bytes.fromhex(row["key"]) for row in admin.ask(p.List(1, b"", p.MAX_ROWS))]
     lease = client.acquire(keys, prefix=False)
     check_bytes(client.arena, lease.keys, lease.slots)
     tally[SERVED_AGAIN] += len(lease.keys)
@@ -219,17 +219,17 @@ def run_checker(socket: Path, number: int, tally: Any) -> None:
 
 
 class Chaos:
-    """Forks, kills and watches. Has no threads; every child has the state of this process as it was after imports."""
+    """Forks, kills and watches processes. Has no threads: every child starts with the state of this process after imports."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.socket = folder / "s"
         self.config = NodeConfig(self.socket, CAPACITY_NBYTES, arena_dir=folder, prefault=False, drain_s=1.0)
-        # Shared with all children: a row of tallies for each, ever.
+        # Shared memory: one row of tallies for every child there ever was.
         self.tallies = np.frombuffer(mmap.mmap(-1, 8 << 20), dtype=np.int64).reshape(-1, 8)
-        self.count = 0  # children so far
-        self.role: dict[int, tuple[str, int]] = {}  # of a living child, by pid: what it is, and of which engine
+        self.count = 0  # children forked so far
+        self.role: dict[int, tuple[str, int]] = {}  # pid of a living child -> what it is, and of which engine
         self.kills = dict.fromkeys(("daemon", "engine", "worker"), 0)
 
     # -- children ------------------------------------------------------------------------------------------------------
@@ -258,15 +258,15 @@ class Chaos:
         self.ready = ready
 
     def wait_for_daemon(self) -> None:
-        """Returns when it serves, or is gone."""
+        """Return when the daemon serves, or is gone."""
         os.read(self.ready, 1)
         os.close(self.ready)
 
     def start_engine(self, engine: int) -> None:
-        """A scheduler and a worker. Each holds only its own ends of the pipes: the end of one is seen by the other."""
+        """Start a scheduler and a worker. Each holds only its own ends of the pipes, so each sees when the other ends."""
         take_orders, give_orders = os.pipe()
         take_answers, give_answers = os.pipe()
-        name, number = f"engine-{engine}", self.count  # the name of the one before, whose worker may still be there
+        name, number = f"engine-{engine}", self.count  # the name of the engine before, whose worker may still run
 
         def worker(tally: Any) -> None:
             os.close(give_orders)
@@ -300,7 +300,7 @@ class Chaos:
             assert os.waitstatus_to_exitcode(status) == 0, f"{role} {pid} has failed"
 
     def kill(self, pid: int) -> None:
-        """Returns when the process is gone."""
+        """Kill a process. Returns when it is gone."""
         os.kill(pid, signal.SIGKILL)
         self.ended(pid, os.waitpid(pid, 0)[1])
 
@@ -313,7 +313,7 @@ class Chaos:
             self.ended(pid, os.waitpid(pid, 0)[1])
 
     def reap(self) -> None:
-        """Notice who has ended by itself: workers and engines whose other half was killed, and checkers."""
+        """Collect children that have ended by themselves: workers and engines whose other half was killed, and checkers."""
         for pid in list(self.role):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
@@ -337,7 +337,7 @@ class Chaos:
         self.finish()
 
     def replace_daemon(self) -> None:
-        """Kill it, alone or with an engine; sometimes its successors too, while they take over."""
+        """Kill the daemon, alone or with an engine. Sometimes kill its successors too, while they take over."""
         if self.random.random() < 0.4:
             self.kill_one("engine")
         self.kill_one("daemon")
@@ -353,7 +353,7 @@ class Chaos:
         self.start_checker()
 
     def finish(self) -> None:
-        """Engines end, one by itself; then nothing is held, no slot is lost, and a last daemon finds what was there."""
+        """End the engines, one of them gracefully. Then nothing is held, no slot is lost, a last daemon finds every chunk."""
         for pid in self.alive("engine")[:-1]:
             self.kill(pid)
         for pid in self.alive("engine"):
@@ -371,11 +371,11 @@ class Chaos:
         self.join("checker")
 
     def at_rest(self) -> int:
-        """The number of chunks, when nobody holds anything any more."""
+        """Wait until nobody holds anything any more. Returns the number of chunks."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            with AdminClient(self.socket) as operator:
-                (row,) = operator.ask(p.Stat(1))
+            with AdminClient(self.socket) as admin:
+                (row,) = admin.ask(p.Stat(1))
             held = {name: row[name] for name in ("leases", "granted_slots", "quarantined_leases", "quarantined_slots")}
             if not any(held.values()):
                 break
@@ -393,8 +393,8 @@ class Chaos:
 
 
 def main(seed: int, kills: int) -> None:
-    """Prints what was done. Ends with a traceback if anything was wrong."""
-    logging.disable(logging.WARNING)  # every loss of a daemon is one
+    """Run, and print what was done. Ends with a traceback if anything was wrong."""
+    logging.disable(logging.WARNING)  # every loss of a daemon logs a warning
     with tempfile.TemporaryDirectory(prefix="kvkern-") as folder, closing(Chaos(Path(folder), seed)) as chaos:
         chaos.run(kills)
         sums = chaos.tallies.sum(axis=0).tolist()

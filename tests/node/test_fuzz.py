@@ -1,4 +1,4 @@
-"""Wrong frames against a real daemon: it neither ends nor grows, and good clients are served before, meanwhile and after."""
+"""Wrong frames against a real daemon: it does not end or grow, and it serves good clients before, meanwhile and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROCESSES = 3
 
 
 def resident_nbytes(pid: int) -> int:
-    """Of a process's own memory: the arena's pages, which are shared, do not count."""
+    """Return the resident memory that is the process's own: shared pages, those of the arena, do not count."""
     fields = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in fields if line.startswith("RssAnon"))
 
@@ -27,7 +27,7 @@ def descriptors(pid: int) -> int:
 
 
 def fuzz(daemon: Daemon, first_seed: int) -> None:
-    """Several processes at once; returns when they have ended."""
+    """Run several fuzzers at once. Returns when they have ended."""
     command = [sys.executable, "-m", "tests.node.fuzzer", str(daemon.socket)]
     fuzzers = [
         subprocess.Popen([*command, str(first_seed + number), str(ROUNDS)], cwd=ROOT) for number in range(PROCESSES)
@@ -48,7 +48,7 @@ def test_a_daemon_under_wrong_frames(daemon: Daemon, make_client: MakeClient) ->
     eventually(lambda: stock(client)[0] == 13)
 
     def still() -> dict[str, object]:
-        """Of what the good client has; of those who are gone nothing."""
+        """Return the daemon's counters while nothing is in quarantine, which is all the good client's; else empty."""
         names = ("chunks", "sessions", "connections", "leases", "unwritten_slots")
         found = daemon.stat()
         found["unwritten_slots"] = (
@@ -58,7 +58,7 @@ def test_a_daemon_under_wrong_frames(daemon: Daemon, make_client: MakeClient) ->
 
     before = still()
     assert before
-    fuzz(daemon, first_seed=0)  # the allocator's pools fill
+    fuzz(daemon, first_seed=0)  # first fill the allocator's pools
     eventually(lambda: still() == before, "what was before")
     open_before, memory_before = descriptors(daemon.pid), resident_nbytes(daemon.pid)
     for number in range(2):
@@ -67,7 +67,7 @@ def test_a_daemon_under_wrong_frames(daemon: Daemon, make_client: MakeClient) ->
     assert client.connected
     assert daemon.stat()["bad_frames"] > ROUNDS
     eventually(lambda: descriptors(daemon.pid) <= open_before, "as few open files as before")
-    # Had the frames been kept whose end never came, it would be some 200 of them by now.
+    # If the daemon kept incomplete frames, it would hold some 200 of LARGE_NBYTES by now.
     assert resident_nbytes(daemon.pid) < memory_before + 20 * LARGE_NBYTES
     assert "Traceback" not in daemon.log
 

@@ -1,33 +1,18 @@
-"""What the daemon knows of namespaces: warnings, bounds, and that a quota holds whatever it has forgotten."""
+"""What the daemon remembers of namespaces: warnings, bounds, and that a quota holds for forgotten namespaces too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.assemble import build_cache
 from kvkern.node.daemon.sessions import MAX_REMEMBERED_ENGINES, Quotas, Session, Sessions
-from kvkern.tiers.base import ChunkShape, Reservation
-from kvkern.tiers.slot_headers import begin_slots
-from tests.node.conftest import write_payload
-from tests.support import chain_keys, key, make_arena
-
-SLOTS = 32
-
-
-@pytest.fixture
-def arena(tmp_path: Path) -> Iterator[Arena]:
-    arena = make_arena(tmp_path, slots=SLOTS)
-    yield arena
-    arena.close()
+from tests.node.conftest import publish_one_by_one
+from tests.support import chain_keys, key
 
 
 class Node:
-    """A daemon's state, and engines on it."""
+    """A daemon's state, and two engines on it."""
 
     def __init__(self, arena: Arena, quotas: Quotas | None = None) -> None:
         quotas = quotas or Quotas()
@@ -44,16 +29,9 @@ class Node:
         return self.sessions.describe(engine or self.first, root, fields)
 
     def store(self, namespace: bytes, count: int) -> int:
-        """Store chunks of a sequence one after the other; returns how many of them are there then."""
+        """Store chunks of a sequence one after the other. Returns how many of them are cached then."""
         chain = chain_keys(namespace, count)
-        for at in range(count):
-            granted = self.sessions.grant(self.first, 1)
-            held = Reservation((chain[at],), granted.slots, granted.generations)
-            slots, generations = np.array(held.slots, np.int64), np.array(held.generations, np.uint64)
-            shape, known = ChunkShape(namespace, 0, 16), chain[: at + 1]
-            begin_slots(self.arena, slots, generations, held.keys, shape, chain, self.first.process)
-            write_payload(self.arena, held)
-            self.sessions.publish(self.first, namespace, held.slots, held.generations, held.keys, known)
+        publish_one_by_one(self.sessions, self.first, namespace, chain)
         return self.sessions.cache.lookup(chain)
 
 
@@ -78,7 +56,7 @@ def test_a_differing_hash_identity_is_reported(node: Node) -> None:
 
 
 def test_an_engine_is_warned_once(node: Node) -> None:
-    """It describes its namespaces again whenever it has lost its connection; one that is started anew is told too."""
+    """An engine describes its namespaces again after a lost connection, and is not warned again. A new engine is warned."""
     one, other = {"model": "m", "engine_hash": "1"}, {"model": "m", "engine_hash": "2"}
     assert node.describe(key(1), node.first, **one) == ""
     assert node.describe(key(2), node.second, **other) != ""
@@ -86,7 +64,7 @@ def test_an_engine_is_warned_once(node: Node) -> None:
     assert node.describe(key(2), node.connect("second"), **other) == ""
     assert node.describe(key(1), node.first, **one) == ""
     assert node.describe(key(2), node.connect("third"), **other) != ""
-    assert node.describe(key(2), node.first, **one) == ""  # it has put it right
+    assert node.describe(key(2), node.first, **one) == ""  # it has corrected its setting
 
 
 def test_who_was_told_is_bounded(node: Node) -> None:
@@ -96,7 +74,7 @@ def test_who_was_told_is_bounded(node: Node) -> None:
 
 
 class Counted(str):
-    """A field that counts how often a description of it is compared."""
+    """A field that counts how often it is compared."""
 
     compared = 0
 
@@ -130,12 +108,12 @@ def test_those_used_longest_ago_are_forgotten(node: Node, monkeypatch: pytest.Mo
     assert node.store(key(1), 1) == 1
     node.describe(key(3), model="3", engine_hash="1")
     assert list(node.sessions.namespaces) == [key(0), key(1), key(3)]
-    assert node.describe(key(4), model="2", engine_hash="2") == ""  # nothing of it is left
+    assert node.describe(key(4), model="2", engine_hash="2") == ""  # its description is forgotten
     assert len(node.sessions._hashes) == 3
 
 
 def test_a_quota_holds_however_many_namespaces_there_are(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them is described, used, forgotten, used again and described again."""
+    """Each namespace is described, used, forgotten, used again and described again."""
     monkeypatch.setattr("kvkern.node.daemon.sessions.MAX_NAMESPACES", 2)
     slot_nbytes = arena.spec.geometry.slot_nbytes
     node = Node(arena, Quotas(models={"large": 6 * slot_nbytes}, tenant=3 * slot_nbytes))
@@ -148,7 +126,7 @@ def test_a_quota_holds_however_many_namespaces_there_are(arena: Arena, monkeypat
     assert node.store(key("large"), 8) == 6
     for number in (1, 2):
         node.describe(key(number), model="m", salt=str(number))
-    assert node.store(key("large"), 8) == 3  # forgotten: the least quota there is
+    assert node.store(key("large"), 8) == 3  # forgotten: it gets the smallest quota
 
 
 def test_without_quotas_nothing_is_limited(arena: Arena) -> None:

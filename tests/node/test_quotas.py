@@ -1,13 +1,11 @@
-"""Quotas and shares: a model or tenant that stores much evicts itself, and the others keep what they have."""
+"""Quotas and shares: a model or tenant above its quota evicts its own chunks, and the others keep theirs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
+import numpy as np
 
 from kvkern.arena.file import Arena
 from kvkern.arena.process_identity import process_start
@@ -15,22 +13,14 @@ from kvkern.assemble import build_cache
 from kvkern.node.daemon.sessions import Quotas, Session, Sessions
 from kvkern.tiers.base import ChunkShape, Lease
 from kvkern.tiers.slot_headers import begin_slots
-from tests.node.conftest import write_payload
-from tests.support import chain_keys, key, make_arena
+from tests.node.conftest import ARENA_SLOTS, publish_one_by_one, write_payload
+from tests.support import chain_keys, key
 
-SLOTS = 32
 ROOTS = {name: key("root", name) for name in ("big", "small", "tenant-a", "tenant-b")}
 FIELDS = {
     "big": {"model": "llama-70b"}, "small": {"model": "llama-8b"},
     "tenant-a": {"model": "llama-8b", "salt": "a"}, "tenant-b": {"model": "llama-8b", "salt": "b"},
 }  # fmt: skip
-
-
-@pytest.fixture
-def arena(tmp_path: Path) -> Iterator[Arena]:
-    arena = make_arena(tmp_path, slots=SLOTS)
-    yield arena
-    arena.close()
 
 
 class Node:
@@ -47,37 +37,22 @@ class Node:
     def store(self, name: str, count: int, start: int = 0) -> None:
         """Store chunks of a sequence one after the other."""
         chain = chain_keys(name, start + count)
-        for at in range(start, start + count):
-            granted = self.sessions.grant(self.session, 1)
-            reservation = type(granted)((chain[at],), granted.slots, granted.generations)
-            slots, generations = self.array(granted.slots, "i8"), self.array(granted.generations, "u8")
-            owner = self.session.process
-            begin_slots(self.arena, slots, generations, [chain[at]], ChunkShape(ROOTS[name], 0, 16), chain, owner)
-            write_payload(self.arena, reservation)
-            published = self.sessions.publish(
-                self.session, ROOTS[name], granted.slots, granted.generations, [chain[at]], chain[: at + 1]
-            )
-            assert published == [True]
+        published = publish_one_by_one(self.sessions, self.session, ROOTS[name], chain, start)
+        assert published == [True] * count
 
     def fetch(self, name: str, count: int, pin: bool) -> Lease:
-        """What the remote tier does with chunks that it has read."""
+        """Do what the remote tier does with chunks that it has read."""
         chain = chain_keys(name, count)
         granted = self.sessions.cache.grant(count)
-        slots, generations = self.array(granted.slots, "i8"), self.array(granted.generations, "u8")
+        slots, generations = np.array(granted.slots, np.int64), np.array(granted.generations, np.uint64)
         begin_slots(self.arena, slots, generations, chain, ChunkShape(ROOTS[name], 0, 16), chain, (1, 1))
         read = replace(granted, keys=tuple(chain), chain=tuple(chain))
         write_payload(self.arena, read)
         return self.sessions.cache.promote(read, ROOTS[name], None, pin, True)
 
-    @staticmethod
-    def array(values: tuple[int, ...], dtype: str):  # type: ignore[no-untyped-def]
-        import numpy as np
-
-        return np.array(values, dtype=dtype)
-
     def held(self, name: str) -> int:
-        """How many of its first SLOTS chunks are cached, from the first on."""
-        return self.sessions.cache.lookup(chain_keys(name, SLOTS))
+        """Return how many of the first ARENA_SLOTS chunks of the sequence are cached, from the first on."""
+        return self.sessions.cache.lookup(chain_keys(name, ARENA_SLOTS))
 
 
 def test_limits_by_model_and_tenant() -> None:
@@ -97,7 +72,7 @@ def test_a_tenant_stays_within_its_quota_and_evicts_its_own_tail(arena: Arena) -
 
 
 def test_what_a_remote_store_gives_counts_too(arena: Arena) -> None:
-    """While somebody reads it, it stays; then the tail goes."""
+    """While a lease reads it, it stays. Then its tail is evicted."""
     node = Node(arena, Quotas(tenant=4 * arena.spec.geometry.slot_nbytes))
     node.store("small", 12)
     node.fetch("tenant-b", 7, pin=False)

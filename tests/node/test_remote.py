@@ -1,4 +1,4 @@
-"""Daemons of two nodes on one store: what one's engines compute, the other's load; and the daemon lives on when it fails."""
+"""Daemons of two nodes on one store: engines of one load what engines of the other stored. A failing store costs hits only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def hits(client: NodeClient, chain: list[bytes]) -> int:
 
 @pytest.fixture(autouse=True)
 def remote_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little time the machine gives these threads."""
+    """Requests wait long enough for a slow machine."""
     monkeypatch.setattr(cost_model, "FIRST_WAIT_S", 30.0)
     monkeypatch.setattr(cost_model, "LEAST_WAIT_S", 30.0)
 
@@ -57,7 +57,7 @@ def values() -> dict[bytes, bytes]:
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch, values: dict[bytes, bytes]) -> list[MemoryStore]:
-    """All that daemons of this process make, over the same values."""
+    """All stores that daemons of this process make, over the same values."""
     made: list[MemoryStore] = []
 
     def make(url: RemoteUrl) -> MemoryStore:
@@ -70,7 +70,7 @@ def stores(monkeypatch: pytest.MonkeyPatch, values: dict[bytes, bytes]) -> list[
 
 @pytest.fixture
 def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[Server, NodeClient]]]:
-    """Starts a daemon with the store and a client of it; both end with the test."""
+    """Starts a daemon with the store and a client of it. Both end with the test."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -169,7 +169,7 @@ def test_an_arena_of_another_size_takes_the_place_of_one_whose_chunks_still_come
 def test_the_store_is_opened_once(
     start: Any, stores: list[MemoryStore], folder: Path, tmp_path: Path, values: Any
 ) -> None:
-    """At the start, to find what is wrong, and no more; also by who takes an arena over, or gets no engine."""
+    """At the start, to find mistakes, and never again. Also by a daemon that takes an arena over, or that gets no engine."""
 
     def lives(what: MemoryStore) -> list[str]:
         return [call for call, _ in what.calls if call in ("open", "register", "close")]
@@ -193,7 +193,7 @@ def test_the_store_is_opened_once(
 def test_a_store_that_is_refused_when_the_first_engine_comes(
     start: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine is told, nothing of the attempt is left, and the next one finds it mended."""
+    """The engine gets the reason, nothing of the attempt is left, and the next engine connects once the mistake is mended."""
     away, wrong = True, False
 
     class Guarded(MemoryStore):
@@ -224,7 +224,7 @@ def test_a_store_that_is_refused_when_the_first_engine_comes(
 
 @pytest.mark.parametrize("why", [RemoteError("nobody there"), ConfigError("wrong password; mend it")], ids=type)
 def test_a_store_that_neither_opens_nor_closes(monkeypatch: pytest.MonkeyPatch, why: Exception) -> None:
-    """What is said of it is why it has not opened."""
+    """The error names why the store did not open, not why it did not close."""
 
     class Gone(MemoryStore):
         async def open(self) -> None:

@@ -1,4 +1,4 @@
-"""Engines of real daemons on a Redis server that fails: they hit or miss in time, and nothing of it is left afterwards."""
+"""Engines of real daemons on a Redis server that fails: they hit or miss in time, and afterwards nothing is still held."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,8 +26,8 @@ from tests.remote.required_servers import need
 from tests.support import NAMESPACE, chain_keys
 
 A, B = chain_keys("a", 6), chain_keys("b", 6)
-PATIENCE_S, TIMEOUT_S = 0.5, 2.0  # of a request for six chunks; of a call
-LATE_S = 5.0  # what a busy machine adds
+PATIENCE_S, TIMEOUT_S = 0.5, 2.0  # limits of a request for six chunks, and of a call to the store
+LATE_S = 5.0  # time that a busy machine may add
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def ends(tmp_path: Path) -> Iterator[tuple[Redis, FaultProxy]]:
 
 @pytest.fixture
 def start(make_daemon: MakeDaemon, ends: tuple[Redis, FaultProxy]) -> Callable[[str, int], Daemon]:
-    """Starts a daemon with the store, by a port."""
+    """Starts a daemon with the store at a port."""
 
     def begin(name: str, port: int) -> Daemon:
         url = f"redis://127.0.0.1:{port}"
@@ -61,7 +61,7 @@ def start(make_daemon: MakeDaemon, ends: tuple[Redis, FaultProxy]) -> Callable[[
 
 
 def hits(client: NodeClient, chain: list[bytes]) -> int:
-    """How many chunks an engine would load, in time and verified."""
+    """Acquire in time, verify and release. Returns how many chunks were hit."""
     began = time.monotonic()
     lease = client.acquire(chain, use=Use(namespace=NAMESPACE))
     assert time.monotonic() - began < PATIENCE_S + LATE_S
@@ -79,14 +79,14 @@ def stores(client: NodeClient, chain: list[bytes]) -> int:
 
 
 def impatient(daemon: Daemon, client: NodeClient) -> None:
-    """From now on a request for six chunks waits for PATIENCE_S."""
+    """Report a prefill speed at which a request for six chunks waits for PATIENCE_S."""
     assert stores(client, chain_keys(("own", daemon.socket), 1)) == 1
     client.finish(Use(request=1), RequestEnd(prefill_tokens_s=6 * 16 / PATIENCE_S))
     eventually(lambda: daemon.stat().get("prefill_tokens_s"), "the speed")
 
 
 def at_rest(daemon: Daemon) -> dict[str, Any]:
-    """What it says when nobody holds anything any more: every slot is free, a chunk's, or granted to a client."""
+    """Wait until nothing is held and every slot is free, a chunk's, or granted to a client. Returns the daemon's counters."""
 
     def settled() -> dict[str, Any] | None:
         row = daemon.stat()
@@ -109,12 +109,22 @@ FAULTS: dict[str, tuple[Callable[[Redis, FaultProxy], object], Callable[[Redis, 
 }
 
 
-def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+@contextmanager
+def two_nodes(
+    start: Callable[[str, int], Daemon], ends: tuple[Redis, FaultProxy]
+) -> Iterator[tuple[Daemon, Daemon, NodeClient, NodeClient]]:
+    """Two daemons, the second behind the proxy, and a client of each. The first one's chunks A are in the store."""
     redis, proxy = ends
     first, second = start("one", redis.port), start("two", proxy.port)
     with closing(first.client()) as one, closing(second.client()) as two:
         assert stores(one, A) == 6
         eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
+        yield first, second, one, two
+
+
+def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
+    redis, proxy = ends
+    with two_nodes(start, ends) as (first, second, one, two):
         impatient(second, two)
         eventually(lambda: hits(two, A) == 6, "a hit")
         for name, (begin, end) in FAULTS.items():
@@ -124,11 +134,11 @@ def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy
             eventually(lambda written=written: first.stat()["remote_written_chunks"] >= written + 6, "the write")  # type: ignore[misc]
             begin(redis, proxy)
             for turn in range(3):
-                assert hits(two, chain) == 0 or name == "garbled"  # some of that may come whole
+                assert hits(two, chain) == 0 or name == "garbled"  # some of the garbled values may be correct
                 assert stores(two, chain_keys((name, turn), 2)) == 2
                 assert hits(two, A) == 6
             end(redis, proxy)
-            if name == "garbled":  # what came wrong is deleted, and has to be computed once more
+            if name == "garbled":  # wrong values are deleted, and must be stored once more
                 eventually(lambda chain=chain: stores(two, chain) >= 0 and hits(two, chain) == 6)  # type: ignore[misc]
             else:
                 eventually(lambda chain=chain: hits(two, chain) == 6, "a hit")  # type: ignore[misc]
@@ -139,14 +149,11 @@ def test_engines_live_on_and_hit_again(start: Any, ends: tuple[Redis, FaultProxy
 
 
 def test_a_kill_while_the_store_hangs(start: Any, ends: tuple[Redis, FaultProxy]) -> None:
-    """Slots that the dead daemon was reading into are free again, and its engine goes on."""
-    redis, proxy = ends
-    first, second = start("one", redis.port), start("two", proxy.port)
-    with closing(first.client()) as one, closing(second.client()) as two:
-        assert stores(one, A) == 6
-        eventually(lambda: first.stat()["remote_written_chunks"] == 6, "the write")
+    """The slots that the killed daemon was reading into are free again, and its engine goes on."""
+    _, proxy = ends
+    with two_nodes(start, ends) as (_, second, _, two):
         assert stores(two, B) == 6
-        proxy.nbytes_s = 20_000.0  # it has begun to answer, and does not come to an end
+        proxy.nbytes_s = 20_000.0  # it begins to answer and does not finish
         answer = two.acquire_soon(A, use=Use(namespace=NAMESPACE))
         eventually(lambda: second.stat()["remote_waiting_requests"] == 1, "the request")
         time.sleep(0.3)
@@ -219,5 +226,5 @@ def test_engines_that_are_gone_before_the_answer(start: Any, ends: tuple[Redis, 
     with closing(second.client()) as two:
         eventually(lambda: hits(two, A) == 6, "a hit")
         row = at_rest(second)
-        assert row["sessions"] == 2  # and who asks
+        assert row["sessions"] == 2  # and the admin client that asks
         assert row["remote_hit_chunks"] >= 6

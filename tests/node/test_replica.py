@@ -1,4 +1,4 @@
-"""What a client believes of the index: never more than the daemon has, and never less than it has acknowledged."""
+"""A client's replica of the index: not more than the daemon has, and not less than it has acknowledged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support import NAMESPACE, chain_keys
 
 
 def test_the_first_acquire_of_a_new_client_hits(daemon: Daemon, make_client: MakeClient) -> None:
-    """The index may still be on its way."""
+    """Even if the index has not arrived completely."""
     chain = chain_keys("a", 4)
     assert store(make_client("writer"), chain) == 4
     for name in range(20):
@@ -18,7 +18,7 @@ def test_the_first_acquire_of_a_new_client_hits(daemon: Daemon, make_client: Mak
 
 
 def test_a_chunk_that_a_quota_evicts_at_once_is_not_believed_in(make_daemon: MakeDaemon) -> None:
-    """The daemon tells of the eviction before it acknowledges the store."""
+    """The daemon sends the eviction before it acknowledges the store."""
     daemon = make_daemon(options=("--quota", "m=64KiB"))  # 8 slots
     daemon.start()
     client = daemon.client()
@@ -35,7 +35,7 @@ def test_a_chunk_that_a_quota_evicts_at_once_is_not_believed_in(make_daemon: Mak
 def test_who_came_earlier_gives_back_what_is_above_its_share(daemon: Daemon, make_client: MakeClient) -> None:
     for name in range(4):
         client = make_client(f"engine-{name}")
-        assert store(client, chain_keys(name, 3)) == 3  # and asks for twice as many, to have them in stock
+        assert store(client, chain_keys(name, 3)) == 3  # and asks for twice as many, for its stock
     eventually(lambda: daemon.stat()["granted_slots"] <= 127 // 8, "even shares")
     assert store(make_client("last"), chain_keys("last", 3)) == 3
 

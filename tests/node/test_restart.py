@@ -1,4 +1,4 @@
-"""A daemon's start and end: what it takes over, what it refuses to touch, and what outlives it."""
+"""A daemon's start and end: what it takes over, what it does not touch, and what outlives it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tests.support import SHAPE, chain_keys
 
 
 def test_sigterm_lets_transfers_end(make_daemon: MakeDaemon) -> None:
-    """What is under way is published, nobody new is let in, and then the daemon ends by itself."""
+    """Transfers under way are published, no new client is let in, and then the daemon ends by itself."""
     daemon = make_daemon(options=["--drain", "60"]).start()
     with closing(daemon.client("one")) as client, Peer(daemon.socket) as waiting:
         chain = chain_keys("a", 3)
         reservation = client.reserve(chain, chain, SHAPE)
         daemon.signal(signal.SIGTERM)
-        eventually(lambda: stock(client) == (0, 0))  # it knows, and has given back what it has no use for
+        eventually(lambda: stock(client) == (0, 0))  # it was told, and has given back its unused slots
         assert not daemon.socket.exists()
         answer = waiting.greet(geometry=None)
         assert isinstance(answer, p.Refused)
@@ -64,12 +64,12 @@ def test_sigterm_waits_no_longer_than_it_was_told(make_daemon: MakeDaemon) -> No
         assert store(client, chain) == 3
         lease = client.acquire(chain)
         assert daemon.stop() == 0
-        assert read_verified(client.arena, lease)  # the memory stays
+        assert read_verified(client.arena, lease)  # the mapping stays valid
         client.release(lease)
 
 
 def test_idle_clients_do_not_keep_it(make_daemon: MakeDaemon) -> None:
-    """A stock of granted slots that nobody writes is no transfer."""
+    """A stock of granted slots that nobody writes is no transfer under way."""
     daemon = make_daemon(options=["--drain", "3600"]).start()
     with closing(daemon.client("one")) as client, Peer(daemon.socket):
         eventually(lambda: stock(client)[0])
@@ -95,7 +95,7 @@ def test_chunks_outlive_the_daemon(daemon: Daemon, make_client: MakeClient, how:
 
 
 def test_another_capacity_at_the_next_start(daemon: Daemon, make_client: MakeClient) -> None:
-    """The arena stays as it is, and the operator is told."""
+    """The arena keeps its size, and the log says so."""
     assert store(make_client(), chain_keys("a", 3)) == 3
     daemon.stop()
     daemon.start()
@@ -164,7 +164,7 @@ def test_a_socket_in_no_folder(make_daemon: MakeDaemon, kind: str) -> None:
 
 
 def test_a_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked of the functions: root may do everything."""
+    """Tested on the functions, because root may do everything."""
 
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -191,7 +191,7 @@ def test_an_arena_that_can_not_be_opened(make_daemon: MakeDaemon, tmp_path: Path
 
 
 def test_an_arena_that_was_never_finished(make_daemon: MakeDaemon, tmp_path: Path) -> None:
-    """The daemon was killed while it made it: the next one makes it anew."""
+    """A daemon was killed while it made the arena: the next daemon makes a new one."""
     path = tmp_path / f"kvkern-node-{os.getuid()}-default"
     path.touch()
     os.truncate(path, ArenaSpec.for_capacity(GEOMETRY, 1 << 20).nbytes)
@@ -201,7 +201,7 @@ def test_an_arena_that_was_never_finished(make_daemon: MakeDaemon, tmp_path: Pat
 
 
 def test_an_arena_of_another_version(daemon: Daemon, make_client: MakeClient, tmp_path: Path) -> None:
-    """Said at the start, to the operator, and not to every engine."""
+    """The operator is told at the start, not every engine."""
     assert store(make_client(), chain_keys("a", 3)) == 3
     assert daemon.stop() == 0
     path = tmp_path / f"kvkern-node-{os.getuid()}-default"
@@ -229,7 +229,7 @@ def test_a_file_that_is_no_arena_is_kept(make_daemon: MakeDaemon, tmp_path: Path
 
 
 def test_more_capacity_than_there_is(make_daemon: MakeDaemon) -> None:
-    """The size of a slot is the first engine's, so that is who is told; the daemon lives on."""
+    """The first engine decides the size of a slot, so it gets the error. The daemon goes on."""
     daemon = make_daemon(capacity="64TiB").start()
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"the daemon refuses: the arena needs .* Lower `capacity`"):

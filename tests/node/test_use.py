@@ -1,4 +1,4 @@
-"""What clients say of their requests reaches the daemon's policy, and requests of different clients stay apart."""
+"""The facts that clients send about their requests reach the daemon's policy, and requests of different clients stay apart."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, Peer, eventually, 
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
 CHAIN = chain_keys("a", 3)
-USE = Use(now_s=1e9, request=7, output_tokens=5, stop=Stop.TOOL_CALL, session=11)  # the time is the daemon's to say
+USE = Use(now_s=1e9, request=7, output_tokens=5, stop=Stop.TOOL_CALL, session=11)  # the daemon replaces the time
 
 
 class Noting(LRU):
-    """Notes what it is told."""
+    """An LRU that notes its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Noting(LRU):
 
 @pytest.fixture
 def policies(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
-    """All that are made."""
+    """All policies that are made."""
     made: list[Noting] = []
 
     def make() -> Noting:
@@ -71,7 +71,7 @@ def test_use_and_its_end_arrive(folder: Path, tmp_path: Path, policies: list[Not
         one.release(one.acquire(CHAIN[1:], prefix=False, use=USE))
         one.finish(replace(USE, output_tokens=99, stop=Stop.END_TURN))
         eventually(lambda: len(policy.told) == 4)
-        one.finish(Use(output_tokens=99))  # of no request
+        one.finish(Use(output_tokens=99))  # ends no request
         store(one, chain_keys("b", 1))
     number = policy.told[0][2].request
     assert number not in (0, 7)
@@ -137,7 +137,7 @@ def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_every_daemon_is_told_how_fast_the_engine_computes(make_daemon: MakeDaemon, tmp_path: Path) -> None:
-    """By an engine that measures nothing, once: also the daemon that comes after one that was killed."""
+    """A user says it once. The daemon that replaces a killed one is told too."""
     daemon: Daemon = make_daemon(options=["--remote", f"file://{tmp_path}/values?capacity=64MiB"]).start()
     with closing(daemon.client()) as client:
         client.note_prefill(1234.0)

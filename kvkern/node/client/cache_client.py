@@ -81,9 +81,7 @@ class NodeClient:
         self._index = index
         self._patience_s = patience_s
         self._owner = (os.getpid(), process_start(os.getpid()))
-        self._connection = (
-            0  # number of the present connection; leases and grants of earlier ones are the daemon's to end
-        )
+        self._connection = 0  # number of the present connection; the daemon ends leases and grants of earlier ones
         self._held = 0  # leases and reservations of this connection that have not ended
         self._held_before = 0  # those of earlier connections: the daemon keeps their slots until `Settle`
         self._replica: set[bytes] = set()  # keys of the daemon's index
@@ -94,9 +92,8 @@ class NodeClient:
         self._unanswered_publishes = 0
         self._slots_asked = 0  # slots of Grant requests that are not answered
         self._stock_goal, self._limit = FIRST_STOCK_GOAL, NO_LIMIT
-        self._clears: dict[
-            bytes, int
-        ] = {}  # namespace that no daemon has confirmed to be cleared -> number of its last clear
+        # namespace -> number of its last clear, until a daemon has confirmed it
+        self._clears: dict[bytes, int] = {}
         self._num_clears = 0
         self._described: dict[bytes, dict[str, str]] = {}  # root -> fields, to describe again on a new connection
         self._prefill_tokens_s = 0.0  # 0: unknown
@@ -167,15 +164,13 @@ class NodeClient:
         with self._lock:
             self._end_late_leases()
             self.counters.lookup_chunks += len(keys)
-            remote = (
-                self._link.remote and use is not None and bool(use.namespace)
-            )  # a store may hold chunks that no index names
+            # A remote store may hold chunks that no index names.
+            remote = self._link.remote and use is not None and bool(use.namespace)
             if self._synced and not (remote or self._unanswered_publishes or self._link.has_unread()):
-                asked = (
-                    asked[: prefix_length(asked, self._replica)]
-                    if prefix
-                    else [key for key in asked if key in self._replica]
-                )
+                if prefix:
+                    asked = asked[: prefix_length(asked, self._replica)]
+                else:
+                    asked = [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
                 return result

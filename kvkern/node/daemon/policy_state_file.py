@@ -31,9 +31,8 @@ class PolicyStateFile:
 
     def __init__(self, policy: str, path: Path | None) -> None:
         self.model: GritModel | None = None  # None: not loaded yet, or the policy learns nothing
-        self.model_lock: AbstractContextManager[object] = (
-            nullcontext()
-        )  # while it is held the cache does not use the model
+        # While it is held the cache does not use the model.
+        self.model_lock: AbstractContextManager[object] = nullcontext()
         self._policy, self._path = policy, path
         self._saved_s = time.monotonic()
         self._saving: asyncio.Task[None] | None = None

@@ -59,9 +59,7 @@ class NodeConfig:
     policy: str = DEFAULT_POLICY  # eviction policy
     policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
     remote: RemoteConfig | None = None  # a store that nodes share
-    drain_s: float = (
-        5.0  # after SIGTERM: time for transfers under way and for chunks that wait to be written to the store
-    )
+    drain_s: float = 5.0  # time after SIGTERM for transfers under way and for writes that wait for the store
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
@@ -314,7 +312,7 @@ class Server:
             arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         except OSError as error:
             raise ArenaError(
-                f"arena {path} cannot be made: {error.strerror}; create the folder, or use another --arena-dir, then restart"
+                f"arena {path} cannot be made: {error.strerror}; create the folder, make room in it, or use another --arena-dir"
             ) from error
         try:
             await self._serve_arena(arena)

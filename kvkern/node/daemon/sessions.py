@@ -111,13 +111,11 @@ class Sessions:
         self.namespaces: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # in order of use, the last used at the end
         self._clock, self._alive = clock, alive
         self._quotas = quotas or Quotas()
-        self._hashes: dict[
-            frozenset[tuple[str, str]], Counter[str | None]
-        ] = {}  # fields without the hash -> hashes of the namespaces with these fields
+        # fields without the hash -> hashes of the namespaces with these fields
+        self._hashes: dict[frozenset[tuple[str, str]], Counter[str | None]] = {}
         self._next_session = self._next_lease = 0
-        self._engine_processes: dict[
-            str, set[Process]
-        ] = {}  # named engines with a session: every process that ever had one
+        # every process that a named engine with a session ever had
+        self._engine_processes: dict[str, set[Process]] = {}
         self._settled: set[str] = set()  # engines that have no transfer from before this daemon under way
         self._limited = self._quotas.smallest_nbytes() is not None
         if self._limited:

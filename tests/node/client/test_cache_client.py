@@ -1,4 +1,4 @@
-"""An engine's side: what it asks and what not, and that a daemon which is away, stopped or mad costs misses only."""
+"""An engine's client: what it asks, what it does not ask, and that a daemon which is away or stopped costs misses only."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ from tests.node.conftest import (
 )
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
-SIZES = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
-
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[p.Request]:
-    """Everything that clients of this process say, from now on."""
+    """Every request that clients of this process send from now on."""
     found: list[p.Request] = []
     real = ReconnectingLink.send
 
@@ -57,7 +55,7 @@ def test_a_lookup_that_misses_asks_nothing(make_client: MakeClient, asked: list[
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3
-    assert stock(client)[0] == 12  # no more is asked for before half of it is used
+    assert stock(client)[0] == 12  # the client asks for no more before half of the stock is used
     asked.clear()
     for unknown in ([], chain_keys("b", 3), [chain_keys("b", 1)[0], *chain]):
         assert client.lookup(unknown) == 0
@@ -68,7 +66,7 @@ def test_a_lookup_that_misses_asks_nothing(make_client: MakeClient, asked: list[
     assert hits(client, [*chain, *chain_keys("b", 1)]) == 3
     assert [type(message) for message in asked] == [p.Acquire, p.Release]
     assert isinstance(asked[0], p.Acquire)
-    assert framing.split_keys(asked[0].keys) == chain  # what is known to be missing is not asked for
+    assert framing.split_keys(asked[0].keys) == chain  # chunks that are known to be missing are not asked for
     assert client.counters.lookup_chunks == 2 * (0 + 3 + 4) + 4
     assert client.counters.hit_chunks == 3
 
@@ -95,12 +93,12 @@ def test_sizes(make_client: MakeClient, count: int) -> None:
 
 
 def test_what_is_no_key_is_refused_and_leaves_nothing(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection stays, and no answer is waited for."""
+    """The connection stays, and the client waits for no answer."""
     client = make_client()
     with monkeypatch.context() as patch:
         patch.setattr(
             ReconnectingLink, "has_unread", lambda self: True
-        )  # else what the index does not know is not asked for
+        )  # else the client would not ask for keys that are not in the index
         with pytest.raises(ConfigError, match="1 keys have 31 bytes in all; give chunk keys of 32 bytes each"):
             client.acquire_soon([bytes(31)])
     eventually(lambda: not client._link._waiting)
@@ -114,7 +112,9 @@ def test_bad_chunks_are_dropped(daemon: Daemon, make_client: MakeClient) -> None
     lease = other.acquire(chain)
     other.arena.headers["state"][lease.slots[2]] = SlotState.BAD
     assert other.release(lease) == 1
-    assert other.lookup(chain) == 2  # without waiting for the daemon: it may compute and store the chunk at once
+    assert (
+        other.lookup(chain) == 2
+    )  # without waiting for the daemon, because the engine may compute and store the chunk at once
     eventually(lambda: client.lookup(chain) == 2)
     assert hits(client, chain) == 2
     assert store(client, chain) == 1
@@ -133,7 +133,7 @@ def test_leases_of_finalizers(daemon: Daemon, make_client: MakeClient) -> None:
 
 
 def test_a_larger_wish_than_the_stock_waits_for_more(make_client: MakeClient) -> None:
-    """Though the stock is more than half full: what is asked for beyond it would never come."""
+    """Although the stock is more than half full: otherwise the client would never ask for the missing slots."""
     client = make_client()
     eventually(lambda: stock(client) == (15, 15))
     assert store(client, chain_keys("a", 4)) == 4  # the stock is not filled up yet
@@ -144,7 +144,7 @@ def test_a_larger_wish_than_the_stock_waits_for_more(make_client: MakeClient) ->
 
 
 def test_a_wish_above_the_limit_does_not_wait_for_ever(daemon: Daemon) -> None:
-    """Also where it is the first, before the limit is known."""
+    """Also if it is the first wish, before the limit is known."""
     with closing(daemon.client(patience_s=3600)) as client:
         chain = chain_keys("b", 50)
         reservation = client.reserve(chain, chain, SHAPE)
@@ -156,7 +156,7 @@ def test_a_wish_above_the_limit_does_not_wait_for_ever(daemon: Daemon) -> None:
 
 
 def test_room_is_told_and_asked_for(daemon: Daemon) -> None:
-    """What an engine's step does, which never waits."""
+    """An engine's step asks, and never waits."""
     with closing(daemon.client(patience_s=0)) as client:
         chain = chain_keys("a", 10)
         eventually(lambda: client.has_room(chain))
@@ -167,10 +167,10 @@ def test_room_is_told_and_asked_for(daemon: Daemon) -> None:
 
 
 def test_clear(daemon: Daemon, make_client: MakeClient) -> None:
-    """Of its own namespace, and what is stored afterwards is cached: also in slots that were granted before."""
+    """A client clears its own namespace. What is stored afterwards is cached, also in slots that were granted before."""
     client, other = make_client("one"), make_client("two")
     chain = chain_keys("a", 5)
-    for _ in range(4):  # the stock comes to consist of slots that held this namespace
+    for _ in range(4):  # in the end the stock consists of slots that held this namespace
         assert store(client, chain) == 5
         assert hits(other, chain) == 5
         assert client.clear(bytes(32)) == 0
@@ -267,7 +267,7 @@ def test_a_daemon_that_comes_a_little_later(make_daemon: MakeDaemon) -> None:
 
 
 def test_a_socket_that_may_not_be_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said at once: waiting would not help."""
+    """The error comes at once, because waiting would not help."""
 
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -285,7 +285,7 @@ def test_a_path_that_is_too_long() -> None:
 
 
 def test_a_daemon_that_is_stopped(daemon: Daemon, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are misses after a deadline, then at once; when it goes on, everything is there again."""
+    """Calls miss after a deadline, later calls at once. When the daemon goes on, everything is there again."""
     monkeypatch.setattr(reconnecting_link, "ANSWER_S", 0.3)
     monkeypatch.setattr(reconnecting_link, "CONNECT_S", 0.5)
     client = make_client()
@@ -306,7 +306,7 @@ def test_a_daemon_that_is_stopped(daemon: Daemon, make_client: MakeClient, monke
     assert read_verified(client.arena, lease)
     daemon.signal(signal.SIGCONT)
     eventually(lambda: client.connected and client.lookup(chain) == 3)
-    client.release(lease)  # of an earlier connection; it was the last thing held there
+    client.release(lease)  # it was the last lease of the earlier connection
     assert hits(client, chain) == 3
     eventually(lambda: daemon.stat()["quarantined_leases"] == 0)
     assert store(client, chain_keys("c", 2)) == 2
@@ -329,14 +329,14 @@ def test_a_daemon_that_is_killed_while_it_is_asked(daemon: Daemon, make_client: 
 def test_a_clear_while_the_daemon_is_away_comes_first(
     daemon: Daemon, make_client: MakeClient, asked: list[p.Request]
 ) -> None:
-    """The weights have changed: nothing of before may be read, however soon it is asked for."""
+    """The weights have changed: no chunk of before may be read, however soon it is asked for."""
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3
     daemon.kill()
     eventually(lambda: not client.connected)
     asked.clear()
-    assert client.clear_soon(NAMESPACE).result(PATIENCE_S) == 0  # nobody is there to tell
+    assert client.clear_soon(NAMESPACE).result(PATIENCE_S) == 0  # no daemon is there
     assert client.clear_soon(bytes(32)).result(PATIENCE_S) == 0
     daemon.start()
     eventually(lambda: client.connected)
@@ -349,12 +349,12 @@ def test_a_clear_while_the_daemon_is_away_comes_first(
     assert store(client, chain) == 3
     daemon.kill()
     daemon.start()
-    eventually(lambda: client.connected and client.lookup(chain) == 3)  # it was cleared once only
+    eventually(lambda: client.connected and client.lookup(chain) == 3)  # it was cleared only once
     assert hits(client, chain) == 3
 
 
 def test_slots_that_come_while_it_ends_are_given_back(daemon: Daemon) -> None:
-    """Its process goes on, and another client of it has another name: nothing else would free them."""
+    """The process goes on, and its next client has another name: nothing else would free the slots."""
     for name in range(8):
         client = daemon.client(f"e{name}")
         client.has_room(chain_keys(name, 100))
@@ -365,7 +365,7 @@ def test_slots_that_come_while_it_ends_are_given_back(daemon: Daemon) -> None:
 
 
 def test_two_clears_of_which_one_is_answered(make_client: MakeClient) -> None:
-    """The second stays noted: the daemon may go before it is carried out."""
+    """The second clear is kept: the daemon may be killed before it carries it out."""
     client = make_client()
     with client._lock:
         first = client.clear_soon(NAMESPACE)
@@ -382,7 +382,7 @@ def test_two_clears_of_which_one_is_answered(make_client: MakeClient) -> None:
 def test_another_arena_behind_the_same_socket(
     daemon: Daemon, make_client: MakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody removed the file. The engine goes on with misses, and says what to do."""
+    """A user removed the file. The engine goes on with misses, and logs what to do."""
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3

@@ -1,4 +1,4 @@
-"""The client's connection against a daemon that is mad: every answer is a miss or the right one, and every call returns."""
+"""The client's link against a daemon that misbehaves: every answer is a miss or correct, and every call returns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
-from tests.node.conftest import GEOMETRY, PATIENCE_S, eventually
+from tests.node.conftest import GEOMETRY, PATIENCE_S, SIZES, eventually
 from tests.support import chain_keys, make_arena
-
-SIZES = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
 
 
 class FakeDaemon:
-    """Welcomes one client after the other, then says whatever a test wants. `answer` is called with every request."""
+    """Welcomes one client after another, then sends whatever a test wants. `answer` is called with every request."""
 
     def __init__(self, folder: Path, arena: Arena) -> None:
         self.path, self.arena = folder / "s", arena
@@ -117,7 +115,7 @@ KEYS = chain_keys("a", 2)
 
 
 def knows(fake: FakeDaemon) -> None:
-    """It says that two chunks are cached, in the same piece as Welcome."""
+    """Make the daemon send an index of two chunks together with Welcome."""
     fake.first[1] = p.Changed(framing.join_keys(KEYS), b"", True)
 
 
@@ -161,7 +159,7 @@ def test_a_welcome_without_descriptor(fake: FakeDaemon) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda r: [p.Acquired(r.id, 1, [2], [0])],  # a row that was not asked for
+        lambda r: [p.Acquired(r.id, 1, [2], [0])],  # a row that is not in the request
         lambda r: [p.Acquired(r.id, 0, [], [])],
         lambda r: [p.Granted(r.id, [], [], 1)],
         lambda r: [b"\xff" * 8],
@@ -172,7 +170,7 @@ def test_a_welcome_without_descriptor(fake: FakeDaemon) -> None:
     ids=["row", "none", "other", "length", "no_message", "request", "welcome"],
 )
 def test_a_senseless_answer_is_a_miss(fake: FakeDaemon, answer: Callable[[p.Acquire], list[Any]]) -> None:
-    """The thread lives on and connects again where need be: then the answer makes sense."""
+    """The thread goes on and connects again if it has to. The next answer is correct."""
     knows(fake)
     senseless = [True]
 
@@ -203,7 +201,7 @@ def test_answers_that_nobody_waits_for(fake: FakeDaemon) -> None:
 
 
 def test_a_daemon_that_never_answers(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken for gone, again and again, and every call comes back."""
+    """The client treats it as gone, again and again, and every call returns."""
     monkeypatch.setattr(reconnecting_link, "ANSWER_S", 0.1)
     knows(fake)
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
@@ -214,14 +212,14 @@ def test_a_daemon_that_never_answers(fake: FakeDaemon, monkeypatch: pytest.Monke
 
 
 def test_news_that_has_not_been_read_yet_is_not_overlooked(fake: FakeDaemon) -> None:
-    """A chunk is acknowledged to its writer as soon as the others have been told: a reader that is behind asks."""
+    """A store is acknowledged once the change was sent to all clients. A reader that has not read it yet asks the daemon."""
     fake.answer = lambda request: [p.Acquired(request.id, 1, [0], [3])] if isinstance(request, p.Acquire) else []
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
         assert client.acquire_soon(KEYS).done()
         link = client._link
-        for behind in ("_reading", "_splitter"):
+        for unread in ("_reading", "_splitter"):
             with client._lock, pytest.MonkeyPatch.context() as patch:
-                patch.setattr(link, behind, True)
+                patch.setattr(link, unread, True)
                 assert link.has_unread()
                 soon = client.acquire_soon(KEYS)
                 assert not soon.done()
@@ -229,7 +227,7 @@ def test_news_that_has_not_been_read_yet_is_not_overlooked(fake: FakeDaemon) -> 
 
 
 def test_a_daemon_that_reads_nothing(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is queued for it is bounded: it is taken for gone."""
+    """The outbox is bounded: above the limit the client treats the daemon as gone."""
     monkeypatch.setattr(reconnecting_link, "MAX_UNSENT_NBYTES", 1 << 20)
     monkeypatch.setattr(reconnecting_link, "CONNECT_S", 0.5)
     stuck, go = threading.Event(), threading.Event()

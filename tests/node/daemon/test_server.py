@@ -1,4 +1,4 @@
-"""A real daemon's life: who is let in, what it grants, how it ends, and what the next one finds."""
+"""A real daemon: which clients it lets in, what it grants, and what bad clients cannot do."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from kvkern.node.daemon.server import NodeConfig, Server
 from tests.node.conftest import (
     GEOMETRY,
     ROOT,
+    SIZES,
     Daemon,
     MakeClient,
     Peer,
@@ -40,7 +41,7 @@ from tests.node.conftest import (
 )
 from tests.support import NAMESPACE, SHAPE, chain_keys
 
-FOR_MANY = "16MiB"  # an eighth of it is stock for three clients
+FOR_MANY = "16MiB"  # an eighth of it is enough stock for three clients
 OTHER = SlotGeometry(part_nbytes=5000, max_planes=3, world_size=2)
 
 
@@ -53,16 +54,16 @@ OTHER = SlotGeometry(part_nbytes=5000, max_planes=3, world_size=2)
 )
 def test_who_may_connect(tmp_path: Path, uid: int, gid: int, may: bool) -> None:
     config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, uids=frozenset({7001}), gids=frozenset({7002}))
-    child = subprocess.Popen(["sleep", "60"])  # of no group that the daemon knows
+    child = subprocess.Popen(["sleep", "60"])  # a member of no allowed group
     try:
         assert Server(config)._may_connect(uid, gid, child.pid) is may
     finally:
         child.kill()
         child.wait()
-    assert not Server(config)._may_connect(1, 1, child.pid)  # gone: of no group
+    assert not Server(config)._may_connect(1, 1, child.pid)  # a process that is gone has no groups
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to be somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 @pytest.mark.parametrize("member", [False, True])
 def test_members_of_an_allowed_group_may_connect(tmp_path: Path, member: bool) -> None:
     config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, gids=frozenset({7002}))
@@ -75,9 +76,9 @@ def test_members_of_an_allowed_group_may_connect(tmp_path: Path, member: bool) -
         child.wait()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to be somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 def test_another_user_is_refused(daemon: Daemon) -> None:
-    """Its group may open the socket; that is not enough."""
+    """Its group may open the socket, which is not enough."""
     daemon.folder.chmod(0o755)
     os.chown(daemon.socket, -1, 7003)
     try:
@@ -107,7 +108,7 @@ def test_another_protocol_version(daemon: Daemon) -> None:
 
 
 def test_another_geometry(daemon: Daemon, make_client: MakeClient) -> None:
-    """Refused while the cache is used, with both sizes and the remedy; let in once it is empty."""
+    """Refused while the cache is used, with both sizes and the remedy. Let in once the cache is empty."""
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3
@@ -116,7 +117,7 @@ def test_another_geometry(daemon: Daemon, make_client: MakeClient) -> None:
         daemon.client("other", OTHER)
     assert hits(client, chain) == 3
     client.close()
-    with pytest.raises(ConfigError, match=wanted):  # nobody is there, but the chunks are
+    with pytest.raises(ConfigError, match=wanted):  # no client is connected, but the chunks are cached
         daemon.client("other", OTHER)
     daemon.ask(p.Clear(1, None))
     with closing(daemon.client("other", OTHER)) as other:
@@ -135,7 +136,7 @@ def test_the_first_word_is_hello(daemon: Daemon) -> None:
 
 
 def test_operators_have_no_slots(daemon: Daemon, make_client: MakeClient) -> None:
-    """Before there is an arena their wish for some ends the connection; then they are granted none."""
+    """Before there is an arena, a request for slots ends the connection. Afterwards operators are granted none."""
     for request in (p.Grant(1, 1), p.Acquire(1, b"", True), p.Settle(), p.GiveBack([1])):
         with Peer(daemon.socket) as peer:
             assert isinstance(peer.greet(geometry=None), p.Welcome)
@@ -149,10 +150,9 @@ def test_operators_have_no_slots(daemon: Daemon, make_client: MakeClient) -> Non
 
 
 def test_what_is_said_right_behind_hello_is_answered(daemon: Daemon) -> None:
-    """The arena is being made meanwhile."""
+    """The arena is being made when the requests arrive."""
     with Peer(daemon.socket) as peer:
-        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
-        peer.say(p.Hello(p.VERSION, "e", sizes), *(p.Stat(number) for number in range(10)))
+        peer.say(p.Hello(p.VERSION, "e", SIZES), *(p.Stat(number) for number in range(10)))
         assert isinstance(peer.hear(), p.Welcome)
         for number in range(10):
             answer = peer.hear()
@@ -170,13 +170,13 @@ def config(folder: Path, tmp_path: Path) -> NodeConfig:
 def test_who_says_no_hello_is_cut_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_connection, "HELLO_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
-        peer.socket.sendall(b"\x07\x00")  # the beginning of a frame is no Hello
+        peer.socket.sendall(b"\x07\x00")  # an incomplete frame is no Hello
         assert peer.hung_up()
         eventually(lambda: not server.connections)
 
 
 def slow_arena(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """The arena is not made before `go`; (begun, go)."""
+    """Delay the making of the arena until `go` is set. Returns (begun, go)."""
     begun, go, real = threading.Event(), threading.Event(), server_module.create_or_attach
 
     def make(*args: Any) -> object:
@@ -194,10 +194,9 @@ def test_who_has_said_hello_may_wait_for_a_large_arena(
     monkeypatch.setattr(client_connection, "HELLO_S", 0.05)
     begun, go = slow_arena(monkeypatch)
     with served(config(folder, tmp_path)), Peer(folder / "s") as peer, Peer(folder / "s") as silent:
-        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
-        peer.say(p.Hello(p.VERSION, "e", sizes))
+        peer.say(p.Hello(p.VERSION, "e", SIZES))
         assert begun.wait(30)
-        assert silent.hung_up()  # its deadline was later
+        assert silent.hung_up()  # its deadline came later
         go.set()
         assert isinstance(peer.hear(), p.Welcome)
 
@@ -207,9 +206,8 @@ def test_who_leaves_while_the_arena_is_made_holds_nothing(
 ) -> None:
     begun, go = slow_arena(monkeypatch)
     with served(config(folder, tmp_path)) as server:
-        sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
         with Peer(folder / "s") as peer:
-            peer.say(p.Hello(p.VERSION, "e", sizes))
+            peer.say(p.Hello(p.VERSION, "e", SIZES))
             assert begun.wait(30)
         eventually(lambda: not server.connections)
         go.set()
@@ -220,7 +218,7 @@ def test_who_leaves_while_the_arena_is_made_holds_nothing(
 
 
 def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is cut off before its answers fill the memory; others are served all the time."""
+    """It is disconnected before its answers fill the memory. Other clients are served all the time."""
     monkeypatch.setattr(client_connection, "MAX_UNSENT_NBYTES", 1 << 20)
     with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
         chain = chain_keys("a", 3)
@@ -244,11 +242,11 @@ def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: py
 def test_a_bad_client_that_does_not_read_is_let_go(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is queued for it does not keep it, or what it holds, for ever."""
+    """Queued answers do not keep the connection, or what it holds, for ever."""
     monkeypatch.setattr(client_connection, "LINGER_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.greet()
-        peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket takes, less than the limit
+        peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket buffers, less than the limit
         eventually(lambda: any(one._transport and one._transport.get_write_buffer_size() for one in server.connections))
         peer.socket.sendall(b"\xff" * 8)
         eventually(lambda: not server.connections)
@@ -261,7 +259,7 @@ def test_a_client_that_only_stops_sending_is_gone(daemon: Daemon) -> None:
         peer.greet()
         peer.socket.shutdown(socket.SHUT_WR)
         assert peer.hung_up()
-    assert daemon.stat()["sessions"] == 1  # who asks
+    assert daemon.stat()["sessions"] == 1  # the admin client that asks
 
 
 def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +277,13 @@ def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_client_that_is_gone_before_it_is_welcomed(daemon: Daemon) -> None:
-    """The daemon was stopped meanwhile: it finds a Hello in a connection that nobody holds any more."""
+    """The daemon was stopped meanwhile. When it goes on, it finds Hello in a connection whose client is gone."""
     with Peer(daemon.socket) as peer:
         peer.greet()
     daemon.signal(signal.SIGSTOP)
-    sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
     for _ in range(5):
         with Peer(daemon.socket) as peer:
-            peer.say(p.Hello(p.VERSION, "e", sizes, True))
+            peer.say(p.Hello(p.VERSION, "e", SIZES, True))
     daemon.signal(signal.SIGCONT)
     eventually(lambda: daemon.stat()["connections"] == 1)
     assert daemon.stat()["sessions"] == 1
@@ -305,7 +302,7 @@ sys.stdin.read()
 
 
 def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
-    """Its connection does not end by itself."""
+    """Such a connection does not end by itself."""
     command = [sys.executable, "-c", KILLED, str(daemon.socket)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
@@ -315,7 +312,7 @@ def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
                 other.greet()
                 client.kill()
                 client.wait()
-                eventually(lambda: daemon.stat()["sessions"] == 2)  # the other one, and who asks
+                eventually(lambda: daemon.stat()["sessions"] == 2)  # the other client, and the admin client that asks
                 os.kill(child, 0)
         finally:
             os.kill(child, signal.SIGKILL)
@@ -325,7 +322,7 @@ def test_a_killed_client_whose_child_has_its_socket(daemon: Daemon) -> None:
 def test_a_fault_of_the_daemon_ends_the_connection(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    """The client is not left waiting, holds nothing, and the fault is reported."""
+    """The client does not wait for ever and holds nothing, and the fault is reported."""
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -333,8 +330,7 @@ def test_a_fault_of_the_daemon_ends_the_connection(
     with served(config(folder, tmp_path)) as server:
         with Peer(folder / "s") as peer, monkeypatch.context() as patch:
             patch.setattr(server, fault, broken)
-            sizes = p.Geometry(GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
-            peer.say(p.Hello(p.VERSION, "e", sizes, index=True), p.Stat(1))
+            peer.say(p.Hello(p.VERSION, "e", SIZES, index=True), p.Stat(1))
             assert peer.hung_up()
             eventually(lambda: not server.connections)
         eventually(lambda: "ZeroDivisionError" in caplog.text)
@@ -357,14 +353,14 @@ def test_clients_share_what_each_of_them_stores(make_client: MakeClient) -> None
         for number, chain in enumerate(chains):
             assert hits(client, chain, seed=number) == 3
             assert client.lookup(chain) == 3
-            assert client.reserve(chain, chain, SHAPE).slots == ()  # nobody stores it again
+            assert client.reserve(chain, chain, SHAPE).slots == ()  # no client stores it again
     late = make_client("late")
     eventually(lambda: late.lookup(chains[3]) == 3)
 
 
 @pytest.mark.parametrize("daemon", [FOR_MANY], indirect=True)
 def test_what_is_acknowledged_is_hit_at_once(make_client: MakeClient) -> None:
-    """In both directions at the same time: no round of any pair misses."""
+    """Several pairs of clients at the same time: no round of any pair misses."""
 
     def rounds(name: str, writer: NodeClient, reader: NodeClient) -> None:
         for number in range(100):
@@ -397,7 +393,7 @@ def test_the_first_of_two_writers_publishes(make_client: MakeClient) -> None:
 
 
 def test_eviction_when_full(daemon: Daemon, make_client: MakeClient) -> None:
-    """More is stored than fits; the newest is there, and every client knows what is gone."""
+    """More is stored than fits. The newest chunks are cached, and every client learns what was evicted."""
     client, other = make_client("one"), make_client("two")
     chains = [chain_keys(number, 3) for number in range(80)]  # 240 chunks, 127 slots
     for number, chain in enumerate(chains):
@@ -412,7 +408,7 @@ def test_eviction_when_full(daemon: Daemon, make_client: MakeClient) -> None:
 
 
 def test_a_lease_pins(daemon: Daemon, make_client: MakeClient) -> None:
-    """However much is stored meanwhile, and also when the chunks are forgotten, the bytes stay."""
+    """However much is stored meanwhile, and also when a leased chunk is evicted by an operator, its bytes stay."""
     client, other = make_client("one"), make_client("two")
     chain = chain_keys("pinned", 4)
     assert store(client, chain, seed=7) == 4
@@ -434,13 +430,13 @@ def test_what_may_be_granted_is_divided_among_clients(daemon: Daemon, make_clien
     eventually(lambda: stock(one)[0] == 15)  # an eighth of 127
     assert stock(one) == (15, 15)
     two = make_client("two")
-    eventually(lambda: (stock(one), stock(two)) == ((7, 7), (7, 7)))  # the first has given back what it did not use
+    eventually(lambda: (stock(one), stock(two)) == ((7, 7), (7, 7)))  # the first has given back its unused slots
     assert daemon.stat()["granted_slots"] == 14
     chain = chain_keys("c", 20)
     reservation = two.reserve(chain, chain, SHAPE)
     assert (len(reservation.slots), reservation.dropped) == (7, 13)
     copier = make_client("two", index=False)
-    assert copier.reserve(chain, chain, SHAPE).slots == ()  # who only copies is granted none
+    assert copier.reserve(chain, chain, SHAPE).slots == ()  # a worker only copies and is granted none
     assert daemon.stat()["granted_slots"] == 14
 
 

@@ -1,4 +1,4 @@
-"""Leases and granted slots of clients that come, go and vanish; clock and processes are made up here."""
+"""Leases and granted slots of clients that connect, disconnect and are killed. The clock and the processes are fakes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENGINE, WORKER, OTHER = (100, 1), (101, 1), (200, 1)  # processes
 
 
 class World:
-    """An arena, the daemon of the moment, and who is alive."""
+    """An arena, the state of the present daemon, and the processes that are alive."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
@@ -36,12 +36,12 @@ class World:
         return (pid, start) not in self.dead
 
     def restart(self) -> tuple[int, int]:
-        """The daemon is killed, and another one adopts the arena."""
+        """Kill the daemon; another one adopts the arena."""
         self.sessions = Sessions(build_cache(self.arena), self.arena, lambda: self.now, self.alive)
         return self.sessions.adopt()
 
     def kill(self, *processes: Process) -> None:
-        """Processes die; the daemon sees their connections end."""
+        """Kill processes; the daemon sees their connections end."""
         self.dead.update(processes)
         for session in list(self.sessions.sessions.values()):
             if session.process in processes:
@@ -54,7 +54,7 @@ class World:
         return self.sessions.attach(process, name, writer=False)
 
     def begin(self, session: Session, chain: Sequence[bytes]) -> Reservation:
-        """Granted slots with the headers of chunks about to be written."""
+        """Grant slots and write the headers of the chunks that are about to be written."""
         granted = self.sessions.grant(session, len(chain))
         assert len(granted.slots) == len(chain)
         named = Reservation(tuple(chain), granted.slots, granted.generations, chain=tuple(chain))
@@ -128,7 +128,7 @@ def test_a_client_ends_its_own_leases_only_and_once(world: World) -> None:
     world.sessions.release(engine, [number, number])
     assert world.held() == {"leases": 1}
     world.sessions.cache.drop(chain_keys("a", 1))
-    assert world.free() == SLOTS - 1  # the other one still reads
+    assert world.free() == SLOTS - 1  # the other client still holds its lease
     world.sessions.release(other, [second])
     assert world.free() == SLOTS
 
@@ -149,7 +149,7 @@ def test_writers_share_the_limit(world: World) -> None:
 
 
 def test_a_later_writer_gets_its_share_whatever_the_earlier_ones_hold(world: World) -> None:
-    """The earlier ones are told of their new limit and give back the rest."""
+    """The earlier writers are told of their new limit and give back the rest."""
     first = world.engine()
     granted = world.sessions.grant(first, SLOTS)
     second = world.engine(OTHER, "o")
@@ -185,7 +185,7 @@ def test_one_publish_with_good_and_bad_rows(world: World) -> None:
     slots, generations = (held.slots[0], *held.slots, 99), (held.generations[0], *held.generations, 1)
     keys = (key("x"), *held.keys, key("y"))
     assert world.sessions.publish(engine, NAMESPACE, slots, generations, keys, ()) == [False] * 4
-    assert world.held() == {}  # the first row has used up its slot: it says what the header does not
+    assert world.held() == {}  # the first row used up its slot, because it names another key than the header
     assert world.free() == SLOTS
 
 
@@ -225,7 +225,7 @@ def test_a_lost_connection_keeps_what_the_process_held(world: World) -> None:
     world.sessions.cache.drop(chain_keys("a", 1))
     assert world.free() == SLOTS - 3
     again = world.engine()
-    assert world.publish(again, held) == [False] * 2  # of a session that is gone
+    assert world.publish(again, held) == [False] * 2  # granted to a session that is gone
     world.sessions.settle(again)
     assert (world.held(), world.free()) == ({}, SLOTS)
 
@@ -258,7 +258,7 @@ def test_a_new_engine_of_the_same_name_does_not_speak_for_the_old_worker(world: 
     world.begin(engine, chain_keys("a", 2))
     world.kill(ENGINE)
     world.sessions.settle(world.engine((102, 1)))
-    world.worker()  # the old one, connecting again
+    world.worker()  # the old worker connects again
     assert world.held() == {"quarantined_slots": 2}
 
 
@@ -281,7 +281,7 @@ def test_engines_do_not_settle_for_others(world: World) -> None:
 
 
 def test_an_end_seen_after_the_engine_has_settled(world: World) -> None:
-    """The old connection's end may be read after the first words on the new one."""
+    """The daemon may see the end of the old connection after the first messages on the new one."""
     old = world.engine()
     world.put(old, "a", 1)
     world.sessions.acquire(old, chain_keys("a", 1), prefix=True)
@@ -343,7 +343,7 @@ def test_processes_in_quarantine_count(world: World) -> None:
     with pytest.raises(ArenaError, match="128 processes"):
         world.engine(OTHER, "o")
     assert ENGINE in world.recorded()
-    world.engine()  # its row is there
+    world.engine()  # its process already has a row
 
 
 def test_a_process_keeps_its_row(world: World) -> None:
@@ -420,7 +420,7 @@ def test_survivors_keep_what_they_were_writing(world: World, ending: str) -> Non
 
 
 def test_a_worker_keeps_what_its_engine_was_granted_before_both_died(world: World) -> None:
-    """Engine and daemon are killed; the worker still copies into slots whose owner is no more."""
+    """Engine and daemon are killed; the worker still copies into slots whose owner is gone."""
     engine = world.engine()
     world.worker()
     world.begin(engine, chain_keys("a", 2))
@@ -441,7 +441,7 @@ def test_a_worker_that_connects_late_is_settled_too(world: World) -> None:
     world.begin(engine, chain_keys("b", 2))
     world.restart()
     world.sessions.settle(world.engine())
-    assert world.held() == {"quarantined_leases": 1, "quarantined_slots": 2}  # for the worker
+    assert world.held() == {"quarantined_leases": 1, "quarantined_slots": 2}  # kept for the worker
     world.worker()
     world.sessions.sweep()
     assert world.held() == {}
@@ -461,7 +461,7 @@ def test_what_was_cleared_under_a_reader_is_neither_served_nor_given_away(world:
 
 
 def test_daemons_killed_one_after_the_other(world: World) -> None:
-    """No client has come back to the second one when it dies."""
+    """No client has connected to the second daemon when it dies."""
     engine = world.engine()
     world.worker()
     world.put(engine, "a")

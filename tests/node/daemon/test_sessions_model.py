@@ -1,4 +1,4 @@
-"""Random walks of engines, their workers and daemons over one arena, against a model of who may touch what."""
+"""Random walks of engines, their workers and daemons over one arena, against a model of who may use which slot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support import key, make_arena
 SLOTS, RANKS, PART_NBYTES = 10, 2, 128
 ENGINES = ("red", "blue")
 ROOTS = (key("one root"), key("another"))
-picks = st.integers(0, 1 << 16)  # one of what there is at the moment
+picks = st.integers(0, 1 << 16)  # picks one of the present items
 chains = st.tuples(st.sampled_from(range(3)), st.integers(1, 4)).map(
     lambda of: [key("chain", of[0], i) for i in range(of[1])]
 )
@@ -42,22 +42,22 @@ def root_of(chunk: bytes) -> bytes:
 
 @dataclass(eq=False)
 class Right:
-    """To read or to write slots, of one engine."""
+    """The right of one engine to read or to write slots."""
 
     engine: str
-    session: Session | None  # None: the daemon that gave it is gone, or the connection
+    session: Session | None  # None: the connection, or the daemon that gave the right, is gone
     slots: tuple[int, ...]
-    holders: set[Process]  # without a session: who may be using it
+    holders: set[Process]  # without a session: processes that may be using it
     keys: tuple[bytes, ...] = ()
-    lease: int = 0  # 0: to write
+    lease: int = 0  # number of the lease; 0: the right to write
     generations: tuple[int, ...] = ()
-    complete: set[int] = field(default_factory=set)  # rows that are written
-    stale: set[int] = field(default_factory=set)  # rows that a clear has overtaken
+    complete: set[int] = field(default_factory=set)  # rows that are completely written
+    stale: set[int] = field(default_factory=set)  # rows that were cleared meanwhile
     until: float = float("inf")
 
 
 class Walk(RuleBasedStateMachine):
-    """`rights` and `ready` are the model."""
+    """The state machine. `rights` and `ready` are the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Walk(RuleBasedStateMachine):
         self.start()
 
     def teardown(self) -> None:
-        """When all are gone nothing is held, no slot is lost, and the next daemon finds the same chunks."""
+        """When all clients are gone, nothing is held, no slot is lost, and the next daemon finds the same chunks."""
         self.living.clear()
         for session in list(self.sessions.sessions.values()):
             self.sessions.detach(session)
@@ -104,7 +104,7 @@ class Walk(RuleBasedStateMachine):
         names = ("leases", "granted_slots", "quarantined_leases", "quarantined_slots")
         return {name: usage[name] for name in names if usage[name]}
 
-    # -- what there is to pick from ----------------------------------------------------------------------------------
+    # -- items to pick from ----------------------------------------------------------------------------------
 
     def connected(self, pick: int, writer: bool | None = None) -> Session | None:
         found = [s for s in self.sessions.sessions.values() if writer is None or s.writer == writer]
@@ -118,7 +118,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(engine=st.sampled_from(ENGINES), writer=st.booleans())
     def connect(self, engine: str, writer: bool) -> None:
-        """For the first time, again, or again before the end of the old connection is seen."""
+        """Connect for the first time, again, or again before the daemon sees the end of the old connection."""
         process = self.process.get((engine, writer))
         if process not in self.living:
             process = self.process[engine, writer] = (self.next_pid, 7)
@@ -130,7 +130,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def lose(self, pick: int) -> None:
-        """A connection ends; its process goes on with what it was doing."""
+        """End a connection. Its process goes on with its transfers."""
         if (session := self.connected(pick)) is not None:
             self.end(session)
 
@@ -169,7 +169,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def settle(self, pick: int) -> None:
-        """An engine says that what it did under earlier connections has ended; then it has."""
+        """An engine says that its transfers of earlier connections have ended, which is true."""
         if (session := self.connected(pick, writer=True)) is None:
             return
         for right in list(self.rights):
@@ -181,7 +181,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """The daemon is killed; another one takes over."""
+        """Kill the daemon; another one takes over."""
         for right in self.rights:
             if right.session is not None:
                 right.session, right.holders = None, {right.session.process} | self.members[right.engine]
@@ -195,7 +195,10 @@ class Walk(RuleBasedStateMachine):
         self.forget_ended()
 
     def split(self, right: Right) -> None:
-        """What its writer has written whole it writes no more: the next daemon keeps that as long as what may be read."""
+        """Split off the rows that are completely written.
+
+        Nobody writes them any more, so the next daemon keeps them only as long as rows that may be read.
+        """
         rows = [row for row in range(len(right.slots)) if row not in right.complete]
         whole = tuple(slot for row, slot in enumerate(right.slots) if row in right.complete)
         self.rights.append(Right(right.engine, None, whole, set(right.holders), until=self.now + RESTART_PIN_S))
@@ -241,7 +244,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def mark_bad(self, pick: int) -> None:
-        """A reader finds what does not verify, and goes on reading the rest."""
+        """A reader finds a chunk that does not verify, and goes on reading the rest."""
         if (right := self.right(pick, read=True, of_session=False)) is not None:
             self.arena.mark_bad(np.array(right.slots[-1:], dtype=np.int64))
 
@@ -260,7 +263,7 @@ class Walk(RuleBasedStateMachine):
         if got.slots:
             right = Right(session.engine, session, got.slots, set(), generations=got.generations)
             self.rights.append(right)
-            if session.number % 2:  # else it stays in stock for a while
+            if session.number % 2:  # else the slots stay in stock for a while
                 self.begin(right, chain)
 
     @rule(pick=picks, chain=chains)
@@ -279,7 +282,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(pick=picks, rows=st.sets(st.integers(0, 3), min_size=1))
     def write(self, pick: int, rows: set[int]) -> None:
-        """Also by who has lost the daemon, or was lost by it."""
+        """Write rows, also in a process that has lost the daemon or whose connection the daemon has lost."""
         if (right := self.right(pick, read=False, of_session=False)) is None:
             return
         for row in rows & set(range(len(right.keys))):
@@ -301,7 +304,7 @@ class Walk(RuleBasedStateMachine):
         elif turn == "foreign slot":
             slots = tuple(slot + SLOTS for slot in slots)
         mine = (session, slots, generations) == (right.session, right.slots, right.generations)
-        for root in ROOTS:  # a message is of one namespace
+        for root in ROOTS:  # one Publish message is for one namespace
             rows = [row for row, chunk in enumerate(right.keys) if root_of(chunk) == root]
             expected = []
             for row in rows:
@@ -346,7 +349,7 @@ class Walk(RuleBasedStateMachine):
     def drop(self, chain: list[bytes]) -> None:
         assert self.sessions.cache.drop(chain) == sum(self.ready.pop(chunk, None) is not None for chunk in chain)
 
-    # -- what always holds -------------------------------------------------------------------------------------------------
+    # -- invariants -------------------------------------------------------------------------------------------------
 
     def in_use(self) -> set[int]:
         return {slot for right in self.rights for slot in right.slots}
