@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvkern.demo.report import meta
-from kvkern.demo.report import write_json as _write_json
+from kvkern.measurement_json import meta
+from kvkern.measurement_json import write_json as _write_json
 
 __all__ = ["meta", "option_parser", "print_row", "write_json"]
 

@@ -29,7 +29,7 @@ COLUMN = {  # where a box stands; others take a free column from the left
     "kvkern.demo": 0, "kvkern.integrations": 0, "kvkern.replay": 1, "kvkern.doctor": 2,
     "kvkern.api": 0, "kvkern.node": 1, "kvkern.assemble": 0, "kvkern.cache": 1, "kvkern.transfer": 0, "kvkern.remote": 2,
     "kvkern.tiers": 1, "kvkern.arena": 1, "kvkern.config": 1, "kvkern.keys": 0, "kvkern.policy": 2, "kvkern.errors": 1,
-    KERNELS: 0, "kvkern.bounded_dict": 1, "kvkern.metrics": 2,
+    KERNELS: 0, "kvkern.bounded_dict": 1, "kvkern.metrics": 2, "kvkern.measurement_json": 0,
 }  # fmt: skip
 BOX = (WIDTH - LEFT - RIGHT - GAP * (COLUMNS - 1)) / COLUMNS
 FLOORS = {

@@ -22,6 +22,7 @@ LEVELS = {
     "kvkern.errors": 0,
     "kvkern.bounded_dict": 0,
     "kvkern.metrics": 0,
+    "kvkern.measurement_json": 0,
     "kvkern.keys": 1,
     "kvkern.policy": 1,
     "kvkern.config": 1,

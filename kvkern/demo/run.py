@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from .. import measurement_json
 from . import chart, engine_process, model, preconditions, remote_store, report, supervised_daemon, verdict
 from .messages import Answer, Done, EngineSpec, Event, Job, MixedWorkload, Plan, Progress, Ready
 
@@ -261,12 +262,12 @@ def _conclude(options: Options, answers: list[Answer], clock: PhaseClock) -> int
 def _write(
     options: Options, shown: list[report.Row], findings: list[verdict.Finding], tokens_equal: bool, clock: PhaseClock
 ) -> None:
-    meta = report.meta()
+    meta = measurement_json.meta()
     chart_path = options.chart_path or options.workdir / ("demo.png" if options.remote is None else "demo-remote.png")
     chart.draw(shown, chart_path, subtitle(meta))
     clock.console.print(f"chart: {chart_path}", highlight=False, soft_wrap=True)
     if options.json_path is not None:
-        report.write_json(
+        measurement_json.write_json(
             options.json_path,
             report.as_dicts(shown),
             engine=f"vllm {_vllm_version(meta)}",

@@ -48,7 +48,7 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "arena on a disk": (
         Severity.SLOW,
-        "every store will be written to a disk: {where} is on {fs}, not in memory",
+        "stores are slow: {where} is on {fs}, a disk and not memory",
         "give --arena-dir a tmpfs such as /dev/shm",
     ),
     "mount too small": (
@@ -58,24 +58,24 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "small mount": (
         Severity.SLOW,
-        "few chunks will stay cached: {where} holds {size} in all",
+        "few chunks stay cached: {where} has only {size} in total",
         "mount -o remount,size=... {where}, docker run --shm-size=..., an emptyDir with medium: Memory",
     ),
     "too little memory": (
         Severity.BROKEN,
-        "an arena of {needed} does not fit: {memory} of memory can be had",
+        "an arena of {needed} does not fit: only {memory} of memory are available",
         "lower the capacity, or raise the container's memory limit",
     ),
     "locked memory": (
         Severity.NOTE,
-        "the start may fail: an RDMA card, or a GPU's driver that keeps to the limit, does not register the arena; this "
-        "process may lock {limit}, an arena takes {needed}",
+        "the start may fail: this process may lock {limit}, an arena takes {needed}; RDMA cards and some GPU drivers then do "
+        "not register it",
         "ulimit -l unlimited, LimitMEMLOCK=infinity for a systemd unit, docker run --ulimit memlock=-1",
     ),
     "small pages": (
         Severity.SLOW,
-        "copies on the CPU and the first touch of the arena will be slower: it lies on pages of 4 KiB, as Linux "
-        "{kernel} has shmem_enabled at {shmem_huge}",
+        "copies on the CPU and the first touch of the arena are slower: the arena uses 4 KiB pages, because Linux {kernel} has "
+        "shmem_enabled at {shmem_huge}",
         "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, or Linux 6.1 and newer with anything but deny",
     ),
     "no AVX-512": (
@@ -85,8 +85,8 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "one CPU": (
         Severity.SLOW,
-        "copies and the engine share one CPU: this process may run on no other",
-        "give the container or the slice more (docker run --cpuset-cpus, taskset)",
+        "copies and the engine share one CPU: this process may use only one",
+        "give the container or the slice more CPUs (docker run --cpuset-cpus, taskset)",
     ),
     "numba cold": (
         Severity.SLOW,
@@ -96,16 +96,16 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     "numba cache read-only": (
         Severity.SLOW,
         "every start compiles for seconds: numba's cache cannot be written",
-        "NUMBA_CACHE_DIR=a folder that stays and can be written",
+        "set NUMBA_CACHE_DIR to a writable folder that survives restarts",
     ),
     "GPU unknown": (
         Severity.NOTE,
-        "nothing is known of the GPU here: {nvml}",
+        "kvkern cannot read the GPU's properties: {nvml}",
         "pip install 'kvkern[gpu]'; in a container NVIDIA_DRIVER_CAPABILITIES=compute,utility",
     ),
     "no batch copies": (
         Severity.SLOW,
-        "runs are copied one call each: batch copies need CUDA 12.8, the driver has {cuda}",
+        "each contiguous run is copied by its own call: batch copies need CUDA 12.8, the driver has {cuda}",
         "update the driver to R570 or newer",
     ),
     "no triton": (
@@ -120,8 +120,8 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "WSL2": (
         Severity.NOTE,
-        "small transfers take two steps: under WSL2 a kernel cannot use the arena's addresses, so there is no zero-copy",
-        "none; run on Linux itself for the last microseconds",
+        "small transfers take two steps: under WSL2 a GPU kernel cannot use the arena's addresses, so there is no zero-copy",
+        "none is needed; native Linux saves some microseconds",
     ),
     "narrow link": (
         Severity.SLOW,
@@ -136,7 +136,7 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     "link asleep": (
         Severity.NOTE,
         "the link of {gpu} sleeps at PCIe {now} (power state P{power_state}); it wakes under load",
-        "none; ask again while it works",
+        "none is needed; run `kvkern doctor` again under load",
     ),
     "link trained down": (
         Severity.SLOW,
@@ -150,18 +150,18 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "several NUMA nodes": (
         Severity.NOTE,
-        "the arena of {gpu} may lie on another socket: it is on NUMA node {node}, this process may run on {near}",
+        "the arena may be on another socket than {gpu}: the GPU is on NUMA node {node}, this process may run on {near}",
         "numactl --cpunodebind={node} --membind={node} before the engine and the daemon",
     ),
     "GPU not measured": (
         Severity.NOTE,
-        "{gpu} is not measured yet: the table holds what others have published and estimates",
-        "start an engine with kvkern once, bound to the same NUMA nodes; it takes 20 ms and what compiling takes",
+        "{gpu} is not measured yet: the table holds published and estimated speeds",
+        "start an engine with kvkern once, bound to the same NUMA nodes; measuring takes 20 ms plus compile time",
     ),
     "slow copies": (
         Severity.SLOW,
-        "{copies} of {gpu} reach {has:.1f} GB/s; {others:.1f} are to be had on such a link",
-        "NUMA binding, IOMMU in passthrough (iommu=pt), ACS off between GPU and root port, other work on the link",
+        "{copies} of {gpu} reach {has:.1f} GB/s; such a link reaches {others:.1f} GB/s",
+        "check NUMA binding, IOMMU in passthrough (iommu=pt), ACS off between GPU and root port, other work on the link",
     ),
 }
 

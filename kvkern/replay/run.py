@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..demo.report import write_json
 from ..errors import ConfigError
+from ..measurement_json import write_json
 from ..policy.persist_modes import Costs
 from . import report
 from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run_grid

@@ -66,12 +66,12 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "asleep": (gpu(generation=1, power_state=8), [(NOTE, "sleeps at PCIe 1 (power state P8)")]),
     "trained down": (gpu(generation=1), [(SLOW, "PCIe 1 at power state P0, 5 is possible")]),
     "link not told": (gpu(generation=0, generation_here=0, generation_gpu=0, width=0, width_gpu=0), []),
-    "c2c": (gpu(c2c=True, width=1, generation=1), [(SLOW, "reach 53.0 GB/s; 346.0"), (SLOW, "reach 53.0 GB/s; 346.0")]),
+    "c2c": (gpu(c2c=True, width=1, generation=1), [(SLOW, "reach 53.0 GB/s; such a link reaches 346.0")] * 2),
     "gpu on the other node": (gpu(numa_node=1), [(SLOW, "it is on NUMA node 1, this process on 0")]),
     "gpu on its node": (gpu(numa_node=0), []),
     "gpu on no node": (gpu(numa_node=None), []),
     "process on both nodes": (
-        replace(gpu(numa_node=1), cpus=(0, 5)), [(NOTE, "it is on NUMA node 1, this process may run on 0, 1")],
+        replace(gpu(numa_node=1), cpus=(0, 5)), [(NOTE, "the GPU is on NUMA node 1, this process may run on 0, 1")],
     ),
     "one node": (replace(gpu(numa_node=0), nodes=GOOD.nodes[:1]), []),
     "memlock 64 KiB": (
@@ -84,13 +84,13 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "arena folder of somebody else": (replace(GOOD, arena_writable=False), [(BROKEN, "/dev/shm cannot be written")]),
     "arena on a disk": (replace(GOOD, arena_fs="ext4"), [(SLOW, "/dev/shm is on ext4")]),
     "docker's shm": (
-        replace(GOOD, arena_total_nbytes=64 << 20, arena_free_nbytes=64 << 20), [(SLOW, "/dev/shm holds 64 MiB in all")],
+        replace(GOOD, arena_total_nbytes=64 << 20, arena_free_nbytes=64 << 20), [(SLOW, "/dev/shm has only 64 MiB in total")],
     ),
     "an arena too large": (
         replace(GOOD, capacity_nbytes=200 << 30), [(BROKEN, "an arena of 200 GiB does not fit: /dev/shm has 128 GiB free")],
     ),
     "no memory for it": (
-        replace(GOOD, capacity_nbytes=100 << 30, memory_nbytes=50 << 30), [(BROKEN, "50 GiB of memory can be had")],
+        replace(GOOD, capacity_nbytes=100 << 30, memory_nbytes=50 << 30), [(BROKEN, "only 50 GiB of memory are available")],
     ),
     "small pages": (replace(GOOD, kernel="5.15.0-100"), [(SLOW, "Linux 5.15.0-100 has shmem_enabled at never")]),
     "small pages denied": (replace(GOOD, shmem_huge="deny"), [(SLOW, "shmem_enabled at deny")]),
@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     ),
     "torch for cpus without a gpu": (replace(NO_GPU, versions={**GOOD.versions, "torch": "2.13.0+cpu"}), []),
     "a gpu nobody can ask": (
-        replace(GOOD, gpus=(), nvml="NVML: no Python binding"), [(NOTE, "nothing is known of the GPU here: NVML: no")],
+        replace(GOOD, gpus=(), nvml="NVML: no Python binding"), [(NOTE, "kvkern cannot read the GPU's properties: NVML: no")],
     ),
     "wsl": (replace(GOOD, wsl=True), [(NOTE, "under WSL2")]),
     "a package is missing": (
@@ -111,13 +111,13 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     ),
     "no avx-512": (replace(GOOD, cpu_flags=frozenset({"avx2"})), [(NOTE, "Xeon has no AVX-512")]),
     "arm": (replace(GOOD, cpu_flags=frozenset(), machine="aarch64"), []),
-    "one cpu": (replace(GOOD, cpus=(0,)), [(SLOW, "may run on no other")]),
+    "one cpu": (replace(GOOD, cpus=(0,)), [(SLOW, "may use only one")]),
     "cold": (replace(GOOD, numba_cold=("paged_copy_numba",)), [(SLOW, "paged_copy_numba not in numba's cache")]),
     "cannot keep it": (replace(GOOD, numba_writable=False), [(SLOW, "every start compiles")]),
     "not measured": (replace(GOOD, gpus=(Gpu(INFO, TABLE, is_saved=False),)), [(NOTE, "GPU 0 is not measured yet")]),
     "slow loads": (
         replace(GOOD, gpus=(replace(GPU, table=measured(TABLE, copy_gb_s=11.0)),)),
-        [(SLOW, "loads of GPU 0 reach 11.0 GB/s; 53.0 are to be had")],
+        [(SLOW, "loads of GPU 0 reach 11.0 GB/s; such a link reaches 53.0 GB/s")],
     ),
 }  # fmt: skip
 
