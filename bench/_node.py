@@ -180,7 +180,7 @@ class Engine:
         if len(lease.slots) != len(keys):
             raise RuntimeError(f"{len(lease.slots)} of {len(keys)} chunks hit")
         job = self._copier.load([_batch(keys, lease.slots, np.zeros(len(keys), dtype=np.uint64), range(len(keys)))])
-        job.help()
+        job.run_unclaimed()
         if not job.wait().ok.all():
             raise RuntimeError("a loaded chunk did not verify: its bytes in the arena are wrong")
         self.cache.release(lease)
@@ -195,7 +195,7 @@ class Engine:
             generations = np.array(reservation.generations, dtype=np.uint64)
             rows = [at[key] for key in reservation.keys]
             job = self._copier.store([_batch(reservation.keys, reservation.slots, generations, rows)])
-            job.help()
+            job.run_unclaimed()
             job.wait()
             if self.cache.commit(reservation) != len(rows):
                 raise RuntimeError("a chunk that was written was not published")
