@@ -105,11 +105,13 @@ def _share(python: Path) -> None:
 
 
 def _run(command: list[str], rival: Rival, log: Path) -> None:
-    what = f"{rival.name} {rival.version} could not be installed. Check the connection to the package index"
+    what = f"{rival.name} {rival.version} could not be installed"
     with log.open("ab") as out:
         try:
             done = subprocess.run(command, stdout=out, stderr=out, timeout=INSTALL_LIMIT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise PeerFailed(f"{what}: {error}") from error
+            raise PeerFailed(f"{what}: {error}. Check the connection to the package index.") from error
     if done.returncode:
-        raise PeerFailed(f"{what}: exit status {done.returncode}. {log_tail(log)}")
+        raise PeerFailed(
+            f"{what}: exit status {done.returncode}. Check the connection to the package index. {log_tail(log)}"
+        )

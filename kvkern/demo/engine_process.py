@@ -79,7 +79,7 @@ def _start(write_fd: int, log: IO[bytes] | None, *, verbose: bool) -> subprocess
 
 
 def environment(*, verbose: bool) -> dict[str, str]:
-    """Return this process's environment with what a quiet, offline vLLM needs."""
+    """Return this process's environment with the variables of a quiet, offline vLLM."""
     paths = [str(PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

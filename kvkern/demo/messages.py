@@ -78,7 +78,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """One request and what came back. Equal `prompt_id` means equal prompt tokens."""
+    """One request and its reply. Equal `prompt_id` means equal prompt tokens."""
 
     case: str
     prompt_id: str

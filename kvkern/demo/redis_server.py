@@ -67,7 +67,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None or time.monotonic() > deadline:
             said = log.read_text(errors="replace")[-2000:]
             raise NotReadyError(
-                f"redis-server did not accept connections within {START_LIMIT_S:.0f} s. Fix what its log says:\n{said}"
+                f"redis-server did not accept connections within {START_LIMIT_S:.0f} s. Its log ends with the cause:\n{said}"
             )
         time.sleep(0.02)
 
