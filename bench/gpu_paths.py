@@ -32,7 +32,7 @@ from kvkern.transfer.gpu import planner
 from kvkern.transfer.gpu.calibrate import calibrate
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import Device
-from kvkern.transfer.gpu.dma import merged_runs
+from kvkern.transfer.gpu.dma_runs import merged_runs
 from kvkern.transfer.gpu.link_table import Abilities, Calibration, Direction, HostLink, seed_calibration
 from kvkern.transfer.gpu.planner import Choice, Method
 

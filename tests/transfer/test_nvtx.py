@@ -47,8 +47,8 @@ def test_spans_on_a_gpu_are_torchs() -> None:
 def test_pieces_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This holds for both copiers. A span also ends if its piece fails."""
     from kvkern.transfer import host
-    from kvkern.transfer.gpu import lanes
-    from tests.transfer.gpu.engine import Engine, load_late, store_late
+    from kvkern.transfer.gpu import stream_lanes
+    from tests.transfer.gpu.late_engine import Engine, load_late, store_late
 
     seen: list[str] = []
     ended: list[str] = []
@@ -62,7 +62,7 @@ def test_pieces_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             ended.append(name)
 
     monkeypatch.setattr(host, "span", span)
-    monkeypatch.setattr(lanes, "span", span)
+    monkeypatch.setattr(stream_lanes, "span", span)
     engine = Engine(tmp_path, "cpu", Method.STAGED)
     _, reserved = store_late(engine, "a", 1)
     load_late(engine, "a", reserved)

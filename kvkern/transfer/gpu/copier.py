@@ -1,7 +1,7 @@
 """Moves chunks between paged tensors on a GPU and the arena's slots. The GPU's counterpart of kvkern/transfer/host.py.
 
     submit (the engine's thread)    record COMPUTED on its stream; choose a method for each batch; cut into pieces; queue
-    one thread per direction        enqueue pieces, end them in order: see lanes.py
+    one thread per direction        enqueue pieces, end them in order: see stream_lanes.py
 
 The engine's thread never waits and never launches a kernel. If the driver or the executor refuses a submission, the error
 belongs to the job, and the job is done. The blocks of a store are free once `job.released()` is True.
@@ -27,12 +27,12 @@ from ...kernels.paged_tensors import PagedTensors
 from ...kernels.selftest import check_round_trip
 from ..base import ChunkBatch, Copier, Job
 from .device import Device, Event
-from .dma import count_runs, is_unpadded
-from .lanes import GpuJob, Lane, LoadLane, Piece, StoreLane
+from .dma_runs import count_runs, is_unpadded
 from .link_table import Direction
 from .pinned_arena import PinnedArena
 from .planner import MAX_RELAYOUT_CTAS, Choice, Method
 from .staging_rings import MAX_LAUNCH_NBYTES, MAX_PIECE_CHUNKS, RingDepths, Rings
+from .stream_lanes import GpuJob, Lane, LoadLane, Piece, StoreLane
 
 DEPTHS = RingDepths()
 # (direction, bytes of a run, number of runs, bytes in all) -> Choice: see planner.choose_method

@@ -1,6 +1,6 @@
 """The CUDA device: torch's streams and events, Triton's kernels, the driver's copies. It forwards calls and decides nothing.
 
-lanes.py decides the order of these calls, and tests prove that order without a GPU.
+stream_lanes.py decides the order of these calls, and tests prove that order without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...kernels.paged_copy import Backend
 from ...kernels.paged_tensors import PagedTensors
 from .cuda_driver import Driver, load_libcuda
 from .device import DeviceError, Event
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 from .nvml import GpuInfo, read_gpus
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .device import DeviceError
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 
 _BATCH_VERSION = 12080  # the CUDA version whose signature has failIdx; later drivers still offer this version

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from ...kernels.paged_copy import Backend
     from ...kernels.paged_tensors import PagedTensors
-    from .dma import Runs
+    from .dma_runs import Runs
     from .link_table import Direction
 
-# Names of events. lanes.py says which stream or thread waits for which event.
+# Names of events. stream_lanes.py says which stream or thread waits for which event.
 COMPUTED = "computed"  # the engine's stream, when the job was submitted
 UPLOADED = "uploaded"  # an index table has left its pinned memory
 GATHERED = "gathered"  # a store's blocks are in staging, or in the slots

@@ -1,7 +1,7 @@
 """A device on this host that runs every operation at once, in the order of the calls. For dry runs of benches and tests.
 
-It shows that a script works from end to end. It does not test the order of operations (tests/transfer/gpu/fake.py does that),
-and its times mean nothing.
+It shows that a script works from end to end. It does not test the order of operations: tests/transfer/gpu/fake_device.py
+does. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ...kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
 from ...kernels.paged_tensors import PagedTensors
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 
 

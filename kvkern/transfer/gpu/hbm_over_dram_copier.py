@@ -24,7 +24,7 @@ from ...tiers.hbm import HbmSlots
 from ..base import ChunkBatch, Copier, Job
 from .copier import GpuCopier
 from .device import Device, DeviceError
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 from .planner import MAX_PIECE_NBYTES, MAX_RELAYOUT_CTAS, MIN_PIECE_NBYTES, Choice, Method
 from .staging_rings import RingDepths

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from .device import UPLOADED, Device, DeviceError, Event, Stream
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 
 MAX_STAGING_NBYTES = 32 << 20  # of a buffer, and so of a launch: the engine waits for one launch at most

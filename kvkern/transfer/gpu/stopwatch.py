@@ -19,7 +19,7 @@ from ...kernels.layout import from_pages
 from ...kernels.paged_tensors import PagedTensors
 from .calibrate import DEVICE_NBYTES, HOST_NBYTES, SHORT_RUN_NBYTES
 from .device import Device, Stream
-from .dma import Runs
+from .dma_runs import Runs
 from .link_table import Direction
 
 _PAGE_NBYTES = 32 << 10  # K of one layer and 16 tokens of Llama-3.1-8B: the usual run

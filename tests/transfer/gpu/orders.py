@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tests.transfer.gpu.fake import Edge, FakeDevice, FakeStream
-from tests.transfer.gpu.race import Watch
+from tests.transfer.gpu.fake_device import Edge, FakeDevice, FakeStream
+from tests.transfer.gpu.vector_clocks import Watch
 
 
 class Random:

@@ -20,9 +20,9 @@ from kvkern.transfer.gpu.numa import process_nodes
 from kvkern.transfer.host import HostCopier
 from tests.kernels.paged_cases import CASES
 from tests.support import make_arena
-from tests.transfer.gpu.fake import FakeDevice
+from tests.transfer.gpu.copier_rig import TensorsOnGpu
+from tests.transfer.gpu.fake_device import FakeDevice
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.rig import TensorsOnGpu
 
 
 class Standin(FakeDevice):

@@ -23,11 +23,11 @@ from kvkern.transfer.gpu.staging_rings import RingDepths
 from kvkern.transfer.host import HostCopier
 from tests.kernels.paged_cases import CASES
 from tests.support import NAMESPACE, chain_keys, make_arena, storage_bytes
-from tests.transfer.gpu.cases import choosing
-from tests.transfer.gpu.fake import FakeDevice
+from tests.transfer.gpu.copier_rig import PER_CHUNK, Rig, flash, picked, rig
+from tests.transfer.gpu.fake_device import FakeDevice
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.race import Span, Watch
-from tests.transfer.gpu.rig import PER_CHUNK, Rig, flash, picked, rig
+from tests.transfer.gpu.store_load_programs import choosing
+from tests.transfer.gpu.vector_clocks import Span, Watch
 
 each_method = pytest.mark.parametrize("method", list(Method))
 

@@ -14,7 +14,7 @@ import torch
 from kvkern.kernels import paged_copy_triton
 from kvkern.transfer.gpu import cuda_device
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.dma import Runs
+from kvkern.transfer.gpu.dma_runs import Runs
 from kvkern.transfer.gpu.link_table import Direction
 from kvkern.transfer.gpu.nvml import Gpus
 from tests.transfer.gpu.test_cuda_driver import STREAM, Libcuda

@@ -10,7 +10,7 @@ import pytest
 
 from kvkern.transfer.gpu import cuda_driver as D
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.dma import Runs
+from kvkern.transfer.gpu.dma_runs import Runs
 from kvkern.transfer.gpu.link_table import Direction
 
 STREAM = 0x5EED

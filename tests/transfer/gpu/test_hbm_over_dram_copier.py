@@ -30,11 +30,11 @@ from kvkern.transfer.gpu.hbm_over_dram_copier import DmaSlotMover, device_copier
 from kvkern.transfer.gpu.planner import Method
 from kvkern.transfer.gpu.staging_rings import RingDepths
 from tests.support import guarded, make_arena
-from tests.transfer.gpu.cases import choosing
-from tests.transfer.gpu.fake import FakeDevice, FakeStream
+from tests.transfer.gpu.copier_rig import TensorsOnGpu, flash
+from tests.transfer.gpu.copier_rig import rig as rig_of_lanes
+from tests.transfer.gpu.fake_device import FakeDevice, FakeStream
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.rig import TensorsOnGpu, flash
-from tests.transfer.gpu.rig import rig as rig_of_lanes
+from tests.transfer.gpu.store_load_programs import choosing
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 48, 4, 2
 CHUNK = BLOCK_TOKENS * PER_CHUNK

@@ -12,9 +12,17 @@ import pytest
 
 from kvkern.transfer.gpu.planner import Method
 from kvkern.transfer.gpu.staging_rings import RingDepths, Rings
-from tests.transfer.gpu.cases import PART, TIGHT, failing_load, failing_store, load_program, store_program, world
-from tests.transfer.gpu.fake import Edge, FakeDevice
+from tests.transfer.gpu.fake_device import Edge, FakeDevice
 from tests.transfer.gpu.orders import Program, one_run, search
+from tests.transfer.gpu.store_load_programs import (
+    PART,
+    TIGHT,
+    failing_load,
+    failing_store,
+    load_program,
+    store_program,
+    world,
+)
 
 STAGED, ZERO_COPY, BATCH_DMA = Method
 WIDE = RingDepths(staging_nbytes=PART, staging=2, tables=2, window=3)

@@ -14,7 +14,7 @@ from kvkern.arena.slots import PAGE
 from kvkern.errors import ArenaError
 from kvkern.transfer.gpu.pinned_arena import PinnedArena, pages_per_numa_node, split_into_regions
 from tests.support import make_arena
-from tests.transfer.gpu.fake import FakeDevice
+from tests.transfer.gpu.fake_device import FakeDevice
 from tests.transfer.gpu.orders import Random
 
 

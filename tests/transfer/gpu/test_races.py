@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from kvkern.transfer.gpu.planner import Method
-from tests.transfer.gpu.engine import CHUNKS, Engine, load_late, store_late, until
+from tests.transfer.gpu.late_engine import CHUNKS, Engine, load_late, store_late, until
 
 ROOT = Path(__file__).resolve().parents[3]
+SANITIZER_SCRIPT = "tests.transfer.gpu.sanitizer_script"
 gpu = pytest.mark.gpu
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 each_method = pytest.mark.parametrize("method", list(Method))
@@ -107,7 +108,7 @@ def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
     if program is None:
         pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
     done = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.transfer.gpu.sanitized", str(tmp_path)],
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", SANITIZER_SCRIPT, str(tmp_path)],
         cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -116,8 +117,8 @@ def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
 def test_the_sanitizer_script_runs_on_the_host(tmp_path: Path) -> None:
     """The script itself works, over host memory."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.transfer.gpu.sanitized", str(tmp_path), "cpu"], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", SANITIZER_SCRIPT, str(tmp_path), "cpu"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{method}: equal" for method in Method]

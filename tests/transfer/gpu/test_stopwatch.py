@@ -9,7 +9,7 @@ from kvkern.transfer.gpu.calibrate import calibrate, unmeasured
 from kvkern.transfer.gpu.link_table import Abilities, Direction, HostLink, seed_calibration
 from kvkern.transfer.gpu.planner import choose_method
 from kvkern.transfer.gpu.stopwatch import Stopwatch
-from tests.transfer.gpu.fake import POISON, FakeDevice, FakeStream
+from tests.transfer.gpu.fake_device import POISON, FakeDevice, FakeStream
 from tests.transfer.gpu.orders import Random
 
 

@@ -16,10 +16,10 @@ from kvkern.transfer.base import Job
 from kvkern.transfer.gpu.device import DeviceError
 from kvkern.transfer.gpu.planner import Method
 from kvkern.transfer.gpu.staging_rings import RingDepths
-from tests.transfer.gpu.cases import choosing
-from tests.transfer.gpu.fake import FakeDevice, FakeEvent, FakeStream
+from tests.transfer.gpu.copier_rig import Rig, flash, rig
+from tests.transfer.gpu.fake_device import FakeDevice, FakeEvent, FakeStream
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.rig import Rig, flash, rig
+from tests.transfer.gpu.store_load_programs import choosing
 
 
 class CopiesHang(Random):

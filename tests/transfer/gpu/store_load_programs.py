@@ -24,14 +24,14 @@ from kvkern.tiers.dram import DramTier
 from kvkern.transfer.base import ChunkBatch, Job
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import DeviceError
-from kvkern.transfer.gpu.lanes import Lane
 from kvkern.transfer.gpu.planner import Choice, Method
 from kvkern.transfer.gpu.staging_rings import RingDepths
+from kvkern.transfer.gpu.stream_lanes import Lane
 from kvkern.transfer.host import HostCopier
 from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena
-from tests.transfer.gpu.fake import FakeDevice, blocks
+from tests.transfer.gpu.fake_device import FakeDevice, blocks
 from tests.transfer.gpu.orders import Program, Step
-from tests.transfer.gpu.race import Span
+from tests.transfer.gpu.vector_clocks import Span
 
 BLOCK = (2, 1, 16)  # tokens, heads, elements of two bytes: 64 bytes a block and plane
 PART = 2 * 64

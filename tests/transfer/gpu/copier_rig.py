@@ -24,9 +24,9 @@ from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.planner import Choice
 from kvkern.transfer.gpu.staging_rings import RingDepths
 from tests.support import NAMESPACE, SHAPE, chain_keys, make_arena
-from tests.transfer.gpu.fake import FakeDevice
+from tests.transfer.gpu.fake_device import FakeDevice
 from tests.transfer.gpu.orders import Random
-from tests.transfer.gpu.race import Watch
+from tests.transfer.gpu.vector_clocks import Watch
 
 PER_CHUNK = 3
 

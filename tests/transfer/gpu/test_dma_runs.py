@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvkern.kernels import layout as L
 from kvkern.kernels.paged_copy import gather_chunks, scatter_chunks
 from kvkern.kernels.paged_tensors import PagedTensors
-from kvkern.transfer.gpu.dma import Runs, count_runs, is_unpadded, merged_runs
+from kvkern.transfer.gpu.dma_runs import Runs, count_runs, is_unpadded, merged_runs
 from tests.kernels.paged_cases import CASES, NUM_BLOCKS
 from tests.support import storage_bytes
 

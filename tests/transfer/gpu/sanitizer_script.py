@@ -1,6 +1,6 @@
 """The script that runs under compute-sanitizer: a store and a load by every method, and every ring depth, at small sizes.
 
-python -m tests.transfer.gpu.sanitized FOLDER [cpu]
+python -m tests.transfer.gpu.sanitizer_script FOLDER [cpu]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvkern.transfer.gpu.planner import Method
 from tests.kernels.copy_checks import draw_ids
 from tests.kernels.paged_cases import CASES
 from tests.support import twin
-from tests.transfer.gpu.engine import Engine, load_late, store_late
+from tests.transfer.gpu.late_engine import Engine, load_late, store_late
 
 
 def transfers(folder: Path, kind: str) -> None:

@@ -1,7 +1,7 @@
 """A device whose streams are queues of closures over host memory. An `Order` decides which one runs next.
 
 Gathers and scatters really run (numba), and copies are memory moves, so a wrong order gives wrong bytes. `drop` removes edges:
-(event, who waits), or (operation, the next operation on its stream). Each access to memory is reported to `watch`: see race.py.
+(event, who waits), or (operation, the next operation on its stream). Each access to memory is reported to `watch`: see vector_clocks.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from kvkern.errors import LayoutError
 from kvkern.kernels.paged_copy import Backend, checksum_chunks, gather_chunks, scatter_chunks
 from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.transfer.gpu.device import COMPUTED, DeviceError
-from kvkern.transfer.gpu.dma import Runs
+from kvkern.transfer.gpu.dma_runs import Runs
 from kvkern.transfer.gpu.link_table import Direction
-from tests.transfer.gpu.race import Clock, Span, Watch
+from tests.transfer.gpu.vector_clocks import Clock, Span, Watch
 
 POISON = 0xEE
 # (event, who waits): a stream, "host" (blocks), "engine" (queries) or "drain". Or two operations in a row on one stream
@@ -224,7 +224,7 @@ class FakeStream:
 
 
 class FakeDevice:
-    """A fake device for one thread or several. `agent` names the calling thread, and is the host agent in race.py's clocks."""
+    """A fake device for one thread or several. `agent` names the calling thread, and is the host agent in vector_clocks.py's clocks."""
 
     backend: Backend = "numba"
 

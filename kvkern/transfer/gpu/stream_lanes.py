@@ -37,7 +37,7 @@ from ...kernels.paged_tensors import PagedTensors
 from ..base import ChunkBatch, Job, RankParts
 from ..nvtx import span
 from .device import ARRIVED, GATHERED, LOADED, STORED, SUMMED, Device, DeviceError, Event
-from .dma import Runs, merged_runs
+from .dma_runs import Runs, merged_runs
 from .link_table import Direction
 from .planner import Choice, Method
 from .staging_rings import DeviceTable, Rings, Staging
