@@ -1,7 +1,8 @@
 """A device whose streams are queues of closures over host memory. An `Order` decides which one runs next.
 
 Gathers and scatters really run (numba), and copies are memory moves, so a wrong order gives wrong bytes. `drop` removes edges:
-(event, who waits), or (operation, the next operation on its stream). Each access to memory is reported to `watch`: see vector_clocks.py.
+(event, who waits), or (operation, the next operation on its stream). Each access to memory is reported to `watch`; see
+vector_clocks.py.
 """
 
 from __future__ import annotations
@@ -224,7 +225,10 @@ class FakeStream:
 
 
 class FakeDevice:
-    """A fake device for one thread or several. `agent` names the calling thread, and is the host agent in vector_clocks.py's clocks."""
+    """A fake device for one thread or several.
+
+    `agent` names the calling thread. In the clocks of vector_clocks.py it is the host agent.
+    """
 
     backend: Backend = "numba"
 
