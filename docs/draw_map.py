@@ -1,7 +1,7 @@
-"""Draws docs/map.svg: the rooms of kvkern, floor by floor, from the imports in the sources. `python docs/draw_map.py`
+"""Draws docs/map.svg: the components of kvkern, level by level, from the imports in the sources. `python docs/draw_map.py`
 
 A box is an entry of LEVELS in tests/import_graph.py: its path, the first sentence of its docstring, its modules. An arrow
-is an import; one that follows from others (a imports b, b imports c, so a -> c) is left out. Boxes of one floor that import
+is an import; one that follows from others (a imports b, b imports c, so a -> c) is left out. Boxes of one level that import
 each other stand one above the other. The standard library alone: the same sources give the same bytes.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.import_graph import KERNELS, LEVELS, MODULES, TOP, reached, room, room_imports  # noqa: E402
+from tests.import_graph import KERNELS, LEVELS, MODULES, TOP, component, component_imports, reached  # noqa: E402
 
 OUT = ROOT / "docs" / "map.svg"
 WIDTH, LEFT, RIGHT, GAP = 1240, 150, 20, 22
-LINE, PAD, ROW_GAP, FLOOR_GAP = 15, 10, 34, 30
+LINE, PAD, ROW_GAP, LEVEL_GAP = 15, 10, 34, 30
 CHAR = 5.8  # pixels of a character at 11 px; wide enough for any sans-serif
 COLUMNS = 3
 COLUMN = {  # where a box stands; others take a free column from the left
@@ -32,15 +32,15 @@ COLUMN = {  # where a box stands; others take a free column from the left
     KERNELS: 0, "kvkern.bounded_dict": 1, "kvkern.metrics": 2, "kvkern.measurement_json": 0,
 }  # fmt: skip
 BOX = (WIDTH - LEFT - RIGHT - GAP * (COLUMNS - 1)) / COLUMNS
-FLOORS = {
-    0: "kernels and words", 1: "names, policy, memory", 2: "copies, tiers, stores", 3: "the cache", 4: "put together",
-    5: "engines and tools", 6: "the command line",
+LEVEL_TITLES = {
+    0: "kernels, shared types", 1: "keys, policy, arena", 2: "copies, tiers, stores", 3: "the cache",
+    4: "assembly, daemon, API", 5: "engines and tools", 6: "the command line",
 }  # fmt: skip
 
 
 @dataclass
 class Box:
-    """One room."""
+    """One component."""
 
     name: str
     targets: set[str]
@@ -62,8 +62,8 @@ def first_sentence(text: str) -> str:
 
 
 def contents(name: str) -> tuple[str, str, str]:
-    """(path, first sentence, names of its modules) of a room."""
-    modules = sorted((m for m in MODULES if m.name not in TOP and room(m.name) == name), key=lambda m: m.name)
+    """(path, first sentence, names of its modules) of a component."""
+    modules = sorted((m for m in MODULES if m.name not in TOP and component(m.name) == name), key=lambda m: m.name)
     head = next(m for m in modules if m.name == name)
     sentence = first_sentence(ast.get_docstring(head.tree) or "")
     if len(modules) == 1:
@@ -77,27 +77,29 @@ def contents(name: str) -> tuple[str, str, str]:
     return folder, sentence, "; ".join(f"{f}: {' '.join(n)}" if f else " ".join(n) for f, n in sorted(folders.items()))
 
 
-def depth_in_floor(name: str, rooms: dict[str, set[str]]) -> int:
-    """How many boxes of its own floor a room stands on, one above the other."""
-    below = [t for t in rooms[name] if LEVELS[t] == LEVELS[name]]
-    return 1 + max(depth_in_floor(t, rooms) for t in below) if below else 0
+def depth_in_level(name: str, components: dict[str, set[str]]) -> int:
+    """How many boxes of its own level a component stands on, one above the other."""
+    below = [t for t in components[name] if LEVELS[t] == LEVELS[name]]
+    return 1 + max(depth_in_level(t, components) for t in below) if below else 0
 
 
-def direct(rooms: dict[str, set[str]]) -> dict[str, set[str]]:
+def direct(components: dict[str, set[str]]) -> dict[str, set[str]]:
     """The imports that do not follow from others."""
-    return {a: {b for b in bs if not any(b in reached(rooms, c) for c in bs - {b})} for a, bs in rooms.items()}
+    return {
+        a: {b for b in bs if not any(b in reached(components, c) for c in bs - {b})} for a, bs in components.items()
+    }
 
 
-def place(rooms: dict[str, set[str]]) -> tuple[dict[str, Box], list[tuple[int, float, float]], float]:
-    """(boxes with their places, (level, top, bottom) of each floor, height of the picture)."""
-    arrows = direct(rooms)
-    boxes = {name: Box(name, arrows[name]) for name in rooms}
-    floors, y = [], 50.0
+def place(components: dict[str, set[str]]) -> tuple[dict[str, Box], list[tuple[int, float, float]], float]:
+    """(boxes with their places, (level, top, bottom) of each level, height of the picture)."""
+    arrows = direct(components)
+    boxes = {name: Box(name, arrows[name]) for name in components}
+    levels, y = [], 50.0
     for level in sorted(set(LEVELS.values()), reverse=True):
         top = y
         names = [n for n in LEVELS if LEVELS[n] == level]
-        for depth in sorted({depth_in_floor(n, rooms) for n in names}, reverse=True):
-            row = [boxes[n] for n in names if depth_in_floor(n, rooms) == depth]
+        for depth in sorted({depth_in_level(n, components) for n in names}, reverse=True):
+            row = [boxes[n] for n in names if depth_in_level(n, components) == depth]
             free = [c for c in range(COLUMNS) if c not in {COLUMN.get(box.name) for box in row}]
             for box in row:
                 path, sentence, modules = contents(box.name)
@@ -108,9 +110,9 @@ def place(rooms: dict[str, set[str]]) -> tuple[dict[str, Box], list[tuple[int, f
                 column = COLUMN[box.name] if box.name in COLUMN else free.pop(0)
                 box.x, box.y = LEFT + column * (BOX + GAP), y
             y += max(box.height for box in row) + ROW_GAP
-        floors.append((level, top, y - ROW_GAP))
-        y += FLOOR_GAP - ROW_GAP + 24
-    return boxes, floors, y
+        levels.append((level, top, y - ROW_GAP))
+        y += LEVEL_GAP - ROW_GAP + 24
+    return boxes, levels, y
 
 
 def arrow(source: Box, target: Box, boxes: dict[str, Box]) -> str:
@@ -127,10 +129,11 @@ def arrow(source: Box, target: Box, boxes: dict[str, Box]) -> str:
 
 def draw() -> str:
     """The picture, as SVG."""
-    rooms = room_imports()
-    boxes, floors, height = place(rooms)
+    components = component_imports()
+    boxes, levels, height = place(components)
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="Rooms of kvkern">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        'aria-label="Components of kvkern">',
         "<style>",
         "text{font-family:ui-sans-serif,system-ui,sans-serif;font-size:11px;fill:#1f2937}",
         ".path{font-family:ui-monospace,monospace;font-weight:600;font-size:12px} .files{fill:#6b7280}",
@@ -142,12 +145,12 @@ def draw() -> str:
         f'<rect width="{WIDTH}" height="{height:.0f}" fill="#ffffff"/>',
         '<text class="title" x="20" y="28">An arrow is an import. Imports go down, never up, and make no circle.</text>',
     ]
-    for level, top, bottom in floors:
+    for level, top, bottom in levels:
         out.append(
             f'<rect class="band" x="8" y="{top - 10:.0f}" width="{WIDTH - 16}" height="{bottom - top + 20:.0f}" rx="6"/>'
         )
         out.append(f'<text class="floor" x="20" y="{top + 12:.0f}">level {level}</text>')
-        out.append(f'<text class="floor" x="20" y="{top + 28:.0f}">{FLOORS[level]}</text>')
+        out.append(f'<text class="floor" x="20" y="{top + 28:.0f}">{LEVEL_TITLES[level]}</text>')
     for name in sorted(boxes):
         out += [arrow(boxes[name], boxes[target], boxes) for target in sorted(boxes[name].targets)]
     for box in boxes.values():

@@ -2,9 +2,9 @@
 
 tests/test_imports.py holds the levels; docs/draw_map.py draws them.
 
-    level of a module    that of the longest prefix of its name in LEVELS
-    room of a module     that prefix
-    import               at module level, inside a function, for types alone, or by name in a registry that calls import_module
+    level of a module      that of the longest prefix of its name in LEVELS
+    component of a module  that prefix
+    import                 at module level, inside a function, for types alone, or by name in a registry for import_module
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def room(name: str) -> str:
+def component(name: str) -> str:
     """The entry of LEVELS that a module belongs to."""
     prefixes = [p for p in LEVELS if under(name, p)]
     assert prefixes, f"{name} is in no level: place it in LEVELS of tests/import_graph.py"
@@ -133,7 +133,7 @@ def room(name: str) -> str:
 
 def level(name: str) -> int:
     """The level of a module."""
-    return max(LEVELS.values()) if name in TOP else LEVELS[room(name)]
+    return max(LEVELS.values()) if name in TOP else LEVELS[component(name)]
 
 
 def module_imports() -> dict[str, set[str]]:
@@ -141,13 +141,13 @@ def module_imports() -> dict[str, set[str]]:
     return {m.name: {t for _, d in m.imports() if (t := known(d)) and t != m.name} for m in MODULES}
 
 
-def room_imports() -> dict[str, set[str]]:
-    """For each room the others that it imports; what lies at the top is left out."""
-    rooms: dict[str, set[str]] = {name: set() for name in LEVELS}
+def component_imports() -> dict[str, set[str]]:
+    """For each component the others that it imports; what lies at the top is left out."""
+    components: dict[str, set[str]] = {name: set() for name in LEVELS}
     for name, targets in module_imports().items():
         if name not in TOP:
-            rooms[room(name)] |= {room(t) for t in targets if t not in TOP} - {room(name)}
-    return rooms
+            components[component(name)] |= {component(t) for t in targets if t not in TOP} - {component(name)}
+    return components
 
 
 def reached(edges: dict[str, set[str]], name: str) -> set[str]:

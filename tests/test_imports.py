@@ -1,6 +1,6 @@
 """Holds the import levels of tests/import_graph.py, and the rules that a syntax tree can show.
 
-- Imports go down or stay level, and make no cycle, neither of modules nor of rooms.
+- An import goes to the same or a lower level. Imports form no cycle, neither of modules nor of components.
 - An import inside a function, for types alone, or by a registry's name counts like any other.
 """
 
@@ -21,11 +21,11 @@ from tests.import_graph import (
     NAMES,
     ROOT,
     Module,
+    component_imports,
     cycles,
     known,
     level,
     module_imports,
-    room_imports,
     source_files,
     under,
 )
@@ -77,7 +77,7 @@ def test_kernels_import_nothing_of_kvkern(module: Module) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("read", [module_imports, room_imports])
+@pytest.mark.parametrize("read", [module_imports, component_imports])
 def test_no_cycles(read: Callable[[], dict[str, set[str]]]) -> None:
     found = [" <-> ".join(sorted(cycle)) for cycle in cycles(read()) if cycle not in CYCLES_ALLOWED]
     assert not found, "these import each other:\n" + "\n".join(found)

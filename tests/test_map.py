@@ -15,4 +15,4 @@ def test_the_map_is_drawn_from_these_imports() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
     drawn = (ROOT / "docs" / "map.svg").read_text(encoding="utf-8")
-    assert done.stdout == drawn, "the imports or a room's docstring have changed: run `python docs/draw_map.py`"
+    assert done.stdout == drawn, "the imports or a component's docstring have changed: run `python docs/draw_map.py`"
