@@ -269,7 +269,9 @@ def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.
             one.greet()
             two.greet()
             with Peer(folder / "s") as three:
-                assert three.hear() == p.Refused("2 connections are open already; close some, or run another daemon")
+                assert three.hear() == p.Refused(
+                    "2 connections are open already, the limit; close some, or run another daemon"
+                )
                 assert three.hung_up()
         eventually(lambda: not server.connections)
         with Peer(folder / "s") as peer:
