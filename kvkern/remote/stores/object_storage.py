@@ -65,7 +65,9 @@ def make(url: RemoteUrl) -> ObjectStore:
     try:
         store = maker(url, prefix=url.path.strip("/") or None, client_options=_CLIENT, retry_config=_RETRY)
     except _FAULTS as error:
-        raise ConfigError(f"{url} cannot be used: {_short_message(error)}. Correct the URL's options") from error
+        raise ConfigError(
+            f"{url} cannot be used: {_short_message(error)}. Correct the URL's options or the environment"
+        ) from error
     return ObjectStore(str(url), store, url.integer("concurrency", 64, 1, 1024), bulk_delete=url.scheme == "s3")
 
 

@@ -193,7 +193,11 @@ class FileStore:
     def _write(self, name: str, value: Parts) -> bool:
         space, nbytes = self._capacity, len(value[0]) + len(value[1])
         if space is None:
-            raise OSError(errno.ENODEV, f"not reached yet ({self._scan_error}); mount it or make it", self._root)
+            raise OSError(
+                errno.ENODEV,
+                f"not reached yet ({self._scan_error}); mount its file system or make the directory",
+                self._root,
+            )
         there = self._folder.size(name)
         if there == nbytes and self._folder.touch(name):
             return True
