@@ -134,8 +134,8 @@ class Faults:
             if kind not in self._logged:
                 self._logged.add(kind)
                 logger.exception(
-                    "kvkern: the cache answered a fault as a miss; further %s are only counted in `faults`, see the "
-                    "traceback for the cause",
+                    "kvkern: %s in the cache; this call was answered as a miss. Further errors of this kind are only counted "
+                    "(`faults`). Please report this as a bug, with the traceback",
                     kind,
                 )
 

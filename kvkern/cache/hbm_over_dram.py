@@ -337,8 +337,8 @@ class HbmCache:
                     self._make_room()
             except KvkernError as error:  # no caller waits for this thread
                 logger.warning(
-                    "kvkern: some chunks were not moved between HBM and DRAM: %s; what is not in DRAM is computed again. "
-                    "Leave the option `hbm` out if this happens again",
+                    "kvkern: some chunks were not moved between HBM and DRAM: %s. Chunks that are not in DRAM are computed "
+                    "again. Leave the option `hbm` out if this happens again",
                     error,
                 )
                 with self._lock:

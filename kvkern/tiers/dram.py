@@ -123,7 +123,7 @@ class DramTier:
         """
         for key in wanted:
             if len(key) != KEY_NBYTES:
-                raise ConfigError(f"a key has {len(key)} bytes; chunk keys have {KEY_NBYTES}, as from PagedCache.keys")
+                raise ConfigError(f"a key has {len(key)} bytes; a chunk key has {KEY_NBYTES}; use PagedCache.keys")
         use = replace(use, namespace=shape.namespace)
         self._policy.access(chain, use)
         missing = [key for key in dict.fromkeys(wanted) if key not in self._index and key not in self._writing]

@@ -153,8 +153,8 @@ class KvkernManager(shim.OffloadingManager):
             )
         else:  # the worker cannot pair chunks that were no hit, and reports a failed load
             shim.logger.error(
-                "kvkern: vLLM asks to load %d chunks, of which %d were no hit. The request is computed instead. Please report "
-                "this as a bug.",
+                "kvkern: vLLM asked to load %d chunks, but %d of them were no hit. The request is computed instead. Please "
+                "report this as a bug.",
                 sum(map(len, by_group.values())),
                 sum(key not in slot_of for chain in by_group.values() for key in chain),
             )

@@ -32,7 +32,7 @@ def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
     found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
     if not isinstance(found, str):
         raise ConfigError(
-            f"The revision of the loaded model {model.model!r} cannot be found out. "
+            f"kvkern cannot find out the revision of the loaded model {model.model!r}. "
             f'Set "weights" in the kvkern options to a name that changes with the weights.'
         )
     return Path(found).parent.name  # snapshots/<commit>/config.json

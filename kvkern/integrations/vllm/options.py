@@ -53,7 +53,8 @@ def parse_options(extra_config: Any) -> Config:
     prompt_only = extra_config.get("offload_prompt_only")
     if prompt_only is not None and "store_replies" in options and bool(prompt_only) == config.store_replies:
         raise ConfigError(
-            f"offload_prompt_only={prompt_only} and store_replies={config.store_replies} contradict. Give only one of them."
+            f"offload_prompt_only={prompt_only} and store_replies={config.store_replies} contradict each other. Give only "
+            f"one of them."
         )
     return config
 
@@ -66,8 +67,9 @@ def refuse_unshareable(config: Config, vllm_config: shim.VllmConfig) -> None:
     """
     if config.socket and vllm_config.lora_config is not None:
         raise UnsupportedError(
-            f"LoRA is on, and socket is {config.socket!r}. vLLM tells adapters apart by name and path, not by content, so in a "
-            f"cache that outlives the engine a changed adapter would load the old one's KV. Use `capacity` instead of `socket`."
+            f"LoRA is on, and socket is {config.socket!r}. vLLM tells adapters apart by name and path, not by content, and the "
+            f"daemon's cache outlives the engine. So a changed adapter would load KV of the old one. "
+            f"Use `capacity` instead of `socket`."
         )
     if config.socket and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise ConfigError(

@@ -49,7 +49,7 @@ def _session_number(session: str | int, tenant: bytes) -> int:
 
 def _warn_ignored(use: Use) -> Use:
     shim.logger.warning_once(  # warning_once keeps its arguments for ever, so it gets nothing that a client sent
-        "kvkern: a part of a client's kv_transfer_params['kvkern'] is not understood and ignored. Send {'session': a string "
-        "or number, 'stop': 'tool_call' or 'end_turn'}."
+        "kvkern: a part of a client's kv_transfer_params['kvkern'] is unknown, so kvkern ignores it. Send {'session': a "
+        "string or number, 'stop': 'tool_call' or 'end_turn'}."
     )
     return use

@@ -49,7 +49,8 @@ class KvkernWorker(shim.OffloadingWorker):
             job = self._jobs.pop(job_id)
             if job.error is not None:
                 shim.logger.error(
-                    "kvkern: transfer job %d failed: %s. Its chunks are computed or not stored. Please report this as a bug.",
+                    "kvkern: transfer job %d failed: %s. A load is computed instead, a store is dropped. Please report this "
+                    "as a bug.",
                     job_id,
                     job.error,
                 )

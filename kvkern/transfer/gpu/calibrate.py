@@ -195,11 +195,11 @@ def _measured(
 ) -> Calibration:  # fmt: skip
     device, begin = make(), clock()
     table = calibrate(device, start, budget_s, clock)
-    logger.info("kvkern: calibrated in %.0f ms", (clock() - begin) * 1e3)
+    logger.info("kvkern: measured the link of %s in %.0f ms", identity, (clock() - begin) * 1e3)
     if left := unmeasured(table):
         logger.warning(
-            "kvkern: not measured well within %.0f ms, so estimates are used: %s. Delete %s to measure again at the next "
-            "start.",
+            "kvkern: the calibration did not measure everything well within %.0f ms, so estimates are used for: %s. Delete %s "
+            "to measure again at the next start.",
             budget_s * 1e3, ", ".join(left), calibration_file.path_of(identity, folder),
         )  # fmt: skip
     for direction in Direction:

@@ -174,4 +174,4 @@ class Driver:
         if code:
             name = ctypes.c_char_p()
             self._lib.cuGetErrorName(ctypes.c_int(code), ctypes.byref(name))
-            raise DeviceError(f"{call}: {(name.value or b'error').decode()} ({code})")
+            raise DeviceError(f"{call} failed: {(name.value or b'error').decode()} ({code})")

@@ -86,7 +86,7 @@ class PinnedArena:
             try:
                 self._device.attach()
             except DeviceError as error:
-                logger.warning("kvkern: this thread cannot use the GPU to unregister the arena: %s", error)
+                logger.warning("kvkern: this thread cannot use the GPU, so the arena may stay registered: %s", error)
         while self._registered:
             try:
                 self._device.unregister(self._registered.pop())

@@ -80,7 +80,7 @@ class Staging:
         """[n, part_nbytes] uint8"""
         if self.memory is None:
             raise DeviceError(
-                "a piece was to be staged, but this copier has no staging memory (RingDepths.payload is False). Choose "
+                "this copier cannot stage a piece, because it has no staging memory (RingDepths.payload is False). Choose "
                 "ZERO_COPY."
             )
         return self.memory[: n * part_nbytes].view(n, part_nbytes)

@@ -252,7 +252,7 @@ def test_an_incomplete_measurement_is_warned_of_once_and_not_repeated(
 ) -> None:
     slow = parameters(0.001)
     table = start(Synthetic(slow, slow), tmp_path)
-    assert "not measured well within 20 ms, so estimates are used: d2h " in caplog.text
+    assert "did not measure everything well within 20 ms, so estimates are used for: d2h " in caplog.text
     assert str(calibration_file.path_of(DEVICE, tmp_path)) in caplog.text  # the file to delete
     assert "~" in table_text(table)
     assert unmeasured(table) != []

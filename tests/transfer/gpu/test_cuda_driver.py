@@ -187,7 +187,7 @@ def test_every_refusal_is_named() -> None:
         lambda: driver.attribute(91, 0),
         lambda: driver.bus_id(0),
     ):
-        with pytest.raises(DeviceError, match=r"cu\w+: CUDA_ERROR_INVALID_VALUE \(1\)"):
+        with pytest.raises(DeviceError, match=r"cu\w+ failed: CUDA_ERROR_INVALID_VALUE \(1\)"):
             call()
 
 
