@@ -1,7 +1,7 @@
 """kvkern: a cache for the KV cache of LLM inference engines. It loads a prefix that was computed before.
 
     import kvkern
-    cache = kvkern.open_cache(layout, tensors, namespace, capacity="8GiB")
+    cache = kvkern.open_cache(layout, tensors, model="my-model", weights="revision-1", capacity="8GiB")
 
 The package imports each name at its first use, so `import kvkern` loads neither torch nor numba.
 """

@@ -1,4 +1,4 @@
-"""Namespaces and keys. A namespace names what must be equal for KV to be reusable, folded into 32 bytes.
+"""Namespaces and keys. A namespace lists what must be equal for KV to be reusable. Its root is a hash of that list, 32 bytes.
 
 The formulas are a fixed contract (key version 1). kernels/chunk_keys_ref.py has the chain of keys. This module knows no
 tensors and no tiers.
@@ -64,7 +64,7 @@ class Namespace:
     def __post_init__(self) -> None:
         if not self.model or not self.weights or not self.dtype or not self.layout:
             raise ConfigError(
-                f"the namespace {self} has an empty field; model, weights, dtype and layout must not be empty, set all four"
+                f"the namespace {self} has an empty field; set model, weights, dtype and layout: they must not be empty"
             )
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")

@@ -1,4 +1,7 @@
-"""Counters of one cache. They are plain integers under the cache's lock. Exporters read `snapshot()`. Ratios never exceed 1."""
+"""Counters of one cache. They are plain integers under the cache's lock. Exporters read `snapshot()`.
+
+`hit_ratio` is at most 1.
+"""
 
 from __future__ import annotations
 

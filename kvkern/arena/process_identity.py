@@ -1,4 +1,4 @@
-"""Identifies a process by its pid and its start time, read from /proc. The kernel uses a pid again, so a pid is not enough."""
+"""Identifies a process by its pid and its start time, read from /proc. The kernel reuses pids, so a pid alone is not enough."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The measurements: one function (a phase) per engine. Knows prompts and an engine; prints nothing and judges nothing.
 
-"forget" means that vLLM empties its own prefix cache, so that only kvkern can still have the prompt. Cases in parentheses.
+"forget" means that vLLM empties its own prefix cache, so that only kvkern can still have the prompt. Names in parentheses,
+except forget, are the cases of the report.
 
 vllm       pass 1 over 16 documents (recompute), pass 2 over the same documents (overcommit_native), then long documents
 kvkern     pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs

@@ -1,5 +1,6 @@
-"""The demo's daemon, started again whenever it dies, as systemd or Kubernetes would do. And questions to a running daemon.
+"""The demo's daemon, started again whenever it dies, as systemd or Kubernetes would do.
 
+Also asks a running daemon for its counters and keys, and clears or kills it.
 Knows the daemon's command and socket; knows nothing of vLLM.
 """
 

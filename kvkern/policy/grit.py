@@ -1,4 +1,4 @@
-"""GRIT, the Gittins Reuse-Interval Trie: keep the chunks that will return soonest for the room and time they take.
+"""GRIT, the Gittins Reuse-Interval Trie: keep the chunks with the most expected hits per slot and second.
 
     access(chain):   each chunk that was seen before is an event of its cohort: it returned at this age
                      the request's chunks become a new cohort, in a class of coarse features of the request

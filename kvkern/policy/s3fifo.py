@@ -1,4 +1,4 @@
-"""S3-FIFO (Yang et al., SOSP '23) with AIBrix's setting. A small queue filters out chunks used once. Head first.
+"""S3-FIFO (Yang et al., SOSP '23) with AIBrix's setting. A small queue filters out chunks used once. Evicts heads first.
 
 small (30 % of the capacity), main: FIFO queues; ghosts: keys evicted from small
 hit:     uses += 1, 3 at most
