@@ -75,7 +75,6 @@ class Module:
 
     def imports(self) -> Iterator[tuple[int, str]]:
         """Yields (line, absolute dotted name); `from a import b` gives a.b, which `known` cuts back where b is no module."""
-        by_name = False
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -85,15 +84,12 @@ class Module:
                     up = self.package.split(".")
                     base = ".".join([*up[: len(up) - node.level + 1], *([base] if base else [])])
                 yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-                by_name = by_name or any(alias.name == "import_module" for alias in node.names)
-        if by_name:
+        if "import_module" in {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(self.tree)}:
             for node in ast.walk(self.tree):
-                if (
-                    isinstance(node, ast.Constant)
-                    and isinstance(node.value, str)
-                    and known_below(self.package, node.value)
-                ):
-                    yield node.lineno, f"{self.package}.{node.value.lstrip('.')}"
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for dotted in (node.value, f"{self.package}.{node.value.lstrip('.')}"):
+                        if dotted in NAMES and dotted != self.name:
+                            yield node.lineno, dotted
 
 
 def source_files(*folders: str) -> list[Path]:
@@ -112,11 +108,6 @@ def known(dotted: str) -> str | None:
     while dotted and dotted not in NAMES:
         dotted = dotted.rpartition(".")[0]
     return dotted or None
-
-
-def known_below(package: str, text: str) -> bool:
-    """Whether a registry's string names a module of its package."""
-    return f"{package}.{text.lstrip('.')}" in NAMES
 
 
 def under(name: str, prefix: str) -> bool:

@@ -36,9 +36,12 @@ TORCH_FREE = (
     "kvkern.errors",
     "kvkern.bounded_dict",
     "kvkern.metrics",
+    "kvkern.measurement_json",
     "kvkern.tiers",
     "kvkern.remote",
     "kvkern.node",
+    "kvkern.cli",
+    "kvkern.demo_remote",
 )
 CYCLES_ALLOWED: frozenset[frozenset[str]] = (
     frozenset()
@@ -170,6 +173,10 @@ def test_no_file_is_two_ideas(path: Path) -> None:
     ("from . import base", ["kvkern.tiers.base"]),
     ("from ..errors import KvkernError as E", ["kvkern.errors.KvkernError"]),
     ("def f():\n    import torch", ["torch"]),
+    ("from importlib import import_module\nimport_module(X['base'])", ["importlib.import_module", "kvkern.tiers.base"]),
+    ("import importlib\nimportlib.import_module('.hbm', P)", ["importlib", "kvkern.tiers.hbm"]),
+    ("import importlib\nimportlib.import_module('kvkern.api')", ["importlib", "kvkern.api"]),
+    ("x = 'kvkern.api'", []),  # a word, where nothing is imported by name
 ])  # fmt: skip
 def test_reader_of_imports(source: str, expected: list[str]) -> None:
     module = Module(ROOT / "kvkern" / "tiers" / "dram.py")

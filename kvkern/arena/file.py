@@ -11,6 +11,7 @@ memory then dies with its mappings, even on kill -9. This module knows bytes, no
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from ..config import format_nbytes
 from ..errors import ArenaError, ConfigError
-from .free_memory import available_memory
+from .free_memory import free_memory
 from .mapping import map_shared, populate
 from .slots import HEAD, IDENTITY, PAGE, SlotGeometry, SlotState, round_up
 
@@ -125,7 +126,7 @@ class Arena:
         return np.lib.stride_tricks.as_strided(self.bytes[start:], shape, strides)
 
     def mark_bad(self, slots: npt.NDArray[np.int64]) -> None:
-        """Mark slots whose payload failed its checksum. A reader that holds a lease calls it."""
+        """Mark slots that did not verify: header or payload is not what was stored. A reader that holds a lease calls it."""
         self.headers["state"][slots] = SlotState.BAD
 
     def descriptor(self) -> int:
@@ -153,22 +154,24 @@ def create_or_attach(
 ) -> Arena:
     """Map the arena at `path`, and create it if it does not exist. With `prefault`, returns when every page is allocated.
 
-    Raises ArenaError if the file system has no room, if the file is another arena, or if the creator does not finish.
+    Raises ArenaError if the file system or the memory has no room, if this process may not use the file, if the file is
+    another arena, or if the creator does not finish.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            _check_owner(fd, path)
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            with _record_lock(fd, path):
-                if _still_named(
-                    fd, path
-                ):  # else the file was removed, or its creator failed, while this process waited
-                    return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress))
-        except BaseException:
+        with _faults_of(path, "made", spec.nbytes):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                _check_owner(fd, path)
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                with _record_lock(fd, path):
+                    if _still_named(
+                        fd, path
+                    ):  # else the file was removed, or its creator failed, while this process waited
+                        return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress))
+            except BaseException:
+                os.close(fd)
+                raise
             os.close(fd)
-            raise
-        os.close(fd)
 
 
 def _create_or_map(
@@ -187,7 +190,8 @@ def _create_or_map(
 def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:
     """Map an arena whose descriptor another process passed. The arena owns `fd` from now on. Raises ArenaError."""
     try:
-        return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
+        with _faults_of(path, "opened", spec.nbytes):
+            return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
     except BaseException:
         os.close(fd)
         raise
@@ -196,38 +200,81 @@ def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = Tru
 def read_spec(path: Path) -> ArenaSpec | None:
     """Return the spec of the arena file at `path`, so that a daemon can take it over. None if it is no finished arena.
 
-    Raises ArenaError if the arena has another version, or belongs to another user.
+    Raises ArenaError if the arena has another version, belongs to another user, or cannot be opened.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        _check_owner(fd, path)
-        raw = os.pread(fd, _FILE_HEADER.size, 0)
-        if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+    with _faults_of(path, "opened"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
             return None
-        _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
-        if version != _FILE_VERSION:
-            raise ArenaError(
-                f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; remove the file when no engine "
-                f"uses it any more: it is only a cache"
-            )
-        spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
-        return spec if os.fstat(fd).st_size == spec.nbytes else None
-    finally:
-        os.close(fd)
+        try:
+            return _spec_of(fd, path)
+        finally:
+            os.close(fd)
+
+
+def _spec_of(fd: int, path: Path) -> ArenaSpec | None:
+    """Return the spec of an opened arena, or None if it is no finished arena. Raises ArenaError and OSError."""
+    _check_owner(fd, path)
+    raw = os.pread(fd, _FILE_HEADER.size, 0)
+    if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
+        return None
+    _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
+    if version != _FILE_VERSION:
+        raise ArenaError(
+            f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; remove the file when no engine "
+            f"uses it any more: it is only a cache"
+        )
+    spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
+    return spec if os.fstat(fd).st_size == spec.nbytes else None
 
 
 def is_unfinished_arena(path: Path) -> bool:
     """Return True if `path` holds an unfinished arena: the file exists, but its header was never written.
 
-    The creator writes the header last. Raises OSError.
+    The creator writes the header last. Raises ArenaError if the file cannot be read.
     """
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return not any(file.read(8))
+    with _faults_of(path, "opened"):
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return not any(file.read(8))
+
+
+@contextmanager
+def _faults_of(
+    path: Path,
+    verb: str,  # what fails: "made", "opened"
+    nbytes: int | None = None,  # of the arena; None: not known yet
+) -> Iterator[None]:
+    """Turn an OSError of the arena's file or folder into an ArenaError with the path, the size and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        size = "" if nbytes is None else f" (it takes {format_nbytes(nbytes)})"
+        remedy = _REMEDIES.get(error.errno or 0, "look at the folder, or use another arena_dir")
+        raise ArenaError(
+            f"arena {path} cannot be {verb}: {error.strerror}{size}; {remedy.format(uid=os.getuid())}"
+        ) from error
+
+
+_ANOTHER_FOLDER = "use an arena_dir in which uid {uid} can make files, such as a tmpfs of its own"
+_NO_FOLDER = "make the folder, or use another arena_dir"
+_REMEDIES = {
+    errno.EACCES: _ANOTHER_FOLDER,
+    errno.EPERM: _ANOTHER_FOLDER,
+    errno.EROFS: _ANOTHER_FOLDER,
+    errno.ENOENT: _NO_FOLDER,
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.ENOSPC: "make room in the folder's file system (bytes or files), or use another arena_dir",
+    errno.EDQUOT: "raise the quota on the folder's file system, or use another arena_dir",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or lower `capacity`",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ELOOP: "a link has this name; remove it",
+    errno.EISDIR: "a folder has this name; remove it",
+    errno.ENOMEM: "lower `capacity`, or give this process more memory",
+    errno.ENOLCK: "use an arena_dir whose file system has locks, such as a tmpfs",
+}
 
 
 def _check_owner(fd: int, path: Path) -> None:
@@ -258,7 +305,7 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
             break
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # another process holds it: EAGAIN or EACCES
             if time.monotonic() > deadline:
                 raise ArenaError(
                     f"arena {path} is still being created by another process after {_LOCK_WAIT_S:.0f} s; "
@@ -342,10 +389,12 @@ def _check_room(nbytes: int, path: Path) -> None:
     room = fs.f_bavail * fs.f_frsize
     if nbytes > room:
         raise ArenaError(_no_room(nbytes, path, f"only {format_nbytes(room)} are free there"))
-    memory = available_memory()
-    if nbytes > memory:
+    memory = free_memory()
+    if nbytes > memory.nbytes:
         raise ArenaError(
-            _no_room(nbytes, path, f"this machine or container has only {format_nbytes(memory)} of memory left")
+            f"the arena needs {format_nbytes(nbytes)} of memory, but only {format_nbytes(memory.nbytes)} are free "
+            f"{memory.source}. Lower `capacity`, or raise the limit (docker run --memory, resources.limits.memory in "
+            f"Kubernetes, MemoryMax= in systemd)"
         )
 
 
@@ -357,22 +406,22 @@ def _no_room(nbytes: int, path: Path, why: str) -> str:
 
 
 def sweep_stale(directory: Path, prefix: str) -> list[Path]:
-    """Unlink this user's arenas that no process maps any more. Returns the removed paths."""
+    """Unlink this user's arenas that no process maps any more. Returns the removed paths. Leaves what it may not remove."""
     removed = []
     for path in directory.glob(f"{prefix}*"):
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
                 continue
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except (FileNotFoundError, PermissionError):
+        except OSError:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _still_named(fd, path):
                 path.unlink(missing_ok=True)
                 removed.append(path)
-        except BlockingIOError:
-            continue  # a process maps it
+        except OSError:
+            continue  # a process maps it, or the file system has no locks or is read-only
         finally:
             os.close(fd)
     return removed

@@ -21,6 +21,11 @@ from ..tiers.base import ChunkShape, Lease, Reservation
 
 logger = logging.getLogger("kvkern")
 
+FAULT_LINE = (  # of the log, for a kind of exception
+    "kvkern: %s in the cache; this call was answered as a miss. Further errors of this kind are only counted (`faults`). "
+    "Please report this as a bug, with the traceback"
+)
+
 T = TypeVar("T")
 
 NO_LEASE = Lease((), ())
@@ -133,11 +138,7 @@ class Faults:
             kind = type(error).__name__
             if kind not in self._logged:
                 self._logged.add(kind)
-                logger.exception(
-                    "kvkern: %s in the cache; this call was answered as a miss. Further errors of this kind are only counted "
-                    "(`faults`). Please report this as a bug, with the traceback",
-                    kind,
-                )
+                logger.exception(FAULT_LINE, kind)
 
 
 def completed(value: T) -> Future[T]:

@@ -54,7 +54,7 @@ class RemoteTier:
         counters: CacheCounters,
         faults: FaultsAsMisses,
         mode: Persist,
-        queue_nbytes: int,  # chunks that may wait to be written
+        queue_nbytes: int,  # bytes of chunks that may wait to be written
         timeout_s: float,  # of a call
         store_thread: StoreThread | None = None,  # if the store is open already; the tier owns it from `start` on
     ) -> None:

@@ -230,12 +230,12 @@ def test_a_store_that_is_gone_in_the_end_does_not_hide_the_result(
     nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def gone(url: str, keys: Sequence[bytes]) -> None:
-        raise preconditions.NotReadyError("it cannot be used")
+        raise preconditions.NotReadyError("The store cannot be used")
 
     monkeypatch.setattr(remote_store, "delete", gone)
     assert run.demo(nodes["options"], PLAN) == run.EXIT_OK
     assert (
-        "Up to 1 values of the demo stay in the store, because they could not be deleted. it cannot be used"
+        "Up to 1 values of the demo stay in the store, because they could not be deleted. The store cannot be used"
         in capsys.readouterr().out
     )
 

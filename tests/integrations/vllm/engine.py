@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvkern.node.client.cache_client import NodeClient
+
 BLOCK_TOKENS = 32
 VOCAB = 512
 TOOL_CALL_TOKEN = 511  # the token that the models' tokenizer file gives
@@ -156,7 +158,7 @@ class Engine:
         """Step until no transfer is running and a daemon has acknowledged all stores."""
         self.steps(lambda: not self.scheduler.connector.has_pending_push_work())
         deadline = time.monotonic() + 30
-        while getattr(self.cache, "_publishing", 0):
+        while isinstance(self.cache, NodeClient) and self.cache._unanswered_publishes:
             assert time.monotonic() < deadline, "the daemon did not acknowledge the stores within 30 s"
             time.sleep(0.005)
 
