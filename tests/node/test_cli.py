@@ -225,7 +225,7 @@ def test_a_daemon_that_ends_meanwhile(make_daemon: MakeDaemon) -> None:
         (framing.encode(p.Draining()), "answers Hello with Draining"),
         (b"\xff" * 8, "a frame has 4294967295 bytes, at most"),
         (b"\x01\x00\x00\x00\xc0", "a frame of 1 bytes holds no message"),
-        (b"", "it hung up"),
+        (b"", "the daemon hung up"),
         (framing.encode(p.Welcome(p.VERSION, 1)) + framing.encode(p.Described(1, "")), "answers with Described"),
         (framing.encode(p.Welcome(p.VERSION, 1)) + b"\xff" * 8, "a frame has 4294967295 bytes, at most"),
     ],

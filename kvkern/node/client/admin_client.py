@@ -94,6 +94,6 @@ class AdminClient:
         while not self._bodies:
             data = self._socket.recv(1 << 16)
             if not data:
-                raise ConnectionError("it hung up")
+                raise ConnectionError("the daemon hung up")
             self._bodies += self._splitter.feed(data)
         return framing.decode_response(self._bodies.pop(0))

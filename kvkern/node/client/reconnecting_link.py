@@ -175,7 +175,10 @@ class ReconnectingLink:
                     delay, last_warning = BACKOFF_S[0], ""  # the connection held for a while: begin anew
                 if self.connected and not self._closing:
                     logger.warning(
-                        "kvkern: lost the daemon on %s (%s); every lookup is a miss until it is back", self.path, error
+                        "kvkern: lost the daemon on %s: %s. Every lookup is a miss until it is back; if it stays away, see its log and "
+                        "start `kvkern serve` again",
+                        self.path,
+                        error,
                     )
                 elif isinstance(error, KvkernError) and str(error) != last_warning:
                     last_warning = str(error)
@@ -203,7 +206,7 @@ class ReconnectingLink:
                     if self._closing:
                         return
                     if any(deadline < time.monotonic() for deadline, _ in self._waiting.values()):
-                        raise TimeoutError(f"no answer for {ANSWER_S:.0f} s")
+                        raise TimeoutError(f"the daemon has not answered for {ANSWER_S:.0f} s")
                     timeout_s = ANSWER_S / 8 if self._waiting else None
                 selector.modify(sock, events)
                 for key, mask in selector.select(timeout_s):
@@ -219,7 +222,7 @@ class ReconnectingLink:
             except BlockingIOError:
                 if self._unsent_nbytes > MAX_UNSENT_NBYTES:
                     raise TimeoutError(
-                        f"it leaves {self._unsent_nbytes} bytes unread, at most {MAX_UNSENT_NBYTES}"
+                        f"the daemon leaves {self._unsent_nbytes} bytes unread; the limit is {MAX_UNSENT_NBYTES}"
                     ) from None
                 return
             self._unsent_nbytes -= sent
@@ -233,7 +236,7 @@ class ReconnectingLink:
         try:
             data = sock.recv(1 << 20)
             if not data:
-                raise ConnectionError("it hung up")
+                raise ConnectionError("the daemon hung up")
             for body in self._splitter.feed(data):
                 response = framing.decode_response(body)
                 with self.lock:
@@ -247,7 +250,10 @@ class ReconnectingLink:
         if isinstance(response, p.Changed | p.Described):
             self._on_message(response)
         elif isinstance(response, p.Draining):
-            logger.info("kvkern: the daemon on %s is ending; every lookup is a miss until it is back", self.path)
+            logger.info(
+                "kvkern: the daemon on %s is ending. Every lookup is a miss until `kvkern serve` runs there again",
+                self.path,
+            )
             self._on_message(response)
         elif isinstance(response, p.Welcome | p.Refused | p.Recorded):
             raise p.ProtocolError(

@@ -148,14 +148,16 @@ class ClientConnection(asyncio.Protocol):
             self._owner.handle(self, self.session, request)
         elif self._opening is not None:
             if len(self._early) >= MAX_EARLY_REQUESTS:
-                raise p.ProtocolError(f"sent more than {MAX_EARLY_REQUESTS} requests before Welcome; wait for it")
+                raise p.ProtocolError(
+                    f"the client sent more than {MAX_EARLY_REQUESTS} requests before Welcome; wait for it"
+                )
             self._early.append(request)
         elif isinstance(request, p.Hello):
             if self._hello_deadline is not None:
                 self._hello_deadline.cancel()  # to make the arena may take longer
             self._opening = self._owner.loop.create_task(self._open(request))
         else:
-            raise p.ProtocolError(f"sent {type(request).__name__} before Hello; send Hello first")
+            raise p.ProtocolError(f"the client sent {type(request).__name__} before Hello; send Hello first")
 
     async def _open(self, hello: p.Hello) -> None:
         done = False

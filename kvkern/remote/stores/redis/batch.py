@@ -71,7 +71,9 @@ class KeyBatch(ABC, Generic[T]):
             if not self.cluster:
                 raise error_reply(connection.name, line)
             if self.redirected:
-                raise RemoteError(f"{connection.name} redirects a key a second time: the cluster is being changed")
+                raise RemoteError(
+                    f"{connection.name} redirects a key a second time: the cluster moves its slots; try again when it is done"
+                )
             self.redirects.append(Redirect(index, _address(rest, connection), word == b"ASK"))
             return True
         raise error_reply(connection.name, line)

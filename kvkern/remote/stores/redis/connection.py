@@ -153,7 +153,7 @@ def seconds_left(deadline: float) -> float:
     """Return the seconds until `deadline`. Raises TimeoutError if it is over."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError("it did not answer in time")
+        raise TimeoutError("the server did not answer in time; see --remote-timeout")
     return seconds
 
 

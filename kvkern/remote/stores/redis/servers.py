@@ -113,7 +113,7 @@ class RedisServer:
 
     def _connection_error(self, error: Exception) -> RemoteError:
         if isinstance(error, TimeoutError):
-            return RemoteError(f"{self.name} did not answer in time")
+            return RemoteError(f"{self.name} did not answer in time; see --remote-timeout")
         return RemoteError(f"the connection to {self.name} broke: {error}")
 
 
@@ -211,7 +211,7 @@ class Cluster:
 
     def refresh(self, deadline: float) -> None:
         if not self._reading.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise RemoteError("reading the cluster's slots took too long")
+            raise RemoteError("no server of the cluster named its slots in time; see --remote-timeout")
         try:
             if self.needs_refresh():
                 self._next_refresh = time.monotonic() + _REFRESH_S
@@ -278,7 +278,7 @@ def _owners(answer: object, asked: Address) -> list[Address | None]:
                 owners[first : last + 1] = [owner] * (last + 1 - first)
             case _:
                 raise RemoteError(
-                    f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which kvkern cannot parse"
+                    f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which kvkern cannot parse; check that it is a Redis or Valkey cluster"
                 )
     if not any(owners):
         raise RemoteError(
