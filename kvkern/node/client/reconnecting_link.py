@@ -175,8 +175,8 @@ class ReconnectingLink:
                     delay, last_warning = BACKOFF_S[0], ""  # the connection held for a while: begin anew
                 if self.connected and not self._closing:
                     logger.warning(
-                        "kvkern: lost the daemon on %s: %s. Every lookup is a miss until it is back; if it stays away, see its log and "
-                        "start `kvkern serve` again",
+                        "kvkern: lost the daemon on %s: %s. Every lookup is a miss until it is back. If it stays away, see its "
+                        "log and start `kvkern serve` again",
                         self.path,
                         error,
                     )

@@ -278,7 +278,8 @@ def _owners(answer: object, asked: Address) -> list[Address | None]:
                 owners[first : last + 1] = [owner] * (last + 1 - first)
             case _:
                 raise RemoteError(
-                    f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which kvkern cannot parse; check that it is a Redis or Valkey cluster"
+                    f"{asked[0]}:{asked[1]} describes its cluster as {row!r:.100}, which kvkern cannot parse; "
+                    f"check that it is a Redis or Valkey cluster"
                 )
     if not any(owners):
         raise RemoteError(
