@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .textbook import Condemned, TextbookPolicy
+from .textbook_adapter import Condemned, TextbookPolicy
 
 _HIR_SHARE = 0.05
 _GHOSTS_PER_SLOT = 10

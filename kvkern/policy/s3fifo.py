@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from .textbook import Condemned, TextbookPolicy
+from .textbook_adapter import Condemned, TextbookPolicy
 
 _MAX_USES = 3
 _GHOSTS_PER_SLOT = 32  # AIBrix drops none; with 32 the decisions are almost the same

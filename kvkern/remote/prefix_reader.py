@@ -27,7 +27,7 @@ from ..bounded_dict import BoundedDict
 from ..metrics import CacheCounters
 from ..tiers.base import ChunkShape, Reservation
 from ..tiers.slot_headers import begin_slots
-from .cache_side import CacheSide, FaultsAsMisses
+from .cache_interface import CacheSide, FaultsAsMisses
 from .cost_model import CostModel, WaitLimit
 from .presence_cache import PresenceCache
 from .store_calls import StoreCalls

@@ -25,7 +25,7 @@ from ..policy.base import Use
 from ..policy.persist_modes import Persist
 from ..tiers.base import Lease
 from ..tiers.slot_headers import verify_slots
-from .cache_side import CacheSide, FaultsAsMisses
+from .cache_interface import CacheSide, FaultsAsMisses
 from .circuit_breaker import CircuitBreaker
 from .cost_model import CostModel
 from .prefix_reader import PrefixReader
