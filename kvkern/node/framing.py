@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec import Struct
@@ -24,10 +24,13 @@ from .protocol import VERSION, Acquired, Granted, ProtocolError, Publish, Reques
 MAX_FRAME_NBYTES = 4 << 20
 MAX_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
 _LENGTH = struct.Struct("<I")
-_KEY_FIELDS = ("keys", "chain", "added", "removed")  # fields that hold whole keys, in any message
 _EQUAL_LENGTHS: dict[type, tuple[str, ...]] = {  # fields that hold one element per slot
     Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("rows", "slots"),
 }  # fmt: skip
+_KEY_FIELDS: dict[type, tuple[str, ...]] = {  # fields of each message that hold whole keys
+    message: tuple(field for field in message.__struct_fields__ if field in ("keys", "chain", "added", "removed"))
+    for message in (*get_args(Request), *get_args(Response))
+}
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _response_decoder: msgspec.msgpack.Decoder[Response] = msgspec.msgpack.Decoder(Response)
@@ -61,14 +64,18 @@ def _decode(decoder: Any, body: bytes | memoryview) -> Any:
             f"a frame of {len(body)} bytes holds no message of protocol version {VERSION}: {error}; "
             f"use the same version of kvkern on both sides"
         ) from error
-    name = type(message).__name__
-    for field in _KEY_FIELDS:
-        if (nbytes := len(getattr(message, field, b""))) % KEY_NBYTES:
-            raise ProtocolError(f"{field} of {name} has {nbytes} bytes; send a whole number of {KEY_NBYTES}-byte keys")
-    fields = _EQUAL_LENGTHS.get(type(message), ())
-    counts = [len(getattr(message, field)) // (KEY_NBYTES if field == "keys" else 1) for field in fields]
-    if len(set(counts)) > 1:
-        raise ProtocolError(f"{', '.join(fields)} of {name} have {counts} elements; send as many of each")
+    kind = type(message)
+    for field in _KEY_FIELDS[kind]:
+        if len(getattr(message, field)) % KEY_NBYTES:
+            nbytes = len(getattr(message, field))
+            raise ProtocolError(
+                f"{field} of {kind.__name__} has {nbytes} bytes; send a whole number of {KEY_NBYTES}-byte keys"
+            )
+    if kind in _EQUAL_LENGTHS:
+        fields = _EQUAL_LENGTHS[kind]
+        counts = [len(getattr(message, field)) // (KEY_NBYTES if field == "keys" else 1) for field in fields]
+        if len(set(counts)) > 1:
+            raise ProtocolError(f"{', '.join(fields)} of {kind.__name__} have {counts} elements; send as many of each")
     return message
 
 

@@ -52,8 +52,9 @@ def _maker_of(scheme: str) -> Maker:
         try:
             maker: Maker = import_module(f"{__package__}.{module}").make
         except ImportError as error:
+            package = f"kvkern[{extra}]" if extra else "kvkern"
             raise ConfigError(
-                f"{scheme}:// needs a package that is not installed ({error}). Install it: pip install 'kvkern[{extra}]'"
+                f"{scheme}:// needs a package that is not installed ({error}). Install it: pip install '{package}'"
             ) from error
         return maker
     others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
