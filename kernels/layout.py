@@ -204,8 +204,13 @@ def plane_views(layout_name: str, tensors: Sequence[torch.Tensor], block_tokens:
 LAYOUTS = ("pages", "flash_attention", "split_kv", "fused_nhd", "fused_hnd", "mla", "token_pool")
 
 
-def _layout_of_tensors(name: str, tensors: Sequence[torch.Tensor], block_tokens: int) -> PagedLayout:
-    views = plane_views(name, tensors, block_tokens)
+def layout_of_views(
+    name: str, tensors: Sequence[torch.Tensor], views: Sequence[torch.Tensor], block_tokens: int
+) -> PagedLayout:
+    """Return the layout `name` of these tensors. `views` are their planes, as `plane_views` gives them.
+
+    Raises LayoutError if the planes have different numbers of blocks or tokens.
+    """
     per_tensor = len(views) // len(tensors)
     for i, view in enumerate(views):
         if view.shape[:2] != views[0].shape[:2]:
@@ -216,6 +221,10 @@ def _layout_of_tensors(name: str, tensors: Sequence[torch.Tensor], block_tokens:
             )
     planes = tuple(_plane_of_view(i // per_tensor, view, tensors[i // per_tensor]) for i, view in enumerate(views))
     return PagedLayout(name, planes, num_blocks=views[0].shape[0], block_tokens=block_tokens)
+
+
+def _layout_of_tensors(name: str, tensors: Sequence[torch.Tensor], block_tokens: int) -> PagedLayout:
+    return layout_of_views(name, tensors, plane_views(name, tensors, block_tokens), block_tokens)
 
 
 def from_pages(

@@ -202,7 +202,10 @@ class Copier(ABC):
 
     @abstractmethod
     def self_test(self) -> None:
-        """Copy random blocks of every group out and back, and compare. Raises LayoutError. Call before the first request."""
+        """Prove layout and kernels for every group. Raises LayoutError. Writes to no block: the engine may compute meanwhile.
+
+        See kernels/selftest.py. Call it before the first job, because it also compiles.
+        """
 
     @abstractmethod
     def store(self, batches: Sequence[ChunkBatch]) -> Job:
