@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .chunk_keys_ref import SEGMENT_CHUNKS
+from .jit import compiled
 
 LANES = 16
 MAX_WORDS = 256  # words of a message: one BLAKE3 chunk
@@ -230,17 +231,17 @@ def _copy_hash(typingctx, to, frm):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64), codegen
 
 
-_OPTIONS = {"nogil": True, "cache": True, "boundscheck": False}
+_OPTIONS = {"nogil": True, "boundscheck": False}
 
 
-@njit("int32(int64, int64)", **_OPTIONS)
+@compiled("int32(int64, int64)", **_OPTIONS)
 def _flags(block, blocks):  # type: ignore[no-untyped-def]
     first = _CHUNK_START if block == 0 else 0
     last = _CHUNK_END | _ROOT if block == blocks - 1 else 0
     return np.int32(_KEYED | first | last)
 
 
-@njit("void(int64, int64, int64, int64, int64)", **_OPTIONS)
+@compiled("void(int64, int64, int64, int64, int64)", **_OPTIONS)
 def _hash_lanes(cv, first, stride, last, num_words):  # type: ignore[no-untyped-def]
     """Replace the keys in cv [8, 16] by the keyed hashes of 16 rows of num_words words."""
     blocks = (num_words + _BLOCK_WORDS - 1) // _BLOCK_WORDS
@@ -250,7 +251,7 @@ def _hash_lanes(cv, first, stride, last, num_words):  # type: ignore[no-untyped-
         _compress_lanes(cv, first + at, stride, last + at, size, _flags(i, blocks))
 
 
-@njit("void(int64, int64, int64)", **_OPTIONS)
+@compiled("void(int64, int64, int64)", **_OPTIONS)
 def _hash_one(cv, row, num_words):  # type: ignore[no-untyped-def]
     """Replace the key in cv [8] by the keyed hash of a row of num_words words."""
     blocks = (num_words + _BLOCK_WORDS - 1) // _BLOCK_WORDS
@@ -259,13 +260,13 @@ def _hash_one(cv, row, num_words):  # type: ignore[no-untyped-def]
         _compress_one(cv, row + i * _BLOCK_NBYTES, size, _flags(i, blocks))
 
 
-@njit("int64(uint32[::1])", **_OPTIONS)
+@compiled("int64(uint32[::1])", **_OPTIONS)
 def _aligned(scratch):  # type: ignore[no-untyped-def]
     """Return the address of the first whole cache line: vectors that straddle two lines cost twice as much."""
     return (scratch.ctypes.data + 63) & -64
 
 
-@njit("void(int64, int64, int64, int64, int64, int64, uint32[::1])", **_OPTIONS)
+@compiled("void(int64, int64, int64, int64, int64, int64, uint32[::1])", **_OPTIONS)
 def hash_rows(key, rows, stride, num_words, count, out, scratch):  # type: ignore[no-untyped-def]
     """Write the keyed hash of each row of num_words words to out[count, 8].
 
@@ -287,7 +288,7 @@ _CHUNKS_SIGNATURE = types.void(
 )  # fmt: skip
 
 
-@njit(_CHUNKS_SIGNATURE, **_OPTIONS)
+@compiled(_CHUNKS_SIGNATURE, **_OPTIONS)
 def hash_chunks(tokens, chunk_tokens, first, state, keys, scratch):  # type: ignore[no-untyped-def]
     """Fill the first n rows of keys[n + 15, 8] with the keys of the chunks from index `first` on.
 

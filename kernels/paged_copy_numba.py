@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .checksum import LANE_WEIGHT, LENGTH_WEIGHT, ROW_WEIGHT
+from .jit import compiled
 from .paged_tensors import PagedTensors
 
 _U64 = np.uint64
@@ -133,7 +134,7 @@ _SUM_SIGNATURE = "uint64(uint64[::1], int64, int64)"
 _LANE_W, _ROW_W, _LENGTH_W = LANE_WEIGHT, ROW_WEIGHT, np.uint64(LENGTH_WEIGHT)
 
 
-@njit(_SUM_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+@compiled(_SUM_SIGNATURE, nogil=True, boundscheck=False)
 def _checksum_of_sums(acc, rows, nbytes):  # type: ignore[no-untyped-def]
     """Return the checksum of a plane from its sums A and B, its rows and its bytes."""
     total = _U64(nbytes) * _LENGTH_W
@@ -145,7 +146,7 @@ def _checksum_of_sums(acc, rows, nbytes):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit("void(boolean, int64, int64, int64, int64, int64)", nogil=True, cache=True, boundscheck=False)
+@compiled("void(boolean, int64, int64, int64, int64, int64)", nogil=True, boundscheck=False)
 def _copy_run(to_slots, dst, src, nbytes, acc, following):  # type: ignore[no-untyped-def]
     """Copy and sum a run of whole rows. `following` is the address of the next run.
 
@@ -172,7 +173,7 @@ _SIGNATURE = types.void(
 )  # fmt: skip
 
 
-@njit(inline="always")
+@compiled(inline="always")
 def _next_block_address(bases, geometry, block_ids, c, p, i):  # type: ignore[no-untyped-def]
     """Return the address of the chunk's next block, in this plane or the next one. If there is none: of this block."""
     next_p, next_i = p, i
@@ -185,7 +186,7 @@ def _next_block_address(bases, geometry, block_ids, c, p, i):  # type: ignore[no
     return bases[next_p] + np.int64(block_ids[c, next_i]) * geometry[next_p, 0]
 
 
-@njit(_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+@compiled(_SIGNATURE, nogil=True, boundscheck=False)
 def _copy_chunks(to_slots, bases, geometry, offsets, block_ids, slots, slot_stride, slot_ids, checksums):  # type: ignore[no-untyped-def]
     sums = np.empty(32, dtype=np.uint64)
     acc = np.int64(sums.ctypes.data)
@@ -238,7 +239,7 @@ _SUMS_SIGNATURE = types.void(
 )  # fmt: skip
 
 
-@njit(_SUMS_SIGNATURE, nogil=True, cache=True, boundscheck=False)
+@compiled(_SUMS_SIGNATURE, nogil=True, boundscheck=False)
 def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # type: ignore[no-untyped-def]
     """Sum the blocks of every chunk, without a copy.
 
@@ -283,9 +284,9 @@ def _sum_chunks(bases, geometry, offsets, block_ids, scratch, checksums):  # typ
             checksums[c, p] = _checksum_of_sums(sums, plane_nbytes >> 6, plane_nbytes)
 
 
-@njit(
+@compiled(
     types.void(types.int64, types.int64, _SLOT_IDS, types.uint32[:, ::1], types.uint64[:, ::1]),
-    nogil=True, cache=True, boundscheck=False,
+    nogil=True, boundscheck=False,
 )  # fmt: skip
 def _sum_planes(slots, slot_stride, slot_ids, plane_nbytes, checksums):  # type: ignore[no-untyped-def]
     sums = np.empty(32, dtype=np.uint64)

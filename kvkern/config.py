@@ -1,6 +1,6 @@
 """The one configuration object. It is frozen, is parsed from the user's options, and refuses unknown keys.
 
-Only this module reads environment variables.
+Only this module and the code that starts engines read environment variables.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from .errors import ConfigError
 from .policy import checked_policy
 from .policy.persist_modes import checked_persist
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {"": 1, "B": 1}
+# 8G and 8GB are decimal, 8Gi and 8GiB binary. Kubernetes writes 8G and 8Gi.
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {_prefix: 10 ** (3 * _power), f"{_prefix}B": 10 ** (3 * _power)}
+    _UNITS |= {f"{_prefix}I": 1 << (10 * _power), f"{_prefix}IB": 1 << (10 * _power)}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 MAX_THREADS = 64
 DEFAULT_POLICY = "grit"
@@ -35,7 +38,7 @@ _REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that 
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
-    """Convert `8GiB`, `500 MB` or a plain integer to bytes. Raises ConfigError for anything else, and for 0 and below."""
+    """Convert `8GiB`, `8Gi`, `500 MB`, `8G` or a plain integer to bytes. Raises ConfigError for all else, 0 and below too."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB' or a number of bytes")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
@@ -67,12 +70,22 @@ def reject_unknown(given: Mapping[str, Any], known: set[str], where: str) -> Non
 
 
 def user_cache_dir() -> Path:
-    """Return $XDG_CACHE_HOME/kvkern, or ~/.cache/kvkern: the folder for files that kvkern can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "kvkern"
+    """Return $XDG_CACHE_HOME/kvkern, or ~/.cache/kvkern: the folder for files that kvkern can make again.
+
+    A user without a home gets a folder that cannot be made: /nonexistent, as in Debian's passwd. Callers go on without it.
+    """
+    home = os.path.expanduser("~")  # without HOME and an entry in passwd it stays "~"
+    base = os.environ.get("XDG_CACHE_HOME") or Path(home if os.path.isabs(home) else "/nonexistent", ".cache")
+    return Path(base, "kvkern")
 
 
 def _default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+def variable(name: str) -> str:
+    """Return an environment variable that an option names, or an empty string if there is none."""
+    return os.environ.get(name, "")
 
 
 def nvtx_requested() -> bool:

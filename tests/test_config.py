@@ -17,15 +17,16 @@ from kvkern.errors import ConfigError, KvkernError
 
 @pytest.mark.parametrize(("text", "nbytes"), [
     (1, 1), (4096, 4096), ("1", 1), ("8GiB", 8 << 30), ("8 gib", 8 << 30), (" 500MB ", 500 * 10**6), ("0.5GiB", 1 << 29),
-    ("1.5 KiB", 1536), ("7B", 7), ("64TiB", 1 << 46), ("1kB", 1000), ("2TB", 2 * 10**12), (MAX_CAPACITY_NBYTES, 1 << 46),
+    ("1.5 KiB", 1536), ("7B", 7), ("64TiB", 1 << 46), ("1kB", 1000), ("2TB", 2 * 10**12), ("8G", 8 * 10**9), ("8Gi", 8 << 30),
+    ("1.5Ti", 3 << 39), ("64 Mi", 64 << 20), ("7k", 7000), (MAX_CAPACITY_NBYTES, 1 << 46),
 ])  # fmt: skip
 def test_sizes(text: int | str, nbytes: int) -> None:
     assert parse_nbytes(text) == nbytes
 
 
 @pytest.mark.parametrize("bad", [
-    0, -1, "0", "0GiB", "0.0001B", "-5GiB", "", "GiB", "8G", "8 GiBs", "eight", "1e9", "8,5GiB", "nan", "inf", 8.5e9, None,
-    True, [8], b"8GiB", MAX_CAPACITY_NBYTES + 1, "65TiB", "9" * 40, "8iB",
+    0, -1, "0", "0GiB", "0.0001B", "-5GiB", "", "GiB", "G", "Gi", "8I", "8GG", "8 GiBs", "eight", "1e9", "8,5GiB", "nan", "inf",
+    8.5e9, None, True, [8], b"8GiB", MAX_CAPACITY_NBYTES + 1, "65TiB", "9" * 40, "8iB",
 ], ids=repr)  # fmt: skip
 def test_texts_that_are_no_size(bad: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"capacity is {bad!r}")):

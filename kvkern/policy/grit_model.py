@@ -21,23 +21,23 @@ from itertools import count
 from typing import Any, TypeVar
 
 import msgspec
-import numba
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
 from ..bounded_dict import BoundedDict
 from ..errors import ConfigError
+from ..kernels.jit import compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def njit(function: F) -> F:
-    """Compile on first use and keep the result in numba's disk cache.
+    """Compile on first use and keep the result on disk if that is possible; see kernels.jit.
 
     The function runs without the GIL. Its callers still hold the tier's lock.
     """
-    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    return compiled(nogil=True)(function)  # type: ignore[no-any-return]
 
 
 UNIT_S = 0.25  # unit of the bins' edges

@@ -11,9 +11,9 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-import numba
 import numpy as np
 
+from ..kernels.jit import compiled
 from .trace import Trace
 
 _NEVER = 1 << 60
@@ -29,7 +29,7 @@ def infinite_hits(trace: Trace) -> int:
     return int(_min_hits(trace.chunks.astype(np.int64), trace.ends, trace.num_unique, trace.num_unique + 1))
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _min_hits(chunks: Any, ends: Any, num_unique: int, capacity: int) -> int:
     next_use = np.empty(len(chunks), dtype=np.int64)  # the request that uses the same chunk next
     upcoming = np.full(num_unique, _NEVER)

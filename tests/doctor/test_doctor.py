@@ -21,6 +21,7 @@ from kvkern.doctor import facts as facts_module
 from kvkern.doctor.facts import REQUIRED, Facts, Gpu, NumaNode, gather
 from kvkern.doctor.findings import Severity, findings
 from kvkern.doctor.report import as_json, print_report
+from kvkern.kernels.jit import cache_folders
 from kvkern.transfer.gpu import calibration_file
 from kvkern.transfer.gpu.calibration_file import DeviceId
 from kvkern.transfer.gpu.device import DeviceError
@@ -90,7 +91,8 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
         replace(GOOD, capacity_nbytes=200 << 30), [(BROKEN, "an arena of 200 GiB does not fit: /dev/shm has 128 GiB free")],
     ),
     "no memory for it": (
-        replace(GOOD, capacity_nbytes=100 << 30, memory_nbytes=50 << 30), [(BROKEN, "only 50 GiB of memory are available")],
+        replace(GOOD, capacity_nbytes=100 << 30, memory_nbytes=50 << 30, memory_source="below the limit of /x: 60 GiB"),
+        [(BROKEN, "only 50 GiB of memory are free below the limit of /x: 60 GiB")],
     ),
     "small pages": (replace(GOOD, kernel="5.15.0-100"), [(SLOW, "Linux 5.15.0-100 has shmem_enabled at never")]),
     "small pages denied": (replace(GOOD, shmem_huge="deny"), [(SLOW, "shmem_enabled at deny")]),
@@ -113,7 +115,10 @@ CASES: dict[str, tuple[Facts, list[tuple[Severity, str]]]] = {
     "arm": (replace(GOOD, cpu_flags=frozenset(), machine="aarch64"), []),
     "one cpu": (replace(GOOD, cpus=(0,)), [(SLOW, "may use only one")]),
     "cold": (replace(GOOD, numba_cold=("paged_copy_numba",)), [(SLOW, "paged_copy_numba not in numba's cache")]),
-    "cannot keep it": (replace(GOOD, numba_writable=False), [(SLOW, "every start compiles")]),
+    "cold for ever": (
+        replace(GOOD, numba_cold=("grit_trie",), numba_writable=False), [(SLOW, "every start compiles for up to half")],
+    ),
+    "compiled at installation": (replace(GOOD, numba_writable=False), []),
     "not measured": (replace(GOOD, gpus=(Gpu(INFO, TABLE, is_saved=False),)), [(NOTE, "GPU 0 is not measured yet")]),
     "slow loads": (
         replace(GOOD, gpus=(replace(GPU, table=measured(TABLE, copy_gb_s=11.0)),)),
@@ -216,18 +221,38 @@ def test_a_gpu_with_its_saved_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba import config
+    from numba.core import config
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "numba"))
     source = Path(facts_module.__file__).parent.parent / "kernels" / "layout.py"
-    monkeypatch.setattr(facts_module, "_COMPILED", ("layout",))
-    assert gather().numba_cold == ("layout",)
-    index = tmp_path / "numba" / "kernels_0123" / f"layout.f-1.py{sys.version_info.major}{sys.version_info.minor}.nbi"
+    monkeypatch.setattr(facts_module, "_COMPILED", ("kernels/layout.py",))
+    assert (gather().numba_cold, gather().numba_writable) == (("layout",), True)
+    index = cache_folders(source)[0][0] / f"layout.f-1.py{sys.version_info.major}{sys.version_info.minor}.nbi"
     index.parent.mkdir(parents=True)
     index.write_text("")
     assert gather().numba_cold == ()
     os.utime(index, (1, source.stat().st_mtime - 10))  # the index is older than its source
     assert gather().numba_cold == ("layout",)
+
+
+def test_a_cache_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an installation compiled counts. What a folder that cannot be written lacks is compiled at every start."""
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "numba"))
+    monkeypatch.setattr(facts_module, "_can_write", lambda folder: False)
+    monkeypatch.setattr(facts_module, "_COMPILED", ("kernels/layout.py",))
+    index = tmp_path / "numba" / f"layout.f-1.py{sys.version_info.major}{sys.version_info.minor}.nbi"
+    index.parent.mkdir()
+    index.write_text("")
+    assert (gather().numba_cold, gather().numba_writable) == (("layout",), False)
+    monkeypatch.setattr(facts_module, "_COMPILED", ())
+    assert (gather().numba_cold, gather().numba_writable) == ((), True)
+    folder = cache_folders(Path(facts_module.__file__).parent.parent / "kernels" / "layout.py")[1][0]
+    folder.mkdir()
+    index.rename(folder / index.name)
+    monkeypatch.setattr(facts_module, "_COMPILED", ("kernels/layout.py",))
+    assert (gather().numba_cold, gather().numba_writable) == ((), False)
 
 
 class Libcuda:
