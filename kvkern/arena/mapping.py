@@ -8,6 +8,7 @@ docs/benchmarks.md.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -20,6 +21,8 @@ _COLLAPSE_NBYTES = 64 << 20  # of one system call: an interrupt or a kill takes 
 _PROT_NONE, _MAP_FIXED = 0, 0x10
 _MADV_COLLAPSE = 25  # Linux 6.1
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
+_EHWPOISON = 133  # errno has no name for it
+_NO_PAGE = (errno.ENOMEM, errno.EFAULT, _EHWPOISON)
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,12 +53,18 @@ def map_shared(
 
 
 def populate(memory: npt.NDArray[np.uint8]) -> None:
-    """Touch every page of a mapping from `map_shared`. Uses huge pages if this kernel and file system have them."""
+    """Touch every page of a mapping from `map_shared`. Uses huge pages if this kernel and file system have them.
+
+    Raises OSError if a page cannot be had: memory is short or broken. An access to it would be a SIGBUS.
+    """
     address, nbytes = memory.ctypes.data, len(memory)
     for at in range(0, nbytes - nbytes % HUGE_PAGE, _COLLAPSE_NBYTES):
         if _libc.madvise(address + at, min(_COLLAPSE_NBYTES, nbytes - nbytes % HUGE_PAGE - at), _MADV_COLLAPSE):
             break  # this kernel does not know the call, or has no memory in one piece: small pages work too
-    _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE)  # if the kernel does not know it, pages fault in on first use
+    # With another code than these the kernel does not know the call, and pages fault in on first use.
+    if _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE) and ctypes.get_errno() in _NO_PAGE:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:

@@ -347,65 +347,6 @@ def test_the_largest_capacity_that_can_be_written_down_has_no_room(tmp_path: Pat
         create_or_attach(spec, tmp_path / "a")
 
 
-@contextmanager
-def small_tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"needs a mount of its own: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-BIG = replace(SPEC, num_slots=200)  # 4 MiB
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to mount a small tmpfs")
-def test_a_small_mount(tmp_path: Path) -> None:
-    """With docker's 64 MiB /dev/shm, a large arena is an error that names the remedy, and a small one still works."""
-    with small_tmpfs(tmp_path, "1m") as folder:
-        with pytest.raises(ArenaError, match=r"needs 3\.\d+ MiB in .* only 1 MiB are free .*--shm-size"):
-            create_or_attach(BIG, folder / "a")
-        with opened(folder / "b"):
-            pass
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root: to mount a small tmpfs")
-def test_a_mount_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages are reserved at start, so a full file system is an error then and never a SIGBUS."""
-    monkeypatch.setattr(arena_module, "_check_room", lambda nbytes, path: None)
-    with small_tmpfs(tmp_path, "1m") as folder:
-        with pytest.raises(ArenaError, match="the kernel says: No space left"):
-            create_or_attach(BIG, folder / "a")
-        assert list(folder.iterdir()) == []
-        with opened(folder / "a"):
-            pass
-
-
-def test_a_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.statvfs(tmp_path)
-    full = os.statvfs_result((*real[:3], 10, 10, *real[5:]))  # blocks, bfree, bavail follow bsize and frsize
-    monkeypatch.setattr(os, "statvfs", lambda path: full)
-    with pytest.raises(ArenaError, match="are free there"):
-        create_or_attach(SPEC, tmp_path / "a")
-
-
-def test_no_memory_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "available_memory", lambda: 1 << 10)
-    with pytest.raises(ArenaError, match="1 KiB of memory left"):
-        create_or_attach(SPEC, tmp_path / "a")
-
-
-def test_a_refused_arena_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "available_memory", lambda: 1 << 10)
-    with pytest.raises(ArenaError):
-        create_or_attach(SPEC, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
