@@ -6,26 +6,24 @@ tensors and no tiers.
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from .config import user_cache_dir
 from .errors import ConfigError
+from .file_digests import FileDigests
 
 KEY_NBYTES = 32
 _ROOT_CONTEXT = "kvkern chunk key v1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_SAMPLE_NBYTES = 64 << 10
-_SAMPLES_PER_FILE = 8
-_TENSOR_SAMPLE_NBYTES = 4 << 10
-_MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors format
+PROGRESS_S = 5.0  # between two lines of progress
 
 
 def canonical(fields: Mapping[str, str]) -> bytes:
@@ -45,9 +43,10 @@ def derive_root(fields: Mapping[str, str]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """The fields that must be equal for two engines to read each other's KV.
+    """The fields that must be equal for two engines to read each other's KV. Raises ConfigError for a field that names nothing.
 
-    The rank is not one of them, because a slot holds the parts of all ranks.
+    vLLM's ranks write their parts into one slot, so a slot of vLLM names no rank. A slot of `open_cache` holds the part of one
+    rank, and names it.
     """
 
     model: str
@@ -58,20 +57,30 @@ class Namespace:
     group: int | None = 0  # KV group; None if the keys come from the engine and carry the group
     tp_size: int = 1
     pp_size: int = 1
-    salt: str | None = None  # tenant; None: all tenants share
+    rank: int | None = None  # whose part a slot holds, in [0, tp_size * pp_size); None: the parts of all ranks
+    salt: str | None = field(default=None, repr=False)  # tenant, a secret; None: all tenants share
     engine_hash: str | None = None  # for keys from the engine's hashes: its hash name, seed and tokens per hash
 
     def __post_init__(self) -> None:
+        for found in fields(self):
+            _check_field(found.name, getattr(self, found.name), str(found.type))
         if not self.model or not self.weights or not self.dtype or not self.layout:
             raise ConfigError(
                 f"the namespace {self} has an empty field; set model, weights, dtype and layout: they must not be empty"
             )
         if self.chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+        if self.tp_size < 1 or self.pp_size < 1:
+            raise ConfigError(f"tp_size is {self.tp_size} and pp_size is {self.pp_size}; both must be at least 1")
+        if self.rank is not None and not 0 <= self.rank < self.tp_size * self.pp_size:
+            raise ConfigError(
+                f"rank is {self.rank}, but tp_size={self.tp_size} and pp_size={self.pp_size} make ranks 0 to "
+                f"{self.tp_size * self.pp_size - 1}; set all three"
+            )
 
     def fields(self) -> dict[str, str]:
         """Return the fields that are not None, as text."""
-        names = ("chunk_tokens", "dtype", "group", "layout", "model", "pp_size", "salt", "tp_size", "weights")
+        names = ("chunk_tokens", "dtype", "group", "layout", "model", "pp_size", "rank", "salt", "tp_size", "weights")
         values = {name: getattr(self, name) for name in (*names, "engine_hash")}
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -91,6 +100,25 @@ class Namespace:
         return derive_root(self.fields())
 
 
+def _check_field(
+    name: str,
+    value: object,
+    kind: str,  # the field's type as it is written: "str", "int", or one of them "| None"
+) -> None:
+    """Raise ConfigError unless the value has the field's type. 5 and "5" would give equal roots. Never shows the value."""
+    if value is None and "None" in kind:
+        return
+    if not isinstance(value, int if "int" in kind else str) or isinstance(value, bool):
+        raise ConfigError(f"{name} of a namespace has the type {type(value).__name__}; expected {kind}")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{name} of a namespace is no valid Unicode text ({error.reason}); use other text"
+            ) from None
+
+
 def split_keys(
     keys: npt.NDArray[np.uint8],  # [n, 32] uint8, contiguous
 ) -> list[bytes]:
@@ -100,43 +128,51 @@ def split_keys(
 
 def weights_fingerprint(
     path: str | Path,  # of a model directory or one weight file
+    progress: Callable[[str], None] = lambda line: None,  # told what takes long, and what the next start must repeat
+    side_file: Path | None = None,  # keeps the files' digests; the default is in `user_cache_dir`
 ) -> str:
-    """Return 32 hex digits: BLAKE3 over the name, size and samples of each weight file. Reads megabytes, not the model.
+    """Return 32 hex digits: BLAKE3 over the name, size and content of each weight file.
 
-    It takes eight samples of 64 KiB from each file. From a safetensors file it also takes the header and two samples of
-    4 KiB from every tensor. So two models differ even if only a few tensors do, for example after merging an adapter.
-    Raises ConfigError if there is no weight file. Then name the weights yourself.
+    Every byte counts, so the first call reads the whole model, on all cores. The side file keeps the digests for as long as
+    inode, size, mtime and ctime of a file stay the same. Raises ConfigError if there is no weight file. Then name the weights
+    yourself.
     """
     root = Path(path)
     files = [root] if root.is_file() else sorted(p for p in root.glob("*") if p.suffix in _WEIGHT_SUFFIXES)
     if not files:
         raise ConfigError(f"{str(path)!r} holds no weight file ({', '.join(_WEIGHT_SUFFIXES)}); set `weights` yourself")
-    digest = blake3()
+    side_file = side_file or user_cache_dir() / "file-digests.json"
+    digests = FileDigests(side_file)
+    lines = _ProgressLines(sum(file.stat().st_size for file in files if not digests.is_known(file)), root, progress)
+    fingerprint = blake3()
     for file in files:
-        size = file.stat().st_size
-        digest.update(struct.pack("<I", len(file.name)) + file.name.encode() + struct.pack("<Q", size))
-        with file.open("rb") as handle:
-            spread = [max(0, size - _SAMPLE_NBYTES) * i // (_SAMPLES_PER_FILE - 1) for i in range(_SAMPLES_PER_FILE)]
-            samples = [(at, _SAMPLE_NBYTES) for at in spread]
-            if file.suffix == ".safetensors":
-                samples += _tensor_samples(handle, size)
-            for at, nbytes in samples:
-                handle.seek(at)
-                digest.update(handle.read(nbytes))
-    return digest.hexdigest()[:32]
-
-
-def _tensor_samples(handle: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """Return (offset, bytes) of a safetensors file's header, and of the start and the middle of each of its tensors."""
-    header_nbytes = int.from_bytes(handle.read(8), "little")
-    if not 0 < header_nbytes <= min(size - 8, _MAX_HEADER_NBYTES):
-        return []
+        digest = digests.digest(file, lines.advance)
+        size = struct.pack("<Q", file.stat().st_size)
+        fingerprint.update(struct.pack("<I", len(file.name)) + file.name.encode() + size + digest)
     try:
-        tensors = json.loads(handle.read(header_nbytes))
-        found = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
-        spans = sorted((int(begin), int(end)) for begin, end in found)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []  # the file is no safetensors file despite its name: only the other samples count
-    data = 8 + header_nbytes
-    starts = [data + at for begin, end in spans for at in (begin, (begin + end) // 2)]
-    return [(0, data), *((at, _TENSOR_SAMPLE_NBYTES) for at in starts if 0 <= at < size)]
+        digests.save()
+    except OSError as error:
+        progress(
+            f"{side_file} cannot be written: {error}. So every start reads all weights once more. Set XDG_CACHE_HOME to a "
+            f"folder that this user may write to, or give the weights a name (`weights`)."
+        )
+    return fingerprint.hexdigest()[:32]
+
+
+class _ProgressLines:
+    """Turns the bytes hashed so far into a line every few seconds."""
+
+    def __init__(self, total_nbytes: int, root: Path, progress: Callable[[str], None]) -> None:
+        self._total, self._done = total_nbytes, 0
+        self._root, self._progress = root, progress
+        self._last_s = time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        """Count `nbytes` more."""
+        self._done += nbytes
+        now_s = time.monotonic()
+        if now_s - self._last_s >= PROGRESS_S:
+            self._last_s = now_s
+            self._progress(
+                f"hashed {self._done / 2**30:.1f} of {self._total / 2**30:.1f} GiB of weights in {self._root}"
+            )

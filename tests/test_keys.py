@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkern.errors import ConfigError
+from kvkern.file_digests import FileDigests, Signature
 from kvkern.kernels.chunk_keys import chunk_keys
 from kvkern.keys import Namespace, canonical, derive_root, split_keys, weights_fingerprint
 
@@ -35,7 +38,8 @@ def test_a_namespace_gives_the_vectors_root() -> None:
 
 @pytest.mark.parametrize("change", [
     {"model": "n"}, {"dtype": "float16"}, {"layout": "x"}, {"chunk_tokens": 32}, {"weights": "abd"}, {"group": 1},
-    {"group": None}, {"tp_size": 2}, {"pp_size": 2}, {"salt": "t"}, {"salt": ""}, {"engine_hash": "sha256"},
+    {"group": None}, {"tp_size": 2}, {"pp_size": 2}, {"rank": 0}, {"tp_size": 2, "rank": 0}, {"salt": "t"}, {"salt": ""},
+    {"engine_hash": "sha256"},
 ], ids=repr)  # fmt: skip
 def test_every_field_changes_the_root(change: dict[str, Any]) -> None:
     assert replace(SPACE, **change).root != SPACE.root
@@ -47,6 +51,40 @@ def test_every_field_changes_the_root(change: dict[str, Any]) -> None:
 def test_a_namespace_without_identity_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"must not be empty|must be at least 1"):
         replace(SPACE, **change)
+
+
+@pytest.mark.parametrize("change", [
+    {"tp_size": 0}, {"pp_size": -1}, {"rank": 1}, {"rank": -1}, {"tp_size": 2, "pp_size": 2, "rank": 4},
+], ids=repr)  # fmt: skip
+def test_ranks_that_do_not_exist_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"must be at least 1|make ranks 0 to \d; set all three"):
+        replace(SPACE, **change)
+
+
+def test_every_rank_has_a_root_of_its_own() -> None:
+    roots = {replace(SPACE, tp_size=tp, pp_size=pp, rank=rank).root
+             for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)) for rank in (None, *range(tp * pp))}  # fmt: skip
+    assert len(roots) == 4 + 1 + 2 + 2 + 4
+
+
+@pytest.mark.parametrize("change", [
+    {"salt": 5}, {"salt": b"5"}, {"model": 7}, {"weights": None}, {"chunk_tokens": 16.0}, {"chunk_tokens": "16"},
+    {"group": True}, {"tp_size": 2.0}, {"rank": 0.0}, {"salt": "\ud800"}, {"model": "\ud800"},
+], ids=repr)  # fmt: skip
+def test_a_field_of_another_type_is_refused(change: dict[str, Any]) -> None:
+    """As text 5 and "5" are equal, so both would name the same KV."""
+    with pytest.raises(ConfigError, match=r"of a namespace (has the type|is no valid Unicode)"):
+        replace(SPACE, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"salt": "hunter2", "model": ""}, {"salt": "hunter2", "tp_size": 0}, {"salt": b"hunter2"}]
+)
+def test_no_message_shows_a_salt(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        replace(SPACE, **change)
+    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in repr(replace(SPACE, salt="hunter2"))
 
 
 def test_text_moved_between_fields_is_another_namespace() -> None:
@@ -72,6 +110,17 @@ def test_split_keys_keeps_zero_bytes() -> None:
     keys = np.zeros((2, 32), dtype=np.uint8)
     keys[1, 0] = 1
     assert split_keys(keys) == [bytes(32), b"\1" + bytes(31)]
+
+
+@pytest.fixture(autouse=True)
+def _no_side_file_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def settle(*paths: Path) -> None:
+    """Wait until the files are no longer fresh: their digests are kept from then on."""
+    while any(Signature.of(path.stat()).is_fresh(time.time()) for path in paths):
+        time.sleep(0.1)
 
 
 def model(folder: Path, files: dict[str, bytes]) -> str:
@@ -121,55 +170,57 @@ def test_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
     assert int(first, 16) >= 0
 
 
-def test_fingerprint_of_large_files_reads_samples(tmp_path: Path) -> None:
-    """The samples are at both ends and evenly spaced between them, so a file of gigabytes costs eight reads."""
+def test_fingerprint_sees_one_changed_row(tmp_path: Path) -> None:
+    """A new special token changes one row of an embedding, and nothing else."""
+    rows, row_nbytes = 32_000, 512 * 2
     path = tmp_path / "model.safetensors"
+    header = b'{"embed":{"dtype":"F16","shape":[32000,512],"data_offsets":[0,%d]}}' % (rows * row_nbytes)
     with path.open("wb") as file:
-        file.truncate(3 << 30)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + rows * row_nbytes)
+    settle(path)
     before = weights_fingerprint(path)
-    for at in (0, (3 << 30) - 1, (3 << 30) // 7 * 3):
-        with path.open("r+b") as file:
-            file.seek(at)
-            file.write(b"x")
-        assert weights_fingerprint(path) != before
-        before = weights_fingerprint(path)
-
-
-def safetensors(path: Path, tensors: list[tuple[str, list[int]]], data: bytes, changed_at: int = -1) -> str:
-    """Write a file with these tensors and one changed byte of the data. Returns its fingerprint."""
-    header = json.dumps({"__metadata__": {"format": "pt"}} | {
-        name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} for name, (begin, end) in tensors
-    }).encode()  # fmt: skip
-    content = bytearray(data)
-    if changed_at >= 0:
-        content[changed_at] ^= 1
-    path.write_bytes(len(header).to_bytes(8, "little") + header + content)
-    return weights_fingerprint(path)
-
-
-def test_fingerprint_sees_a_change_in_any_one_tensor(tmp_path: Path) -> None:
-    """Also between the eight samples of a file: merging an adapter changes only a few tensors."""
-    count, nbytes = 100, 40_000
-    tensors = [(f"layer.{i}", [i * nbytes, (i + 1) * nbytes]) for i in range(count)]
-    data, path = bytes(count * nbytes), tmp_path / "model.safetensors"
-    seen = {safetensors(path, tensors, data)}
-    for i in range(count):
-        seen.add(safetensors(path, tensors, data, changed_at=i * nbytes + 1000))
-        seen.add(safetensors(path, tensors, data, changed_at=i * nbytes + nbytes // 2 + 1000))
-    assert len(seen) == 1 + 2 * count
-    renamed = [("other", tensors[0][1]), *tensors[1:]]
-    assert safetensors(path, renamed, data) not in seen
-
-
-@pytest.mark.parametrize(
-    "header", [b"{", b"[]", b'{"a": 1}', b'{"a": {"data_offsets": [1]}}', b'{"a": {"data_offsets": ["x", "y"]}}']
-)
-def test_fingerprint_of_a_file_that_is_no_safetensors(tmp_path: Path, header: bytes) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
-    before = weights_fingerprint(path)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(99) + b"x")
+    assert weights_fingerprint(path) == before
+    with path.open("r+b") as file:
+        file.seek(8 + len(header) + 1000 * row_nbytes)
+        file.write(b"x")
     assert weights_fingerprint(path) != before
+
+
+def test_the_second_start_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side file keeps the digests. A write that sets the old times again is seen all the same."""
+    first = model(tmp_path / "a", FILES)
+    settle(*(tmp_path / "a").iterdir())
+    assert weights_fingerprint(tmp_path / "a") == first
+    monkeypatch.setattr(FileDigests, "_hash", lambda *args: pytest.fail("a weight file was read"))
+    assert weights_fingerprint(tmp_path / "a") == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a" / "model-1.safetensors"
+    before = path.stat()
+    path.write_bytes(b"x" + FILES["model-1.safetensors"][1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert weights_fingerprint(tmp_path / "a") != first
+
+
+def test_a_side_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    model(tmp_path / "a", FILES)
+    settle(*(tmp_path / "a").iterdir())
+    (tmp_path / "file").touch()
+    lines: list[str] = []
+    assert weights_fingerprint(tmp_path / "a", lines.append, tmp_path / "file" / "digests.json")
+    assert len(lines) == 1
+    assert "cannot be written" in lines[0]
+    assert "XDG_CACHE_HOME" in lines[0]
+
+
+def test_lines_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvkern.keys.PROGRESS_S", 0.0)
+    lines: list[str] = []
+    (tmp_path / "model.bin").write_bytes(bytes(3 << 20))
+    weights_fingerprint(tmp_path, lines.append)
+    assert lines == [f"hashed 0.0 of 0.0 GiB of weights in {tmp_path}"]
 
 
 def test_fingerprint_of_one_file(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _weights(vllm_config: shim.VllmConfig, config: Config) -> str:
         return config.weights
     model = vllm_config.model_config
     if (path := _model_path(vllm_config)) is not None:
-        return weights_fingerprint(path)
+        return weights_fingerprint(path, progress=lambda line: shim.logger.info("kvkern: %s", line))
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
