@@ -146,6 +146,46 @@ class Engine:
     def one(self, tokens_in: list[int], tokens: int = 4) -> Reply:
         return self.run([tokens_in], tokens)[0]
 
+    def session(self, name: str, parts: Sequence[tuple[list[int], int]], **params: Any) -> list[list[int]]:
+        """Run a streaming-input session of (tokens, reply's length) and return the replies.
+
+        Requests go to the engine's core, as AsyncLLM sends them. `params` are SamplingParams of every part.
+        """
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        core, replies = self.llm.llm_engine.engine_core, []
+
+        def send(tokens: list[int], length: int, resumable: bool) -> None:
+            sampling = SamplingParams(max_tokens=length, temperature=0, detokenize=False, ignore_eos=True, **params)
+            core.add_request(
+                EngineCoreRequest(
+                    request_id=name,
+                    prompt_token_ids=list(tokens),
+                    mm_features=None,
+                    sampling_params=sampling,
+                    pooling_params=None,
+                    arrival_time=time.time(),
+                    lora_request=None,
+                    cache_salt=None,
+                    data_parallel_rank=None,
+                    resumable=resumable,
+                )
+            )
+
+        for tokens, length in parts:
+            send(tokens, length, resumable=True)
+            reply, ended = [], False
+            while not ended:
+                for output in core.get_output().outputs:
+                    reply += output.new_token_ids
+                    ended = output.finish_reason is not None
+            replies.append(reply)
+        send([0], 1, resumable=False)
+        while name in self.scheduler.requests:
+            core.get_output()
+        return replies
+
     def steps(self, condition: Callable[[], bool], limit: int = 2000) -> None:
         """Step the engine until `condition()` holds."""
         for _ in range(limit):
