@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ...config import Config, reject_unknown
+from ...config import Config, format_nbytes, reject_unknown
 from ...errors import ConfigError, UnsupportedError
+from ...remote.stores.url import hide_password
+from ..vllm_plugin import CONNECTOR, MODULE
 from . import shim
 
-MODULE = "kvkern.integrations.vllm"
 OPTIONS_KEY = "kvkern"
 SPEC_NAME = "KvkernSpec"
 # vLLM's own keys of kv_connector_extra_config that keep their meaning
@@ -24,7 +25,7 @@ def kv_transfer_config(
     if capacity is not None:
         options["capacity"] = capacity
     return shim.KVTransferConfig(
-        kv_connector="KvkernConnector",
+        kv_connector=CONNECTOR,
         kv_connector_module_path=MODULE,
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
@@ -41,10 +42,15 @@ def parse_options(extra_config: Any) -> Config:
     options = extra_config.get(OPTIONS_KEY)
     if not isinstance(options, dict):
         raise ConfigError(
-            f"kv_connector_extra_config[{OPTIONS_KEY!r}] is {options!r}. Give it an object, such as "
+            f"kv_connector_extra_config[{OPTIONS_KEY!r}] is no object. Give it one, such as "
             f'{{"kvkern": {{"capacity": "8GiB"}}}} or {{"kvkern": {{"socket": "/run/kvkern.sock"}}}}'
         )
     config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
+    if hide_password(config.remote) != config.remote:
+        shim.logger.warning_once(
+            "kvkern: the URL in `remote` contains a password, and whoever lists this host's processes can read it. Take it out "
+            "of the URL, and append ?password_file=PATH or ?password_env=NAME to the URL."
+        )
     if config.hbm_nbytes:
         raise ConfigError(
             f"hbm is {config.hbm_nbytes} bytes, but vLLM's own prefix cache is the tier above DRAM. Leave hbm out, and give "
@@ -62,19 +68,47 @@ def parse_options(extra_config: Any) -> Config:
 def refuse_unshareable(config: Config, vllm_config: shim.VllmConfig) -> None:
     """Raise for settings that work with an embedded cache but not on a daemon.
 
-    Without PYTHONHASHSEED vLLM names blocks differently in every process, so engines would share nothing. And vLLM tells
-    LoRA adapters apart by name and path, so a retrained adapter would be given the old one's KV.
+    Without PYTHONHASHSEED vLLM names blocks differently in every process, so engines would share nothing.
     """
-    if config.socket and vllm_config.lora_config is not None:
-        raise UnsupportedError(
-            f"LoRA is on, and socket is {config.socket!r}. vLLM tells adapters apart by name and path, not by content, and the "
-            f"daemon's cache outlives the engine. So a changed adapter would load KV of the old one. "
-            f"Use `capacity` instead of `socket`."
-        )
     if config.socket and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise ConfigError(
             "PYTHONHASHSEED is not set or is 'random', so vLLM names blocks differently in every engine and nothing would be "
             "shared. Start every engine of this cache with the same seed, for example PYTHONHASHSEED=0."
+        )
+
+
+def refuse_data_parallel(config: Config, vllm_config: shim.VllmConfig) -> None:
+    """Raise for an embedded cache in a data parallel rank. A rank of a dense model cannot know how many ranks there are."""
+    parallel = vllm_config.parallel_config
+    ending = f"_dp{parallel.data_parallel_index}"  # vLLM appends it to the engine id of a rank
+    is_rank = parallel.data_parallel_size > 1 or str(vllm_config.kv_transfer_config.engine_id).endswith(ending)
+    if not config.socket and is_rank:
+        raise UnsupportedError(
+            f"This engine is a data parallel rank, and every rank would take the whole capacity of "
+            f"{format_nbytes(config.capacity_nbytes)} and share nothing with the others. Start one cache for all ranks, "
+            f"`kvkern serve --capacity SIZE`, and give `socket` instead of `capacity`."
+        )
+
+
+def refuse_outer(vllm_config: shim.VllmConfig, engine_config: shim.VllmConfig | None) -> None:
+    """Raise for settings of a MultiConnector around kvkern. Its scheduler reads them from the outer configuration alone.
+
+    `engine_config` is the engine's own configuration, which a connector inside MultiConnector sees in workers only.
+    """
+    outer = None if engine_config is None else engine_config.kv_transfer_config
+    if outer is None or outer is vllm_config.kv_transfer_config or outer.kv_connector == CONNECTOR:
+        return
+    if outer.kv_load_failure_policy != "recompute":
+        raise ConfigError(
+            f"kv_load_failure_policy of {outer.kv_connector} is {outer.kv_load_failure_policy!r}, the only one that vLLM reads. "
+            f"With it a chunk that fails its checksum would fail the request. Set "
+            f'"kv_load_failure_policy": "recompute" next to "kv_connector": "{outer.kv_connector}" too.'
+        )
+    children = [child.get("kv_connector") for child in outer.kv_connector_extra_config.get("connectors", ())]
+    if children.count(CONNECTOR) > 1:
+        raise ConfigError(
+            f"{outer.kv_connector} has {CONNECTOR} {children.count(CONNECTOR)} times. Give it once, because both would be one "
+            f"cache with one name."
         )
 
 

@@ -42,6 +42,16 @@ def with_hints(
     return use
 
 
+def drop_malformed_params(request: shim.Request) -> None:
+    """Remove `kv_transfer_params` that is no object, which would end vLLM's scheduler: clients can send anything."""
+    if not isinstance(request.kv_transfer_params, dict | None):
+        request.kv_transfer_params = None
+        shim.logger.warning_once(
+            "kvkern: a client's kv_transfer_params is no JSON object, so it is ignored. Send an object, such as "
+            "{'kvkern': {'session': 'x'}}."
+        )
+
+
 def _session_number(session: str | int, tenant: bytes) -> int:
     digest = blake3(tenant + str(session).encode(errors="replace")).digest()
     return int.from_bytes(digest[:6], "little") + 1

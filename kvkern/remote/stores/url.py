@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from ...config import parse_nbytes, reject_unknown
+from ...config import parse_nbytes, reject_unknown, variable
 from ...errors import ConfigError
 
 EXAMPLES = "redis://host:6379, mooncake://host:50051, file:///path or s3://bucket"
@@ -27,7 +28,10 @@ class RemoteUrl:
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
-        """Parse a URL. `?password_file=PATH` reads the password from a file, once. Raises ConfigError."""
+        """Parse a URL. Raises ConfigError.
+
+        `?password_file=PATH` reads the password from a file, `?password_env=NAME` from an environment variable, once.
+        """
         try:
             parts = urlsplit(text)
             port = parts.port
@@ -47,8 +51,15 @@ class RemoteUrl:
         if len(options) < len(pairs):
             raise ConfigError(f"The remote URL of {parts.scheme}:// gives an option twice. Give each option once")
         password = unquote(parts.password or "")
-        if "password_file" in options:
-            password = _secret(options.pop("password_file"))
+        given = [name for name in ("password_file", "password_env") if name in options]
+        if len(given) + bool(password) > 1:
+            raise ConfigError(
+                f"The remote URL of {parts.scheme}:// gives the password more than once. Give it in the URL, in password_file "
+                f"or in password_env"
+            )
+        if given:
+            read = _password_of_file if given[0] == "password_file" else _password_of_variable
+            password = read(options.pop(given[0]))
         return cls(
             parts.scheme.lower(), _host(parts.netloc), port, unquote(parts.username or ""), password,
             unquote(parts.path), options,
@@ -106,7 +117,22 @@ def _host(netloc: str) -> str:
     return address[1:].partition("]")[0] if address.startswith("[") else address.partition(":")[0]
 
 
-def _secret(path: str) -> str:
+def hide_password(text: str) -> str:
+    """Return the URL with `***` for its password. The URL may be malformed."""
+    return re.sub(r"(://[^:@]*:).*@", r"\1***@", text, flags=re.DOTALL)
+
+
+def _password_of_variable(name: str) -> str:
+    value = variable(name)
+    if not value:
+        raise ConfigError(
+            f"password_env of the remote URL is {name}, but this process has no environment variable {name}. Set it where the "
+            f"process starts"
+        )
+    return value.strip()
+
+
+def _password_of_file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

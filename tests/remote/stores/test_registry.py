@@ -15,7 +15,7 @@ from kvkern.remote.stores import registry
 from kvkern.remote.stores.base import RemoteError, checked_answers, checked_get_answers
 from kvkern.remote.stores.blocking_calls import BlockingCalls
 from kvkern.remote.stores.registry import make_store
-from kvkern.remote.stores.url import RemoteUrl
+from kvkern.remote.stores.url import RemoteUrl, hide_password
 from tests.remote.stores.conformance import HIT, MISS, UNKNOWN, Conformance, MakeStore
 from tests.remote.stores.memory import MemoryStore
 
@@ -58,6 +58,31 @@ def test_a_password_from_a_file(tmp_path: Path) -> None:
     assert (url.password, dict(url.options)) == ("hush", {})
     with pytest.raises(ConfigError, match=r"password_file .* cannot be read: .*No such file"):
         RemoteUrl.parse(f"redis://h?password_file={tmp_path}/q")
+
+
+def test_a_password_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "hush")
+    url = RemoteUrl.parse("redis://me@h?password_env=STORE_PASSWORD")
+    assert (url.user, url.password, dict(url.options)) == ("me", "hush", {})
+    with pytest.raises(
+        ConfigError, match=r"password_env .* is NONE, but this process has no environment variable NONE\. Set"
+    ):
+        RemoteUrl.parse("redis://h?password_env=NONE")
+    with pytest.raises(ConfigError, match="gives the password more than once"):
+        RemoteUrl.parse("redis://me:hush@h?password_env=STORE_PASSWORD")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://me:s3cret@h:1/0", "redis://me:***@h:1/0"), ("redis://:s3cret@h", "redis://:***@h"),
+        ("s3://id:s3/cr@et@bucket", "s3://id:***@bucket"), ("redis://me:s3:cret@[::1]:7", "redis://me:***@[::1]:7"),
+        ("redis://h:6379/0", "redis://h:6379/0"), ("redis://me@h?password_file=/p", "redis://me@h?password_file=/p"),
+        ("file:///path", "file:///path"), ("nonsense", "nonsense"),
+    ],
+)  # fmt: skip
+def test_hidden_passwords(text: str, shown: str) -> None:
+    assert hide_password(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""What vLLM calls in each of its processes before it reads its options: the entry point `vllm.general_plugins`.
+
+It registers the connector's name, so that `"kv_connector": "KvkernConnector"` is enough, also inside MultiConnector, whose
+front end knows connectors by name alone. And it keeps the passwords of remote stores out of vLLM's log. It imports nothing of
+the adapter: every vLLM of this environment calls it, whether it uses kvkern or not.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import wraps
+from typing import Any
+
+from ..remote.stores.url import hide_password
+
+CONNECTOR = "KvkernConnector"
+MODULE = "kvkern.integrations.vllm"
+
+
+def register() -> None:
+    """Register the connector, and hide passwords in the text of vLLM's options. Idempotent."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, MODULE, CONNECTOR)
+    original = KVTransferConfig.__repr__
+    if getattr(original, "hides_passwords", False):
+        return
+
+    @wraps(original)
+    def hiding(config: Any) -> str:
+        shown = copy.copy(config)
+        shown.kv_connector_extra_config = without_passwords(config.kv_connector_extra_config)
+        return original(shown)
+
+    hiding.hides_passwords = True  # type: ignore[attr-defined]
+    KVTransferConfig.__repr__ = hiding
+
+
+def without_passwords(options: Any) -> Any:
+    """Return a copy of the options in which every remote URL lacks its password. Includes the options of child connectors."""
+    if isinstance(options, dict):
+        return {
+            name: hide_password(value) if name == "remote" and isinstance(value, str) else without_passwords(value)
+            for name, value in options.items()
+        }
+    return [without_passwords(value) for value in options] if isinstance(options, list) else options
