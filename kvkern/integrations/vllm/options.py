@@ -100,8 +100,8 @@ def refuse_outer(vllm_config: shim.VllmConfig, engine_config: shim.VllmConfig | 
         return
     if outer.kv_load_failure_policy != "recompute":
         raise ConfigError(
-            f"kv_load_failure_policy of {outer.kv_connector} is {outer.kv_load_failure_policy!r}, the only one that vLLM reads. "
-            f"With it a chunk that fails its checksum would fail the request. Set "
+            f"kv_load_failure_policy of {outer.kv_connector} is {outer.kv_load_failure_policy!r}, and vLLM reads only this "
+            f"one. With it a chunk that fails its checksum would fail the request. Set "
             f'"kv_load_failure_policy": "recompute" next to "kv_connector": "{outer.kv_connector}" too.'
         )
     children = [child.get("kv_connector") for child in outer.kv_connector_extra_config.get("connectors", ())]
