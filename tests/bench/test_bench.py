@@ -173,7 +173,7 @@ def _same_size(one: dict[str, Any], other: dict[str, Any]) -> bool:
         ("file", "", ""),
         ("file_cached", "", ""),
         ("redis", "redis-server", "hiredis"),
-        ("mooncake", "", "mooncake"),
+        ("mooncake", "", "mooncake.store"),
         ("s3", "", "flask_cors"),
     ],
 )

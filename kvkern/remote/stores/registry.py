@@ -51,10 +51,14 @@ def _maker_of(scheme: str) -> Maker:
         module, extra = _BUILT_IN[scheme]
         try:
             maker: Maker = import_module(f"{__package__}.{module}").make
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             package = f"kvkern[{extra}]" if extra else "kvkern"
             raise ConfigError(
                 f"{scheme}:// needs a package that is not installed ({error}). Install it: pip install '{package}'"
+            ) from error
+        except ImportError as error:  # it is there, and a system library that it uses is not
+            raise ConfigError(
+                f"{scheme}:// cannot load its package ({error}). Install the library that is named; see docs/remote.md"
             ) from error
         return maker
     others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}

@@ -121,11 +121,20 @@ def test_an_unknown_scheme() -> None:
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
-        raise ImportError("No module named 'redis'")
+        raise ModuleNotFoundError("No module named 'redis'")
 
     monkeypatch.setattr(registry, "import_module", missing)
     with pytest.raises(ConfigError, match=r"redis:// needs a package .*\. Install it: pip install 'kvkern\[redis\]'"):
         make_store(RemoteUrl.parse("redis://h"))
+
+
+def test_a_package_that_lacks_a_system_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("libibverbs.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(registry, "import_module", broken)
+    with pytest.raises(ConfigError, match=r"cannot load its package \(libibverbs\.so\.1: .*\)\. Install the library that is"):
+        make_store(RemoteUrl.parse("mooncake://h"))
 
 
 def test_a_third_party_s_store(monkeypatch: pytest.MonkeyPatch) -> None:

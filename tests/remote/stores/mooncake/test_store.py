@@ -35,7 +35,7 @@ SOON_S = 1.0  # far below the library's own limits, 4 s and 30 s
 
 @pytest.fixture(scope="module", autouse=True)
 def _needed() -> None:
-    need("mooncake", program=servers.MASTER or "mooncake_master", module="mooncake")
+    need("mooncake", program=servers.MASTER or "mooncake_master", module="mooncake.store")
 
 
 @pytest.fixture(scope="module")
