@@ -7,7 +7,7 @@
     last use = mtime: a write sets it; a reader that finds it older than REFRESH_S refreshes it
 
     scan     every file: count its bytes, keep the POOL least recently used; delete leftover temporaries
-    room     while counted + reserved > capacity: take the oldest of the pool
+    room     while counted + reserved > capacity, or reserved > headroom of the disk: take the oldest of the pool
                used since the scan? put it back as the youngest    else unlink it and uncount it
 
 With at most POOL values, the pool holds all of them in order of last use, with the process's own writes. That is exact LRU
@@ -19,6 +19,9 @@ others at its next scan. If a writer needs room and finds the oldest value gone 
 another writer has used the room for values not yet seen here. So each writer removes as much as it writes. Together they
 stay at the capacity, plus or minus what they wrote between two scans while the directory filled up. If a scan finds an
 excess, all writers see the same excess and agree on the oldest values; there a value that is gone counts as removed for all.
+The same holds if the disk lacks free space (free_space.py).
+
+Every time comes from the files. Nodes with wrong clocks may share a directory; clock.py says which clock counts.
 """
 
 from __future__ import annotations
@@ -31,9 +34,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 
+from .clock import FileSystemClock
+from .free_space import FreeSpace
+from .leftovers import Leftovers
+
 POOL = 32_768  # values; some 10 MB
 REFRESH_S = 60.0
-LEFTOVER_S = 900.0  # a temporary file this old has no writer any more
+SLACK_NBYTES = (
+    256 << 20
+)  # the most that is evicted beyond a lack of free space, so that it is not lacking again at once
+SETTLE_S = 1.0  # how long nothing is evicted for the disk, after it has gained too little by what was evicted
 
 _VERSION = re.compile(r"kvkern[0-9]{1,9}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
@@ -46,12 +56,25 @@ _Found = list[tuple[int, str, int]]  # last use in ns, name below root, bytes
 class DirectoryCapacity:
     """The accounts of one directory. Call `scan` from one thread, and the rest from any thread. Raises OSError."""
 
-    def __init__(self, root: str, capacity_nbytes: int, pool: int = POOL) -> None:
+    def __init__(
+        self,
+        root: str,
+        capacity_nbytes: int,
+        pool: int = POOL,
+        disk: FreeSpace | None = None,  # None: the capacity alone counts
+        clock: FileSystemClock | None = None,  # None: one that touches `root`
+    ) -> None:
         self.capacity_nbytes = capacity_nbytes
         self.closing = False  # set it to end a scan early
         self._root = root
         self._max_pool = pool
-        self._lock = threading.Lock()
+        self._disk = disk
+        self._clock = clock or FileSystemClock(root)
+        self._leftovers = Leftovers(self._clock)
+        self._evicting = threading.Lock()  # one thread at a time evicts for the disk
+        self._in_vain_until_s = 0.0
+        self._lock = threading.Lock()  # protects everything below
+        self._unlinked_nbytes = 0  # bytes of all values that this process has removed
         self._pool: OrderedDict[str, tuple[int, int]] = OrderedDict()  # name -> last use, bytes; the oldest first
         self._complete = False  # the pool holds every counted value
         self._counted_nbytes: dict[str, int] = {}  # directory -> bytes
@@ -79,7 +102,7 @@ class DirectoryCapacity:
         """Make room for a value that will be written. Returns False if there is no room now."""
         with self._lock:
             self._reserved_nbytes += nbytes
-        if nbytes <= self.capacity_nbytes and self._trim(for_all=False):
+        if nbytes <= self.capacity_nbytes and self._trim(for_all=False) and self.leave_free():
             return True
         self.release(nbytes)
         return False
@@ -96,7 +119,9 @@ class DirectoryCapacity:
         replaced_nbytes: int,  # of the value that had this name before, as far as the caller knows
     ) -> None:
         """Count a reserved value that was written."""
-        entry = time.time_ns(), nbytes
+        entry = self._last_use(name), nbytes
+        if self._disk is not None:
+            self._disk.wrote(nbytes)
         with self._lock:
             self._reserved_nbytes -= nbytes
             counted = self._written_since_scan.get(name) or self._pool.get(name)
@@ -120,14 +145,44 @@ class DirectoryCapacity:
 
     def evict(self, nbytes: int) -> bool:
         """Free `nbytes` of the disk, at least 1/64 of all values, whatever the capacity is. False: nothing was evicted."""
-        goal, freed = max(nbytes, self._used_nbytes // 64), 0
-        while freed < goal:
+        return self._evict(max(nbytes, self._used_nbytes // 64), for_all=False) > 0
+
+    def leave_free(self) -> bool:
+        """Evict until the disk has free what is kept for others, beside what is being written. False: it has not.
+
+        If the disk has gained too little by what was evicted, nothing is evicted for SETTLE_S: some file systems give back
+        the bytes of removed files late.
+        """
+        if self._disk is None or self._lacking_nbytes(self._disk) <= 0:
+            return True
+        with self._evicting:
+            # What is being written may count twice: it is reserved, and a part of it is on the disk already.
+            enough_nbytes = self._unlinked_nbytes + self._lacking_nbytes(self._disk) + self._reserved_nbytes
+            while (lacking := self._lacking_nbytes(self._disk)) > 0:
+                if self._unlinked_nbytes >= enough_nbytes:
+                    self._in_vain_until_s = time.monotonic() + SETTLE_S
+                if time.monotonic() < self._in_vain_until_s:
+                    return False
+                if not self._evict(max(lacking, min(SLACK_NBYTES, self._used_nbytes // 64)), for_all=True):
+                    return False
+        return True
+
+    def room_nbytes(self) -> int:
+        """Return how many bytes all values may take now, whatever the capacity is."""
+        return 1 << 62 if self._disk is None else max(0, self._used_nbytes - self._lacking_nbytes(self._disk))
+
+    def _lacking_nbytes(self, disk: FreeSpace) -> int:
+        return self._reserved_nbytes - disk.headroom(self._reserved_nbytes)
+
+    def _evict(self, goal_nbytes: int, for_all: bool) -> int:
+        freed = 0
+        while freed < goal_nbytes:
             with self._lock:
                 victim = self._pop_oldest()
             if victim is None:
                 break
-            freed += self._remove_value(*victim, for_all=False)
-        return freed > 0
+            freed += self._remove_value(*victim, for_all)
+        return freed
 
     def _trim(self, for_all: bool) -> bool:
         while True:
@@ -148,7 +203,10 @@ class DirectoryCapacity:
         return name, last_use, nbytes
 
     def _remove_value(self, name: str, last_use: int, nbytes: int, for_all: bool) -> int:
-        """Remove a value. Returns the bytes freed: 0 if it was used meanwhile, or if another writer has removed it."""
+        """Remove a value. Returns the bytes freed: 0 if it was used meanwhile.
+
+        A value that another writer has removed counts as freed only with `for_all`.
+        """
         path = f"{self._root}/{name}"
         try:
             try:
@@ -158,6 +216,8 @@ class DirectoryCapacity:
                         self._complete &= self._put_youngest(self._pool, name, (now.st_mtime_ns, now.st_size))
                     return 0
                 os.unlink(path)
+                with self._lock:
+                    self._unlinked_nbytes += nbytes
             except FileNotFoundError:
                 if not for_all:
                     return 0
@@ -166,6 +226,13 @@ class DirectoryCapacity:
             with self._lock:
                 self._leaving_nbytes -= nbytes
         return nbytes
+
+    def _last_use(self, name: str) -> int:
+        """Return the time of a value that was written just now."""
+        try:
+            return os.lstat(f"{self._root}/{name}").st_mtime_ns
+        except FileNotFoundError:
+            return 0  # another writer has removed it already
 
     def _put_youngest(self, pool: OrderedDict[str, tuple[int, int]], name: str, entry: tuple[int, int]) -> bool:
         if name not in pool and len(pool) >= self._max_pool:
@@ -187,6 +254,8 @@ class DirectoryCapacity:
     def scan(self) -> None:
         """Count all values and find the least recently used ones."""
         directories = list(self._directories())
+        self._clock.measure()
+        self._leftovers.begin_scan()
         with self._lock:
             self._recounted, self._not_scanned_yet, self._written_since_scan = {}, set(directories), OrderedDict()
         found: _Found = []
@@ -227,6 +296,7 @@ class DirectoryCapacity:
     def _scan_directory(self, directory: str, found: _Found) -> int:
         total = 0
         digits = directory.rpartition("/")[2]
+        now_ns = self._clock.now_ns()
         for entry in _listed(f"{self._root}/{directory}"):
             is_value = bool(_VALUE.fullmatch(entry.name)) and entry.name.startswith(digits)
             if not (is_value or _TEMPORARY.fullmatch(entry.name)) or not entry.is_file(follow_symlinks=False):
@@ -235,10 +305,20 @@ class DirectoryCapacity:
                 known = entry.stat(follow_symlinks=False)
                 if is_value:
                     total += known.st_size
-                    found.append((known.st_mtime_ns, f"{directory}/{entry.name}", known.st_size))
-                elif time.time() - known.st_mtime > LEFTOVER_S:
+                    last_use = self._believed(entry.path, known, now_ns)
+                    found.append((last_use, f"{directory}/{entry.name}", known.st_size))
+                elif self._leftovers.is_leftover(entry.path, known):
                     os.unlink(entry.path)
         return total
+
+    def _believed(self, path: str, known: os.stat_result, now_ns: int | None) -> int:
+        """Return the last use of a value. A time ahead of the file system's clock is set right: it would never grow old."""
+        if now_ns is None or known.st_mtime_ns <= now_ns + REFRESH_S * 1e9:
+            return known.st_mtime_ns
+        with suppress(PermissionError):  # the file of another user
+            os.utime(path)
+            return os.lstat(path).st_mtime_ns
+        return now_ns
 
 
 def _listed(path: str) -> Iterator[os.DirEntry[str]]:

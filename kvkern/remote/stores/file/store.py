@@ -1,8 +1,11 @@
 """A directory as a store: an NVMe drive of this node, or a file system that every node mounts.
 
-    file:///path?capacity=1TiB&direct=auto&threads=4&sync=no&scan_s=60
+    file:///path?capacity=1TiB&keep_free_percent=5&direct=auto&threads=4&sync=no&scan_s=60
 
 capacity   of all values together, default half of the file system; capacity.py says which values go first
+keep_free_percent
+           of the file system, left free for others, whatever the capacity is; free_space.py has the floor. A thread looks
+           every WATCH_S, so that kvkern makes room also if only others write
 direct     O_DIRECT: `auto` where the file system allows it, `yes` insists, `no` never. Past the page cache the drive alone
            moves a value: no copy, a fraction of the CPU time, no dirty pages for which the kernel throttles writers, and
            the engines' own files stay in memory. The tier above keeps chunks that are asked for twice. Values whose
@@ -22,10 +25,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from ....config import format_nbytes
 from ....errors import ConfigError
@@ -33,15 +38,19 @@ from ..base import Got, Parts, RemoteError, checked_answers, checked_get_answers
 from ..blocking_calls import BlockingCalls
 from ..url import RemoteUrl
 from .capacity import DirectoryCapacity
+from .free_space import PERCENT, FreeSpace
 from .value_files import ValueFolder, file_name
+
+logger = logging.getLogger("kvkern")
 
 _STATS_A_THREAD = 32  # rows per thread of `exists`: fewer are not worth another thread
 _RETRY_S = 5.0  # seconds until a failed scan is tried again
+WATCH_S = 1.0  # how often kvkern looks whether others have filled the disk
 
 
 def make(url: RemoteUrl) -> FileStore:
     """Make the store of a URL. Raises ConfigError for a wrong URL or option."""
-    url.check_options("capacity", "direct", "threads", "sync", "scan_s")
+    url.check_options("capacity", "keep_free_percent", "direct", "threads", "sync", "scan_s")
     if url.host or url.port or url.user or url.password or not url.path.strip("/"):
         raise ConfigError(f"{url} does not name a directory of this machine. Say file:///path/of/a/directory")
     direct = url.text("direct", "auto")
@@ -50,6 +59,7 @@ def make(url: RemoteUrl) -> FileStore:
     return FileStore(
         url.path.rstrip("/"),
         url.nbytes("capacity", 0),
+        url.integer("keep_free_percent", PERCENT, 0, 90),
         direct,
         url.integer("threads", 4, 1, 256),
         url.flag("sync", False),
@@ -64,6 +74,7 @@ class FileStore:
         self,
         root: str,
         capacity_nbytes: int,  # 0: half of the file system
+        keep_free_percent: int,  # of the file system
         direct: str,  # auto, yes, no
         threads: int,
         sync: bool,
@@ -71,6 +82,8 @@ class FileStore:
     ) -> None:
         self._root = root
         self._capacity_nbytes = capacity_nbytes
+        self._disk = FreeSpace(root, keep_free_percent)
+        self._said_too_little = False  # that there is less room than the capacity
         self._num_threads = threads
         self._scan_s = scan_s
         self._folder = ValueFolder(root, direct, sync)
@@ -226,12 +239,30 @@ class FileStore:
             if self._capacity is not None:
                 return
             disk_nbytes = self._folder.prepare()
-            if self._capacity_nbytes > disk_nbytes:
+            if not disk_nbytes and not self._capacity_nbytes:
+                raise ConfigError(
+                    f"The file system of file://{self._root} does not say how large it is. Add ?capacity="
+                )
+            if 0 < disk_nbytes < self._capacity_nbytes:
                 raise ConfigError(
                     f"capacity of file://{self._root} is {format_nbytes(self._capacity_nbytes)}, but its file system has "
                     f"{format_nbytes(disk_nbytes)}. Lower the capacity"
                 )
-            self._capacity = DirectoryCapacity(self._root, self._capacity_nbytes or disk_nbytes // 2)
+            capacity_nbytes = self._capacity_nbytes or disk_nbytes // 2
+            self._capacity = DirectoryCapacity(self._root, capacity_nbytes, disk=self._disk, clock=self._folder.clock)
+
+    def _say_what_fits(self, space: DirectoryCapacity) -> None:
+        """Warn if the disk has less room than the capacity. Once, until it has enough again."""
+        room = space.room_nbytes()
+        if room < space.capacity_nbytes and not self._said_too_little:
+            logger.warning(
+                "kvkern: file://%s has a capacity of %s%s, but its disk has room for %s: others use the rest, and %s stay free "
+                "for them. kvkern keeps to that room. Make room, lower the capacity, or give another directory",
+                self._root, format_nbytes(space.capacity_nbytes),
+                "" if self._capacity_nbytes else " (half of the file system)",
+                format_nbytes(room), format_nbytes(self._disk.kept_nbytes()),
+            )  # fmt: skip
+        self._said_too_little = room < space.capacity_nbytes
 
     def _scan_now_and_then(self) -> None:
         """Scan from time to time, on a thread of its own, until the store is closed."""
@@ -243,6 +274,8 @@ class FileStore:
                 if self._capacity is not None:
                     self._capacity.scan()
                     self._capacity.trim()
+                    self._capacity.leave_free()
+                    self._say_what_fits(self._capacity)
                 self._scan_error = None
             except (OSError, ConfigError) as error:  # it may pass; `put` reports it if it needs the scan
                 self._scan_error = error
@@ -250,7 +283,16 @@ class FileStore:
             took_s = time.monotonic() - start
             if self._closed.wait(took_s):
                 return
-            self._scan_now.wait(max(gap_s, 20 * took_s))
+            self._watch_disk(max(gap_s, 20 * took_s))
             self._scan_now.clear()
             if self._closed.is_set():
                 return
+
+    def _watch_disk(self, seconds: float) -> None:
+        """Wait until the next scan is due, and make room meanwhile if others fill the disk."""
+        end = time.monotonic() + seconds
+        while (left_s := end - time.monotonic()) > 0 and not self._scan_now.wait(min(left_s, WATCH_S)):
+            if self._capacity is not None:
+                with suppress(OSError):  # it may pass; the scan reports it
+                    if not self._capacity.leave_free() and self._capacity.used_nbytes and self._capacity.wants_scan:
+                        return

@@ -13,7 +13,6 @@ import fcntl
 import mmap
 import os
 import stat
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from secrets import token_hex
@@ -23,6 +22,7 @@ import numpy as np
 from ....errors import ConfigError
 from ..base import Got, Parts, value_name
 from .capacity import REFRESH_S
+from .clock import FileSystemClock
 
 _ALIGN = 4096  # of memory, sizes and offsets with O_DIRECT
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -50,6 +50,7 @@ class ValueFolder:
         sync: bool,
     ) -> None:
         self._root = root
+        self.clock = FileSystemClock(f"{root}/{os.path.dirname(value_name(bytes(32)))}")
         self._want_direct = want_direct
         self._sync = sync
         self._direct = False
@@ -58,7 +59,10 @@ class ValueFolder:
         self._group_rights = 0  # rights that the directory gives its group
 
     def prepare(self) -> int:
-        """Make the directory if its parent exists, and check what it can do. Returns the bytes of the file system."""
+        """Make the directory if its parent exists, and check what it can do. Returns the bytes of the file system.
+
+        A file system that does not know its size has 0 bytes.
+        """
         try:
             return self._prepare()
         except OSError as error:
@@ -141,7 +145,8 @@ class ValueFolder:
             # Through the page cache, reading the header alone makes the kernel read ahead while it copies.
             if found.st_size != nbytes or _move_all(os.preadv, fd, into, together=bool(direct)) != nbytes:
                 return Got.WRONG_SIZE
-            if abs(time.time() - found.st_mtime) > REFRESH_S:
+            now_ns = self.clock.now_ns()
+            if now_ns is not None and abs(now_ns - found.st_mtime_ns) > REFRESH_S * 1e9:
                 _touch(fd)
             return Got.HIT
         finally:
@@ -182,6 +187,7 @@ class ValueFolder:
             raise ConfigError(
                 f"direct of file://{self._root} is yes, but its file system has no O_DIRECT. Use direct=auto"
             )
+        self.clock.measure()
         disk = os.statvfs(self._root)
         return disk.f_frsize * disk.f_blocks
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,6 +33,18 @@ def bench(store_path: Path) -> Iterator[Bench]:
     bench = Bench(makes(store_path), payload_nbytes=8192)
     yield bench
     bench.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of its own. Its size may be given by indirect parametrization."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '256k')}", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a real full disk is not tested: no tmpfs can be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
 
 def knows_direct(path: Path) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.remote.stores.base import RemoteError
+from kvkern.remote.stores.file import leftovers
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
 from tests.remote.stores.conformance import HIT, MISS, TIMEOUT_S, Bench, Conformance, MakeStore, Memory, key_of
@@ -77,6 +78,7 @@ class TestDirect(Conformance):
     ("file:///", "does not name a directory"), ("file://me:p@/x", "does not name a directory"),
     ("file:///x?direct=maybe", r"direct of file:///x is 'maybe'\. Give auto, yes or no"),
     ("file:///x?threads=0", "threads of file:///x is '0'"), ("file:///x?capacity=lots", "capacity of file:///x is 'lots'"),
+    ("file:///x?keep_free_percent=91", r"keep_free_percent of file:///x is '91'\. Give an integer in 0\.\.90"),
     ("file:///x?scan_s=0", "scan_s of file:///x is '0'"), ("file:///x?dir=1", "unknown key 'dir'.*'direct'"),
 ])  # fmt: skip
 def test_urls_that_are_none(url: str, message: str) -> None:
@@ -165,6 +167,17 @@ def test_a_directory_that_cannot_be_reached_now(store_path: Path, monkeypatch: p
 
     asyncio.run(main())
     assert memory.holds(1, memory.parts(0))
+
+
+def test_a_file_system_that_does_not_know_its_size(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((4096, 4096, *[0] * 8)))
+    with pytest.raises(ConfigError, match=r"does not say how large it is\. Add \?capacity="):
+        open_and_close(makes(store_path))
+    bench = Bench(makes(store_path, f"capacity={2 * VALUE}"), count=1, payload_nbytes=8192)
+    wait_for(lambda: bench.store._capacity._complete)
+    assert [bench.put([key_of(i)], bench.values()) for i in range(4)] == [[True]] * 4
+    assert len(values_in(store_path)) == 2
+    bench.close()
 
 
 def test_reopened(store_path: Path, bench: Bench) -> None:
@@ -303,7 +316,8 @@ bench.put([key_of(1)], bench.values())
 """
 
 
-def test_killed_between_write_and_rename(store_path: Path) -> None:
+def test_killed_between_write_and_rename(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "WATCHED_S", 0.0)
     done = subprocess.run([sys.executable, "-c", CRASH, str(store_path)], cwd=ROOT, timeout=60)
     assert done.returncode == -9
     (left,) = temporaries_in(store_path)

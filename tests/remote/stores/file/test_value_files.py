@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.remote.stores.conformance import HIT, MISS, TIMEOUT_S, UNKNOWN, WRONG
 from tests.remote.stores.file import files
 from tests.remote.stores.file.files import VALUE, file_of, makes, nbytes_in, temporaries_in, values_in, wait_for
 
-store_path, bench = files.store_path, files.bench
+store_path, bench, small_disk = files.store_path, files.bench, files.small_disk
 
 
 def test_rights_follow_the_directory(tmp_path: Path) -> None:
@@ -192,17 +191,6 @@ def test_rights_that_are_lost(store_path: Path, bench: Bench) -> None:
     with pytest.raises(RemoteError, match="Permission denied"):
         bench.put([key_of(2)], bench.values()[:1])
     store_path.joinpath("kvkern1").chmod(0o700)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a real full disk is not tested: no tmpfs can be mounted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], capture_output=True)
 
 
 def test_a_small_disk(small_disk: Path) -> None:
