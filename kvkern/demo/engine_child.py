@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from . import messages
+from . import messages, questions
 from .engine import Engine
 from .engine_process import exit_on_signals
 from .phases import PHASES, MeasuredEngine
@@ -37,7 +37,10 @@ def main() -> None:
             start_s = time.monotonic() - started_s
             engine.warm_up(library.tokens, job.salt)
             emit(messages.Progress(f"engine up after {start_s:.0f} s, warm after {time.monotonic() - started_s:.0f} s"))
-            PHASES[job.phase](MeasuredEngine(engine, documents, job.plan, emit, job.engine.kvkern_socket, job.salt))
+            asked = questions.prompts(Path(job.engine.model)) if job.phase == "float32" else {}
+            PHASES[job.phase](
+                MeasuredEngine(engine, documents, job.plan, emit, job.engine.kvkern_socket, job.salt, asked)
+            )
             if job.until is not None:
                 emit(messages.Ready())
                 while not Path(job.until).exists():

@@ -1,27 +1,38 @@
 """Runs one engine process and yields its events. Knows pipes and process groups; knows nothing of vLLM's API.
 
 The child leads a process group of its own, so a Ctrl-C in the terminal reaches only the parent. The parent then closes
-the child's stdin, and the child stops its engine. A vLLM that is killed instead leaves shared memory behind.
+the child's stdin, and the child stops its engine. An engine that does not stop in time is killed. A killed vLLM leaves its
+shared memory to Python's resource tracker, a process of the same group, so the tracker is left to do its work.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+import textwrap
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from . import messages
+from . import messages, process_group
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 STOP_LIMIT_S = 10.0
+TRACKER_LIMIT_S = 5.0
 LOG_TAIL_LINES = 25
+EXCEPTION = re.compile(
+    r"^(?:\(\S+ pid=\d+\) )?(?:ERROR [\d-]+ [\d:]+ \[\S+\] )?"  # vLLM's prefix of its processes and its log
+    r"(?P<name>(?:\w+\.)*\w*(?:Error|Exception|OutOfText)): (?P<text>.+)$"
+)
+NO_CAUSE = ("Engine core initialization failed", "cancelled")  # what the other processes say when one has failed
+REASON_CHARS = 300
+PYDANTIC_END = " [type="
 
 
 class EngineFailed(RuntimeError):
@@ -128,7 +139,7 @@ def _send(process: subprocess.Popen[bytes], job: messages.Job) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the child to end with its engine, then kill the processes that are left of its group."""
+    """Ask the child to end with its engine, then end the processes that are left of its group."""
     assert process.stdin is not None
     with suppress(BrokenPipeError):
         process.stdin.close()
@@ -136,9 +147,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         pass
-    finally:
-        with suppress(ProcessLookupError):  # no process is left
-            os.killpg(process.pid, signal.SIGKILL)
+    finally:  # also when a second Ctrl-C ends the wait
+        process_group.end(process.pid, TRACKER_LIMIT_S)
         process.wait()
 
 
@@ -147,5 +157,27 @@ def _failure(exit_code: int, job: messages.Job, logs: Logs) -> str:
     if logs.verbose:
         return f"{message}. Its output is above."
     path = logs.path(job.phase)
-    tail = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join([f"{message}. The end of {path}:", *tail])
+    lines = path.read_text(errors="replace").splitlines()
+    if reason := failure_reason(lines):
+        return f"{message}: {reason} Its whole output: {path}"
+    return "\n".join([f"{message}. The end of {path}:", *lines[-LOG_TAIL_LINES:]])
+
+
+def failure_reason(lines: Sequence[str]) -> str | None:
+    """Return the exception that ended an engine as one line, from the output of its processes; None if there is none.
+
+    The last exception counts, but not those of processes that end because another one has failed.
+    """
+    found = None
+    for index, line in enumerate(lines):
+        match = EXCEPTION.search(line)
+        if match is None or match["text"].startswith(NO_CAUSE):
+            continue
+        name, text = match["name"].rpartition(".")[2], match["text"]
+        if name == "ValidationError" and index + 2 < len(
+            lines
+        ):  # pydantic: the text is two lines below, behind the field
+            inner = next((below for below in lines[index + 1 : index + 3] if PYDANTIC_END in below), text)
+            text = inner.partition(PYDANTIC_END)[0].strip()
+        found = textwrap.shorten(f"{name}: {text}", REASON_CHARS, placeholder=" ...")
+    return found

@@ -48,6 +48,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     short_tokens: int = 2000
     long_tokens: int = 8000
     long_runs: int = 3
+    pool_tokens: int = 127 * 128  # vLLM's own KV pool: a long document fits, the overcommit prompts do not
+    block_tokens: int = BLOCK_TOKENS  # length of vLLM's blocks and kvkern's chunks
     pairs: int = 9  # of kvkern hit and native hit, per document
     overcommit_prompts: int = 16  # each of short_tokens; together far larger than vLLM's pool
     reply_tokens: int = 8
@@ -55,8 +57,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     turn_tokens: int = 500  # tokens that the user adds in each turn
     turn_reply_tokens: int = 40
     float32_prompts: int = 2
+    float32_tokens: int = 400
+    question_reply_tokens: int = 32
     node_pairs: int = 5  # like `pairs`, but through a daemon
-    mix: MixedWorkload = MixedWorkload()
+    mix: MixedWorkload | None = MixedWorkload()  # None: the policies are not compared
+    mix_on_small_model: bool = (
+        False  # the policies are compared on model.SMALL, because the demo's model is too slow here
+    )
+
+    @property
+    def longest_tokens(self) -> int:
+        """Return the length of the longest prompt or conversation, replies included."""
+        talk = self.turns * (self.turn_tokens + self.turn_reply_tokens) + self.reply_tokens
+        return max(self.long_tokens + self.reply_tokens, talk, self.float32_tokens + self.reply_tokens)
 
 
 class Job(msgspec.Struct, frozen=True):

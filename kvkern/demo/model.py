@@ -1,7 +1,7 @@
-"""Builds the demo's model: a Llama of random weights and a byte-level BPE tokenizer trained on local text.
+"""Builds models for the demo and the benches: a Llama of random weights and a byte-level BPE tokenizer trained on local text.
 
 Knows files, shapes and seeds; knows nothing of engines. Downloads nothing. Random weights cost an engine exactly as much
-as trained weights do; only the replies make no sense.
+as trained weights do; only the replies make no sense. The module smollm2 has the real model.
 
     std(weight)   = init_std                               q.k spreads enough for attention to pick a few tokens,
     std(o, down)  = init_std / sqrt(2 * layers)            so a wrong KV block changes the reply
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ TRAIN_CHARS = 1_500_000
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the demo's model: 152 M parameters and 12 KiB of KV per token in bf16."""
+    """The shape of a model: by default 152 M parameters and 12 KiB of KV per token in bf16."""
 
     hidden_size: int = 1024
     intermediate_size: int = 2816
@@ -72,18 +72,27 @@ class ModelConfig:
         }
 
 
+# For comparing eviction policies where the demo's model is too slow: 13 M parameters, a tenth of the work per token.
+SMALL = ModelConfig(hidden_size=384, intermediate_size=1024, num_layers=4, num_heads=6, num_kv_heads=2)
+
+
 def ensure(
     config: ModelConfig,
     folder: Path,  # holds one subfolder per model
 ) -> Path:
     """Return the model's folder. Builds it on first use, atomically: no process ever sees a half-built model."""
-    target = folder / config.name()
+    return ensure_folder(folder / config.name(), lambda building: _write(config, building))
+
+
+def ensure_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Return `target`, a model's folder. If it is not there, let `write` fill a folder that then takes its name."""
     if target.is_dir():
         return target
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
     try:
-        _write(config, building)
+        write(building)
         os.replace(building, target)
     except OSError:
         if not target.is_dir():  # otherwise another process finished the same model first

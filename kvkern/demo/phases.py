@@ -5,7 +5,7 @@ except forget, are the cases of the report.
 
 vllm       pass 1 over 16 documents (recompute), pass 2 over the same documents (overcommit_native), then long documents
 kvkern     pass 1 (fill), pass 2 (overcommit_kvkern), then per document: (forget, kvkern_hit, native_hit) x pairs
-float32    recompute, native hit and kvkern hit of the same prompt; all three must agree
+float32    recompute, native hit and kvkern hit of the same prompt, for questions and documents; all three must agree
 first      computes documents through a daemon, and stays up
 second     another engine on the same daemon: (forget, second_engine, native hit) x pairs. Then it kills the daemon and
            repeats the pairs (daemon_restart)
@@ -29,7 +29,7 @@ from typing import Protocol
 import msgspec
 
 from . import mixed_workload, supervised_daemon
-from .messages import BLOCK_TOKENS, Answer, Plan, Progress
+from .messages import Answer, MixedWorkload, Plan, Progress
 from .prompts import PromptLibrary
 
 
@@ -58,7 +58,9 @@ class MeasuredEngine:
         emit: Emit,
         socket: str | None = None,  # socket of the engine's daemon
         salt: str | None = None,
+        questions: Prompts | None = None,  # that a person would ask; none for models that do not chat
     ) -> None:
+        self.questions = questions or {}
         self.engine, self.library, self.plan, self.emit = engine, library, plan, emit
         self.socket, self.salt = Path(socket or ""), salt
         self.overcommit = self._documents("overcommit", plan.overcommit_prompts, plan.short_tokens)
@@ -116,12 +118,20 @@ def vllm_with_kvkern(measured: MeasuredEngine) -> None:
 
 def float32(measured: MeasuredEngine) -> None:
     """Ask in float32, where recompute, native hit and kvkern hit agree. In bf16 vLLM's prefill differs from its own hits."""
-    for prompt_id, prompt in list(measured.overcommit.items())[: measured.plan.float32_prompts]:
-        measured.ask("recompute_float32", prompt_id, prompt)
-        measured.ask("native_hit_float32", prompt_id, prompt)
-        measured.engine.forget()
-        measured.ask("kvkern_hit_float32", prompt_id, prompt)
-        measured.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
+    plan = measured.plan
+    for prompt_id, prompt in measured.questions.items():
+        _compute_and_load(measured, prompt_id, prompt, plan.question_reply_tokens)
+    for index in range(plan.float32_prompts):
+        prompt = measured.library.document(plan.float32_tokens)
+        _compute_and_load(measured, f"float32-{index}", prompt, plan.reply_tokens)
+
+
+def _compute_and_load(measured: MeasuredEngine, prompt_id: str, prompt: list[int], reply_tokens: int) -> None:
+    measured.ask("recompute_float32", prompt_id, prompt, reply_tokens)
+    measured.ask("native_hit_float32", prompt_id, prompt, reply_tokens)
+    measured.engine.forget()
+    measured.ask("kvkern_hit_float32", prompt_id, prompt, reply_tokens)
+    measured.say(f"float32: {len(prompt):,} tokens recomputed, hit natively and loaded")
 
 
 def first_of_node(measured: MeasuredEngine) -> None:
@@ -129,7 +139,7 @@ def first_of_node(measured: MeasuredEngine) -> None:
     documents = _node_documents(measured)
     for prompt_id, prompt in documents.items():
         measured.ask("fill", prompt_id, prompt, 1)
-    chunks = sum(len(prompt) // BLOCK_TOKENS for prompt in documents.values())
+    chunks = sum(len(prompt) // measured.plan.block_tokens for prompt in documents.values())
     supervised_daemon.wait_for(measured.socket, lambda row: row.get("chunks", 0) >= chunks)
     measured.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
 
@@ -190,7 +200,7 @@ def _from_remote(measured: MeasuredEngine, case: str, prompt_id: str, prompt: li
     before = supervised_daemon.stat(measured.socket)["remote_hit_chunks"]
     answer = measured.ask_quietly(case, prompt_id, prompt)
     chunks = supervised_daemon.stat(measured.socket)["remote_hit_chunks"] - before
-    answer = msgspec.structs.replace(answer, remote_tokens=chunks * BLOCK_TOKENS)
+    answer = msgspec.structs.replace(answer, remote_tokens=chunks * measured.plan.block_tokens)
     measured.emit(answer)
     return answer
 
@@ -242,7 +252,7 @@ def _hold_conversation(measured: MeasuredEngine, case: str, *, forget: bool) -> 
 
 def overcommitted(measured: MeasuredEngine, case: str) -> None:
     """Ask the mixed workload for one token each, since only time and loaded tokens count. Then repeat a sample natively."""
-    mix = measured.plan.mix
+    mix = measured.plan.mix or MixedWorkload()
     drawn = mixed_workload.requests(mix)
     texts = {
         source: measured.library.document(length) for source, length in mixed_workload.final_lengths(drawn).items()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -14,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .preconditions import NotReadyError
+from .process_group import end_with_parent
 
 PROGRAMS = ("redis-server", "valkey-server")
 MAX_MEMORY = "1gb"
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
 READY = b"eady to accept connections"  # in the server's log; an answer on the port could come from another process
-_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def running() -> Iterator[str]:
                     program, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no",
                     "--maxmemory", MAX_MEMORY, "--maxmemory-policy", "allkeys-lru",
                 ],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=_end_with_parent,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=end_with_parent,
                 start_new_session=True,  # Ctrl-C must not end the server: the demo needs it to clean up
             )  # fmt: skip
         try:
@@ -54,11 +52,6 @@ def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even if the parent is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:

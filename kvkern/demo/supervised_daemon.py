@@ -18,11 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..arena.file import sweep_stale
 from ..errors import ConfigError
 from ..node.client.admin_client import AdminClient
 from ..node.protocol import MAX_ROWS, Clear, List, Stat
 from .engine_process import EngineFailed, environment
+from .process_group import end_with_parent
 
+SHM = Path("/dev/shm")
 START_LIMIT_S = 120.0
 RESTART_S = 0.5  # pause between the daemon's end and its next start
 
@@ -51,6 +54,7 @@ class Daemon:
         self._thread = threading.Thread(target=self._supervise, name="daemon", daemon=True)
 
     def __enter__(self) -> Daemon:
+        sweep_stale(SHM, f"kvkern-node-{os.getuid()}-demo-")  # of demos that were killed with -9
         self._thread.start()
         try:
             wait_for(self.socket, lambda row: True, START_LIMIT_S)
@@ -69,7 +73,7 @@ class Daemon:
             if self._process is not None:
                 self._process.terminate()
         self._thread.join()
-        for path in Path("/dev/shm").glob(f"*kvkern-node-{os.getuid()}-{self._name}*"):
+        for path in SHM.glob(f"*kvkern-node-{os.getuid()}-{self._name}*"):
             path.unlink()
         self._folder.cleanup()
 
@@ -89,6 +93,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 env=environment(verbose=False),
+                preexec_fn=end_with_parent,  # the thread that forks here lives as long as the demo
                 start_new_session=True,  # Ctrl-C must not reach the daemon: the demo ends it when no engine needs it
             )
             return self._process

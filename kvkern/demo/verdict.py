@@ -1,6 +1,6 @@
 """Judges the answers: did kvkern load anything, and are its answers those that vLLM itself gives?
 
-    bf16      kvkern's answer == native hit's answer for the same prompt at the same cached length, bit for bit
+    any dtype kvkern's answer == native hit's answer for the same prompt at the same cached length, bit for bit
     float32   recompute == native hit == kvkern hit: tokens equal, log-probabilities within FLOAT32_TOLERANCE
     policies  for the same requests GRIT loads at least as many tokens as LRU
     remote    for every request, the second node's daemon read all loaded tokens from the remote store
@@ -45,26 +45,29 @@ class Finding:
         return f"{self.name}: {len(self.problems)} of {self.num_compared} failed; first: {self.problems[0]}{figures}"
 
 
-def check_answers(answers: Sequence[Answer]) -> list[Finding]:
-    """Return every check of the answers' tokens and log-probabilities, in the order in which they are shown."""
-    documents = _against_native("bf16, kvkern hit = native hit", answers, ("kvkern_hit",))
+def check_answers(answers: Sequence[Answer], dtype: str = "bf16", *, policies: bool = True) -> list[Finding]:
+    """Return every check of the answers' tokens and log-probabilities, in the order in which they are shown.
+
+    `dtype` is that of all engines but the float32 one. Without `policies` no engine had an arena that is too small.
+    """
+    documents = _against_native(f"{dtype}, kvkern hit = native hit", answers, ("kvkern_hit",))
     overcommit = _against_native(
-        "bf16, kvkern hit = native hit, prompts beyond the pool", answers, ("overcommit_kvkern",)
+        f"{dtype}, kvkern hit = native hit, prompts beyond the pool", answers, ("overcommit_kvkern",)
     )
-    recheck = _against_native("bf16, kvkern hit = native hit, conversation", answers, ("kvkern_recheck",))
+    recheck = _against_native(f"{dtype}, kvkern hit = native hit, conversation", answers, ("kvkern_recheck",))
     titles = ("another engine's chunks", "after the daemon was killed", "a restarted engine")
     node = [
-        _against_native(f"bf16, {title} = native hit", answers, (case,))
+        _against_native(f"{dtype}, {title} = native hit", answers, (case,))
         for title, case in zip(titles, NODE_CASES, strict=True)
     ]
     return [
         documents,
         overcommit,
         recheck,
-        _against_native_overcommitted(answers),
+        *([_against_native_overcommitted(answers, dtype)] if policies else []),
         *node,
         _without_daemon(answers),
-        _across_engines(answers),
+        _across_engines(answers, dtype),
         _in_float32(answers, "native_hit_float32"),
         _in_float32(answers, "kvkern_hit_float32"),
     ]
@@ -78,7 +81,7 @@ def check_loaded(answers: Sequence[Answer]) -> Finding:
     return Finding("tokens were loaded", len(asked), tuple(empty))
 
 
-def check_remote(answers: Sequence[Answer]) -> list[Finding]:
+def check_remote(answers: Sequence[Answer], dtype: str = "bf16") -> list[Finding]:
     """Return every check of the demo with a remote store. The last one compares tokens and log-probabilities."""
     ours = [answer for answer in answers if answer.case == "remote"]
     empty = [f"{_describe(answer)} loaded nothing" for answer in ours if not answer.loaded_tokens]
@@ -92,7 +95,7 @@ def check_remote(answers: Sequence[Answer]) -> list[Finding]:
         for answer in answers
         if answer.case in ("fill", "recompute") and answer.cached_tokens
     ]
-    equal = _against_native("bf16, another node's chunks = native hit", answers, ("remote",))
+    equal = _against_native(f"{dtype}, another node's chunks = native hit", answers, ("remote",))
     return [
         Finding("tokens were loaded", len(ours), tuple(empty), _median_times(answers)),
         Finding("all of them through the remote store", len(ours), tuple(elsewhere)),
@@ -151,7 +154,7 @@ def _upper_bound_tokens(answers: Sequence[Answer]) -> int:
     return total
 
 
-def _against_native_overcommitted(answers: Sequence[Answer]) -> Finding:
+def _against_native_overcommitted(answers: Sequence[Answer], dtype: str) -> Finding:
     """Compare the sample of conversations that vLLM repeated without kvkern, with the same parts computed."""
     ours, problems = [], []
     for case in POLICY_CASES:
@@ -162,7 +165,7 @@ def _against_native_overcommitted(answers: Sequence[Answer]) -> Finding:
         problems += [f"{_describe(answer)} loaded something" for answer in native.values() if answer.loaded_tokens]
         if not sample:
             problems.append(f"no {case} has a native answer")
-    return Finding("bf16, kvkern hit = native hit, arena overcommitted", len(ours), tuple(problems))
+    return Finding(f"{dtype}, kvkern hit = native hit, arena overcommitted", len(ours), tuple(problems))
 
 
 def _without_daemon(answers: Sequence[Answer]) -> Finding:
@@ -186,11 +189,11 @@ def _against_native(name: str, answers: Sequence[Answer], cases: tuple[str, ...]
     return Finding(name, len(ours), tuple(problems))
 
 
-def _across_engines(answers: Sequence[Answer]) -> Finding:
+def _across_engines(answers: Sequence[Answer], dtype: str) -> Finding:
     alone = {answer.prompt_id: answer for answer in answers if answer.case == "turn_vllm"}
     ours = [answer for answer in answers if answer.case == "turn_kvkern"]
     problems = [problem for answer in ours if (problem := _difference(answer, alone.get(answer.prompt_id)))]
-    return Finding("bf16, conversation = the same one without kvkern", len(ours), tuple(problems))
+    return Finding(f"{dtype}, conversation = the same one without kvkern", len(ours), tuple(problems))
 
 
 def _difference(ours: Answer, reference: Answer | None) -> str | None:

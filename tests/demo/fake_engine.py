@@ -20,7 +20,8 @@ POOL_BLOCKS = 20
 # Four documents of six blocks each evict the first one completely from 20 blocks. One document of 16 blocks fits.
 PLAN = Plan(
     short_tokens=100, long_tokens=256, long_runs=2, pairs=3, overcommit_prompts=5, reply_tokens=3,
-    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2, node_pairs=2,
+    turns=3, turn_tokens=40, turn_reply_tokens=20, float32_prompts=2, float32_tokens=100, node_pairs=2,
+    block_tokens=BLOCK_TOKENS,
     mix=MixedWorkload(
         chunk_tokens=16, arena_chunks=56, opening_tokens=(64, 128), turn_tokens=(16, 32), document_tokens=(128, 256), natives=2,
     ),
@@ -143,13 +144,15 @@ class FakeNode:
         self.engine.kvkern = self.caches
 
 
-def play(phase: str, engine: FakeEngine, plan: Plan = PLAN) -> list[Answer | Progress]:
+def play(
+    phase: str, engine: FakeEngine, plan: Plan = PLAN, questions: dict[str, list[int]] | None = None
+) -> list[Answer | Progress]:
     """Run a phase and return everything it emits."""
     events: list[Answer | Progress] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "supervised_daemon", FakeNode(engine, caches=engine.kvkern))
-        patch.setattr(phases, "BLOCK_TOKENS", BLOCK_TOKENS)
-        phases.PHASES[phase](phases.MeasuredEngine(engine, PromptLibrary(list(range(50_000))), plan, events.append))
+        library = PromptLibrary(list(range(200_000)))
+        phases.PHASES[phase](phases.MeasuredEngine(engine, library, plan, events.append, questions=questions))
     return events
 
 

@@ -21,8 +21,16 @@ from kvkern.demo.prompts import PromptLibrary  # noqa: E402
 from tests.demo.fake_engine import PLAN, FakeEngine, Prefix, all_answers, play, policy_engine  # noqa: E402
 
 TINY = model.ModelConfig(
-    hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=512, max_tokens=64
+    hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=512,
+    max_tokens=16384,
 )  # fmt: skip
+
+
+def model_folder(folder: Path, **fields: object) -> None:
+    """Fill the folder with what the demo looks for before it starts an engine."""
+    (folder / "config.json").write_text(json.dumps(TINY.hf_config() | fields))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (folder / name).touch()
 
 
 def quiet() -> run.PhaseClock:
@@ -259,8 +267,8 @@ def test_table_compares_with_computing_and_with_the_native_hit() -> None:
 
 def test_conclusion_writes_json_as_designed_and_a_chart(tmp_path: Path) -> None:
     options = run.Options(json_path=tmp_path / "deep" / "demo.json", workdir=tmp_path)
-    clock = quiet()
-    assert run._conclude(options, all_answers(), clock) == run.EXIT_OK
+    clock, setup = quiet(), run.Setup(tmp_path, PLAN)
+    assert run._conclude(options, all_answers(), clock, setup) == run.EXIT_OK
     written = json.loads((tmp_path / "deep" / "demo.json").read_text())
     assert {"cpu", "threads", "gpu", "commit", "versions"} <= set(written["meta"])
     assert written["engine"].startswith("vllm ")
@@ -275,8 +283,8 @@ def test_conclusion_writes_json_as_designed_and_a_chart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [{"wrong_when_loaded": True}, {"kvkern": False}])
 def test_a_demo_that_does_not_hold_says_so_and_exits_with_1(tmp_path: Path, flags: dict[str, bool]) -> None:
     options = run.Options(json_path=tmp_path / "demo.json", chart_path=tmp_path / "here.png", workdir=tmp_path)
-    clock = quiet()
-    assert run._conclude(options, all_answers(**flags), clock) == run.EXIT_WRONG
+    clock, setup = quiet(), run.Setup(tmp_path, PLAN)
+    assert run._conclude(options, all_answers(**flags), clock, setup) == run.EXIT_WRONG
     assert "FAIL" in printed(clock)
     written = json.loads((tmp_path / "demo.json").read_text())
     assert not all(check["ok"] for check in written["checks"])
@@ -308,7 +316,7 @@ def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypat
     kept: set[Prefix] = set()
     monkeypatch.setattr(FakeDaemon, "capacities", [])
     monkeypatch.setattr(run.supervised_daemon, "Daemon", FakeDaemon)
-    (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
+    model_folder(tmp_path)
 
     def fake(job: Job, logs: engine_process.Logs) -> Iterator[messages.Event]:
         started.append(job.engine)
@@ -324,15 +332,17 @@ def test_demo_runs_its_engines_with_the_asked_capacity(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(engine_process, "run", fake)
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path, capacity="1GiB"), PLAN) == run.EXIT_OK
-    small = run.arena_capacity(tmp_path, PLAN.mix)
+    assert PLAN.mix is not None
+    small = run.arena_capacity(tmp_path, PLAN.mix, "bfloat16")
     assert [(spec.dtype, spec.kvkern_capacity, spec.kvkern_policy, spec.kvkern_socket is None) for spec in started] == [
-        ("bfloat16", None, None, True), ("bfloat16", "1GiB", None, True), ("bfloat16", small, "lru", True),
-        ("bfloat16", small, "grit", True), ("float32", "1GiB", None, True), *3 * [("bfloat16", None, None, False)],
+        ("float32", "1GiB", None, True), ("bfloat16", None, None, True), ("bfloat16", "1GiB", None, True),
+        ("bfloat16", small, "lru", True), ("bfloat16", small, "grit", True), *3 * [("bfloat16", None, None, False)],
     ]  # fmt: skip
     assert FakeDaemon.capacities == ["1GiB"]
     assert {engine.model for engine in started} == {str(tmp_path)}
     kv_nbytes_per_token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, dim, bf16
-    assert {engine.kv_pool_nbytes for engine in started} == {run.POOL_TOKENS * kv_nbytes_per_token}
+    assert {engine.kv_pool_nbytes for engine in started[1:]} == {PLAN.pool_tokens * kv_nbytes_per_token}
+    assert started[0].kv_pool_nbytes == run.FLOAT32_TOKENS * 2 * kv_nbytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -350,7 +360,7 @@ def test_an_engine_that_dies_and_an_interrupt_have_codes_of_their_own(
         raise failure
 
     monkeypatch.setattr(engine_process, "run", fake)
-    (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
+    model_folder(tmp_path)
     assert run.demo(run.Options(model=tmp_path, workdir=tmp_path), PLAN) == code
 
 
@@ -362,26 +372,38 @@ def test_a_missing_precondition_is_reported_before_an_engine_starts(
     assert run.demo(options, PLAN) == run.EXIT_NOT_READY
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
     assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    (tmp_path / "config.json").write_text(json.dumps(TINY.hf_config()))
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    (tmp_path / "tokenizer.json").touch()
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
+    model_folder(tmp_path, max_position_embeddings=320)
+    assert run.demo(options, PLAN) == run.EXIT_NOT_READY
     monkeypatch.setattr(preconditions, "PACKAGES", ("sys", "no_such_package"))
     assert run.demo(options, PLAN) == run.EXIT_NOT_READY
     printed = capsys.readouterr().out
     for words in (
         "has no config.json",
-        "does not describe an attention model",
+        "does not describe an attention model: KeyError('num_attention_heads')",
+        "has no tokenizer.json",
+        "has no weights: the demo looks for *.safetensors and *.bin",
+        "context has 320 tokens; the demo asks for prompts of at least 1,004",
         "These packages of the demo are not installed: no_such_package. Run",
     ):
         assert words in printed
 
 
 def test_engines_are_sized_by_the_model(tmp_path: Path) -> None:
-    def sizes(config: dict[str, object]) -> tuple[int, str]:
+    def spec(config: dict[str, object]) -> EngineSpec:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return run.engine_spec(tmp_path).kv_pool_nbytes, run.default_capacity(tmp_path)
+        return run.engine_spec(tmp_path)
 
-    small = model.ModelConfig().hf_config()
-    assert sizes(small) == (127 * 128 * 12 << 10, str(2 << 30))
+    small = spec(model.ModelConfig().hf_config())
+    assert (small.kv_pool_nbytes, small.max_model_tokens) == (127 * 128 * 12 << 10, run.MAX_MODEL_TOKENS)
     large = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
-    assert sizes({"text_config": large}) == (127 * 128 * 128 << 10, str(16 << 30))
+    nested = spec({"text_config": large | {"max_position_embeddings": 8192}})
+    assert (nested.kv_pool_nbytes, nested.max_model_tokens) == (127 * 128 * 128 << 10, 8192)
+    gpt2 = spec({"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024})
+    assert (gpt2.kv_pool_nbytes, gpt2.max_model_tokens) == (127 * 128 * 36 << 10, 1024)
 
 
 def test_messages_survive_the_pipe_bit_for_bit() -> None:

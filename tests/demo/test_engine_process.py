@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("tokenizers", reason="the demo's packages are not installed: pip install kvkern[demo]")
 
-from kvkern.demo import engine_process, messages, supervised_daemon
+from kvkern.demo import clock, engine_process, messages, process_group, supervised_daemon
 from kvkern.demo.messages import Done, EngineSpec, Job, Plan, Progress
 
 
@@ -59,6 +62,99 @@ def test_an_engine_that_is_no_longer_wanted_is_told_by_the_end_of_its_stdin(
     assert next(events) == Progress("up")
     events.close()
     assert children[0].returncode == 5  # by itself, not killed
+
+
+MAKES_SHARED_MEMORY = """
+import subprocess
+from multiprocessing import shared_memory
+made = shared_memory.SharedMemory(create=True, size=1 << 20)
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+os.write(fd, message % (made.name, other.pid))
+while True:  # an engine that does not notice the end of its stdin
+    time.sleep(600)
+"""
+
+
+def test_an_engine_that_must_be_killed_leaves_no_process_and_no_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "STOP_LIMIT_S", 0.2)
+    message = messages.encode(Progress("NAME PID")).replace(b"NAME PID", b"%s %d").decode()
+    source = MAKES_SHARED_MEMORY.replace(
+        "message % (made.name, other.pid)", f"({message!r} % (made.name, other.pid)).encode()"
+    )
+    children = _child(monkeypatch, source)
+    events = engine_process.run(JOB, engine_process.Logs(tmp_path, verbose=False))
+    event = next(events)
+    assert isinstance(event, Progress)
+    name, pid = event.text.split()
+    shared = Path("/dev/shm") / name
+    assert shared.exists()
+    events.close()
+    assert children[0].returncode == -9
+    assert not shared.exists()
+    assert not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_a_tracker_that_does_not_end_is_killed_too() -> None:
+    source = "import time; time.sleep(600)  # multiprocessing.resource_tracker"
+    with subprocess.Popen([sys.executable, "-c", source], start_new_session=True) as stuck:
+        while process_group.TRACKER not in Path(f"/proc/{stuck.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        process_group.end(stuck.pid, 0.2)
+        assert stuck.wait(30) == -9
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["starting", "INFO: listening"], None),
+        (
+            [
+                "(EngineCore pid=7) ERROR 11-29 22:30:26 [core:936] EngineCore failed to start.",
+                "(EngineCore pid=7) ERROR 11-29 22:30:26 [core:936] kvkern.errors.ConfigError: capacity 'x' is no size",
+                "Traceback (most recent call last):",
+                "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+            ],
+            "ConfigError: capacity 'x' is no size",
+        ),
+        (
+            [
+                "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "  Value error, User-specified max_model_len (12288) is too long. [type=value_error, input_value=ArgsKwargs]",
+                "    For further information visit a page",
+            ],
+            "ValidationError: Value error, User-specified max_model_len (12288) is too long.",
+        ),
+    ],
+)
+def test_the_cause_of_a_dead_engine_is_one_line(lines: list[str], reason: str | None) -> None:
+    assert engine_process.failure_reason(lines) == reason
+
+
+def test_a_dead_engine_is_reported_in_one_line_where_an_exception_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _child(monkeypatch, "raise ValueError('no such attention')")
+    with pytest.raises(engine_process.EngineFailed) as failed:
+        list(engine_process.run(JOB, engine_process.Logs(tmp_path, verbose=False)))
+    assert str(failed.value).count("\n") == 0
+    assert "ValueError: no such attention Its whole output: " in str(failed.value)
+
+
+def test_a_silence_is_broken_with_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SILENCE_S", 0.05)
+    console = Console(file=io.StringIO(), width=110)
+    assert isinstance(console.file, io.StringIO)
+    with clock.PhaseClock(console) as phase_clock:
+        phase_clock.now("still starting the engine")
+        deadline = time.monotonic() + 30
+        while console.file.getvalue().count("still starting the engine") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    printed = console.file.getvalue()
+    time.sleep(0.2)
+    assert console.file.getvalue() == printed
 
 
 def test_every_engine_keeps_the_same_cpus_free() -> None:
@@ -116,3 +212,15 @@ def test_a_killed_daemon_is_started_again_and_leaves_nothing_behind(tmp_path: Pa
     assert not Path(f"/proc/{second}").exists()
     assert not daemon.socket.parent.exists()
     assert not list(Path("/dev/shm").glob(f"*kvkern-node-{os.getuid()}-demo-{os.getpid()}*"))
+
+
+def test_arenas_of_demos_that_were_killed_are_removed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised_daemon, "START_LIMIT_S", 0.0)
+    left = Path(f"/dev/shm/kvkern-node-{os.getuid()}-demo-0-node")
+    left.write_bytes(b"left")
+    try:
+        with pytest.raises(engine_process.EngineFailed), supervised_daemon.Daemon("none", Path(os.devnull)):
+            pass
+        assert not left.exists()
+    finally:
+        left.unlink(missing_ok=True)

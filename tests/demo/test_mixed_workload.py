@@ -53,10 +53,10 @@ def test_other_seeds_give_other_requests() -> None:
 
 
 def test_the_arena_holds_exactly_the_mixs_arena_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.preconditions, "kv_nbytes_per_token", lambda folder, dtype_nbytes: 12 << 10)
+    monkeypatch.setattr(run.preconditions, "kv_nbytes_per_token", lambda folder, dtype_nbytes: dtype_nbytes * 6 << 10)
     layers = model.ModelConfig().num_layers
     geometry = SlotGeometry(MIX.chunk_tokens * (12 << 10) + layers * ROW_NBYTES, layers)
-    spec = ArenaSpec.for_capacity(geometry, int(run.arena_capacity(tmp_path, MIX)), bytes(32))
+    spec = ArenaSpec.for_capacity(geometry, int(run.arena_capacity(tmp_path, MIX, "bfloat16")), bytes(32))
     assert spec.num_slots == MIX.arena_chunks
 
 

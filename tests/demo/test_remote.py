@@ -116,7 +116,7 @@ def test_no_answers_at_all_are_a_failure() -> None:
 def test_rows_table_chart_and_json(tmp_path: Path) -> None:
     options = run.Options(json_path=tmp_path / "demo.json", workdir=tmp_path, remote=URL)
     clock = run.PhaseClock(Console(file=(out := io.StringIO()), width=110))
-    assert run._conclude(options, remote_answers(), clock) == run.EXIT_OK
+    assert run._conclude(options, remote_answers(), clock, run.Setup(tmp_path, PLAN)) == run.EXIT_OK
     assert "another node, remote" in out.getvalue()
     assert "nothing in memory and read it from the remote store" in " ".join(out.getvalue().split())
     assert (tmp_path / "demo-remote.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -134,7 +134,8 @@ def test_rows_table_chart_and_json(tmp_path: Path) -> None:
 def test_wrong_tokens_of_the_other_node_exit_with_1(tmp_path: Path) -> None:
     options = run.Options(json_path=tmp_path / "demo.json", workdir=tmp_path, remote=URL)
     clock = run.PhaseClock(Console(file=io.StringIO()))
-    assert run._conclude(options, remote_answers(wrong_when_loaded=True), clock) == run.EXIT_WRONG
+    setup = run.Setup(tmp_path, PLAN)
+    assert run._conclude(options, remote_answers(wrong_when_loaded=True), clock, setup) == run.EXIT_WRONG
     assert json.loads((tmp_path / "demo.json").read_text())["tokens_equal"] is False
 
 
@@ -189,6 +190,8 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(remote_store, "check", lambda url: None)
     monkeypatch.setattr(remote_store, "delete", lambda url, keys: made["deleted"].append((url, keys)))
     (tmp_path / "config.json").write_text(json.dumps(model.ModelConfig().hf_config()))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
     made["options"] = run.Options(model=tmp_path, workdir=tmp_path, capacity="1GiB", remote=URL)
     return made
 
