@@ -169,8 +169,8 @@ class ClientConnection(asyncio.Protocol):
             self.refuse(str(error))
         finally:
             self._opening = None  # asyncio reports a failed task as soon as nothing refers to it
-            if not done:
-                self.close("could not be let in")
+            if not done:  # an unexpected error, which asyncio logs
+                self.refuse("the daemon failed while it let this client in; its log says why")
 
     def _handle_early(self) -> None:
         early, self._early = self._early, []

@@ -90,7 +90,7 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self.sessions: Sessions | None = None  # None: there is no arena yet; the first engine decides the slot size
         self.bad_frames = 0
-        self.started = time.time()
+        self._started_s = time.monotonic()
         self._arena: Arena | None = None
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
@@ -289,14 +289,9 @@ class Server:
         Raises ArenaError if the file cannot be opened or has another version. No engine has been let in by then.
         """
         path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
-        try:
-            spec = read_spec(path)
-            if spec is None and is_unfinished_arena(path):
-                path.unlink()
-        except OSError as error:
-            raise ArenaError(
-                f"arena {path} cannot be opened: {error.strerror}; remove it, or use another --name or --arena-dir"
-            ) from error
+        spec = read_spec(path)
+        if spec is None and is_unfinished_arena(path):
+            path.unlink(missing_ok=True)
         if spec is None:
             return
         await self._make_arena(spec)
@@ -308,12 +303,7 @@ class Server:
 
     async def _make_arena(self, spec: ArenaSpec) -> None:
         path = self.config.arena_path
-        try:
-            arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
-        except OSError as error:
-            raise ArenaError(
-                f"arena {path} cannot be made: {error.strerror}; create the folder, make room in it, or use another --arena-dir"
-            ) from error
+        arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
         try:
             await self._serve_arena(arena)
         except BaseException:
@@ -348,7 +338,7 @@ class Server:
         """Carry out a request and answer it. Raises ProtocolError if this client may not send it."""
         state = self.sessions
         if isinstance(request, p.Hello):
-            raise p.ProtocolError("sent Hello twice; open another connection")
+            raise p.ProtocolError("the client sent Hello twice; open another connection")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
             answer = p.Answer(request.id, self._answer_rows(session, request))
             self._send_changes()  # before the answer, because a client may store again what it has cleared
@@ -356,7 +346,9 @@ class Server:
         elif isinstance(request, p.Record):
             connection.wants_requests = True
         elif state is None or not session.number:
-            raise p.ProtocolError(f"sent {type(request).__name__}, but was given no arena; send a geometry in Hello")
+            raise p.ProtocolError(
+                f"the client sent {type(request).__name__}, but has no arena; send a geometry in Hello"
+            )
         elif isinstance(request, p.Acquire):
             keys = framing.split_keys(request.keys)
             found = state.acquire_soon(session, keys, request.prefix, p.to_use(request, session.number))
@@ -447,7 +439,7 @@ class Server:
 
     def _stat(self) -> dict[str, int | float | str]:
         row: dict[str, int | float | str] = {
-            "pid": os.getpid(), "uptime_s": time.time() - self.started, "connections": len(self.connections),
+            "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self.config.arena_path), "bad_frames": self.bad_frames,
         }  # fmt: skip
         if self.sessions is not None:

@@ -45,6 +45,24 @@ FOR_MANY = "16MiB"  # an eighth of it is enough stock for three clients
 OTHER = SlotGeometry(part_nbytes=5000, max_planes=3, world_size=2)
 
 
+def test_uptime_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path))
+    monkeypatch.setattr(server_module.time, "time", lambda: 0.0)
+    assert 0 <= float(server._stat()["uptime_s"]) < 600
+
+
+def test_a_daemon_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine does not wait for `connect_s` seconds for a daemon that cannot make its cache."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault in this test")
+
+    monkeypatch.setattr(server_module, "build_cache", fail)
+    config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path)
+    with served(config), pytest.raises(ConfigError, match="the daemon refuses: the daemon failed while it let"):
+        NodeClient.open(config.socket, "a", GEOMETRY)
+
+
 # -- who is let in -----------------------------------------------------------------------------------------------------
 
 
