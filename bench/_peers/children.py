@@ -7,9 +7,7 @@ of its stdin tells the child to stop, also if the parent was killed. Processes t
 from __future__ import annotations
 
 import json
-import os
 import queue
-import signal
 import subprocess
 import threading
 import time
@@ -18,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from kvkern.demo import process_group
 
 STOP_LIMIT_S = 15.0
 TAIL_LINES = 12
@@ -69,8 +69,7 @@ class Child:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with suppress(ProcessLookupError):  # no process is left
-                os.killpg(self._process.pid, signal.SIGKILL)
+            process_group.end(self._process.pid)
             self._process.wait()
 
     def send(self, job: Mapping[str, Any]) -> None:

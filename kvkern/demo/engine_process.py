@@ -24,7 +24,6 @@ from . import messages, process_group
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 STOP_LIMIT_S = 10.0
-TRACKER_LIMIT_S = 5.0
 LOG_TAIL_LINES = 25
 EXCEPTION = re.compile(
     r"^(?:\(\S+ pid=\d+\) )?(?:ERROR [\d-]+ [\d:]+ \[\S+\] )?"  # vLLM's prefix of its processes and its log
@@ -148,7 +147,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:  # also when a second Ctrl-C ends the wait
-        process_group.end(process.pid, TRACKER_LIMIT_S)
+        process_group.end(process.pid)
         process.wait()
 
 

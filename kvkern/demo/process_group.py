@@ -17,13 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 
 TRACKER = b"multiprocessing.resource_tracker"  # in its command line
+TRACKER_LIMIT_S = 5.0
 PAUSE_S = 0.02
 _PR_SET_PDEATHSIG = 1
 
 
 def end(
     group: int,
-    tracker_limit_s: float,  # a tracker that still runs after this time is killed too
+    tracker_limit_s: float = TRACKER_LIMIT_S,  # a tracker that still runs after this time is killed too
 ) -> None:
     """Kill every process of the group except resource trackers, and wait until those have ended.
 
