@@ -88,6 +88,12 @@ def variable(name: str) -> str:
     return os.environ.get(name, "")
 
 
+def launched_processes() -> int:
+    """Return how many processes torchrun or mpirun says that it has started together. 1 if there is no launcher."""
+    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return max((int(text) for text in told if text.isascii() and text.isdecimal()), default=1)
+
+
 def nvtx_requested() -> bool:
     """Return True if KVKERN_NVTX asks for named ranges in profiles. See transfer/nvtx.py."""
     return os.environ.get("KVKERN_NVTX", "") not in ("", "0")

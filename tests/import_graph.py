@@ -28,6 +28,7 @@ LEVELS = {
     "kvkern.policy": 1,
     "kvkern.config": 1,
     "kvkern.arena": 1,
+    "kvkern.api_arguments": 2,
     "kvkern.transfer": 2,
     "kvkern.tiers": 2,
     "kvkern.remote": 2,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -18,26 +19,22 @@ import pytest
 import torch
 
 import kvkern
+from kvkern import api
 from kvkern.api import PagedCache
-from kvkern.errors import ArenaError, ConfigError, KvkernError, LayoutError
-from tests.support import guarded, run_in_threads
-
-NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 40, 4, 2
-CHUNK = BLOCK_TOKENS * PER_CHUNK
-SLOT_NBYTES = 4096 + 4096  # header and one part
-
-
-def make_tensors(seed: int = 0) -> list[torch.Tensor]:
-    shape = (2, NUM_BLOCKS, BLOCK_TOKENS, 2, 16)
-    return [guarded(2 * NUM_BLOCKS * 256, seed + i)[0].view(torch.bfloat16).view(shape) for i in range(2)]
-
-
-def open_cache(tensors: list[torch.Tensor], folder: Path, slots: int = 16, **options: Any) -> PagedCache:
-    defaults = {
-        "model": "m", "weights": "w", "blocks_per_chunk": PER_CHUNK, "capacity": 4096 + slots * SLOT_NBYTES,
-        "arena_dir": folder, "threads": 1,
-    }  # fmt: skip
-    return kvkern.open_cache(kvkern.layout.flash_attention(tensors), tensors, **(defaults | options))
+from kvkern.errors import ConfigError, KvkernError, LayoutError
+from tests.small_cache import (
+    BLOCK_TOKENS,
+    CHUNK,
+    ELSEWHERE,
+    NUM_BLOCKS,
+    TABLE,
+    TOKENS,
+    blocks_of,
+    make_tensors,
+    open_cache,
+    same,
+)
+from tests.support import run_in_threads
 
 
 @pytest.fixture
@@ -49,19 +46,6 @@ def tensors() -> list[torch.Tensor]:
 def cache(tensors: list[torch.Tensor], tmp_path: Path) -> Iterator[PagedCache]:
     with closing(open_cache(tensors, tmp_path)) as cache:
         yield cache
-
-
-def blocks_of(tensors: list[torch.Tensor], table: Any) -> list[np.ndarray[Any, Any]]:
-    return [t[:, np.asarray(table).tolist()].contiguous().view(torch.uint8).numpy() for t in tensors]
-
-
-def same(a: list[np.ndarray[Any, Any]], b: list[np.ndarray[Any, Any]]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-TOKENS = list(range(100, 100 + 3 * CHUNK + 5))  # three chunks and a rest
-TABLE = [9, 3, 0, 39, 17, 4, 8]
-ELSEWHERE = [20, 21, 30, 29, 28, 27, 11]
 
 
 def test_store_match_load(cache: PagedCache, tensors: list[torch.Tensor]) -> None:
@@ -227,6 +211,42 @@ def test_salts_and_models_never_meet(tensors: list[torch.Tensor], tmp_path: Path
     assert len(set(keys)) == len(variants)
 
 
+def test_one_cache_serves_all_salts(cache: PagedCache, tensors: list[torch.Tensor]) -> None:
+    """A chunk of one salt is a miss for every other, and a call without a salt is a tenant of its own."""
+    tables = {None: [0, 1], "a": [2, 3], "b": [4, 5]}
+    for salt, table in tables.items():
+        assert cache.store(TOKENS[:CHUNK], table, salt=salt) == 1
+    for salt, table in tables.items():
+        with cache.match(TOKENS, salt=salt) as hit:
+            assert cache.load(hit, [20, 21]) == CHUNK
+        assert same(blocks_of(tensors, [20, 21]), blocks_of(tensors, table))
+    assert cache.clear("a") == 1
+    assert [cache.match(TOKENS, salt=salt).num_tokens for salt in tables] == [CHUNK, 0, CHUNK]
+
+
+def test_a_salt_of_a_call_is_the_salt_of_open_cache(tensors: list[torch.Tensor], tmp_path: Path) -> None:
+    with closing(open_cache(tensors, tmp_path)) as cache, closing(open_cache(tensors, tmp_path, salt="a")) as salted:
+        assert cache.keys(TOKENS, salt="a") == salted.keys(TOKENS) != cache.keys(TOKENS)
+        assert salted.keys(TOKENS, salt="b") == cache.keys(TOKENS, salt="b")
+
+
+def test_a_store_with_its_match_needs_no_salt_and_no_extras(cache: PagedCache) -> None:
+    """A store that forgot them would give one tenant's KV to all, or the KV of an image to the same text without it."""
+    extras = {1: b"a" * 32}
+    with cache.match(TOKENS, extras, salt="a") as hit:
+        pass
+    assert cache.store(TOKENS, TABLE, match=hit) == 3
+    for salt, given, chunks in ((None, extras, 0), (None, None, 0), ("a", None, 1), ("a", extras, 3)):
+        with cache.match(TOKENS, given, salt=salt) as found:
+            assert found.num_tokens == chunks * CHUNK
+
+
+def test_more_salts_than_are_kept(cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache._tenants, "_limit", 2)
+    keys = {cache.keys(TOKENS, salt=f"{i % 5}")[0] for i in range(20)}
+    assert (len(keys), len(cache._tenants)) == (5, 2)
+
+
 def test_threads_on_distinct_blocks(tmp_path: Path) -> None:
     """Eight threads store and load through one cache. Every load returns the bytes that the thread stored."""
     tensors = make_tensors()
@@ -247,64 +267,6 @@ def test_threads_on_distinct_blocks(tmp_path: Path) -> None:
         assert wrong == []
         assert cache.stats()["faults"] == 0
         assert cache.stats()["hit_chunks"] > 400
-
-
-REFUSED: dict[str, tuple[Callable[[PagedCache, Any], object], type[KvkernError], str]] = {
-    "short table, store": (lambda c, hit: c.store(TOKENS, TABLE[:5]), ConfigError, "has 5 blocks; 3 chunks need 6"),
-    "short table, load": (lambda c, hit: c.load(hit, TABLE[:5]), ConfigError, "has 5 blocks; 3 chunks need 6"),
-    "start inside a block": (lambda c, hit: c.load(hit, TABLE, 3), ConfigError, "start is 3; .* block size 4"),
-    "start behind the match": (lambda c, hit: c.load(hit, TABLE, 4 * CHUNK), ConfigError, "start is 32"),
-    "token": (lambda c, hit: c.match([-1] * CHUNK), LayoutError, r"\[0, 2\^32\)"),
-    "extra": (lambda c, hit: c.match(TOKENS, {0: b"short"}), LayoutError, "extra of chunk 0 has 5 bytes"),
-    "block, store": (lambda c, hit: c.store([5] * CHUNK, [0, NUM_BLOCKS]), LayoutError, "block id 40 .*is outside"),
-    "block, load": (lambda c, hit: c.load(hit, [*TABLE[:5], NUM_BLOCKS]), LayoutError, "block id 40 .*is outside"),
-    "block far away": (lambda c, hit: c.store([5] * CHUNK, [0, 1 << 40]), (KvkernError, OverflowError), r"\w"),  # type: ignore[dict-item]
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_refused(cache: PagedCache, name: str) -> None:
-    call, error, message = REFUSED[name]
-    cache.store(TOKENS, TABLE)
-    with cache.match(TOKENS) as hit, pytest.raises(error, match=message):
-        call(cache, hit)
-
-
-@pytest.mark.parametrize("table", [[0, NUM_BLOCKS], [0, -2]], ids=str)
-def test_a_refused_store_gives_its_slots_back(cache: PagedCache, table: list[int]) -> None:
-    """The same tokens can then be stored with a correct table."""
-    with pytest.raises(KvkernError):
-        cache.store([5] * CHUNK, table)
-    assert cache.stats()["free_slots"] == cache.stats()["slots"]
-    assert cache.store([5] * CHUNK, [0, 1]) == 1
-
-
-def test_an_absent_block_is_never_stored_as_zeros(cache: PagedCache, tensors: list[torch.Tensor]) -> None:
-    """Engines pad block tables with -1. A chunk that was not computed must not become a hit."""
-    try:
-        stored = cache.store(TOKENS, [*TABLE[:3], -1, *TABLE[4:]])
-    except KvkernError:
-        stored = 0
-    assert stored in (0, 1)
-    with cache.match(TOKENS) as hit:
-        assert hit.num_tokens <= CHUNK
-
-
-def test_block_ids_are_not_cut_to_32_bits(cache: PagedCache) -> None:
-    with pytest.raises(KvkernError):
-        cache.store([5] * CHUNK, np.array([0, (1 << 32) + 5]))
-
-
-@pytest.mark.parametrize("start", [-BLOCK_TOKENS, -CHUNK])
-def test_a_negative_start_is_refused(cache: PagedCache, start: int) -> None:
-    cache.store(TOKENS, TABLE)
-    with cache.match(TOKENS) as hit, pytest.raises(ConfigError):
-        cache.load(hit, ELSEWHERE, start)
-
-
-def test_a_negative_start_of_a_store_is_refused(cache: PagedCache) -> None:
-    with pytest.raises(ConfigError):
-        cache.store(TOKENS, TABLE, start=-CHUNK)
 
 
 def test_bad_input_loses_nothing_that_is_stored(cache: PagedCache) -> None:
@@ -328,27 +290,6 @@ def test_a_released_match_harms_nobody(tensors: list[torch.Tensor], tmp_path: Pa
         with cache.match(other) as now:
             assert cache.load(now, ELSEWHERE) == 3 * CHUNK
         assert cache.stats()["bad_chunks"] == 0
-
-
-OPENING: dict[str, tuple[dict[str, Any], type[KvkernError], str]] = {
-    "no capacity": ({"capacity": "0GiB"}, ConfigError, "capacity is '0GiB'"),
-    "absurd capacity": ({"capacity": "64TiB"}, ArenaError, "Lower `capacity`"),
-    "less than a slot": ({"capacity": 4096}, ConfigError, "holds no slot"),
-    "option": ({"capasity": 1}, ConfigError, "did you mean 'capacity'"),
-    "blocks per chunk": ({"blocks_per_chunk": 0}, ConfigError, "blocks_per_chunk is 0"),
-    "no model": ({"model": ""}, ConfigError, "must not be empty"),
-    "no weights": ({"weights": ""}, ConfigError, "must not be empty"),
-    "folder": ({"arena_dir": "/nowhere"}, ConfigError, "no directory"),
-}
-
-
-@pytest.mark.parametrize("name", OPENING)
-def test_opening_refuses(tensors: list[torch.Tensor], tmp_path: Path, name: str) -> None:
-    """The error names the reason, and no file is left behind."""
-    options, error, message = OPENING[name]
-    with pytest.raises(error, match=message):
-        open_cache(tensors, tmp_path, **options)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_opening_proves_the_layout(tmp_path: Path) -> None:
@@ -391,6 +332,22 @@ def test_close_ends_the_threads(tensors: list[torch.Tensor], tmp_path: Path) -> 
     cache.close()
     cache.close()
     assert threading.active_count() == before
+
+
+def test_the_examples_of_the_package_and_the_module_run(
+    tensors: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope: dict[str, Any] = {
+        "layout": kvkern.layout.flash_attention(tensors), "tensors": tensors, "revision": "r", "tokens": TOKENS,
+        "block_table": [*TABLE, 5],
+    }  # fmt: skip
+    for module in (kvkern, api):
+        assert module.__doc__ is not None
+        lines = module.__doc__.partition("\n\n")[2].replace('"8GiB"', '"1MiB"')
+        example = textwrap.dedent(lines.partition("\nThe package")[0])
+        exec(compile("import kvkern\n" + example, module.__name__, "exec"), scope)  # noqa: S102
+        scope["cache"].close()
+    assert scope["num_loaded"] == 0
 
 
 def test_package_exports() -> None:

@@ -19,7 +19,6 @@ from kvkern.assemble import build_cache, build_copier, open_arena
 from kvkern.config import Config
 from kvkern.kernels.layout import PagedLayout
 from kvkern.kernels.paged_tensors import PagedTensors
-from kvkern.tiers.base import ChunkShape
 from tests.paged_engine import VOCAB, PagedEngine
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,7 +46,7 @@ def with_cache(engine: PagedEngine, cache: PagedCache, tokens: list[int]) -> tup
     with cache.match(tokens[:-1]) as hit:
         num_loaded = cache.load(hit, table)
     logits = engine.compute(tokens, num_loaded, table)
-    cache.store(tokens, table)
+    cache.store(tokens, table, match=hit)
     engine.release(table)
     return logits, num_loaded
 
@@ -154,12 +153,11 @@ class Shared:
         self.arena = open_arena(config, SlotGeometry(parts.pop(), 6), "shared", expected=1)
         assert not parts
         cache = build_cache(self.arena)
-        shape = ChunkShape(spaces[0].root, group=0, chunk_tokens=chunk_tokens)
         self.caches = []
         for engine, layout, space in zip(engines, layouts, spaces, strict=True):
             paged = PagedTensors.bind(layout, engine.kv_caches)
             copier = build_copier(config, self.arena, [paged], 0, chunk_tokens // layout.block_tokens)
-            self.caches.append(PagedCache(cache, copier, self.arena.close, space, shape))
+            self.caches.append(PagedCache(cache, copier, self.arena.close, space))
 
 
 def test_engines_of_other_page_sizes_read_each_others_chunks(tmp_path: Path) -> None:

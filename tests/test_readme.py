@@ -32,6 +32,10 @@ def test_the_example_loads_what_it_stored() -> None:
     scope["block_table"] = [11, 12, 13, 14, 15, 16, 17]
     exec(compile(use, str(README), "exec"), scope)  # noqa: S102
     assert prefilled == [100, 4]
+    scope |= {"tokens": list(range(96)), "block_table": [31, 32, 33, 34, 35, 36]}
+    exec(compile(use, str(README), "exec"), scope)  # noqa: S102
+    assert prefilled[2] >= 1  # a prompt of whole cached chunks: an engine still needs the logits of its last token
+    scope["tokens"] = list(range(100))
     scope["prefill"] = lambda tokens, table: None
     scope["block_table"] = [21, 22, 23, 24, 25, 26, 27]
     exec(compile(use, str(README), "exec"), scope)  # noqa: S102

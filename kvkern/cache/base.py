@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 NO_LEASE = Lease((), ())
 NO_RESERVATION = Reservation((), (), ())
+ONE_ROUND = 1 << 62  # `round_chunks` of a cache that gives all its slots to one reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,10 @@ class ChunkCache(Protocol):
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
     ) -> Reservation:
         """Reserve slots for the chunks of `wanted` that are neither cached nor being written."""
+
+    @property
+    def round_chunks(self) -> int:
+        """The most chunks that one `reserve` should ask for. A larger store goes in rounds: reserve, copy, commit."""
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Return True if `reserve` has slots for these now, or never will have. False: ask again a little later."""

@@ -33,7 +33,7 @@ from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..tiers.base import ChunkShape, Lease, Reservation
 from ..tiers.hbm import HbmTier, SlotMover, begin_moved_slots, finish_moved_slots
-from .base import NO_LEASE, NO_RESERVATION, Faults, RequestEnd, completed
+from .base import NO_LEASE, NO_RESERVATION, ONE_ROUND, Faults, RequestEnd, completed
 from .manager import Cache
 
 logger = logging.getLogger("kvkern")
@@ -211,6 +211,11 @@ class HbmCache:
             hbm=hbm,
             dram=dram,
         )
+
+    @property
+    def round_chunks(self) -> int:
+        """See ChunkCache. No store needs a second round, which could evict what the first one stored."""
+        return ONE_ROUND
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Return True: `reserve` never needs to wait for slots."""

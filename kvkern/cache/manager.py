@@ -19,7 +19,7 @@ from ..metrics import CacheCounters
 from ..policy.base import Use
 from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
 from ..tiers.dram import DramTier
-from .base import NO_LEASE, NO_RESERVATION, BackingTier, Faults, RequestEnd, completed
+from .base import NO_LEASE, NO_RESERVATION, ONE_ROUND, BackingTier, Faults, RequestEnd, completed
 
 logger = logging.getLogger("kvkern")
 
@@ -134,6 +134,11 @@ class Cache:
             self.counters.evicted_chunks += len(reservation.evicted)
             return reservation
         return NO_RESERVATION
+
+    @property
+    def round_chunks(self) -> int:
+        """See ChunkCache. No store needs a second round, which could evict what the first one stored."""
+        return ONE_ROUND
 
     def has_room(self, wanted: Sequence[bytes]) -> bool:
         """Return True: `reserve` never needs to wait for slots."""

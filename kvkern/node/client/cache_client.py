@@ -1,6 +1,7 @@
 """An engine's side of the node's cache: the methods of `ChunkCache`, answered by a daemon.
 
-The client keeps a replica of the daemon's index, so a lookup that misses costs no round trip. It keeps a stock of granted
+The client keeps a replica of the daemon's index, so a lookup that misses waits for nobody: the daemon is told of it, for
+its counters and its policy, and the answer is not awaited. It keeps a stock of granted
 slots, so a store can begin at once. Only an acquire asks the daemon, because only a pinned chunk is a promise. The methods
 ending in `_soon` never wait for the daemon. While the daemon is away everything is a miss. The link
 (reconnecting_link.py) reads, writes and connects again.
@@ -157,7 +158,8 @@ class NodeClient:
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """Pin the longest cached prefix, or with `prefix=False` every cached chunk.
 
-        The future is done at once on a sure miss, else when the daemon answers or has been silent for ANSWER_S.
+        The future is done at once on a sure miss, else when the daemon answers or has been silent for ANSWER_S. The daemon
+        is asked for all keys in either case, so that it counts misses and its policy learns of them.
         """
         result: Future[Lease] = _uncancellable_future()
         asked = list(keys[: p.MAX_KEYS])
@@ -166,24 +168,27 @@ class NodeClient:
             self.counters.lookup_chunks += len(keys)
             # A remote store may hold chunks that no index names.
             remote = self._link.remote and use is not None and bool(use.namespace)
-            if self._synced and not (remote or self._unanswered_publishes or self._link.has_unread()):
-                if prefix:
-                    asked = asked[: prefix_length(asked, self._replica)]
-                else:
-                    asked = [key for key in asked if key in self._replica]
             if not asked or not self.connected:
                 result.set_result(NO_LEASE)
                 return result
+            if self._synced and not (remote or self._unanswered_publishes or self._link.has_unread()):
+                likely = asked[:1] if prefix else asked
+                if self._replica.isdisjoint(likely):
+                    result.set_result(NO_LEASE)
             connection = self._connection
 
             def on_answer(response: p.Response | None) -> None:
                 lease: Lease = NO_LEASE
                 if isinstance(response, p.Acquired) and response.slots and self._in_range(response, len(asked)):
+                    if result.done():  # another engine has just stored it, and nobody waits any more
+                        self._link.send(p.Release([response.lease]))
+                        return
                     found = tuple(asked[row] for row in response.rows)
                     lease = NodeLease(found, tuple(response.slots), response.lease, connection)
                     self.counters.hit_chunks += len(found)
                     self._held += 1
-                result.set_result(lease)
+                if not result.done():
+                    result.set_result(lease)
 
             namespace, about_request = use.namespace if use is not None else b"", p.request_fields(use)
             self._link.ask(
@@ -243,6 +248,13 @@ class NodeClient:
                 tuple(granted), slots, generations, dropped, chain=tuple(chain),
                 namespace=shape.namespace, connection=self._connection, use=use,
             )  # fmt: skip
+
+    @property
+    def round_chunks(self) -> int:
+        """See ChunkCache: half of the slots that the daemon grants. While one half is written, the other half comes."""
+        with self._lock:
+            limit = self._limit if self._limit < NO_LIMIT else FIRST_STOCK_GOAL
+            return min(MAX_PUBLISH, max(1, limit // 2))
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Ask the daemon to publish the chunks that every rank has written. The result is how many it published."""
