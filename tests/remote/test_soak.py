@@ -47,6 +47,7 @@ ROUND_S = 3.0, 9.0
 ENGINES = 3  # per node
 PATIENCE_S, TIMEOUT_S = 0.3, 1.0  # of a request; of a call
 LATE_S = 10.0  # delay of a busy machine
+SLOW_TOKENS_S = 16 / 0.2  # prompt tokens a second of an engine for which every read pays: a chunk takes 0.2 s
 MAX_REMEMBERED = 300
 SLOTS = 64
 ROOTS = (NAMESPACE, key("another namespace"), key("a third one"))
@@ -127,7 +128,7 @@ class Engine(threading.Thread):
         elif what < 0.97:
             self._node.cache.drop(self._rng.sample(chain, 2))
         else:
-            self._node.tier.note_prefill(16 / self._rng.choice((0.001, 0.05, 0.2)))
+            self._node.tier.note_prefill(self._rng.choice((16 / 0.001, 16 / 0.05, SLOW_TOKENS_S)))
 
     def _sequence(self) -> tuple[list[bytes], Use]:
         """Few names, each with its own namespace, so that nodes and engines use the same chunks."""
@@ -411,7 +412,14 @@ def at_rest(node: Node) -> None:
 
 
 def recovered(folder: Path, url: str, nodes: list[Node], seed: int) -> None:
-    """Both nodes hit what a third node writes now."""
+    """Both nodes hit what a third node writes now.
+
+    The engines compute slowly by now. Behind a fast one the tier is right to compute: at the engines' fastest speed a busy
+    machine cannot ask for the last chunk in a fifth of the time to compute it, so that chunk would never come.
+    """
+    for node in nodes:
+        for _ in range(50):  # the speed is smoothed
+            node.tier.note_prefill(SLOW_TOKENS_S)
     other = make_node(folder, url, Persist.ALL, slots=16)
     try:
         chain = chain_keys(("recovered", seed), 5)
