@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from .bounded_dict import BoundedDict
+
+MAX_REQUESTS = 4096  # whose lookups are remembered; an engine has a few hundred at a time
 
 
 @dataclass(slots=True)
@@ -40,3 +45,22 @@ class CacheCounters:
     def snapshot(self) -> dict[str, int | float]:
         """Return all counters and the hit ratio."""
         return {**asdict(self), "hit_ratio": self.hit_ratio}
+
+
+class CountedRequests:
+    """Remembers which lookups are counted: a request that waits asks again and again, and counts once. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._counted: BoundedDict[tuple[int, bytes], int] = BoundedDict(MAX_REQUESTS)  # -> chunks of the sequence
+
+    def num_new(
+        self,
+        request: int,  # number of the request, see policy.base.Use; 0: every lookup counts
+        keys: Sequence[bytes],  # of the sequence, from its first chunk on
+    ) -> int:
+        """Return how many of `keys` the request asks for the first time: the last ones. They count as asked for from now on."""
+        if not request or not keys:
+            return len(keys)
+        before = self._counted.get((request, keys[0]), 0)
+        self._counted.put((request, keys[0]), max(before, len(keys)))
+        return max(0, len(keys) - before)

@@ -61,6 +61,9 @@ class ChunkCache(Protocol):
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """Pin the longest cached prefix, or all cached chunks. Never blocks. The caller must release the lease."""
 
+    def count_lookups(self, lookups: int, hits: int) -> None:
+        """Count chunks that were looked up and served by calls whose `use.counts_itself` is set."""
+
     def release(self, lease: Lease) -> int:
         """End a lease. Returns how many of its chunks failed verification."""
 

@@ -164,6 +164,12 @@ class HbmCache:
             raise
         return result
 
+    def count_lookups(self, lookups: int, hits: int) -> None:
+        """See ChunkCache."""
+        with self._lock:
+            self.counters.lookup_chunks += lookups
+            self.counters.hit_chunks += hits
+
     def release(self, lease: Lease) -> int:
         """See ChunkCache."""
         if not isinstance(lease, HbmOverDramLease):

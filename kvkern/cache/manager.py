@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from ..metrics import CacheCounters
+from ..metrics import CacheCounters, CountedRequests
 from ..policy.base import Use
 from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
 from ..tiers.dram import DramTier
@@ -44,6 +44,7 @@ class Cache:
             None  # namespaces that may be above their quotas; None: there are no quotas
         )
         self.counters = CacheCounters()
+        self._counted = CountedRequests()
         self.faults = Faults(self.counters)
 
     def lookup(self, keys: Sequence[bytes]) -> int:
@@ -69,21 +70,32 @@ class Cache:
         """
         return self.acquire_soon(keys, prefix, use).result()
 
-    def _acquire(self, keys: Sequence[bytes], prefix: bool, use: Use | None) -> Lease:
+    def _acquire(self, keys: Sequence[bytes], prefix: bool, use: Use) -> tuple[Lease, Use]:
+        """Return what DRAM has, and the use for the remote tier: a question that was counted before does not count there."""
         with self._lock, self.faults.are_misses():
             self._end_late_leases()
             lease = self._dram.acquire(keys, prefix, self._timed(use))
-            self.counters.lookup_chunks += len(keys)
-            self.counters.hit_chunks += len(lease.slots)
-            return lease
-        return NO_LEASE
+            if not use.counts_itself:
+                new = self._counted.num_new(use.request, keys)
+                asked = set(keys[len(keys) - new :])
+                self.counters.lookup_chunks += new
+                self.counters.hit_chunks += sum(key in asked for key in lease.keys)
+                use = replace(use, counts_itself=not new)
+            return lease, use
+        return NO_LEASE, use
+
+    def count_lookups(self, lookups: int, hits: int) -> None:
+        """See ChunkCache."""
+        with self._lock:
+            self.counters.lookup_chunks += lookups
+            self.counters.hit_chunks += hits
 
     def acquire_soon(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Future[Lease]:
         """See ChunkCache. The result is there at once, unless chunks come from a remote store."""
-        lease = self._acquire(keys, prefix, use)
+        lease, use = self._acquire(keys, prefix, use or _UNKNOWN)
         if self._remote is None or len(lease.keys) == len(keys):
             return completed(lease)
-        return self._remote.extend(lease, keys, prefix, use or _UNKNOWN)
+        return self._remote.extend(lease, keys, prefix, use)
 
     def release(self, lease: Lease) -> int:
         """End a lease. Drops the chunks that the reader marked BAD, and returns their number."""
@@ -222,7 +234,8 @@ class Cache:
             self._dram.publish(reservation, namespace, self._timed(use), computed=False)
             keys = reservation.keys if pin else ()
             lease = self._dram.lease(keys[: self._dram.contains(keys)] if prefix else keys)
-            self.counters.hit_chunks += len(lease.keys)
+            if use is None or not use.counts_itself:
+                self.counters.hit_chunks += len(lease.keys)
             if self._grown_namespaces is not None:
                 self._grown_namespaces.add(namespace)
             return lease

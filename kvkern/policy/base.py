@@ -37,6 +37,7 @@ class Use:
     output_tokens: int = -1  # of the reply; known at its end
     stop: Stop = Stop.UNKNOWN  # known at its end
     session: int = 0  # equal numbers: one conversation; 0: unknown, the policy has to infer it from the chain
+    counts_itself: bool = False  # the caller counts lookups and hits, see ChunkCache.count_lookups; no policy reads it
 
 
 class EvictionPolicy(Protocol):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ..arena.file import Arena
 from ..arena.process_identity import process_start
 from ..bounded_dict import BoundedDict
-from ..metrics import CacheCounters
+from ..metrics import CacheCounters, CountedRequests
 from ..tiers.base import ChunkShape, Reservation
 from ..tiers.slot_headers import begin_slots
 from .cache_interface import CacheSide, FaultsAsMisses
@@ -66,6 +66,7 @@ class PrefixReader:
         self._owner = (os.getpid(), process_start(os.getpid()))
         self._being_read: dict[bytes, asyncio.Future[None]] = {}  # key -> the end of the window that reads it
         self._lock = threading.Lock()  # protects the lines below
+        self._counted = CountedRequests()
         self.num_waiting = 0  # requests in `serve`; some may be answered already
 
     # -- a request -----------------------------------------------------------------------------------------------------
@@ -81,11 +82,12 @@ class PrefixReader:
         with self._lock:
             if not missing or not request.use.namespace or self.num_waiting >= MAX_WAITING:
                 return False
-            self._counters.remote_lookup_chunks += missing
+            new = min(missing, self._counted.num_new(request.use.request, request.keys))
+            self._counters.remote_lookup_chunks += new
             if not self._store_works() or (request.prefix and self._presence.is_absent(request.keys[len(lease.keys)])):
                 return False
             if self._calls.stalled or not self._costs.worth_asking(missing, request.chunk_tokens):
-                self._counters.remote_unasked_chunks += missing
+                self._counters.remote_unasked_chunks += new
                 return False
             self.num_waiting += 1
         return True
@@ -135,7 +137,7 @@ class PrefixReader:
 
     def _lease_cached(self, request: WaitingRequest, keys: list[bytes]) -> list[bytes]:
         """Lease chunks that other requests have brought meanwhile. Returns the keys that are still missing."""
-        found = self._cache.lease(keys, request.prefix, hit=True)
+        found = self._cache.lease(keys, request.prefix, hit=not request.use.counts_itself)
         if not found.keys:
             return keys
         request.leases.append(found)

@@ -237,3 +237,22 @@ def test_declined_chunks_are_counted(cache: Cache, arena: Arena) -> None:
     assert put(cache, arena, chain_keys("a", 10)) == 0  # all room is this sequence's own
     assert (cache.counters.declined_chunks, cache.counters.dropped_chunks) == (2, 0)
     assert cache.counters.evicted_chunks == 0
+
+
+def test_a_request_that_asks_again_counts_once(cache: Cache, arena: Arena) -> None:
+    """vLLM asks for a waiting request again and again. What it asks for the first time counts, hit or not."""
+    chain, other = chain_keys("a", 6), chain_keys("b", 2)
+    put(cache, arena, chain[:4])
+    for _ in range(20):
+        cache.release(cache.acquire(chain[:3], use=Use(request=7)))
+        cache.release(cache.acquire(other, use=Use(request=7), prefix=False))
+    assert (cache.counters.lookup_chunks, cache.counters.hit_chunks) == (5, 3)
+    for _ in range(2):
+        cache.release(cache.acquire(chain, use=Use(request=7)))  # it has grown
+    assert (cache.counters.lookup_chunks, cache.counters.hit_chunks) == (8, 4)
+    for request in (8, 0, 0):
+        cache.release(cache.acquire(chain[:3], use=Use(request=request)))
+    assert (cache.counters.lookup_chunks, cache.counters.hit_chunks) == (17, 13)
+    cache.release(cache.acquire(chain, use=Use(request=9, counts_itself=True)))
+    cache.count_lookups(6, 1)
+    assert (cache.counters.lookup_chunks, cache.counters.hit_chunks) == (23, 14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_another_node_loads_what_one_has_computed(tmp_path: Path, store: MemoryS
         assert len(two.store.calls) == calls
         assert two.counters["remote_written_chunks"] == two.counters["stored_chunks"] == 0
         assert one.counters["remote_written_chunks"] == 6
+
+
+def test_a_request_that_asks_again_counts_once(tmp_path: Path, store: MemoryStore) -> None:
+    use = replace(USE, request=7)
+    with nodes(tmp_path, store) as (one, two):
+        one.compute(A)
+        one.settle()
+        for _ in range(5):
+            two.cache.release(two.cache.acquire(A + B, use=use))
+            two.settle()
+            two.cache.drop(A)
+        counters = two.counters
+        assert (counters["lookup_chunks"], counters["hit_chunks"], counters["remote_lookup_chunks"]) == (12, 6, 12)
+        two.cache.release(two.cache.acquire(A, use=replace(USE, request=8, counts_itself=True)))
+        assert two.counters["hit_chunks"] == 6
 
 
 def test_what_dram_has_is_extended(tmp_path: Path, store: MemoryStore) -> None:

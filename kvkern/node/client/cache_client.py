@@ -25,6 +25,7 @@ from blake3 import blake3
 from ...arena.file import Arena
 from ...arena.process_identity import process_start
 from ...arena.slots import SlotGeometry, SlotState
+from ...bounded_dict import BoundedDict
 from ...cache.base import NO_LEASE, Faults, RequestEnd
 from ...errors import ConfigError
 from ...metrics import CacheCounters
@@ -40,6 +41,9 @@ logger = logging.getLogger("kvkern")
 FIRST_STOCK_GOAL = 64  # granted slots to keep in stock until a larger store is seen
 CLOSE_S = 1.0  # how long `close` waits for slots that were asked for, to give them back
 NO_LIMIT = 1 << 30  # until the daemon has sent a limit
+MAX_DESCRIBED = (
+    4096  # namespaces of this engine that a restarted daemon is told of; those described longest ago are left out
+)
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of one reservation: with a chain of MAX_KEYS they still fit into one frame
 
 
@@ -96,7 +100,8 @@ class NodeClient:
         # namespace -> number of its last clear, until a daemon has confirmed it
         self._clears: dict[bytes, int] = {}
         self._num_clears = 0
-        self._described: dict[bytes, dict[str, str]] = {}  # root -> fields, to describe again on a new connection
+        # root -> fields, to describe again on a new connection; a daemon keeps no more
+        self._described: BoundedDict[bytes, dict[str, str]] = BoundedDict(MAX_DESCRIBED)
         self._prefill_tokens_s = 0.0  # 0: unknown
         self._late_leases: deque[Lease] = deque()
 
@@ -165,7 +170,8 @@ class NodeClient:
         asked = list(keys[: p.MAX_KEYS])
         with self._lock:
             self._end_late_leases()
-            self.counters.lookup_chunks += len(keys)
+            counted = use is None or not use.counts_itself
+            self.counters.lookup_chunks += len(keys) * counted
             # A remote store may hold chunks that no index names.
             remote = self._link.remote and use is not None and bool(use.namespace)
             if not asked or not self.connected:
@@ -185,7 +191,7 @@ class NodeClient:
                         return
                     found = tuple(asked[row] for row in response.rows)
                     lease = NodeLease(found, tuple(response.slots), response.lease, connection)
-                    self.counters.hit_chunks += len(found)
+                    self.counters.hit_chunks += len(found) * counted
                     self._held += 1
                 if not result.done():
                     result.set_result(lease)
@@ -199,6 +205,12 @@ class NodeClient:
     def acquire(self, keys: Sequence[bytes], prefix: bool = True, use: Use | None = None) -> Lease:
         """Call `acquire_soon` and wait for the lease."""
         return self.acquire_soon(keys, prefix, use).result()
+
+    def count_lookups(self, lookups: int, hits: int) -> None:
+        """See ChunkCache."""
+        with self._lock:
+            self.counters.lookup_chunks += lookups
+            self.counters.hit_chunks += hits
 
     def release(self, lease: Lease) -> int:
         """End a lease. The daemon drops the chunks that the reader marked BAD. Returns how many there are."""
@@ -345,8 +357,9 @@ class NodeClient:
     def describe_namespace(self, root: bytes, fields: dict[str, str]) -> None:
         """Tell the daemon what a namespace root stands for. Quotas and warnings about mistaken settings use it."""
         with self._lock:
-            self._described[root] = {name: _shortened(value) for name, value in fields.items()}
-            self._link.send(p.Describe(0, root, self._described[root]))
+            described = {name: _shortened(value) for name, value in fields.items()}
+            self._described.put(root, described)
+            self._link.send(p.Describe(0, root, described))
 
     def usage(self) -> dict[str, int]:
         """Return the arena's slots, unused granted slots, chunks in the replica, the limit of granted slots, `connected`."""

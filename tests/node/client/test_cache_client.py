@@ -17,6 +17,7 @@ from kvkern.node import protocol as p
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.client.reconnecting_link import ReconnectingLink
+from kvkern.policy.base import Use
 from tests.node.conftest import (
     GEOMETRY,
     PATIENCE_S,
@@ -73,6 +74,20 @@ def test_a_lookup_that_misses_waits_for_nothing(
     after = daemon.stat()  # the daemon counts misses too, so its hit ratio is that of the engines
     assert after["lookup_chunks"] - before["lookup_chunks"] == client.counters.lookup_chunks
     assert after["hit_chunks"] - before["hit_chunks"] == 3
+
+
+def test_a_caller_that_counts_itself_counts_once_in_the_daemon_too(daemon: Daemon, make_client: MakeClient) -> None:
+    client = make_client()
+    chain = chain_keys("a", 3)
+    assert store(client, chain) == 3
+    before = daemon.stat()
+    for _ in range(15):
+        client.release(client.acquire(chain, use=Use(request=1, counts_itself=True)))
+    assert (client.counters.lookup_chunks, client.counters.hit_chunks) == (0, 0)
+    client.count_lookups(3, 3)
+    assert (client.counters.lookup_chunks, client.counters.hit_chunks) == (3, 3)
+    after = daemon.stat()
+    assert (after["lookup_chunks"] - before["lookup_chunks"], after["hit_chunks"] - before["hit_chunks"]) == (3, 3)
 
 
 def test_without_prefix_every_cached_chunk(make_client: MakeClient) -> None:
