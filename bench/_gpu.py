@@ -201,9 +201,9 @@ def gb_s(nbytes: int, seconds: float) -> float:
     return nbytes / seconds / 1e9
 
 
-def percent(rate: float, ceiling: float | None) -> float | None:
-    """Return the percentage of a ceiling that the same run measured; None if there is no ceiling."""
-    return 100 * rate / ceiling if ceiling else None
+def percent(rig: Rig, rate: float, ceiling: float) -> float | None:
+    """Return the percentage of a ceiling that the same run measured. None in a dry run: it has neither a link nor HBM."""
+    return None if rig.dry else 100 * rate / ceiling
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -85,7 +85,7 @@ def measure(
         limit = ceiling["hbm"] if where == "hbm" else ceiling["d2h" if op == "gather" else "h2d"]
         rows.append({
             "op": op, "where": where, "run_nbytes": run_nbytes, "ctas": ctas, "stages": stages, "nbytes": case.nbytes,
-            "gb_s": rate, "percent_hbm" if where == "hbm" else "percent_link": percent(rate, limit),
+            "gb_s": rate, "percent_hbm" if where == "hbm" else "percent_link": percent(rig, rate, limit),
         })  # fmt: skip
     return rows
 

@@ -162,7 +162,7 @@ def measure(
         row: Row = {
             "op": OPS[direction], "method": name, "run_nbytes": copies.run_nbytes, "chunks": chunks, "nbytes": nbytes,
             "ms": seconds * 1e3, "gb_s": gb_s(nbytes, seconds),
-            "percent_link": percent(gb_s(nbytes, seconds), ceiling[direction.value]),
+            "percent_link": percent(rig, gb_s(nbytes, seconds), ceiling[direction.value]),
             "released_ms": median(pair[1] for pair in pairs) * 1e3 if direction is Direction.D2H else None,
         }  # fmt: skip
         if name == "planned" and chosen is not None:

@@ -111,6 +111,8 @@ def main() -> None:
         "--link-gb-s", type=float, help="GB/s of a plain pinned copy on this machine, from bench/gpu_copy.py"
     )
     args = parser.parse_args()
+    if workload.dry_run(args):
+        return
     program = shutil.which("ncu")
     if program is None:
         raise SystemExit("ncu is not installed: install Nsight Compute, alone or with the CUDA toolkit")

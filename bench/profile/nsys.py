@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--output", default="kvkern", help="name of the report (default kvkern)")
     parser.add_argument("--no-metrics", action="store_true", help="do not sample the GPU's counters")
     args = parser.parse_args()
+    if workload.dry_run(args):
+        return
     program = shutil.which("nsys")
     if program is None:
         raise SystemExit("nsys is not installed: install Nsight Systems, alone or with the CUDA toolkit")

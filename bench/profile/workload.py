@@ -6,6 +6,7 @@ python bench/profile/workload.py --method staged --run-nbytes 32768 --chunks 16 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -30,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="where to run (default cuda); cpu only shows that the script runs",
+        help="where to run (default cuda); cpu runs the workload on host memory and profiles nothing",
     )
 
 
@@ -39,6 +40,17 @@ def workload_command(args: argparse.Namespace) -> list[str]:
     names = ("method", "run_nbytes", "chunks", "repeat", "ctas", "device")
     given = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return [sys.executable, str(Path(__file__).resolve()), *given]
+
+
+def dry_run(args: argparse.Namespace) -> bool:
+    """With --device cpu run the workload without a profiler, say so, and return True. Profilers here see GPUs alone."""
+    if args.device != "cpu":
+        return False
+    done = subprocess.run(workload_command(args), check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    print("DRY RUN: the workload ran on host memory; a profile needs --device cuda and a GPU")
+    return True
 
 
 def main() -> None:

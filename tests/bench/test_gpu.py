@@ -89,7 +89,7 @@ def check_rows(rows: dict[str, list[dict[str, Any]]]) -> None:
         for stages in (1, 3, 4)
     }
     assert all(min(r["run_nbytes"], r["ctas"], r["nbytes"], r["gb_s"]) > 0 for r in copies)
-    assert all(("percent_hbm" in r) == (r["where"] == "hbm") for r in copies)
+    assert all(r["percent_hbm" if r["where"] == "hbm" else "percent_link"] is None for r in copies)  # there is no link
     assert {r["where"] for r in rows["gpu_copy"] if r["op"] == "ceiling"} == {"d2h", "h2d", "hbm"}
     paths = [row for row in rows["gpu_paths"] if row["op"] != "ceiling"]
     assert {(r["op"], r["method"]) for r in paths} == {
@@ -137,8 +137,8 @@ def test_make_gpu_runs_every_test_that_needs_a_gpu() -> None:
 
 def test_arithmetic(shared: ModuleType) -> None:
     assert shared.gb_s(10**9, 0.5) == 2
-    assert shared.percent(26.5, 53.0) == 50
-    assert shared.percent(1.0, None) is None
+    assert shared.percent(shared.CudaRig(), 26.5, 53.0) == 50
+    assert shared.percent(shared.DryRig(), 26.5, 53.0) is None
     values = [float(i) for i in range(100, 0, -1)]
     assert [shared.quantile(values, q) for q in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
     assert shared.quantile([7.0], 0.99) == 7

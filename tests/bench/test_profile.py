@@ -56,6 +56,28 @@ def test_a_missing_profiler_is_named(name: str, tmp_path: Path) -> None:
     assert line.startswith(f"{name} is not installed")
 
 
+@pytest.mark.parametrize("name", ["nsys", "ncu"])
+def test_a_dry_run_needs_no_profiler(name: str, tmp_path: Path) -> None:
+    """--device cpu runs the workload on host memory and says that nothing was profiled, whether or not a profiler is there."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), "--device", "cpu", "--chunks", "2", "--repeat", "1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PATH": "", "PYTHONPATH": str(FOLDER.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("DRY RUN: the workload ran on host memory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_that_fails_fails(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        scripts["workload"], "workload_command", lambda args: [sys.executable, "-c", "raise SystemExit(3)"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        scripts["workload"].dry_run(parsed(scripts["workload"], "--device", "cpu"))
+    assert ended.value.code == 3
+
+
 def test_commands_hand_the_workload_on(scripts: dict[str, ModuleType]) -> None:
     args = parsed(scripts["workload"], "--method", "zero_copy", output="out", no_metrics=False, launches=3)
     trace, counters = (
