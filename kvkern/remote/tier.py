@@ -32,7 +32,7 @@ from .prefix_reader import PrefixReader
 from .presence_cache import PresenceCache
 from .store_calls import StoreCalls
 from .store_thread import StoreThread
-from .stores.base import RemoteError, RemoteStore
+from .stores.base import Interruptible, RemoteError, RemoteStore
 from .value_format import outgoing_parts
 from .waiting_request import WaitingRequest
 from .write_behind import NO_SLOT, PendingWrite, WriteBehind
@@ -40,6 +40,7 @@ from .write_behind import NO_SLOT, PendingWrite, WriteBehind
 WINDOW_S = 0.05  # seconds that one call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call: before the speed is known; limits
 RETRY_S = 0.2
+INTERRUPT_S = 1.0  # what a call gets to end by itself while the tier is closed
 
 
 class RemoteTier:
@@ -107,7 +108,11 @@ class RemoteTier:
             self.breaker.trip(error)
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Write waiting chunks for at most `drain_s`. Then wait for calls under way and end the thread."""
+        """Write waiting chunks for at most `drain_s`. Then wait for calls under way and end the thread.
+
+        A call has INTERRUPT_S to end by itself. Then a store that can is told to end its calls. Any other store ends them
+        after the call's timeout: until then it uses the arena's memory.
+        """
         if not self._store_thread.alive:
             return
         end = time.monotonic() + drain_s
@@ -139,10 +144,12 @@ class RemoteTier:
         return not len(self.outbox) and not self._writing
 
     async def _finish(self) -> None:
-        """Wait for all calls, then close the store. Each call ends soon after its timeout; then nobody uses the memory."""
+        """Wait for all calls, then close the store. When the last call has ended, nobody uses the memory."""
         self._wake.set()
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            _, running = await asyncio.wait(self._tasks, timeout=INTERRUPT_S)
+            if running and isinstance(self._store, Interruptible):
+                self._store.interrupt()
         left = self.outbox.take(len(self.outbox))
         self.outbox.count_dropped(len(left))
         self._cache.free_departed([entry.slot for entry in left if entry.slot != NO_SLOT])

@@ -25,6 +25,7 @@ from kvkern.remote.stores.base import value_name
 from kvkern.remote.stores.file.value_files import file_name
 from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
+from kvkern.remote.tier import INTERRUPT_S
 from tests.node.conftest import GEOMETRY, eventually
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy
 from tests.remote.nodes import USE, A, B, C, Node
@@ -220,6 +221,26 @@ def test_the_end_while_nobody_answers(tmp_path: Path) -> None:
             before.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
         eventually(lambda: threading.active_count() <= before[0][0], "no more threads than after the first")
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before[0][1], "no more descriptors")
+
+
+@pytest.mark.usefixtures("_redis")
+@pytest.mark.parametrize("connected", [True, False])
+def test_the_end_does_not_wait_for_a_server_that_hangs(tmp_path: Path, connected: bool) -> None:
+    """A call may take a minute here. The end interrupts it, whether it waits for an answer or for a new connection."""
+    with redis_behind_proxy(tmp_path) as (_, proxy):
+        node = Node(tmp_path, make_store(RemoteUrl.parse(f"redis://127.0.0.1:{proxy.port}")), timeout_s=60.0)
+        if connected:
+            node.compute(B)
+            node.settle()
+        proxy.silent = True
+        answers = [node.cache.acquire_soon(chain_keys(("absent", i), 6), True, USE) for i in range(3)]
+        node.compute(C)
+        time.sleep(0.2)
+        timed(INTERRUPT_S, node.tier.close)
+        for answer in answers:
+            node.cache.release(answer.result())
+        assert node.whole()
+        node.arena.close()
 
 
 # -- values that are spoiled on their way ------------------------------------------------------------------------------

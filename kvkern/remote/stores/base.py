@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 VALUE_VERSION = 1
 
@@ -77,6 +77,14 @@ class RemoteStore(Protocol):
 
     async def delete(self, keys: Sequence[bytes], timeout_s: float) -> None:
         """Delete values. A key that is not there is no error. Raises RemoteError."""
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A store that can end its calls early."""
+
+    def interrupt(self) -> None:
+        """Make the calls under way, and all later ones, fail soon with RemoteError. Never blocks. Safe to call twice."""
 
 
 def checked_answers(answers: list[T | None], errors: Sequence[RemoteError]) -> list[T | None]:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,15 +196,33 @@ class Dialer:
     database: int = 0
     socket_path: str = ""  # a Unix socket, used for every address
     tls: Mapping[str, Any] | None = None  # arguments of redis.SSLConnection
+    _dialled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False, compare=False)  # connections
+    _interrupted: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)  # of `_dialled`
 
     def dial(self, address: Address, deadline: float) -> Any:  # redis.Connection
         """Return a connection that is logged in. Raises RemoteError, or RefusedError if a user can correct the reason."""
+        if self._interrupted.is_set():
+            raise RemoteError("the store is being closed: no call is made now")
         try:
             connection = self._connection(address, deadline)
+            with self._lock:
+                self._dialled.add(connection)
             connection.connect()
         except (exceptions.RedisError, OSError, ValueError) as error:
             raise self._failure(address, error) from error
         return connection
+
+    def interrupt(self) -> None:
+        """End every connection, in whatever thread it waits, and open no other. See Interruptible."""
+        self._interrupted.set()
+        with self._lock:
+            connections = list(self._dialled)
+        for connection in connections:
+            sock = connection._sock  # None: it is not connected yet, or not any more
+            if sock is not None:
+                with suppress(OSError):  # it has ended already
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def server_name(self, address: Address) -> str:
         """Return the name of a server for messages."""

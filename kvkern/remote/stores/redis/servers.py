@@ -160,6 +160,9 @@ class RedisServers(Protocol):
     def note_failure(self, address: Address | None) -> None:
         """Note that the map is old. The next `refresh` asks the server of `address` last; None: no server is suspected."""
 
+    def interrupt(self) -> None:
+        """End every connection at once, also those in use, and open no other."""
+
     def close(self) -> None:
         """Close every connection."""
 
@@ -170,6 +173,7 @@ class OneServer:
     cluster = False
 
     def __init__(self, dialer: Dialer, address: Address) -> None:
+        self._dialer = dialer
         self._server = RedisServer(dialer, address)
 
     def needs_refresh(self) -> bool:
@@ -186,6 +190,9 @@ class OneServer:
 
     def note_failure(self, address: Address | None) -> None:
         pass
+
+    def interrupt(self) -> None:
+        self._dialer.interrupt()
 
     def close(self) -> None:
         self._server.close()
@@ -236,6 +243,9 @@ class Cluster:
     def note_failure(self, address: Address | None) -> None:
         with self._lock:
             self._suspects.add(address)
+
+    def interrupt(self) -> None:
+        self._dialer.interrupt()
 
     def close(self) -> None:
         with self._lock:

@@ -73,6 +73,9 @@ class RedisStore:
         except RefusedError as error:
             raise ConfigError(str(error)) from error
 
+    def interrupt(self) -> None:
+        self._servers.interrupt()
+
     async def close(self) -> None:
         for threads in (self._gets, self._puts, self._asks):
             threads.close()
