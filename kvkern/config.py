@@ -34,6 +34,7 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {
     "int": ((int,), int), "bool": ((bool,), bool), "str": ((str,), str), "float": ((int, float), float),
     "Path": ((str, Path), Path),
 }  # fmt: skip
+_SECRET_OPTIONS = ("salt", "remote")  # no message shows them; a remote's URL may hold a password
 _REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that have no effect without `remote`
 
 
@@ -127,7 +128,9 @@ class Config:
     prefault: bool = True  # touch all pages at start instead of on first use
     store_replies: bool = True  # store the KV of generated tokens too (vLLM's own default stores prompts only)
     weights: str = ""  # overrides the fingerprint of the weights in the namespace
-    salt: str = ""  # folded into every key: caches with different salts never share
+    salt: str = field(
+        default="", repr=False
+    )  # folded into every key: caches with different salts never share; a secret
     socket: str = ""  # of the node's daemon, which then owns arena and capacity; empty: this engine has its own cache
     policy: str = DEFAULT_POLICY  # eviction policy, see policy/; with `socket` the daemon's policy counts
     remote: str = field(
@@ -213,5 +216,8 @@ class Config:
 def _convert_option(name: str, kind: str, value: Any, where: str) -> Any:
     accepted, make = _FIELD_TYPES[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
-        raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}); expected {kind}")
+        given = (
+            f"of the type {type(value).__name__}" if name in _SECRET_OPTIONS else f"{value!r} ({type(value).__name__})"
+        )
+        raise ConfigError(f"{name} in {where} is {given}; expected {kind}")
     return make(value)

@@ -80,8 +80,9 @@ def test_every_option(tmp_path: Path) -> None:
     ({"capacity": 1, "threads": -1}, "threads is -1; it must lie in 0..64"),
     ({"capacity": 1, "threads": 65}, "threads is 65"),
     ({"capacity": 1, "prefault": 1}, "prefault in the options is 1 (int); expected bool"),
-    ({"capacity": 1, "salt": 5}, "salt in the options is 5 (int); expected str"),
-    ({"capacity": 1, "salt": None}, "salt in the options is None"),
+    ({"capacity": 1, "salt": 5}, "salt in the options is of the type int; expected str"),
+    ({"capacity": 1, "salt": None}, "salt in the options is of the type NoneType; expected str"),
+    ({"capacity": 1, "remote": ["redis://user:hunter2@h"]}, "remote in the options is of the type list; expected str"),
     ({"capacity": 1, "arena_dir": 5}, "arena_dir in the options is 5"),
     ({"capacity": 1, "arena_dir": "/nowhere/at/all"}, "arena_dir is '/nowhere/at/all', which is no directory"),
     ({"capacity": 1, "policy": "fifo"}, "policy is 'fifo'; expected one of lru, arc, s3fifo, lirs, grit"),
@@ -108,6 +109,10 @@ def test_mistakes_name_the_value_and_the_remedy(options: dict[str, Any], message
         Config.parse(options, "the options")
     assert isinstance(caught.value, KvkernError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_no_secret_is_shown() -> None:
+    assert "hunter2" not in repr(Config.parse({"capacity": 1, "salt": "hunter2", "remote": "redis://user:hunter2@h"}))
 
 
 def test_frozen() -> None:
