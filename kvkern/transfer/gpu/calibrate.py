@@ -11,7 +11,8 @@ Compiling and warming up come first and do not count against the 20 ms. A descri
 submitted (`descriptor_s`), and the time until it is done (`short_gb_s`), which is a multiple of the first on some GPUs.
 
 A probe has measured nothing if it lacks a size, if its slope is not above 0, or if the two best rounds of a size differ by more
-than a quarter of the difference between the times of the two sizes. Then its seed stays, the table marks it, and later starts do not try again.
+than a quarter of the difference between the times of the two sizes. Then its seed stays, the table marks it, and later starts
+do not try again.
 The table is saved. The ranks of a host share its memory, so one rank measures at a time, and the others read the saved table.
 """
 
