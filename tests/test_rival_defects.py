@@ -95,7 +95,7 @@ def test_use_after_timeout(tmp_path: Path, tensor: torch.Tensor, monkeypatch: py
         keys = cache.keys(TOKENS)
         late = manager.reserve(keys, keys, cache._shape)
         rows = np.arange(4, dtype=np.int32).reshape(4, 1)
-        job = transfer.store([cache._chunk_batch(rows, late.keys, late.slots, late.generations)])
+        job = transfer.store([cache._chunk_batch(cache._shape, rows, late.keys, late.slots, late.generations)])
         assert entered.wait(30)
         manager.abort(late)  # what a careless caller does on a timeout
         monkeypatch.undo()
@@ -276,6 +276,8 @@ def test_a_hit_writes_nothing(cache: PagedCache) -> None:
 
 # `flush` waited for a condition that no thread would signal. Here a store ends with its job, also after an error.
 def test_no_wait_without_an_end(cache: PagedCache) -> None:
-    job = cache._transfer.store([cache._chunk_batch(np.array([[999]], dtype=np.int32), (bytes(32),), (0,), (0,))])
+    job = cache._transfer.store(
+        [cache._chunk_batch(cache._shape, np.array([[999]], dtype=np.int32), (bytes(32),), (0,), (0,))]
+    )
     assert isinstance(job.wait().error, LayoutError)
     assert job.done()
