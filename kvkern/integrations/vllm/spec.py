@@ -18,8 +18,10 @@ from ...kernels.layout import from_pages
 from ...kernels.paged_tensors import PagedTensors
 from ...node.client.cache_client import NodeClient
 from . import shim
-from .manager import KvGroup, KvkernManager, metric_definitions
-from .options import OPTIONS_KEY, parse_options
+from .manager import KvkernManager
+from .metric_definitions import metric_definitions
+from .options import INSTANCE_KEY, OPTIONS_KEY, parse_options
+from .request_state import KvGroup
 from .worker import KvkernWorker
 
 
@@ -86,7 +88,7 @@ class KvkernSpec(shim.OffloadingSpec):
         """Open the scheduler's cache: the node's daemon, or a cache over this engine's own arena."""
         if self.options.socket:
             return self._connect(index=True)
-        arena = self._open_own_arena()
+        arena = self._open_own_arena(self.config.parallel.world_size)
         cache = build_cache(arena, policy=self.options.policy)
         attach_remote_tier(cache, arena, self.options.remote_config, self.options.policy)
         return cache
@@ -96,7 +98,7 @@ class KvkernSpec(shim.OffloadingSpec):
         if self.options.socket:
             client = self._connect(index=False)
             return client.arena, client.close
-        arena = self._open_own_arena()
+        arena = self._open_own_arena(self.config.parallel.rank)
         return arena, arena.close
 
     def _connect(self, index: bool) -> NodeClient:
@@ -112,11 +114,15 @@ class KvkernSpec(shim.OffloadingSpec):
 
     @property
     def _name(self) -> str:
-        """The engine's name, the same in all its processes."""
-        return blake3(self.config.engine_id.encode()).hexdigest()[:16]
+        """The engine's name: the same in all its processes, and no other engine's, even if that has the same `engine_id`."""
+        instance = self.config.extra_config.get(INSTANCE_KEY, "")
+        return blake3(f"{self.config.engine_id}/{instance}".encode()).hexdigest()[:16]
 
-    def _open_own_arena(self) -> Arena:
-        """Create the arena or attach to it. The first process creates the file, and the last one unlinks its name."""
+    def _open_own_arena(self, seat: int) -> Arena:
+        """Create the arena or attach to it. The first process creates the file, and the last one unlinks its name.
+
+        Each worker takes the seat of its rank, and the scheduler the one behind them.
+        """
         if self._arena is None:
             layout = f"{self.config.kv_cache_layout}:{self.config.groups}:{self.blocks_per_chunk}"
             self._arena = open_arena(
@@ -126,5 +132,6 @@ class KvkernSpec(shim.OffloadingSpec):
                 expected=self.config.parallel.world_size + 1,
                 identity=blake3(layout.encode()).digest(),
                 progress=shim.logger.info,
+                seat=seat,
             )
         return self._arena

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ...transfer.base import ChunkBatch
 from . import shim
+from .adapter_digest import AdapterUse
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class StepMetadata(shim.OffloadingConnectorMetadata):
     """The jobs of a step."""
 
     idle: bool = False  # the engine computes nothing in this step, so a worker may wait for its loads
+    step: int = 0  # number of the step, from 1 on
 
 
 @dataclass
@@ -44,6 +46,7 @@ class SlotSpec(shim.LoadStoreSpec):
     ticket: int  # names the leases or reservations that the transfer runs under
     namespace: bytes  # 32-byte root
     groups: tuple[GroupChunks, ...]  # in the order of the connector's KV groups
+    adapter: AdapterUse | None = None  # LoRA: the transfer is right only if the worker's adapter has this content
 
 
 def pair_blocks_with_slots(

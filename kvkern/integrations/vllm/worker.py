@@ -7,9 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...errors import UnsupportedError
 from ...transfer.base import Copier, Job
 from . import shim
+from .adapter_loads import AdapterLoads
 from .transfer_metadata import SlotSpec, pair_blocks_with_slots
+
+SYNC_LOADS = (
+    "vLLM computes with the blocks of a synchronous load in the same step, and ignores that the load failed its checksum. "
+    "Leave sync_load_budget_bytes out of kv_connector_extra_config."
+)
 
 
 class KvkernWorker(shim.OffloadingWorker):
@@ -22,20 +29,33 @@ class KvkernWorker(shim.OffloadingWorker):
         self._jobs: dict[int, Job] = {}
         self._loads: set[int] = set()
         self._failed: set[int] = set()
+        self._refused: set[int] = set()  # loads under an adapter whose content is another one here
+        self.adapters: AdapterLoads | None = None  # set if the engine serves LoRA
 
     def submit_store(self, job_id: int, src_spec: shim.GPULoadStoreSpec, dst_spec: shim.LoadStoreSpec) -> bool:
         """Start to copy engine blocks -> slots. Chunks whose copy fails stay unpublished."""
         assert isinstance(dst_spec, SlotSpec)
-        paired = pair_blocks_with_slots(src_spec, dst_spec, self._blocks_per_chunk, whole=True)
+        use, paired = dst_spec.adapter, None
+        if use is None or (self.adapters is not None and self.adapters.holds(use)):
+            paired = pair_blocks_with_slots(src_spec, dst_spec, self._blocks_per_chunk, whole=True)
         self._jobs[job_id] = self._transfer.store(paired or ())
         return True
 
-    def submit_load(self, job_id: int, src_spec: shim.LoadStoreSpec, dst_spec: shim.GPULoadStoreSpec) -> bool:
-        """Start to copy slots -> engine blocks."""
+    def submit_load(
+        self, job_id: int, src_spec: shim.LoadStoreSpec, dst_spec: shim.GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Start to copy slots -> engine blocks. Raises UnsupportedError if the step would not wait for the checksums."""
+        if expedited:
+            raise UnsupportedError(f"Load job {job_id} is synchronous. {SYNC_LOADS}")
         assert isinstance(src_spec, SlotSpec)
+        if (use := src_spec.adapter) is not None and (self.adapters is None or not self.adapters.admits(use)):
+            self._refused.add(job_id)
         paired = pair_blocks_with_slots(dst_spec, src_spec, self._blocks_per_chunk, whole=False)
         slots = np.concatenate([group.slots for group in src_spec.groups])
-        self._jobs[job_id] = self._transfer.reject(slots) if paired is None else self._transfer.load(paired)
+        if job_id in self._refused:
+            self._jobs[job_id] = self._transfer.load(())
+        else:
+            self._jobs[job_id] = self._transfer.reject(slots) if paired is None else self._transfer.load(paired)
         self._loads.add(job_id)
         return True
 
@@ -56,7 +76,8 @@ class KvkernWorker(shim.OffloadingWorker):
                 )
             if job_id in self._loads:
                 self._loads.discard(job_id)
-                if not job.ok.all():
+                if job_id in self._refused or not job.ok.all():
+                    self._refused.discard(job_id)
                     self._failed.add(job_id)
             results.append(shim.TransferResult(job_id, True, job.nbytes, job.seconds))
         return results

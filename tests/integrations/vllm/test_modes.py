@@ -95,7 +95,6 @@ def test_tensor_parallel_ranks_share_a_slot(llama: str, monkeypatch: pytest.Monk
 
 def test_tensor_parallel_ranks_share_the_daemon(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
     daemon = Daemon(tmp_path, "64MiB").start()  # slots of two ranks: an arena of its own
     try:
         with Engine(llama, tensor_parallel_size=2, kvkern_options={"socket": str(daemon.socket)}) as engine:

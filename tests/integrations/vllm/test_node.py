@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvkern.errors import ConfigError, UnsupportedError
+from kvkern.errors import ConfigError
+from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.options import parse_options, refuse_unshareable
 from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
@@ -30,9 +31,7 @@ IDLE = {"leases": 0, "quarantined_leases": 0, "quarantined_slots": 0}
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     running = Daemon(tmp_path_factory.mktemp("arena"), "64MiB").start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONHASHSEED", "0")
-        yield running
+    yield running
     running.close()
 
 
@@ -47,7 +46,7 @@ class OtherEngine:
 
     def __init__(self, model: str, daemon: Daemon, log: Path) -> None:
         command = [sys.executable, "-m", "tests.integrations.vllm.engine_child", model, str(daemon.socket)]
-        environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self._log = log.open("wb")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
@@ -260,22 +259,18 @@ def salted(engine: Engine, tokens: list[int], salt: str) -> int:
     return int(output.num_cached_tokens or 0)
 
 
-@dataclass
-class FakeVllmConfig:
-    lora_config: object = None
-
-
-def test_settings_that_cannot_share_a_daemon_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_is_demanded_only_where_vllm_has_no_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = parse_options({"kvkern": {"socket": "/run/kvkern.sock"}})
     own = parse_options({"kvkern": {"capacity": "1GiB"}})
-    plain, lora = FakeVllmConfig(), FakeVllmConfig(object())
-    for seed in (None, "random"):
-        monkeypatch.setenv("PYTHONHASHSEED", seed) if seed else monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-        with pytest.raises(ConfigError, match="PYTHONHASHSEED=0"):
-            refuse_unshareable(shared, plain)
+    plain: Any = SimpleNamespace()
+    for fixed in (True, False):
+        monkeypatch.setattr(shim, "HASH_SEED_IS_FIXED", fixed)
+        monkeypatch.setenv("PYTHONHASHSEED", "7")
+        refuse_unshareable(shared, plain)
+        monkeypatch.delenv("PYTHONHASHSEED")
         refuse_unshareable(own, plain)
-    monkeypatch.setenv("PYTHONHASHSEED", "7")
-    refuse_unshareable(shared, plain)
-    refuse_unshareable(own, lora)
-    with pytest.raises(UnsupportedError, match="LoRA is on"):
-        refuse_unshareable(shared, lora)
+        if fixed:
+            refuse_unshareable(shared, plain)
+        else:
+            with pytest.raises(ConfigError, match="PYTHONHASHSEED=0"):
+                refuse_unshareable(shared, plain)

@@ -1,0 +1,85 @@
+"""Counts what vLLM asks the cache for, and what it is served: once a request, when its outcome is known.
+
+    lookups   chunks that the engine's own cache lacked, of a request that is scheduled
+    hits      of those, chunks that were loaded and verified
+
+vLLM asks for a waiting request in every step. A request that is never scheduled counts for nothing, and neither does a chunk
+that was found and not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ...cache.base import ChunkCache
+from . import shim
+from .notices import Notices
+from .request_state import KvGroup, RequestState
+
+
+@dataclass
+class _Load:
+    req_id: str
+    root: bytes  # of its tenant's namespace
+    asked: int
+    found: int
+    loaded: int  # chunks of the load; 0 once it has failed
+
+
+class LookupCounts:
+    """The counts of one manager. Runs in the scheduler's thread."""
+
+    def __init__(self, cache: ChunkCache, groups: Mapping[int, KvGroup], notices: Notices) -> None:
+        self._cache = cache
+        self._notices = notices
+        self._groups = groups
+        self._loads: dict[int, _Load] = {}  # by ticket
+
+    def note_computed(self, state: RequestState, windowed: Collection[int]) -> None:
+        """Count a request that is scheduled without a load. Call it before its leases end."""
+        if asked := self._num_asked(state, windowed):
+            self._count(state.root, asked, _num_found(state), 0)
+
+    def begin_load(
+        self, ticket: int, req_id: str, state: RequestState, windowed: Collection[int], num_chunks: int
+    ) -> None:
+        """Note a load of `num_chunks` chunks under the request's leases. Call it before they are handed over."""
+        asked = max(num_chunks, self._num_asked(state, windowed))
+        self._loads[ticket] = _Load(req_id, state.root, asked, _num_found(state), num_chunks)
+
+    def fail_load(self, req_id: str) -> None:
+        """Note that the request's load failed in a worker: the engine computes all of it."""
+        for load in self._loads.values():
+            if load.req_id == req_id:
+                load.loaded = 0
+
+    def end_load(self, ticket: int, num_bad: int) -> None:
+        """Count a load that has ended. One bad chunk, and the engine uses none of them."""
+        if (load := self._loads.pop(ticket, None)) is not None:
+            self._count(load.root, load.asked, load.found, 0 if num_bad else load.loaded)
+
+    def _count(self, root: bytes, asked: int, found: int, served: int) -> None:
+        self._cache.count_lookups(asked, served)
+        self._notices.note_request(root, found, served)
+
+    def _num_asked(self, state: RequestState, windowed: Collection[int]) -> int:
+        """Return how many chunks vLLM has asked for since the request's chunks were pinned.
+
+        vLLM reads a prefix up to its first miss: the chunks behind it count as asked for. It reads windows from the end.
+        """
+        first: dict[int, int] = {}  # group of full attention -> the first chunk asked for
+        count = 0
+        for key in state.asked:
+            group_id = shim.get_offload_group_idx(key)
+            end_tokens = state.end_of.get(key)
+            if group_id in windowed or end_tokens is None:
+                count += 1
+            else:
+                index = end_tokens // self._groups[group_id].chunk_tokens - 1
+                first[group_id] = min(index, first.get(group_id, index))
+        return count + sum(len(state.chains[group_id]) - index for group_id, index in first.items())
+
+
+def _num_found(state: RequestState) -> int:
+    return sum(len(lease.keys) for lease in state.leases)
