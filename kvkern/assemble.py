@@ -40,13 +40,14 @@ def open_arena(
     expected: int,  # how many processes will attach; the last one unlinks the file's name
     identity: bytes = bytes(32),
     progress: Progress = logger.info,
+    seat: int | None = None,  # this process's place among the expected ones, in [0, expected); None: they take no seats
 ) -> Arena:
     """Create this user's arena `name`, or attach to it. Removes the arenas that crashed processes left behind."""
     prefix = arena_prefix(os.getuid())
     for path in sweep_stale(config.arena_dir, prefix):
         progress(f"arena: removed {path}, because no process has it open")
     spec = ArenaSpec.for_capacity(geometry, config.capacity_nbytes, identity)
-    return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress)
+    return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress, seat)
 
 
 def build_cache(

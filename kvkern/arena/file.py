@@ -1,11 +1,13 @@
 """The arena: one file of slots in shared memory. The first process creates it, and all processes map it.
 
     file = header page | slot 0 | slot 1 | ...        slots as in arena/slots.py
-    header page = sizes and identity, as in _FILE_HEADER; from byte 2048 on the processes that a daemon gave the file to
+    header page = sizes and identity, as in _FILE_HEADER; from byte 1024 on a byte for each seat that is taken; from byte 2048
+                  on the processes that a daemon gave the file to
 
 The first process creates and prefaults the file under a record lock. The other processes wait for the lock and check that
 they expect the same geometry. Every process holds a shared flock while it maps the file. So a file without a flock is
-stale, and the next start removes it. With `expected` set (embedded mode) the last process to attach unlinks the name: the
+stale, and the next start removes it. Processes that take seats are all different: two engines of one name cannot make up
+the number of one arena. With `expected` set (embedded mode) the last process to attach unlinks the name: the
 memory then dies with its mappings, even on kill -9. This module knows bytes, not tensors or keys.
 """
 
@@ -38,6 +40,7 @@ _FILE_MAGIC = b"KVKARENA"
 # magic, version, attached, slots, part bytes, planes, world size, identity
 _FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
 _FILE_VERSION = 2
+_SEATS_AT, _MAX_SEATS = 1024, 1024
 _PROCESSES_AT, MAX_PROCESSES = 2048, 128
 _PROCESS = np.dtype([("pid", "<u8"), ("start", "<u8")])
 _PIECE = 256 << 20
@@ -151,11 +154,12 @@ def create_or_attach(
     expected: int = 0,  # number of processes that will attach; the last one unlinks the name. 0: no process unlinks it
     prefault: bool = True,
     progress: Progress = lambda line: None,
+    seat: int | None = None,  # this process's place among the expected ones, in [0, expected); None: they take no seats
 ) -> Arena:
     """Map the arena at `path`, and create it if it does not exist. With `prefault`, returns when every page is allocated.
 
     Raises ArenaError if the file system or the memory has no room, if this process may not use the file, if the file is
-    another arena, or if the creator does not finish.
+    another arena, if the seat is taken, or if the creator does not finish.
     """
     while True:
         with _faults_of(path, "made", spec.nbytes):
@@ -167,7 +171,7 @@ def create_or_attach(
                     if _still_named(
                         fd, path
                     ):  # else the file was removed, or its creator failed, while this process waited
-                        return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress))
+                        return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress, seat))
             except BaseException:
                 os.close(fd)
                 raise
@@ -175,16 +179,29 @@ def create_or_attach(
 
 
 def _create_or_map(
-    fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress
+    fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress, seat: int | None
 ) -> npt.NDArray[np.uint8]:
     """Create or attach, then unlink the name if this is the last expected process. Call under the record lock."""
     created = os.fstat(fd).st_size == 0
     memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
+    if seat is not None:
+        _take_seat(memory, seat, path)
     attached = int(struct.unpack_from("<I", memory.data, 12)[0]) + 1
     struct.pack_into("<I", memory.data, 12, attached)
     if expected and attached >= expected:
         path.unlink(missing_ok=True)
     return memory
+
+
+def _take_seat(memory: npt.NDArray[np.uint8], seat: int, path: Path) -> None:
+    if not 0 <= seat < _MAX_SEATS:
+        raise ArenaError(f"seat {seat} is outside [0, {_MAX_SEATS}), the seats of arena {path}; run fewer processes")
+    if memory[_SEATS_AT + seat]:
+        raise ArenaError(
+            f"arena {path} has a process in seat {seat} already: another engine of the same name is starting, and both would "
+            f"share slots without knowing. Give each engine an `engine_id` of its own, or give none"
+        )
+    memory[_SEATS_AT + seat] = 1
 
 
 def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:

@@ -203,6 +203,21 @@ def test_the_last_expected_process_unlinks(tmp_path: Path) -> None:
         assert arena.parts(0)[0, 0] == 1  # the memory lives as long as a process maps it
 
 
+def test_two_engines_of_one_name_do_not_make_up_one_arena(tmp_path: Path) -> None:
+    """Both have a worker in seat 0 and a scheduler in seat 1. The second worker is refused, and the first engine goes on."""
+    path = tmp_path / "a"
+    worker = create_or_attach(SPEC, path, expected=2, seat=0)
+    with pytest.raises(ArenaError, match=r"seat 0 already.*`engine_id` of its own"):
+        create_or_attach(SPEC, path, expected=2, seat=0)
+    scheduler = create_or_attach(SPEC, path, expected=2, seat=1)
+    assert not path.exists()
+    assert worker.file_id() == scheduler.file_id()
+    for arena in (worker, scheduler):
+        arena.close()
+    with pytest.raises(ArenaError, match=r"seat 1024 is outside \[0, 1024\)"):
+        create_or_attach(SPEC, path, expected=2000, seat=1024)
+
+
 def test_alone_the_name_is_gone_at_once(tmp_path: Path) -> None:
     """Embedded in one process, the arena has no name to remove later, even after kill -9."""
     with opened(tmp_path / "a", expected=1):
