@@ -59,6 +59,7 @@ class Namespace:
     pp_size: int = 1
     rank: int | None = None  # whose part a slot holds, in [0, tp_size * pp_size); None: the parts of all ranks
     salt: str | None = field(default=None, repr=False)  # tenant, a secret; None: all tenants share
+    adapter: str | None = None  # LoRA: digest of the adapter's files and of the settings that load them
     engine_hash: str | None = None  # for keys from the engine's hashes: its hash name, seed and tokens per hash
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class Namespace:
     def fields(self) -> dict[str, str]:
         """Return the fields that are not None, as text."""
         names = ("chunk_tokens", "dtype", "group", "layout", "model", "pp_size", "rank", "salt", "tp_size", "weights")
-        values = {name: getattr(self, name) for name in (*names, "engine_hash")}
+        values = {name: getattr(self, name) for name in (*names, "adapter", "engine_hash")}
         return {name: str(value) for name, value in values.items() if value is not None}
 
     def public_fields(self) -> dict[str, str]:

@@ -40,6 +40,7 @@ def test_a_namespace_gives_the_vectors_root() -> None:
     {"model": "n"}, {"dtype": "float16"}, {"layout": "x"}, {"chunk_tokens": 32}, {"weights": "abd"}, {"group": 1},
     {"group": None}, {"tp_size": 2}, {"pp_size": 2}, {"rank": 0}, {"tp_size": 2, "rank": 0}, {"salt": "t"}, {"salt": ""},
     {"engine_hash": "sha256"},
+    {"adapter": "abc"},
 ], ids=repr)  # fmt: skip
 def test_every_field_changes_the_root(change: dict[str, Any]) -> None:
     assert replace(SPACE, **change).root != SPACE.root
