@@ -142,6 +142,11 @@ def connect_error(path: Path, error: OSError) -> ConfigError:
     """Return the error that tells the user why a client could not connect and what to do."""
     if isinstance(error, PermissionError):
         return ConfigError(f"this user may not open {path}; join the group of the socket, or run as its owner")
+    if isinstance(error, TimeoutError):
+        return ConfigError(
+            f"the daemon on {path} is there but does not answer (timed out): it is still making its arena, or it hangs; look "
+            f"at its log, then try again"
+        )
     return ConfigError(
         f"no daemon answers on {path} ({error.strerror or error}); start one: kvkern serve --socket {path} --capacity 8GiB"
     )

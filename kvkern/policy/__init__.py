@@ -44,6 +44,17 @@ def make_policy(
     return policy
 
 
+def load_policy(name: str) -> None:
+    """Load what policies of that name need. On the first start of a machine it is compiled, which takes long.
+
+    Raises ConfigError if the name is unknown.
+    """
+    if checked_policy(name) == "grit":
+        from .grit import compile_kernels
+
+        compile_kernels()
+
+
 def make_model(name: str) -> GritModel | None:
     """Make an empty model for `policy_factory`. Returns None if policies of that name learn nothing that outlives them."""
     if checked_policy(name) != "grit":
@@ -64,8 +75,8 @@ def policy_factory(
     """
     if checked_policy(name) != "grit":
         return lambda: make_policy(name, capacity)
-    from .grit import Grit, compile_kernels
+    from .grit import Grit
 
-    compile_kernels()
+    load_policy(name)
     shared = model or make_model(name)
     return lambda: Grit(capacity, shared)

@@ -71,6 +71,13 @@ def find_left_slots(
     return len(ready), good, unfinished, unserved
 
 
+def load_checksums() -> Callable[..., npt.NDArray[np.uint64]]:
+    """Return the kernel of `verify_slots`. The first call on a machine compiles it, which takes long on a busy one."""
+    from ..kernels.paged_copy_numba import checksum_planes
+
+    return checksum_planes
+
+
 def verify_slots(
     arena: Slots,
     slots: npt.NDArray[np.int64],  # [n] int64
@@ -79,8 +86,7 @@ def verify_slots(
     good = np.zeros(len(slots), dtype=np.bool_)
     if not len(slots):
         return good  # a daemon with a new arena does not need numba and its 125 MB
-    from ..kernels.paged_copy_numba import checksum_planes
-
+    checksum_planes = load_checksums()
     headers, geometry = arena.headers, arena.spec.geometry
     for begin in range(0, len(slots), _VERIFY_SLOTS):
         rows = slice(begin, begin + _VERIFY_SLOTS)

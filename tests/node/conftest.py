@@ -23,6 +23,7 @@ import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.arena.slots import SlotGeometry, seal
+from kvkern.config import DEFAULT_POLICY
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
 from kvkern.node import framing
 from kvkern.node import protocol as p
@@ -31,8 +32,9 @@ from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.node.daemon.sessions import Session, Sessions
+from kvkern.policy import load_policy
 from kvkern.tiers.base import ChunkShape, Lease, Reservation
-from kvkern.tiers.slot_headers import begin_slots
+from kvkern.tiers.slot_headers import begin_slots, load_checksums
 from tests.support import SHAPE, make_arena
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -73,7 +75,12 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
-        """Start a process and wait until it serves."""
+        """Start a process and wait until it serves.
+
+        What it needs is compiled before, because that takes minutes on a busy machine: the daemon then only loads it.
+        """
+        load_checksums()
+        load_policy(DEFAULT_POLICY)
         self.launch()
         eventually(self._serves, "serving")
         return self
@@ -202,6 +209,8 @@ class Peer:
 @contextmanager
 def served(config: NodeConfig) -> Iterator[Server]:
     """Run a daemon in a thread of this process, for tests that change its limits."""
+    load_checksums()
+    load_policy(config.policy)
     server, ready = Server(config), threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 

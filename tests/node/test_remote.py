@@ -242,6 +242,22 @@ def test_a_store_that_neither_opens_nor_closes(monkeypatch: pytest.MonkeyPatch, 
     assert "kvkern-remote" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_all_is_compiled_before_an_engine_can_connect(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first engine does not wait for it: on a busy machine it would give up."""
+    calls: list[object] = []
+    real = server_module.load_policy
+    monkeypatch.setattr(
+        server_module, "load_policy", lambda name: calls.append((name, config.socket.exists())) or real(name)
+    )
+    config = NodeConfig(folder / "s", 1 << 20, arena_dir=folder, prefault=False)
+    with served(config):
+        assert calls == [(config.policy, False)]
+    monkeypatch.setattr(server_module, "load_checksums", lambda: calls.append("checksums"))
+    monkeypatch.setattr(registry, "make_store", lambda url: MemoryStore())
+    with served(replace(config, remote=RemoteConfig("memory://m"))):
+        assert "checksums" in calls
+
+
 def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/values?capacity=64MiB"
     one, two = (make_daemon(options=["--name", name, "--remote", url, "--persist", "all"]) for name in ("one", "two"))

@@ -24,12 +24,13 @@ from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
 from ...config import DEFAULT_POLICY, RemoteConfig, format_nbytes
 from ...errors import ArenaError, ConfigError
-from ...policy import checked_policy
+from ...policy import checked_policy, load_policy
 from ...policy.persist_modes import persist_mode
 from ...remote.store_thread import StoreThread
 from ...remote.stores.url import RemoteUrl
 from ...remote.tier import RemoteTier
 from ...tiers.base import Lease
+from ...tiers.slot_headers import load_checksums
 from .. import framing
 from .. import protocol as p
 from .client_connection import ClientConnection
@@ -121,6 +122,8 @@ class Server:
             if self.config.remote is not None:
                 locks.callback(self._close_unused_store)
                 self._unused_store = await asyncio.to_thread(open_remote_store, self.config.remote)
+                await asyncio.to_thread(load_checksums)
+            await asyncio.to_thread(load_policy, self.config.policy)  # else the first engine would wait for it
             await self._take_over_arena()
             listener = await asyncio.get_running_loop().create_unix_server(
                 lambda: ClientConnection(self), sock=listening_socket(self.config.socket)

@@ -274,6 +274,15 @@ def test_no_daemon_at_open(folder: Path) -> None:
         NodeClient.open(path, "e", GEOMETRY, timeout_s=0.2)
 
 
+def test_a_daemon_that_does_not_answer(folder: Path) -> None:
+    path = folder / "s"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        with pytest.raises(ConfigError, match=rf"the daemon on {path} is there but does not answer \(timed out\)"):
+            NodeClient.open(path, "e", GEOMETRY, timeout_s=0.2)
+
+
 def test_a_daemon_that_comes_a_little_later(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon()
     timer = threading.Timer(0.3, daemon.launch)
