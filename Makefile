@@ -21,8 +21,8 @@ help:
 	@echo "             redis-server"
 	@echo "make test    run unit tests, then Triton kernels in Triton's interpreter, then real engines one by one"
 	@echo "             (ARGS='-k keys')"
-	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, and break remote stores for"
-	@echo "             ten minutes; takes about 25 minutes; the last part needs redis-server"
+	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, break remote stores for ten"
+	@echo "             minutes, and run 300 rounds of requests in a small pool; about 45 minutes; the last two need redis-server"
 	@echo "make check   run ruff format, ruff and mypy"
 	@echo "make bench   run every bench/*.py except peers.py and gpu*.py; results go to bench/results/   (ARGS goes to each)"
 	@echo "make gpu     on a host with an NVIDIA GPU: run the tests marked gpu, then bench/gpu_*.py into bench/results/, then draw"
@@ -97,8 +97,9 @@ test: system $(VENV)/.stamp
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
 soak: system $(VENV)/.stamp
-	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 $(PY) -m pytest -n 0 -rP --timeout 7200 \
-	  tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py $(ARGS)
+	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 KVKERN_SOAK_ROUNDS=300 \
+	  $(PY) -m pytest -n 0 -rP --timeout 7200 tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py \
+	  tests/integrations/vllm/test_pressure.py $(ARGS)
 
 check: $(VENV)/.stamp
 	@status=0; \
