@@ -90,7 +90,7 @@ class Module:
             for node in ast.walk(self.tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     for dotted in (node.value, f"{self.package}.{node.value.lstrip('.')}"):
-                        if dotted in NAMES and dotted != self.name:
+                        if "." in dotted and dotted in NAMES and dotted != self.name:
                             yield node.lineno, dotted
 
 

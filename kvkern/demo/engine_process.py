@@ -152,6 +152,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _failure(exit_code: int, job: messages.Job, logs: Logs) -> str:
     message = f"The {job.phase} engine ended with exit code {exit_code} before its phase was complete"
+    if exit_code == -signal.SIGKILL:
+        message += ". It was killed, perhaps by the kernel because memory was short"
+    elif exit_code == 128 + signal.SIGTERM:
+        message += ". Another program told it to end (SIGTERM)"
     if logs.verbose:
         return f"{message}. Its output is above."
     path = logs.path(job.phase)

@@ -19,7 +19,7 @@ QUESTIONS = (
         "and then paraffin. In 1923 it became electric, and since then ships see it from 24 miles away. Its last "
         "keeper, Ada Marlow, lived in the tower with two cats and a piano until 1986. Now the lamp works by itself, and "
         "in summer visitors may climb the stairs and look at the seals.",
-        "How high is the lighthouse, and who was its last keeper?",
+        "How high is the lighthouse?",
     ),
     (
         "Bread from a cold dough needs little work but some patience. Mix 500 grams of flour, 350 grams of water, 10 "
@@ -28,7 +28,7 @@ QUESTIONS = (
         "two hours in a warm kitchen. Heat the oven with an iron pot in it to 240 degrees. Bake the loaf in the closed "
         "pot for thirty minutes and without the lid for fifteen more. Let it cool on a rack before you cut it, because "
         "the crumb is still wet while it is hot.",
-        "How long does the dough stay in the fridge, and how hot is the oven?",
+        "How much flour does the dough need?",
     ),
 )
 

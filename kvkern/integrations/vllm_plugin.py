@@ -32,7 +32,7 @@ def register() -> None:
     def hiding(config: Any) -> str:
         shown = copy.copy(config)
         shown.kv_connector_extra_config = without_passwords(config.kv_connector_extra_config)
-        return original(shown)
+        return str(original(shown))
 
     hiding.hides_passwords = True  # type: ignore[attr-defined]
     KVTransferConfig.__repr__ = hiding

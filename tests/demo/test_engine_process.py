@@ -142,6 +142,21 @@ def test_a_dead_engine_is_reported_in_one_line_where_an_exception_says_why(
     assert "ValueError: no such attention Its whole output: " in str(failed.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("os.kill(os.getpid(), 9)", "exit code -9 before its phase was complete. It was killed, perhaps by the kernel"),
+        ("sys.exit(143)", "Another program told it to end"),
+    ],
+)
+def test_an_engine_that_another_program_ends_is_reported_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str
+) -> None:
+    _child(monkeypatch, source)
+    with pytest.raises(engine_process.EngineFailed, match=says):
+        list(engine_process.run(JOB, engine_process.Logs(tmp_path, verbose=False)))
+
+
 def test_a_silence_is_broken_with_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SILENCE_S", 0.05)
     console = Console(file=io.StringIO(), width=110)

@@ -108,9 +108,9 @@ def test_an_index_that_a_crash_cut_off(folder: Path, caplog: pytest.LogCaptureFi
 
 def test_where_compiled_code_is_looked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor asks this. The order is numba's own."""
-    writable, readable = cache_folders(tmp_path / "package" / "module.py")
+    writable, readable = cache_folders(tmp_path / "package" / "warm.py")
     assert writable[0].parent == folder
     assert writable[1] == tmp_path / "package" / "__pycache__"
     assert readable == writable[:2]
     monkeypatch.setattr(config, "CACHE_DIR", "")
-    assert cache_folders(tmp_path / "package" / "module.py")[1] == writable[1:2]
+    assert cache_folders(tmp_path / "package" / "warm.py")[1] == writable[1:2]

@@ -117,6 +117,8 @@ class Engine:
         own = capacity if "socket" not in kvkern_options else None
         cached = own is not None or "socket" in kvkern_options
         transfer = kv_transfer_config(own, blocks_per_chunk, **kvkern_options) if cached else None
+        if transfer is not None and (engine_id := options.pop("engine_id", None)):
+            transfer.engine_id = engine_id
         self.llm = LLM(model, kv_transfer_config=transfer, **(defaults | options))
 
     @property

@@ -1,4 +1,7 @@
-"""An engine in a process of its own. argv: model, socket. stdin: one prompt per line, as JSON. stdout: `reply: {...}` lines."""
+"""An engine in a process of its own. argv: model, and a daemon's socket or `Engine`'s options as JSON.
+
+stdin: one prompt per line, as JSON. stdout: `reply: {...}` lines.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from tests.integrations.vllm.engine import Engine
 
 
 def main() -> None:
-    model, socket = sys.argv[1:]
-    with Engine(model, kvkern_options={"socket": socket}) as engine:
+    model, second = sys.argv[1:]
+    options = json.loads(second) if second.startswith("{") else {"kvkern_options": {"socket": second}}
+    with Engine(model, **options) as engine:
         print("reply: {}", flush=True)
         for line in sys.stdin:
             reply = engine.one(json.loads(line))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 
+from kvkern.integrations.vllm import never_hits, shim
 from tests.integrations.vllm.engine import Engine, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -191,6 +193,53 @@ def test_cache_salt_separates_tenants(engine: Engine) -> None:
     assert not other.num_cached_tokens
     engine.reset_native()
     assert engine.llm.generate([salted], engine.params(), use_tqdm=False)[0].num_cached_tokens == 672
+
+
+def test_a_request_that_waits_counts_once(engine: Engine) -> None:
+    """It waits for blocks for 300 steps, in each of which vLLM asks for its chunks."""
+    text, llm_engine = prompt(384, 81), engine.llm.llm_engine
+    engine.one(text)
+    engine.reset_native()
+    llm_engine.add_request("long", {"prompt_token_ids": prompt(700, 82)}, engine.params(300))
+    engine.steps(lambda: len(engine.scheduler.running) == 1)
+    before = engine.cache.counters.snapshot()
+    llm_engine.add_request("waiting", {"prompt_token_ids": text}, engine.params())
+    engine.steps(lambda: not engine.scheduler.requests)
+    after = engine.cache.counters.snapshot()
+    assert [after[name] - before[name] for name in ("lookup_chunks", "hit_chunks")] == [12, 12]
+
+
+def test_one_line_says_why_nothing_hits(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(never_hits, "LINE_S", 0.0)
+    shim.logger.addHandler(caplog.handler)
+    try:
+        engine.run([prompt(100, 900 + number) for number in range(12)])
+    finally:
+        shim.logger.removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records if "none was served" in record.getMessage()]
+    assert len(lines) == 1
+    assert "No prompt began with the same 32 tokens" in lines[0]
+
+
+def test_stores_without_slots_are_offered_again_without_a_warning(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a daemon's slots are on their way: nothing is lost, and vLLM neither warns nor counts a failure."""
+    texts, answers = [prompt(300, 83 + number) for number in range(4)], itertools.cycle([False, False, False, True])
+    monkeypatch.setattr(engine.cache, "has_room", lambda wanted: not wanted or next(answers))
+    stock = logging.getLogger("vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler")
+    stock.addHandler(caplog.handler)
+    try:
+        first = engine.run(texts, 20)
+    finally:
+        stock.removeHandler(caplog.handler)
+    assert "cannot store" not in caplog.text
+    engine.reset_native()
+    again = engine.run(texts, 20)
+    assert [reply.cached_tokens for reply in again] == [288] * 4
+    assert [reply.tokens for reply in again] == [reply.tokens for reply in first]
 
 
 def test_hits_are_counted(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from kvkern.errors import ArenaError, ConfigError, KvkernError, UnsupportedError
 from kvkern.integrations.vllm import kv_transfer_config, options, shim
-from tests.integrations.vllm.engine import Engine
+from tests.integrations.vllm.engine import Engine, build_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -78,6 +79,18 @@ def test_capacity_that_cannot_be(
         pass
     shown = "".join([str(caught.value), *capfd.readouterr()])
     assert all(word in shown for word in [*words, error.__name__])
+
+
+def test_chunks_of_several_blocks_of_a_recurrent_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Starts a real engine. It stored the chunks of full attention, counted hits on them, and loaded nothing."""
+    model = build_model("recurrent", tmp_path / "recurrent")
+    with pytest.raises((UnsupportedError, RuntimeError)) as caught, Engine(model, blocks_per_chunk=2):
+        pass
+    shown = "".join([str(caught.value), *capfd.readouterr()])
+    assert "blocks_per_chunk is 2, and this model has recurrent layers" in shown
+    assert "Set blocks_per_chunk to 1" in shown
+    options.refuse_divided_states([], blocks_per_chunk=2)
+    options.refuse_divided_states([0], blocks_per_chunk=1)
 
 
 def test_unknown_vllm_version(monkeypatch: pytest.MonkeyPatch) -> None:

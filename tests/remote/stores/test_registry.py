@@ -133,7 +133,9 @@ def test_a_package_that_lacks_a_system_library(monkeypatch: pytest.MonkeyPatch) 
         raise ImportError("libibverbs.so.1: cannot open shared object file")
 
     monkeypatch.setattr(registry, "import_module", broken)
-    with pytest.raises(ConfigError, match=r"cannot load its package \(libibverbs\.so\.1: .*\)\. Install the library that is"):
+    with pytest.raises(
+        ConfigError, match=r"cannot load its package \(libibverbs\.so\.1: .*\)\. Install the library that is"
+    ):
         make_store(RemoteUrl.parse("mooncake://h"))
 
 

@@ -6,6 +6,7 @@
 
     option                           default  meaning
     password_file=PATH                        the password, instead of in the URL
+    password_env=NAME                         the environment variable that has the password
     connections=N                    2        per server, for gets and again for puts, 1..16; in a cluster 1
     prefix=TEXT                               text in front of every key
     ttl=SECONDS                               values expire after this; none: when the server evicts them

@@ -1,0 +1,241 @@
+"""`vllm serve` as README and docs start it, with requests of the official client: hits, resets, broken bytes, statistics."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
+
+from tests.integrations.vllm.engine import BLOCK_TOKENS, prompt
+from tests.integrations.vllm.server import Server, build_served_model, transfer_config
+from tests.remote.required_servers import free_port
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+EVENTS_PORT = free_port()
+SECRET = "s3cret-of-the-store"
+PARAMS = ["x", "", [1], [], 7, 0, True, 1.5]  # what a client may put where an object belongs
+
+
+class Events:
+    """Replays vLLM's KV events into a picture of its block pool."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        self.pool: dict[Any, BlockStored] = {}  # hash -> the event that stored the block
+        self.wrong: list[str] = []
+
+    def read(self) -> None:
+        """Take all events that have come, until none came for half a second."""
+        while self._socket.poll(500):
+            for event in self._decoder.decode(self._socket.recv_multipart()[-1]).events:
+                self._take(event)
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, AllBlocksCleared):
+            self.pool.clear()
+        elif isinstance(event, BlockRemoved):
+            self.wrong += [
+                f"removed, but not there: {h!r}" for h in event.block_hashes if self.pool.pop(h, None) is None
+            ]
+        elif isinstance(event, BlockStored):
+            if event.parent_block_hash is not None and event.parent_block_hash not in self.pool:
+                self.wrong.append(f"stored below a parent that is not there: {event.parent_block_hash!r}")
+            self.pool |= dict.fromkeys(event.block_hashes, event)
+
+    def tokens(self) -> set[tuple[int, ...]]:
+        """Return the tokens of every block in the pool."""
+        blocks = set()
+        for event in {id(event): event for event in self.pool.values()}.values():
+            ids = event.token_ids
+            blocks |= {tuple(ids[i : i + event.block_size]) for i in range(0, len(ids), event.block_size)}
+        return blocks
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server: an embedded cache, a store that does not answer, KV events and statistics."""
+    folder = tmp_path_factory.mktemp("serve")
+    running = Server(
+        build_served_model(folder / "model"),
+        transfer_config(capacity="64MiB", remote=f"redis://me:{SECRET}@127.0.0.1:1/0"),
+        folder / "log",
+        "--kv-events-config",
+        json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{EVENTS_PORT}"}),
+    )
+    with running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _fresh(server: Server) -> None:
+    server.reset(external=True)
+
+
+def test_a_hit_equals_a_native_hit_and_a_computed_prompt(server: Server) -> None:
+    text = prompt(700, 1)
+    computed, native = server.one(text), server.one(text)
+    server.reset()
+    hit = server.one(text)
+    assert (computed.cached_tokens, native.cached_tokens, hit.cached_tokens) == (0, 672, 672)
+    assert hit.tokens == native.tokens == computed.tokens
+    assert hit.logprobs == native.logprobs == computed.logprobs  # float32: bit for bit
+
+
+def test_streamed_and_chat_replies_hit(server: Server) -> None:
+    client, words = server.client(), " ".join(f"t{i}" for i in prompt(300, 2))
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    chat = {"messages": [{"role": "user", "content": words}], "temperature": 0, "max_tokens": 8, "model": server.model}
+    replies = []
+    for _ in range(2):
+        stream = client.completions.create(model=server.model, prompt=words, max_tokens=8, temperature=0, stream=True)
+        answer = client.chat.completions.create(**chat, extra_body={"chat_template": template})
+        replies.append(
+            ("".join(part.choices[0].text for part in stream if part.choices), answer.choices[0].message.content)
+        )
+        server.reset()
+    assert replies[0] == replies[1]
+    assert server.counter("kvkern:hit_chunks") > 0
+
+
+def test_a_plain_reset_keeps_kvkerns_chunks_and_an_external_one_drops_them(server: Server) -> None:
+    text = prompt(300, 3)
+    server.one(text)
+    server.reset()
+    assert server.one(text).cached_tokens == 288
+    server.reset(external=True)
+    assert server.one(text).cached_tokens == 0
+
+
+def test_flipped_bytes_are_misses(server: Server) -> None:
+    text = prompt(300, 4)
+    computed, bad = server.one(text), server.counter("kvkern:bad_chunks")
+    server.reset()
+    assert server.flip_bytes() >= 9
+    again = server.one(text)
+    assert again.cached_tokens == 0
+    assert (again.tokens, again.logprobs) == (computed.tokens, computed.logprobs)
+    assert server.counter("kvkern:bad_chunks") > bad
+
+
+@pytest.mark.parametrize(
+    ("tiers", "cached"),
+    [([], 0), ([{"medium": "STORAGE"}], 0), ([{"locality": "REMOTE"}], 0), ([{"medium": "CPU"}], 288), ("x", 288)],
+)
+def test_a_request_loads_from_the_tiers_that_it_names(server: Server, tiers: Any, cached: int) -> None:
+    text = prompt(300, 5)
+    computed = server.one(text)
+    server.reset()
+    reply = server.one(text, kv_transfer_params={"kv_load_tiers": tiers})
+    assert reply.cached_tokens == cached
+    assert reply.tokens == computed.tokens
+
+
+def test_what_clients_send_does_not_end_the_engine(server: Server) -> None:
+    """vLLM's front end answers some of these with an error. The engine serves on, and hits."""
+    text = prompt(300, 6)
+    computed = server.one(text)
+    for params in PARAMS:
+        body = {"model": server.model, "prompt": text, "max_tokens": 1}
+        server.post("/v1/completions", body | {"vllm_xargs": {"kv_transfer_params": params}})
+        server.post("/v1/completions", body | {"kv_transfer_params": params})
+    for params in (
+        {"kvkern": []}, {"kvkern": {"session": [], "stop": 5, "x": None}}, {"max_load_tokens": -1}, {"max_load_tokens": "x"},
+        {"max_offload_tokens": 1.5}, {"kv_load_tiers": [5, {"medium": 5}, {"medium": None}]}, {"do_remote_prefill": True},
+        {"remote_block_ids": [1], "remote_engine_id": "x"},
+    ):  # fmt: skip
+        assert server.one(text, kv_transfer_params=params).tokens == computed.tokens, params
+    server.reset()
+    assert server.one(text).cached_tokens == 288
+
+
+def test_statistics_grow_and_no_series_appears_twice_while_requests_are_preempted(server: Server) -> None:
+    """Scraped ten times a second. Eight requests need more blocks than there are, and some load from a broken cache."""
+    stop, samples = threading.Event(), []
+
+    def scrape() -> None:
+        while not stop.wait(0.1):
+            samples.append(server.metrics())
+
+    texts = [prompt(300, seed) for seed in range(20, 28)]
+    for text in texts[:4]:
+        server.one(text)
+    server.reset()
+    server.flip_bytes()
+    preempted = server.counter("vllm:num_preemptions")
+    with ThreadPoolExecutor(9) as threads:
+        scraper = threads.submit(scrape)
+        for _ in range(2):
+            list(threads.map(lambda text: server.one(text, tokens=200), texts))
+            server.reset()
+        stop.set()
+        scraper.result()
+    assert server.counter("vllm:num_preemptions") > preempted
+    assert len(samples) > 10
+    for earlier, later in pairwise(samples):
+        for series, value in earlier.items():
+            name = series.partition("{")[0]
+            if name.endswith(("_total", "_count", "_sum", "_bucket")):
+                assert later[series] >= value, series
+    last = samples[-1]
+    assert any(series.startswith("kvkern:hit_chunks_total") for series in last)
+    assert server.counter("vllm:external_prefix_cache_hits") <= server.counter("vllm:external_prefix_cache_queries")
+    assert server.counter("kvkern:hit_chunks") <= server.counter("kvkern:lookup_chunks")
+
+
+def test_kv_events_show_what_vllms_pool_holds(server: Server) -> None:
+    """A router learns from vLLM's events which prompts an engine holds. A load from kvkern tells of its blocks too."""
+    events = Events(EVENTS_PORT)
+    try:
+        time.sleep(1)  # a subscriber misses what is sent before its connection stands
+        server.reset(external=True)
+        events.read()
+        events.pool.clear()
+        text = prompt(300, 7)
+        blocks = {tuple(text[i : i + BLOCK_TOKENS]) for i in range(0, 288, BLOCK_TOKENS)}
+        server.one(text, tokens=1)
+        events.read()
+        assert events.tokens() == blocks
+        server.reset()
+        events.read()
+        assert not events.pool
+        assert server.one(text, tokens=1).cached_tokens == 288  # from kvkern
+        events.read()
+        assert events.tokens() == blocks
+        for seed in range(8):  # each pushes others out of a pool of 40 blocks
+            server.one(prompt(700, 70 + seed), tokens=1)
+        server.one(text, tokens=1)
+        events.read()
+        assert blocks <= events.tokens()
+        assert len(events.pool) <= 40
+        assert not events.wrong
+    finally:
+        events.close()
+
+
+def test_the_password_of_the_store_is_not_in_the_log(server: Server) -> None:
+    assert SECRET not in server.log
+    assert "redis://me:***@127.0.0.1:1/0" in server.log  # vLLM prints its options
+    assert "password_file=PATH" in server.log
+
+
+def test_the_server_ends_at_once_and_leaves_nothing(server: Server) -> None:
+    """The last test of this file: it ends the server."""
+    shared = server.shared_memory()
+    assert any("kvkern" in name for name in shared)
+    assert server.stop(seconds=30) < 10
+    assert not [name for name in shared if name.exists()]

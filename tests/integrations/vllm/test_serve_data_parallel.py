@@ -1,0 +1,50 @@
+"""`vllm serve` with two data parallel ranks on one daemon: each loads what the other has computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integrations.vllm.engine import prompt
+from tests.integrations.vllm.server import Server, build_served_model, transfer_config
+from tests.node.conftest import Daemon
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    running = Daemon(tmp_path_factory.mktemp("arena"), "64MiB").start()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, daemon: Daemon) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    transfer = transfer_config(socket=str(daemon.socket))
+    running = Server(build_served_model(folder / "model"), transfer, folder / "log", "--data-parallel-size", "2")
+    with running:
+        yield running
+
+
+def test_ranks_share_chunks(server: Server) -> None:
+    text = prompt(300, 1)
+    computed = server.one(text, rank=0)
+    native = server.one(text, rank=0)
+    hit = server.one(text, rank=1)
+    assert (computed.cached_tokens, native.cached_tokens, hit.cached_tokens) == (0, 288, 288)
+    assert (hit.tokens, hit.logprobs) == (computed.tokens, computed.logprobs)
+    engines = {series for series, value in server.metrics().items() if series.startswith("kvkern:stored_chunks_total")}
+    assert len(engines) == 2 or len(engines) == 1  # a series appears with its first count
+    assert server.counter("kvkern:hit_chunks") == 9
+
+
+def test_flipped_bytes_are_misses_in_every_rank(server: Server) -> None:
+    text = prompt(300, 2)
+    computed = server.one(text, rank=0)
+    assert server.flip_bytes() >= 9
+    again = server.one(text, rank=1)
+    assert again.cached_tokens == 0
+    assert again.tokens == computed.tokens
