@@ -34,9 +34,9 @@ def build_served_model(path: Path) -> str:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t2"})
-    )
+    chat = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t2", "chat_template": chat}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return name
 
 
@@ -134,20 +134,21 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Return every series of /metrics by its name with labels. Fails if a series appears twice."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
         found: dict[str, float] = {}
-        for line in lines:
+        for line in self._metrics().splitlines():
             if match := _SERIES.match(line):
                 assert match[1] not in found, f"{match[1]} appears twice"
                 found[match[1]] = float(match[2])
         return found
 
     def counter(self, name: str) -> float:
-        """Return the sum of a counter over all engines."""
-        values = [value for series, value in self.metrics().items() if series.partition("{")[0] == f"{name}_total"]
-        assert values, f"/metrics has no {name}"
-        return sum(values)
+        """Return the sum of a counter over all engines. A series appears with its first count, its description at once."""
+        assert f"# HELP {name}_total " in self._metrics(), f"/metrics has no {name}"
+        return sum(value for series, value in self.metrics().items() if series.partition("{")[0] == f"{name}_total")
+
+    def _metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            return str(answer.read().decode())
 
     def processes(self) -> list[int]:
         """Return the server's process and all its descendants."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -30,7 +29,7 @@ class Events:
 
     def __init__(self, port: int) -> None:
         self._socket = zmq.Context.instance().socket(zmq.SUB)
-        self._socket.connect(f"tcp://127.0.0.1:{port}")
+        self._socket.bind(f"tcp://127.0.0.1:{port}")  # vLLM connects to an address without a *
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
         self.pool: dict[Any, BlockStored] = {}  # hash -> the event that stored the block
@@ -67,7 +66,14 @@ class Events:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def events() -> Iterator[Events]:
+    made = Events(EVENTS_PORT)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, events: Events) -> Iterator[Server]:
     """One server: an embedded cache, a store that does not answer, KV events and statistics."""
     folder = tmp_path_factory.mktemp("serve")
     running = Server(
@@ -98,12 +104,11 @@ def test_a_hit_equals_a_native_hit_and_a_computed_prompt(server: Server) -> None
 
 def test_streamed_and_chat_replies_hit(server: Server) -> None:
     client, words = server.client(), " ".join(f"t{i}" for i in prompt(300, 2))
-    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     chat = {"messages": [{"role": "user", "content": words}], "temperature": 0, "max_tokens": 8, "model": server.model}
     replies = []
     for _ in range(2):
         stream = client.completions.create(model=server.model, prompt=words, max_tokens=8, temperature=0, stream=True)
-        answer = client.chat.completions.create(**chat, extra_body={"chat_template": template})
+        answer = client.chat.completions.create(**chat)
         replies.append(
             ("".join(part.choices[0].text for part in stream if part.choices), answer.choices[0].message.content)
         )
@@ -197,34 +202,29 @@ def test_statistics_grow_and_no_series_appears_twice_while_requests_are_preempte
     assert server.counter("kvkern:hit_chunks") <= server.counter("kvkern:lookup_chunks")
 
 
-def test_kv_events_show_what_vllms_pool_holds(server: Server) -> None:
+def test_kv_events_show_what_vllms_pool_holds(server: Server, events: Events) -> None:
     """A router learns from vLLM's events which prompts an engine holds. A load from kvkern tells of its blocks too."""
-    events = Events(EVENTS_PORT)
-    try:
-        time.sleep(1)  # a subscriber misses what is sent before its connection stands
-        server.reset(external=True)
-        events.read()
-        events.pool.clear()
-        text = prompt(300, 7)
-        blocks = {tuple(text[i : i + BLOCK_TOKENS]) for i in range(0, 288, BLOCK_TOKENS)}
-        server.one(text, tokens=1)
-        events.read()
-        assert events.tokens() == blocks
-        server.reset()
-        events.read()
-        assert not events.pool
-        assert server.one(text, tokens=1).cached_tokens == 288  # from kvkern
-        events.read()
-        assert events.tokens() == blocks
-        for seed in range(8):  # each pushes others out of a pool of 40 blocks
-            server.one(prompt(700, 70 + seed), tokens=1)
-        server.one(text, tokens=1)
-        events.read()
-        assert blocks <= events.tokens()
-        assert len(events.pool) <= 40
-        assert not events.wrong
-    finally:
-        events.close()
+    events.read()
+    events.pool.clear()
+    events.wrong.clear()  # of requests that were broken off on purpose
+    text = prompt(300, 7)
+    blocks = {tuple(text[i : i + BLOCK_TOKENS]) for i in range(0, 288, BLOCK_TOKENS)}
+    server.one(text, tokens=1)
+    events.read()
+    assert events.tokens() == blocks
+    server.reset()
+    events.read()
+    assert not events.pool
+    assert server.one(text, tokens=1).cached_tokens == 288  # from kvkern
+    events.read()
+    assert events.tokens() == blocks
+    for seed in range(8):  # each pushes others out of a pool of 40 blocks
+        server.one(prompt(700, 70 + seed), tokens=1)
+    server.one(text, tokens=1)
+    events.read()
+    assert blocks <= events.tokens()
+    assert len(events.pool) <= 40
+    assert not events.wrong
 
 
 def test_the_password_of_the_store_is_not_in_the_log(server: Server) -> None:
@@ -236,6 +236,6 @@ def test_the_password_of_the_store_is_not_in_the_log(server: Server) -> None:
 def test_the_server_ends_at_once_and_leaves_nothing(server: Server) -> None:
     """The last test of this file: it ends the server."""
     shared = server.shared_memory()
-    assert any("kvkern" in name for name in shared)
+    assert any("kvkern" in path.name for path in shared)
     assert server.stop(seconds=30) < 10
-    assert not [name for name in shared if name.exists()]
+    assert not [path for path in shared if path.exists()]
