@@ -10,8 +10,8 @@ import pytest
 for _module in ("gguf", "safetensors", "tokenizers", "torch", "transformers"):
     pytest.importorskip(_module, reason="the demo's packages are not installed: make .venv/.stamp")
 
-from kvkern.demo import engine_process, model, questions, run, smollm2  # noqa: E402
-from kvkern.demo.messages import Answer, Plan  # noqa: E402
+from kvkern.demo import model, questions, smollm2  # noqa: E402
+from kvkern.demo.messages import Answer  # noqa: E402
 from kvkern.demo.preconditions import ModelFacts, require_files  # noqa: E402
 from tests.demo.fake_engine import FakeEngine, play  # noqa: E402
 
@@ -93,17 +93,3 @@ def test_a_model_without_a_chat_template_is_asked_nothing(folder: Path, tmp_path
     del settings["chat_template"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert questions.prompts(tmp_path) == {}
-
-
-@pytest.mark.vllm
-def test_a_real_engine_says_the_same_computed_and_from_a_hit(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="needs a vLLM engine")
-    plan = Plan(float32_prompts=1, float32_tokens=100, reply_tokens=2, question_reply_tokens=12)
-    events = engine_process.run(run.float32_job(run.Setup(folder, plan)), engine_process.Logs(tmp_path, verbose=False))
-    answers = [event for event in events if isinstance(event, Answer)]
-    assert len(answers) == 3 * (len(questions.QUESTIONS) + plan.float32_prompts)
-    for computed, native, loaded in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
-        assert computed.cached_tokens == 0
-        assert loaded.loaded_tokens == native.cached_tokens == (computed.prompt_tokens - 1) // 32 * 32
-        assert computed.tokens == native.tokens == loaded.tokens
-    assert "41 met" in next(line for line in questions.shown(answers, folder) if "computed" in line)
