@@ -15,8 +15,14 @@ missing=()
 for package in "$@"; do
   command -v "$package" > /dev/null || missing+=("$package")
 done
-"$(dirname "$0")/find_python.sh" > /dev/null || missing+=(python3 python3-venv)
-command -v g++ > /dev/null || missing+=(g++ libc6-dev)  # vLLM and triton compile small host programs at run time
+# vLLM and triton compile small host programs at run time, against Python's headers. Other Pythons than Debian's bring their own.
+if ! python=$("$(dirname "$0")/find_python.sh"); then
+  missing+=(python3 python3-venv python3-dev)
+elif ! "$python" -c 'import os, sys, sysconfig
+sys.exit(sys.base_prefix == "/usr" and not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+  missing+=(python3-dev)
+fi
+command -v g++ > /dev/null || missing+=(g++ libc6-dev)
 # Tests of remote stores run real servers: redis-server, and mooncake_master from its wheel, which loads RDMA's libraries.
 command -v redis-server > /dev/null || missing+=(redis-server)
 [[ $libraries == *libibverbs.so.1* ]] || missing+=(libibverbs1)

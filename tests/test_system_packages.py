@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ class Machine:
         self.path.mkdir()
         for tool in TOOLS:
             (self.path / tool).symlink_to(shutil.which(tool) or tool)
-        self.stub("python3", f'exec {sys.executable} "$@"')
+        self.stub("python3", "")  # any question to it is answered well
         self.stub("ldconfig", f"echo '{LIBRARIES}'")
         self.stub("id", "echo 0")
         for name in ("g++", "redis-server"):
@@ -82,6 +81,12 @@ def test_sudo_without_a_password(machine: Machine) -> None:
     machine.stub("ldconfig", "echo libnuma.so.1")
     assert machine.run("nonesuch") == ["set-up: installing system packages: nonesuch libibverbs1"]
     assert machine.installed() == ["nonesuch libibverbs1"]
+
+
+def test_a_python_without_its_headers(machine: Machine) -> None:
+    machine.stub("python3", 'case "$*" in *Python.h*) exit 1;; esac')
+    machine.run()
+    assert machine.installed() == ["python3-dev"]
 
 
 @pytest.mark.parametrize("has_sudo", [False, True])
