@@ -29,9 +29,13 @@ def run_quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]
     return json.loads(out.read_text()), done.stdout
 
 
+LEFT_BEFORE = frozenset(os.listdir("/dev/shm"))  # by runs that were killed
+
+
 def files_left(own: str) -> set[str]:
     """Return the files that a bench left in /dev/shm. `own` matches its arenas' names, because other benches may be running."""
-    return {name for name in os.listdir("/dev/shm") if re.match(rf"kvkern-{os.getuid()}-bench-(?:{own})", name)}
+    names = set(os.listdir("/dev/shm")) - LEFT_BEFORE
+    return {name for name in names if re.match(rf"kvkern-{os.getuid()}-bench-(?:{own})", name)}
 
 
 @pytest.mark.slow

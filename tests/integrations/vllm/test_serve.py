@@ -9,71 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import pytest
-import zmq
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
-from tests.integrations.vllm.engine import BLOCK_TOKENS, prompt
+from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.server import Server, build_served_model, transfer_config
 from tests.remote.required_servers import free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
-EVENTS_PORT = free_port()
 SECRET = "s3cret-of-the-store"
 PARAMS = ["x", "", [1], [], 7, 0, True, 1.5]  # what a client may put where an object belongs
 
 
-class Events:
-    """Replays vLLM's KV events into a picture of its block pool."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
-        self._socket.bind(f"tcp://127.0.0.1:{port}")  # vLLM connects to an address without a *
-        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
-        self.pool: dict[Any, BlockStored] = {}  # hash -> the event that stored the block
-        self.wrong: list[str] = []
-
-    def read(self) -> None:
-        """Take all events that have come, until none came for half a second."""
-        while self._socket.poll(500):
-            for event in self._decoder.decode(self._socket.recv_multipart()[-1]).events:
-                self._take(event)
-
-    def _take(self, event: Any) -> None:
-        if isinstance(event, AllBlocksCleared):
-            self.pool.clear()
-        elif isinstance(event, BlockRemoved):
-            self.wrong += [
-                f"removed, but not there: {h!r}" for h in event.block_hashes if self.pool.pop(h, None) is None
-            ]
-        elif isinstance(event, BlockStored):
-            if event.parent_block_hash is not None and event.parent_block_hash not in self.pool:
-                self.wrong.append(f"stored below a parent that is not there: {event.parent_block_hash!r}")
-            self.pool |= dict.fromkeys(event.block_hashes, event)
-
-    def tokens(self) -> set[tuple[int, ...]]:
-        """Return the tokens of every block in the pool."""
-        blocks = set()
-        for event in {id(event): event for event in self.pool.values()}.values():
-            ids = event.token_ids
-            blocks |= {tuple(ids[i : i + event.block_size]) for i in range(0, len(ids), event.block_size)}
-        return blocks
-
-    def close(self) -> None:
-        self._socket.close(0)
-
-
 @pytest.fixture(scope="module")
-def events() -> Iterator[Events]:
-    made = Events(EVENTS_PORT)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, events: Events) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server: an embedded cache, a store that does not answer, KV events and statistics."""
     folder = tmp_path_factory.mktemp("serve")
     running = Server(
@@ -81,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, events: Events) -> Iterator
         transfer_config(capacity="64MiB", remote=f"redis://me:{SECRET}@127.0.0.1:1/0"),
         folder / "log",
         "--kv-events-config",
-        json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{EVENTS_PORT}"}),
+        json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{free_port()}"}),
     )
     with running:
         yield running
@@ -200,31 +148,6 @@ def test_statistics_grow_and_no_series_appears_twice_while_requests_are_preempte
     assert any(series.startswith("kvkern:hit_chunks_total") for series in last)
     assert server.counter("vllm:external_prefix_cache_hits") <= server.counter("vllm:external_prefix_cache_queries")
     assert server.counter("kvkern:hit_chunks") <= server.counter("kvkern:lookup_chunks")
-
-
-def test_kv_events_show_what_vllms_pool_holds(server: Server, events: Events) -> None:
-    """A router learns from vLLM's events which prompts an engine holds. A load from kvkern tells of its blocks too."""
-    events.read()
-    events.pool.clear()
-    events.wrong.clear()  # of requests that were broken off on purpose
-    text = prompt(300, 7)
-    blocks = {tuple(text[i : i + BLOCK_TOKENS]) for i in range(0, 288, BLOCK_TOKENS)}
-    server.one(text, tokens=1)
-    events.read()
-    assert events.tokens() == blocks
-    server.reset()
-    events.read()
-    assert not events.pool
-    assert server.one(text, tokens=1).cached_tokens == 288  # from kvkern
-    events.read()
-    assert events.tokens() == blocks
-    for seed in range(8):  # each pushes others out of a pool of 40 blocks
-        server.one(prompt(700, 70 + seed), tokens=1)
-    server.one(text, tokens=1)
-    events.read()
-    assert blocks <= events.tokens()
-    assert len(events.pool) <= 40
-    assert not events.wrong
 
 
 def test_the_password_of_the_store_is_not_in_the_log(server: Server) -> None:
