@@ -209,7 +209,7 @@ def test_a_request_that_waits_counts_once(engine: Engine) -> None:
     assert [after[name] - before[name] for name in ("lookup_chunks", "hit_chunks")] == [12, 12]
 
 
-def test_a_line_says_why_nothing_hits(
+def test_a_line_says_that_nothing_hits(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(never_hits, "LINE_S", 0.0)
@@ -219,8 +219,8 @@ def test_a_line_says_why_nothing_hits(
     finally:
         shim.logger.removeHandler(caplog.handler)
     lines = [record.getMessage() for record in caplog.records if "none was served" in record.getMessage()]
-    assert lines
-    assert all("No prompt began with the same 32 tokens" in line for line in lines)
+    assert lines  # the reason is judged by tests/integrations/vllm/test_notices.py
+    assert lines[0].startswith("kvkern: 10 requests have asked for cached chunks, and none was served. ")
 
 
 def test_stores_without_slots_are_offered_again_without_a_warning(

@@ -73,29 +73,6 @@ def test_kvkern_serves_what_the_other_connector_lacks(server: Server, example_fo
     assert server.counter("kvkern:hit_chunks") == hits + 9
 
 
-def test_what_the_other_connector_loads_is_stored_under_its_own_tokens(server: Server, example_folder: Path) -> None:
-    """ExampleConnector gives a prompt's blocks, and kvkern, which lost them, stores them: later kvkern alone gives them."""
-    text = prompt(320, 2)
-    computed = server.one(text)
-    server.reset(external=True)
-    loaded = server.one(text)
-    assert loaded.cached_tokens > 0  # from ExampleConnector
-    assert loaded.tokens == computed.tokens
-    server.reset()
-    forget(example_folder)
-    hit = server.one(text)
-    assert hit.cached_tokens > 0
-    assert (hit.tokens, hit.logprobs) == (computed.tokens, computed.logprobs)
-    longer = text + prompt(100, 3)
-    server.reset()
-    forget(example_folder)
-    extended = server.one(longer)
-    assert extended.cached_tokens >= 288
-    server.reset(external=True)
-    forget(example_folder)
-    assert server.one(longer).tokens == extended.tokens
-
-
 def test_flipped_bytes_are_misses_and_no_request_fails(server: Server, example_folder: Path) -> None:
     text = prompt(300, 4)
     computed, bad = server.one(text), server.counter("kvkern:bad_chunks")
