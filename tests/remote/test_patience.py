@@ -328,7 +328,7 @@ def test_what_dram_has_of_a_prefix_tells_the_tokens_of_a_chunk(tmp_path: Path, s
     with nodes(tmp_path, store, slots=64) as (one, _):
         one.compute(A[:2])
         one.tier.outbox.chunk_tokens = 999  # of another namespace
-        lease = one.cache._acquire(A, True, USE)
+        lease, _ = one.cache._acquire(A, True, USE)
 
         asked = WaitingRequest(list(A), USE, True, [lease])
         assert one.tier.reader.admits(asked)

@@ -104,7 +104,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     stacked, copier = add_hbm_tier(config, dram, arena, below, group, PER_CHUNK)
     namespace = Namespace(model="m", weights="w", dtype="bfloat16", layout=layout.fingerprint, chunk_tokens=CHUNK)
     shape = ChunkShape(namespace.root, group=0, chunk_tokens=CHUNK)
-    cache = PagedCache(stacked, copier, dram.close, namespace, shape)
+    cache = PagedCache(stacked, copier, dram.close, namespace)
     yield Rig(tensors, device, arena, stacked, cache)
     cache.close()
     assert device.faults == []
