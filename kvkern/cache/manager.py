@@ -327,6 +327,12 @@ class Cache:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
 
     @property
+    def num_unused(self) -> int:
+        """Number of free slots that no remote tier keeps free for itself."""
+        with self._lock:
+            return max(0, self._dram.num_free - self._dram.spare)
+
+    @property
     def locked(self) -> AbstractContextManager[object]:
         """Context manager that holds the cache's lock, so that the policy does not change while its model is read."""
         return self._lock

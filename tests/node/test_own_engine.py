@@ -23,7 +23,7 @@ def open_cache(daemon: Daemon, seed: int = 0, num_blocks: int = 40, **options: A
 
 
 def test_one_store_keeps_as_many_chunks_as_the_cache_has_slots(daemon: Daemon) -> None:
-    """A daemon grants an eighth of its slots at a time, so a large store goes in rounds. The head of a sequence stays."""
+    """A daemon grants a part of its slots at a time, so a large store goes in rounds. The head of a sequence stays."""
     cache, tensors = open_cache(daemon, num_blocks=400)
     with closing(cache):
         few, many = list(range(100 * CHUNK)), list(range(10**6, 10**6 + 150 * CHUNK))

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,7 +220,7 @@ class Server:
             raise ArenaError("the arena could not be made; look at the daemon's log, then restart it")
         session = self.sessions.attach(process, hello.engine, writer=hello.index and hello.geometry is not None)
         if session.writer:
-            self._send_limits()
+            self._send_limits(other for other in self.sessions.sessions.values() if other.writer)
         try:
             self._send_welcome(connection, hello, self.sessions, self._arena)
         except BaseException:
@@ -228,11 +228,13 @@ class Server:
             raise
         return session
 
-    def _send_limits(self) -> None:
-        """Tell every writer its share of granted slots, now that it is smaller. They give back their stock above it."""
-        for other in list(self.connections):
-            if self.sessions is not None and other.session is not None and other.session.writer:
-                other.send(p.Granted(0, [], [], self.sessions.limit(other.session)))
+    def _send_limits(self, sessions: Iterable[Session]) -> None:
+        """Tell writers how many slots they may hold, now that it is less. They give back their stock above it."""
+        told = set(sessions)
+        for connection in list(self.connections):
+            if self.sessions is not None and connection.session in told:
+                connection.session.told_limit = self.sessions.limit(connection.session)
+                connection.send(p.Granted(0, [], [], connection.session.told_limit))
 
     def _send_welcome(self, connection: ClientConnection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
         geometry, num_slots = p.Geometry.from_slots(arena.spec.geometry), arena.spec.num_slots
@@ -364,8 +366,9 @@ class Server:
         elif isinstance(request, p.Grant):
             granted = state.grant(session, 0 if self._draining else request.count)
             self._send_changes()
-            limit = 0 if self._draining else state.limit(session)
-            connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), limit))
+            session.told_limit = 0 if self._draining else state.limit(session)
+            connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), session.told_limit))
+            self._send_limits(state.above_limit())
         elif isinstance(request, p.Publish):
             keys, chain = framing.split_keys(request.keys), framing.split_keys(request.chain)
             use = p.to_use(request, session.number)

@@ -27,7 +27,9 @@ from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
 
 RESTART_PIN_S = 30.0
-GRANTED_SHARE = 8  # at most one slot in 8, over all clients, is granted and not yet written
+# What all clients together may be granted and have not yet written is the larger of
+GRANTED_SHARE = 8  # one slot in 8 of the arena, and
+EMPTY_SHARE = 2  # one slot in 2 of those that hold no chunk, granted ones included
 MAX_NAMESPACES = 4096  # descriptions that are kept; those used longest ago are forgotten
 MAX_REMEMBERED_ENGINES = 128  # engines per namespace that are known to have described it
 MAX_LEASES = 4096  # per session; an engine holds one or a few for each waiting request
@@ -46,6 +48,7 @@ class Session:
     settled: bool = False  # no transfer is under way that its engine began on an earlier connection of this process
     leases: dict[int, Lease] = field(default_factory=dict)  # by number
     granted: dict[int, int] = field(default_factory=dict)  # slot -> generation
+    told_limit: int = 0  # the limit of granted slots that the client knows
 
 
 @dataclass(eq=False)
@@ -253,11 +256,19 @@ class Sessions:
                 self.cache.release(lease)
 
     def limit(self, session: Session) -> int:
-        """Return how many granted slots a client may hold: an even share of 1/GRANTED_SHARE of all slots, and at least one."""
-        if not session.writer:
-            return 0
-        writers = sum(other.writer for other in self.sessions.values())
-        return max(1, self.arena.spec.num_slots // GRANTED_SHARE // max(1, writers))
+        """Return how many granted slots a client may hold: an even share of what all may hold, and at least one."""
+        return self._writers_limit() if session.writer else 0
+
+    def _writers_limit(self) -> int:
+        writers = [session for session in self.sessions.values() if session.writer]
+        empty = self.cache.num_unused + sum(len(session.granted) for session in writers)
+        of_all = max(self.arena.spec.num_slots // GRANTED_SHARE, empty // EMPTY_SHARE)
+        return max(1, of_all // max(1, len(writers)))
+
+    def above_limit(self) -> list[Session]:
+        """Return the sessions that hold more than their limit, and believe in a limit that is an eighth above it or more."""
+        limit = self._writers_limit()
+        return [s for s in self.sessions.values() if len(s.granted) > limit and limit <= s.told_limit * 7 // 8]
 
     def grant(self, session: Session, count: int) -> Reservation:
         """Grant the client slots to write, at most as many as its limit leaves."""

@@ -57,7 +57,7 @@ def test_a_lookup_that_misses_waits_for_nothing(
     client = make_client()
     chain = chain_keys("a", 3)
     assert store(client, chain) == 3
-    assert stock(client)[0] == 12  # the client asks for no more before half of the stock is used
+    assert stock(client)[0] == 60  # the client asks for no more before half of the stock is used
     asked.clear()
     before = daemon.stat()
     for unknown in ([], chain_keys("b", 3), [chain_keys("b", 1)[0], *chain]):
@@ -154,21 +154,21 @@ def test_leases_of_finalizers(daemon: Daemon, make_client: MakeClient) -> None:
 def test_a_larger_wish_than_the_stock_waits_for_more(make_client: MakeClient) -> None:
     """Although the stock is more than half full: otherwise the client would never ask for the missing slots."""
     client = make_client()
-    eventually(lambda: stock(client) == (15, 15))
+    eventually(lambda: stock(client) == (63, 63))
     assert store(client, chain_keys("a", 4)) == 4  # the stock is not filled up yet
-    assert stock(client)[0] == 11
-    chain = chain_keys("b", 14)
+    assert stock(client)[0] == 59
+    chain = chain_keys("b", 61)
     reservation = client.reserve(chain, chain, SHAPE)
-    assert (len(reservation.slots), reservation.dropped) == (14, 0)
+    assert (len(reservation.slots), reservation.dropped) == (61, 0)
 
 
 def test_a_wish_above_the_limit_does_not_wait_for_ever(daemon: Daemon) -> None:
     """Also if it is the first wish, before the limit is known."""
     with closing(daemon.client(patience_s=3600)) as client:
-        chain = chain_keys("b", 50)
+        chain = chain_keys("b", 100)
         reservation = client.reserve(chain, chain, SHAPE)
-        assert (len(reservation.slots), reservation.dropped) == (15, 35)
-        assert list(reservation.keys) == chain[:15]
+        assert (len(reservation.slots), reservation.dropped) == (63, 37)
+        assert list(reservation.keys) == chain[:63]
         with closing(daemon.client(index=False, patience_s=3600)) as copier:
             assert copier.has_room(chain)
             assert copier.reserve(chain, chain, SHAPE).slots == ()
@@ -180,9 +180,9 @@ def test_room_is_told_and_asked_for(daemon: Daemon) -> None:
         chain = chain_keys("a", 10)
         eventually(lambda: client.has_room(chain))
         assert len(client.reserve(chain, chain, SHAPE).slots) == 10
-        more = chain_keys("b", 50)
+        more = chain_keys("b", 100)
         assert not client.has_room(more)
-        assert len(client.reserve(more, more, SHAPE).slots) == 5
+        assert len(client.reserve(more, more, SHAPE).slots) == 53
 
 
 def test_clear(daemon: Daemon, make_client: MakeClient) -> None:

@@ -261,17 +261,27 @@ def test_a_lease_pins(daemon: Daemon, make_client: MakeClient) -> None:
 
 def test_what_may_be_granted_is_divided_among_clients(daemon: Daemon, make_client: MakeClient) -> None:
     one = make_client("one")
-    eventually(lambda: stock(one)[0] == 15)  # an eighth of 127
-    assert stock(one) == (15, 15)
+    eventually(lambda: stock(one)[0] == 63)  # half of 127 empty ones
+    assert stock(one) == (63, 63)
     two = make_client("two")
-    eventually(lambda: (stock(one), stock(two)) == ((7, 7), (7, 7)))  # the first has given back its unused slots
-    assert daemon.stat()["granted_slots"] == 14
-    chain = chain_keys("c", 20)
+    eventually(lambda: (stock(one), stock(two)) == ((31, 31), (31, 31)))  # the first has given back its unused slots
+    assert daemon.stat()["granted_slots"] == 62
+    chain = chain_keys("c", 40)
     reservation = two.reserve(chain, chain, SHAPE)
-    assert (len(reservation.slots), reservation.dropped) == (7, 13)
+    assert (len(reservation.slots), reservation.dropped) == (31, 9)
     copier = make_client("two", index=False)
     assert copier.reserve(chain, chain, SHAPE).slots == ()  # a worker only copies and is granted none
-    assert daemon.stat()["granted_slots"] == 14
+    assert daemon.stat()["granted_slots"] == 62
+    two.commit(reservation)
+
+
+def test_an_idle_engine_gives_back_what_a_full_arena_cannot_spare(daemon: Daemon, make_client: MakeClient) -> None:
+    idle, busy = make_client("idle"), make_client("busy")
+    eventually(lambda: stock(idle) == (31, 31))
+    for number in range(60):
+        assert store(busy, chain_keys(number, 3)) == 3
+    eventually(lambda: stock(idle)[0] <= 127 // 8)
+    assert daemon.stat()["granted_slots"] <= 2 * 127 // 8
 
 
 def test_slots_of_others_are_not_published(daemon: Daemon, make_client: MakeClient) -> None:

@@ -12,14 +12,23 @@ from kvkern.arena.file import MAX_PROCESSES, Arena
 from kvkern.arena.slots import SlotState
 from kvkern.assemble import build_cache
 from kvkern.errors import ArenaError
-from kvkern.node.daemon.sessions import GRANTED_SHARE, MAX_LEASES, RESTART_PIN_S, Process, Session, Sessions
+from kvkern.node.daemon.sessions import (
+    EMPTY_SHARE,
+    GRANTED_SHARE,
+    MAX_LEASES,
+    RESTART_PIN_S,
+    Process,
+    Session,
+    Sessions,
+)
 from kvkern.tiers.base import Reservation
 from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import write_payload
 from tests.support import NAMESPACE, SHAPE, chain_keys, key, make_arena
 
 SLOTS = 32
-MOST = SLOTS // GRANTED_SHARE  # slots one writer may hold
+MOST = SLOTS // GRANTED_SHARE  # slots one writer may hold in a full arena
+EMPTY_MOST = SLOTS // EMPTY_SHARE  # in an empty one
 ENGINE, WORKER, OTHER = (100, 1), (101, 1), (200, 1)  # processes
 
 
@@ -64,6 +73,11 @@ class World:
 
     def publish(self, session: Session, held: Reservation) -> list[bool]:
         return self.sessions.publish(session, NAMESPACE, held.slots, held.generations, held.keys, held.chain)
+
+    def fill(self, session: Session, chunks: int = SLOTS) -> None:
+        """Put so many single chunks."""
+        for number in range(chunks):
+            self.put(session, ("fill", number), 1)
 
     def put(self, session: Session, name: object, chunks: int = MOST) -> Reservation:
         held = self.begin(session, chain_keys(name, chunks))
@@ -133,15 +147,36 @@ def test_a_client_ends_its_own_leases_only_and_once(world: World) -> None:
     assert world.free() == SLOTS
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 10 * SLOTS])
+@pytest.mark.parametrize("count", [0, 1, EMPTY_MOST, EMPTY_MOST + 1, 10 * SLOTS])
 def test_a_grant_is_limited(world: World, count: int) -> None:
-    granted = world.sessions.grant(world.engine(), count)
-    assert len(granted.slots) == min(count, MOST)
+    engine = world.engine()
+    assert len(world.sessions.grant(engine, count).slots) == min(count, EMPTY_MOST)
+    assert world.sessions.limit(engine) == EMPTY_MOST  # a granted slot holds no chunk yet
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST, MOST + 1, 10 * SLOTS])
+def test_a_grant_is_limited_more_where_slots_hold_chunks(world: World, count: int) -> None:
+    engine = world.engine()
+    world.fill(engine)
+    assert len(world.sessions.grant(engine, count).slots) == min(count, MOST)
+
+
+def test_who_holds_more_than_a_limit_that_shrank_is_told_once(world: World) -> None:
+    idle, busy = world.engine(), world.engine(OTHER, "o")
+    idle.told_limit = world.sessions.limit(idle)
+    held = world.sessions.grant(idle, SLOTS)
+    assert world.sessions.above_limit() == []
+    world.fill(busy, SLOTS - len(held.slots))
+    assert len(held.slots) > world.sessions.limit(idle)
+    assert world.sessions.above_limit() == [idle]
+    idle.told_limit = world.sessions.limit(idle)
+    assert world.sessions.above_limit() == []  # its slots may be under way
 
 
 def test_writers_share_the_limit(world: World) -> None:
     first, second = world.engine(), world.engine(OTHER, "o")
     world.worker()
+    world.fill(first)
     assert [world.sessions.limit(session) for session in (first, second)] == [MOST // 2, MOST // 2]
     assert len(world.sessions.grant(first, SLOTS).slots) == MOST // 2
     assert world.sessions.grant(first, SLOTS).slots == ()
@@ -151,6 +186,7 @@ def test_writers_share_the_limit(world: World) -> None:
 def test_a_later_writer_gets_its_share_whatever_the_earlier_ones_hold(world: World) -> None:
     """The earlier writers are told of their new limit and give back the rest."""
     first = world.engine()
+    world.fill(first)
     granted = world.sessions.grant(first, SLOTS)
     second = world.engine(OTHER, "o")
     assert len(world.sessions.grant(second, SLOTS).slots) == MOST // 2
