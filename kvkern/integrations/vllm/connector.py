@@ -20,6 +20,7 @@ from .options import (
     refuse_data_parallel,
     refuse_divided_states,
     refuse_outer,
+    refuse_sync_loads,
     refuse_unshareable,
     refuse_unsupported,
 )
@@ -28,6 +29,7 @@ from .request_hints import drop_malformed_params
 from .stop_reasons import tool_call_ids
 from .store_proof import StoreProof
 from .transfer_metadata import SlotSpec, StepMetadata
+from .versions import warn_of_untested
 from .worker import KvkernWorker
 
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load before it polls again
@@ -51,6 +53,7 @@ class KvkernConnector(shim.OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._load_requests: dict[int, str] = {}  # worker: load job -> request id
         self._tickets: dict[int, list[int]] = {}  # scheduler: job -> [ticket, ranks that have not finished]
+        refuse_sync_loads(shim.sync_load_budget(self))
         self._alone = is_outer(vllm_config, shim.current_config())
         self._reported_packing: str | None = None  # scheduler: how the workers pack their pages
         self._speculates = vllm_config.speculative_config is not None
@@ -61,9 +64,10 @@ class KvkernConnector(shim.OffloadingConnector):
             self._adapters = watch_adapters()
         manager = shim.scheduler_manager(self)
         if manager is not None:
+            warn_of_untested(shim.VLLM_VERSION, shim.logger)
             self._manager: KvkernManager = manager
             weights = resolve_weights(vllm_config, options)
-            windowed = shim.windowed_groups(kv_cache_config)
+            windowed = shim.windowed_groups(kv_cache_config, offload)
             blocks = shim.EngineBlocks(self)
             self._proof = StoreProof(
                 blocks,
@@ -86,6 +90,10 @@ class KvkernConnector(shim.OffloadingConnector):
         """Build the worker, which asks `_adapters` before it copies KV of an adapter."""
         super().register_kv_caches(kv_caches)
         shim.worker_of(self).adapters = self._adapters
+
+    def unregister_kv_caches(self) -> None:
+        """Finish all transfers, because vLLM is about to free the memory of the KV cache. vLLM 0.33 calls it for sleep mode."""
+        shim.finish_transfers(self)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Remember which request each load belongs to, then start the loads."""

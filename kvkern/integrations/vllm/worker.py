@@ -15,7 +15,7 @@ from .transfer_metadata import SlotSpec, pair_blocks_with_slots
 
 SYNC_LOADS = (
     "vLLM computes with the blocks of a synchronous load in the same step, and ignores that the load failed its checksum. "
-    "Leave sync_load_budget_bytes out of kv_connector_extra_config."
+    "Leave sync_load_budget_bytes out of kv_connector_extra_config, or set it to 0."
 )
 
 
@@ -98,6 +98,10 @@ class KvkernWorker(shim.OffloadingWorker):
         for job_id in job_ids:
             if job_id in self._jobs:
                 self._jobs[job_id].wait()
+
+    def wait_for_all(self) -> None:
+        """Block until every job has ended. Their results stay to be fetched."""
+        self.wait(set(self._jobs))
 
     def shutdown(self) -> None:
         """End the copy threads and release the arena."""

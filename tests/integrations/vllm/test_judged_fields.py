@@ -12,45 +12,40 @@ import pytest
 from vllm.config import VllmConfig
 
 from docs.list_fields import page
+from kvkern.integrations.vllm.contract import describe_vllm
 from kvkern.integrations.vllm.judged_fields import JUDGED, Verdict, named_values, verdicts
+from kvkern.integrations.vllm.surface import dataclasses_in, reached_classes
+from tests.integrations.vllm.test_contract import RELEASES, described
 
 pytestmark = pytest.mark.vllm
 PAGE = Path(__file__).parents[3] / "docs" / "vllm_fields.md"
 
 
-def _classes(hint: Any) -> list[Any]:
-    inner = [found for argument in typing.get_args(hint) for found in _classes(argument)]
-    return [hint, *inner] if dataclasses.is_dataclass(hint) else inner
+def _unjudged(configuration: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{name}.{field}" for name, names in configuration.items() for field in names if field not in verdicts(name)
+    ]
 
 
-def _reached(config_class: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """Return all configuration classes that can be inside `config_class`, by name."""
-    found[config_class.__name__] = config_class
-    hints = typing.get_type_hints(config_class, vars(sys.modules[config_class.__module__]))
-    for field in dataclasses.fields(config_class):
-        for inner in _classes(hints[field.name]):
-            if inner.__name__ not in found:
-                _reached(inner, found)
-    return found
+@pytest.mark.parametrize("release", [*RELEASES, "installed"])
+def test_every_field_is_judged(release: str) -> None:
+    surface = describe_vllm() if release == "installed" else described(release)
+    missing = _unjudged(surface.configuration)
+    assert not missing, f"judge these in kvkern/integrations/vllm/judged_fields.py: {missing}"
 
 
 def test_every_field_is_judged_once() -> None:
-    missing = []
-    for name, config_class in _reached(VllmConfig, {}).items():
-        judged = verdicts(name)
-        missing += [f"{name}.{field.name}" for field in dataclasses.fields(config_class) if field.name not in judged]
-    assert not missing, f"judge these in kvkern/integrations/vllm/judged_fields.py: {missing}"
     for name, by_verdict in JUDGED.items():
         names = [field for text in by_verdict.values() for field in text.split()]
         assert len(names) == len(set(names)), name
 
 
 def test_a_field_that_holds_a_class_leads_to_its_judgements() -> None:
-    for name, config_class in _reached(VllmConfig, {}).items():
+    for name, config_class in reached_classes(VllmConfig, {}).items():
         hints = typing.get_type_hints(config_class, vars(sys.modules[config_class.__module__]))
         for field, verdict in verdicts(name).items():
             if verdict is Verdict.INSIDE and field in hints:
-                assert any(inner.__name__ in JUDGED for inner in _classes(hints[field])), f"{name}.{field}"
+                assert any(inner.__name__ in JUDGED for inner in dataclasses_in(hints[field])), f"{name}.{field}"
 
 
 @dataclasses.dataclass
@@ -63,6 +58,7 @@ class ModelConfig:
 @dataclasses.dataclass
 class CacheConfig:
     cache_dtype: str = "auto"
+    tomorrow: str = ""  # nobody has judged it
     kv_cache_dtype_skip_layers: Any = ()
 
 
@@ -85,6 +81,7 @@ def test_values_of_named_fields() -> None:
         {"quantization": "x"},
     ):
         assert values(**change) != plain
+    assert values(tomorrow="on") != values(tomorrow="off") != plain
     assert values(extra={"a": 1, "b": {2, 3}}) == values(extra={"b": {3, 2}, "a": 1}) != plain
 
 

@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from kvkern.config import Config
-from kvkern.errors import UnsupportedError
-from kvkern.integrations.vllm import kv_transfer_config, options, shim
+from kvkern.integrations.vllm import kv_transfer_config
 from kvkern.integrations.vllm.namespace import LENGTH_FREE_ARCHITECTURES, _model, resolve_weights
-from kvkern.integrations.vllm.worker import KvkernWorker
 from tests.integrations.vllm.engine import Engine, prompt
 from tests.node.conftest import eventually
 
@@ -117,16 +115,3 @@ def test_longrope_engines_of_different_lengths_never_share(tmp_path: Path) -> No
     assert (
         identity(model, max_model_len=250) != identity(model, max_model_len=256) != identity(model, max_model_len=1024)
     )
-
-
-def test_synchronous_loads_are_refused_by_name() -> None:
-    """vLLM 0.33 ignores that such a load failed, so a chunk with a broken checksum would be served."""
-    with pytest.raises(UnsupportedError, match=r"sync_load_budget_bytes is 1024.*checksum.*Leave"):
-        options.parse_options({"kvkern": {"capacity": "1GiB"}, "sync_load_budget_bytes": 1024})
-    worker = KvkernWorker(None, 1, lambda: None)  # type: ignore[arg-type]
-    nothing: Any = None
-    with pytest.raises(UnsupportedError, match=r"Load job 7 is synchronous.*checksum"):
-        worker.submit_load(7, nothing, nothing, expedited=True)
-    assert not worker._jobs
-    parameters = inspect.signature(shim.OffloadingWorker.submit_load).parameters
-    assert set(parameters) <= set(inspect.signature(KvkernWorker.submit_load).parameters)

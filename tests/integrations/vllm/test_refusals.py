@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ def test_unsupported_settings(llama: str, changes: dict[str, Any], error: type[K
     assert all(word in str(caught.value) for word in words)
 
 
-def test_sleep_is_refused(llama: str) -> None:
+def test_sleep_is_refused_unless_vllm_waits_for_transfers(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sleep unmaps memory that queued transfers are about to read. vLLM refuses it on CPUs, so the test sets it afterwards."""
     config = vllm_config(llama)
     config.model_config.enable_sleep_mode = True
-    with pytest.raises(UnsupportedError, match=r"enable_sleep_mode is set\..*leave it out"):
+    monkeypatch.setattr(shim, "FEATURES", replace(shim.FEATURES, sleep_hooks=False))
+    with pytest.raises(UnsupportedError, match=r"enable_sleep_mode is set\..*leave it out, or use vLLM 0\.33"):
         options.refuse_unsupported(config)
+    monkeypatch.setattr(shim, "FEATURES", replace(shim.FEATURES, sleep_hooks=True))
+    options.refuse_unsupported(config)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +95,3 @@ def test_chunks_of_several_blocks_of_a_recurrent_model(tmp_path: Path, capfd: py
     assert "Set blocks_per_chunk to 1" in shown
     options.refuse_divided_states([], blocks_per_chunk=2)
     options.refuse_divided_states([0], blocks_per_chunk=1)
-
-
-def test_unknown_vllm_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.99.1")
-    with pytest.raises(UnsupportedError, match=r"0\.99\.1.*0\.32"):
-        importlib.reload(shim)
-    monkeypatch.undo()
-    importlib.reload(shim)
