@@ -130,7 +130,7 @@ def test_what_kvkern_does_not_need_is_no_difference(change: Callable[[dict[str, 
 
 
 def test_imports_are_read_from_the_source(tmp_path: Path) -> None:
-    source = tmp_path / "uses.py"
+    source = tmp_path / "uses"
     source.write_text(
         "from vllm.a import B, C as D\nimport os\n"
         "try:\n    from vllm.e import F\nexcept ImportError:\n    F = None\n"
