@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .messages import Answer, EngineSpec
+from .messages import WARM_UP_TOKENS, Answer, EngineSpec
 from .standalone_engine import StandaloneEngine
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Engine(StandaloneEngine):
 
     def warm_up(self, library_tokens: Sequence[int], salt: str | None = None) -> None:
         """Run two short requests: the first one in a process pays seconds for set-up inside torch and oneDNN."""
-        for num_tokens in (16, 256):
+        for num_tokens in WARM_UP_TOKENS:
             self.ask("warm_up", "warm_up", library_tokens[:num_tokens], 2, salt)
 
     def ask(

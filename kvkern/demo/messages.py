@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 BLOCK_TOKENS = 128
+WARM_UP_TOKENS = (16, 256)  # prompts of an engine before it is measured
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from typing import Protocol
 import msgspec
 
 from . import mixed_workload, supervised_daemon
-from .messages import Answer, MixedWorkload, Plan, Progress
+from .messages import WARM_UP_TOKENS, Answer, MixedWorkload, Plan, Progress
 from .prompts import PromptLibrary
 
 
@@ -140,7 +140,8 @@ def first_of_node(measured: MeasuredEngine) -> None:
     for prompt_id, prompt in documents.items():
         measured.ask("fill", prompt_id, prompt, 1)
     chunks = sum(len(prompt) // measured.plan.block_tokens for prompt in documents.values())
-    supervised_daemon.wait_for(measured.socket, lambda row: row.get("chunks", 0) >= chunks)
+    warm_up = max(WARM_UP_TOKENS) // measured.plan.block_tokens  # the other prompts are its beginnings
+    supervised_daemon.wait_for(measured.socket, lambda row: row.get("chunks", 0) >= chunks + warm_up)
     measured.say(f"{len(documents)} documents computed, {chunks} chunks in the node's cache")
 
 

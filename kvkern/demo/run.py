@@ -122,10 +122,9 @@ def _demo(options: Options, plan: Plan | None, clock: PhaseClock) -> int:
     if options.remote is not None:
         answers = _remote_answers(options.remote, setup, logs, clock)
         return _conclude(options, answers, clock, setup)
-    before_s = clock.elapsed_s()
-    answers = _in_float32(setup, logs, clock)
+    answers, start_s = _in_float32(setup, logs, clock)
     if speed is not None:
-        setup = _second_setup(setup, answers, clock.elapsed_s() - before_s, speed, facts, clock)
+        setup = _second_setup(setup, answers, start_s, speed, facts, clock)
     if setup.plan.mix_on_small_model:
         setup = replace(setup, small_folder=model.ensure(model.SMALL, options.workdir))
     for title, job in jobs(setup):
@@ -155,12 +154,11 @@ def _first_setup(
 
 
 def _second_setup(
-    setup: Setup, answers: list[Answer], took_s: float, speed: sizing.Speed, facts: ModelFacts, clock: PhaseClock
+    setup: Setup, answers: list[Answer], start_s: float, speed: sizing.Speed, facts: ModelFacts, clock: PhaseClock
 ) -> Setup:
     """Choose the plan by what the float32 engine has shown."""
-    start_s = took_s - sum(answer.ttft_s for answer in answers)
     rates = [facts.flops(a.prompt_tokens) / a.ttft_s for a in answers if a.case == "recompute_float32"]
-    machine = sizing.Machine.guess(speed).measured(median(rates), start_s, speed)
+    machine = sizing.Machine.guess(speed).measured(median(rates), start_s + sizing.WARM_AND_END_S, speed)
     plan, seconds = sizing.choose(facts, small_facts(), machine, sizing.LIMIT_S - clock.elapsed_s())
     _say_plan(plan, seconds, clock)
     return replace(setup, plan=plan)
@@ -181,13 +179,14 @@ def small_facts() -> ModelFacts:
     return ModelFacts.of(model.SMALL.hf_config())
 
 
-def _in_float32(setup: Setup, logs: engine_process.Logs, clock: PhaseClock) -> list[Answer]:
-    """Run the float32 engine and show its answers to questions. Return all its answers."""
+def _in_float32(setup: Setup, logs: engine_process.Logs, clock: PhaseClock) -> tuple[list[Answer], float]:
+    """Run the float32 engine and show its answers to questions. Return all its answers, and how long it took to start."""
     clock.say("[bold]vLLM with kvkern, float32[/bold]: starting the engine")
-    answers = _answers(float32_job(setup), logs, clock)
+    with closing(engine_process.run(float32_job(setup), logs)) as events:
+        answers, start_s = _until_ready(events, clock)
     for line in questions.shown(answers, setup.folder):
         clock.say(escape(line))
-    return answers
+    return answers, start_s
 
 
 def float32_job(setup: Setup) -> Job:
@@ -237,11 +236,11 @@ def _node_answers(setup: Setup, logs: engine_process.Logs, clock: PhaseClock) ->
         until = daemon.socket.with_name("enough")
         say("[bold]the node's daemon, and a first engine[/bold]: starting both")
         with closing(engine_process.run(Job("first", spec, plan, until=str(until)), logs)) as first:
-            answers += _until_ready(first, clock)
+            answers += _until_ready(first, clock)[0]
             say("[bold]a second engine beside the first[/bold]: starting it")
             answers += _answers(Job("second", spec, plan), logs, clock)
             until.touch()
-            answers += _until_ready(first, clock)
+            answers += _until_ready(first, clock)[0]
         say("[bold]an engine restarted[/bold]: starting it")
         answers += _answers(Job("again", spec, plan), logs, clock)
     return answers
@@ -341,12 +340,12 @@ def _model(options: Options, clock: PhaseClock) -> Path:
 
 def _answers(job: Job, logs: engine_process.Logs, clock: PhaseClock) -> list[Answer]:
     with closing(engine_process.run(job, logs)) as events:
-        return _until_ready(events, clock)
+        return _until_ready(events, clock)[0]
 
 
-def _until_ready(events: Iterator[Event], clock: PhaseClock) -> list[Answer]:
-    """Collect the answers of an engine until it is done, or until it is ready and waits."""
-    answers = []
+def _until_ready(events: Iterator[Event], clock: PhaseClock) -> tuple[list[Answer], float]:
+    """Collect an engine's answers until it is done, or ready and waiting. Return them and its start's seconds (0: not told)."""
+    answers, start_s = [], 0.0
     clock.now("still starting the engine")
     for event in events:
         match event:
@@ -359,10 +358,11 @@ def _until_ready(events: Iterator[Event], clock: PhaseClock) -> list[Answer]:
                 clock.say(f"  {text}")
             case Ready():
                 break
-            case Done(start_s=start_s):
+            case Done():
+                start_s = event.start_s
                 clock.say(f"  done, after an engine start of {start_s:.0f} s")
     clock.now("still working")
-    return answers
+    return answers, start_s
 
 
 def _conclude(options: Options, answers: list[Answer], clock: PhaseClock, setup: Setup) -> int:

@@ -24,6 +24,7 @@ LIMIT_S = 480.0  # of the whole demo
 USED_SHARE = 0.85  # of the time left that an estimate may take: estimates are too low where other programs run
 PRODUCT_S = 0.05
 START_S = 25.0  # an engine's start and end, before one was seen
+WARM_AND_END_S = 6.0  # of an engine whose kernels an earlier one has compiled
 NODE_ENGINES, POLICY_ENGINES, OWN_ENGINES, REMOTE_ENGINES = 3, 2, 2, 3
 ENGINE_SHARE = 0.6  # of the product's speed that an engine reaches
 STEP_S = 0.012  # of a reply's token, beside reading the weights

@@ -24,8 +24,11 @@ class Notices:
         self._never_hits.note_request(root, found, served)
 
     def note_dropped(self, dropped: int) -> None:
-        """Note how many chunks of a store found no free slot."""
-        if dropped and (line := self._room.note_dropped(dropped, time.monotonic(), self._cache.usage()["slots"])):
+        """Note how many chunks of a store found no free slot. The loss of a daemon has a line of its own."""
+        usage = self._cache.usage()
+        if not dropped or not usage.get("connected", True):
+            return
+        if line := self._room.note_dropped(dropped, time.monotonic(), usage["slots"]):
             shim.logger.warning("%s", line)
 
     def note_reset(self) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
+from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.never_hits import LINE_S, MIN_REQUESTS, NeverHits
+from kvkern.integrations.vllm.notices import Notices
 from kvkern.integrations.vllm.room_notice import QUIET_S, RoomNotice
 from kvkern.metrics import CacheCounters
 
@@ -72,3 +75,16 @@ def test_a_full_cache_is_one_line_until_there_is_room_again() -> None:
     assert "384 chunks were not stored" in (notice.ended(17 + QUIET_S) or "")
     assert notice.ended(18 + QUIET_S) is None
     assert notice.note_dropped(1, 600, 57) is not None
+
+
+@pytest.mark.parametrize(("usage", "lines"), [({}, 1), ({"connected": 1}, 1), ({"connected": 0}, 0)])
+def test_a_lost_daemon_is_no_full_cache(monkeypatch: pytest.MonkeyPatch, usage: dict[str, int], lines: int) -> None:
+    class FakeCache:
+        def usage(self) -> dict[str, int]:
+            return {"slots": 57, **usage}
+
+    said: list[str] = []
+    monkeypatch.setattr(shim.logger, "warning", lambda line, *values: said.append(line % values))
+    cache: Any = FakeCache()
+    Notices(cache, 16).note_dropped(3)
+    assert len(said) == lines
