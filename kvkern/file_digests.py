@@ -1,8 +1,9 @@
 """BLAKE3 digests of whole files. A file that has not changed is not read again. Knows nothing of weights or adapters.
 
 signature of a file    inode, size, mtime_ns and ctime_ns. A write changes ctime, which no program can set back
-fresh file             changed less than SETTLE_S ago. Its digest is not kept: another write within the same tick of the
-                       file system's clock would leave the signature as it is
+fresh file             may be written again within the same tick of its file system's clock, and keep its signature. Its
+                       digest is not kept. A file is settled when its signature stays for SETTLE_S, or is CLOCKS_APART_S old:
+                       the clock of a file server and this machine's differ by less
 side file              JSON, so that the next process need not read the file either. Another user may not write it
 """
 
@@ -22,6 +23,7 @@ from blake3 import blake3
 from .errors import ConfigError
 
 SETTLE_S = 2.0  # coarser than the clock of any file system in use
+CLOCKS_APART_S = 3600.0
 SIDE_FILE_VERSION = 1
 _PIECE_NBYTES = 64 << 20
 _ATTEMPTS = 3
@@ -46,9 +48,9 @@ class Signature:
         """The form of the side file."""
         return f"{self.inode}:{self.nbytes}:{self.mtime_ns}:{self.ctime_ns}"
 
-    def is_fresh(self, now_s: float) -> bool:
-        """Return True if the file changed so lately that it may change again without another signature."""
-        return now_s - max(self.mtime_ns, self.ctime_ns) / 1e9 < SETTLE_S
+    def age_s(self) -> float:
+        """Return how long ago the file changed, if its file system's clock agrees with this machine's."""
+        return time.time() - max(self.mtime_ns, self.ctime_ns) / 1e9
 
 
 class FileDigests:
@@ -62,6 +64,7 @@ class FileDigests:
         self._side_file = side_file
         self._mapped = mapped
         self._known: dict[str, tuple[str, bytes]] = {}  # path -> (signature, digest)
+        self._seen: dict[str, tuple[str, float]] = {}  # path -> (signature, monotonic seconds when it was first seen)
         self._changed = False
         if side_file is not None:
             self._known = _read_side_file(side_file)
@@ -80,14 +83,14 @@ class FileDigests:
         Raises OSError if it cannot be read, and ConfigError if others write it all the while.
         """
         for _ in range(_ATTEMPTS):
-            began_s = time.time()
             with path.open("rb") as handle:
                 before = Signature.of(os.fstat(handle.fileno()))
                 if (found := self._find(path, before)) is not None:
                     return found
+                first_seen_s = self._first_seen_s(path, before)
                 digest = self._hash(handle.fileno(), before.nbytes, advance)
             if Signature.of(path.stat()) == before:
-                if not before.is_fresh(began_s):
+                if time.monotonic() - first_seen_s >= SETTLE_S or before.age_s() >= CLOCKS_APART_S:
                     self._known[str(path.resolve())] = before.text, digest
                     self._changed = True
                 return digest
@@ -114,6 +117,12 @@ class FileDigests:
     def _find(self, path: Path, signature: Signature) -> bytes | None:
         kept, digest = self._known.get(str(path.resolve()), ("", b""))
         return digest if kept == signature.text else None
+
+    def _first_seen_s(self, path: Path, signature: Signature) -> float:
+        name, now_s = str(path.resolve()), time.monotonic()
+        if self._seen.get(name, ("", 0.0))[0] != signature.text:
+            self._seen[name] = signature.text, now_s
+        return self._seen[name][1]
 
     def _hash(self, descriptor: int, nbytes: int, advance: Callable[[int], None]) -> bytes:
         hasher = blake3(max_threads=blake3.AUTO)

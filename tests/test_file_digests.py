@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from kvkern import file_digests
 from kvkern.errors import ConfigError
-from kvkern.file_digests import FileDigests, Signature
+from kvkern.file_digests import FileDigests
 
 
 class Counting(FileDigests):
@@ -26,8 +26,9 @@ class Counting(FileDigests):
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that is not fresh."""
+    """A file that is settled."""
     monkeypatch.setattr(file_digests, "SETTLE_S", 0.05)
+    monkeypatch.setattr(file_digests, "CLOCKS_APART_S", 0.05)
     monkeypatch.setattr(Counting, "reads", 0)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"abc")
@@ -61,14 +62,25 @@ def test_a_file_that_stays_is_read_once(file: Path, tmp_path: Path) -> None:
     assert again.digest(file) == blake3(b"abd").digest()
 
 
-def test_a_fresh_file_is_read_again(file: Path) -> None:
-    """Two writes within a tick of the file system's clock have the same times."""
+@pytest.mark.parametrize("ahead_s", [-1200.0, 0.0, 1200.0])
+def test_a_fresh_file_is_read_until_it_has_stayed(file: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+    """Two writes within a tick of the file system's clock have the same times. The machine's own clock tells nothing of it."""
+    real = time.time
+    monkeypatch.setattr(file_digests.time, "time", lambda: real() + ahead_s)
+    monkeypatch.setattr(file_digests, "CLOCKS_APART_S", 3600.0)
+    monkeypatch.setattr(file_digests, "SETTLE_S", 3600.0)
     digests = Counting()
     file.write_bytes(b"new")
     digests.digest(file)
     digests.digest(file)
     assert Counting.reads == 2
-    assert Signature.of(file.stat()).is_fresh(time.time())
+    assert not digests.is_known(file)
+    monkeypatch.setattr(file_digests, "SETTLE_S", 0.05)
+    time.sleep(0.1)
+    digests.digest(file)
+    digests.digest(file)
+    assert Counting.reads == 3
+    assert digests.is_known(file)
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvkern import file_digests
 from kvkern.errors import ConfigError
-from kvkern.file_digests import FileDigests, Signature
+from kvkern.file_digests import FileDigests
 from kvkern.kernels.chunk_keys import chunk_keys
 from kvkern.keys import Namespace, canonical, derive_root, split_keys, weights_fingerprint
 
@@ -118,10 +118,10 @@ def _no_side_file_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def settle(*paths: Path) -> None:
-    """Wait until the files are no longer fresh: their digests are kept from then on."""
-    while any(Signature.of(path.stat()).is_fresh(time.time()) for path in paths):
-        time.sleep(0.1)
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every file for one that was written long ago: its digest is kept at once."""
+    monkeypatch.setattr(file_digests, "CLOCKS_APART_S", -1.0)
 
 
 def model(folder: Path, files: dict[str, bytes]) -> str:
@@ -171,7 +171,7 @@ def test_fingerprint_is_of_the_weights_alone(tmp_path: Path) -> None:
     assert int(first, 16) >= 0
 
 
-def test_fingerprint_sees_one_changed_row(tmp_path: Path) -> None:
+def test_fingerprint_sees_one_changed_row(settled: None, tmp_path: Path) -> None:
     """A new special token changes one row of an embedding, and nothing else."""
     rows, row_nbytes = 32_000, 512 * 2
     path = tmp_path / "model.safetensors"
@@ -179,7 +179,6 @@ def test_fingerprint_sees_one_changed_row(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + rows * row_nbytes)
-    settle(path)
     before = weights_fingerprint(path)
     assert weights_fingerprint(path) == before
     with path.open("r+b") as file:
@@ -188,10 +187,9 @@ def test_fingerprint_sees_one_changed_row(tmp_path: Path) -> None:
     assert weights_fingerprint(path) != before
 
 
-def test_the_second_start_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_start_reads_no_weights(settled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The side file keeps the digests. A write that sets the old times again is seen all the same."""
     first = model(tmp_path / "a", FILES)
-    settle(*(tmp_path / "a").iterdir())
     assert weights_fingerprint(tmp_path / "a") == first
     monkeypatch.setattr(FileDigests, "_hash", lambda *args: pytest.fail("a weight file was read"))
     assert weights_fingerprint(tmp_path / "a") == first
@@ -205,9 +203,8 @@ def test_the_second_start_reads_no_weights(tmp_path: Path, monkeypatch: pytest.M
     assert weights_fingerprint(tmp_path / "a") != first
 
 
-def test_a_side_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_side_file_that_cannot_be_written_is_said(settled: None, tmp_path: Path) -> None:
     model(tmp_path / "a", FILES)
-    settle(*(tmp_path / "a").iterdir())
     (tmp_path / "file").touch()
     lines: list[str] = []
     assert weights_fingerprint(tmp_path / "a", lines.append, tmp_path / "file" / "digests.json")
