@@ -11,6 +11,7 @@ from typing import Any
 from . import shim
 from .adapter_loads import AdapterLoads, watch_adapters
 from .adapter_names import AdapterNames, AdapterWorkerMetadata
+from .content_names import ContentNames
 from .manager import KvkernManager
 from .namespace import namespace_of, resolve_weights
 from .options import (
@@ -56,6 +57,7 @@ class KvkernConnector(shim.OffloadingConnector):
         refuse_sync_loads(shim.sync_load_budget(self))
         self._alone = is_outer(vllm_config, shim.current_config())
         self._reported_packing: str | None = None  # scheduler: how the workers pack their pages
+        self._content = ContentNames(vllm_config)
         self._speculates = vllm_config.speculative_config is not None
         self._world_size = vllm_config.parallel_config.world_size
         lora = vllm_config.lora_config
@@ -147,7 +149,7 @@ class KvkernConnector(shim.OffloadingConnector):
         """Give the request to the manager, which needs its block hashes."""
         drop_malformed_params(request)
         super().on_new_request(request)
-        self._manager.attach_request(request)
+        self._manager.attach_request(request, self._content.name(request))
 
     def get_num_new_matched_tokens(self, request: shim.Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Look up by the request's present hashes: a streaming-input session may have dropped some."""

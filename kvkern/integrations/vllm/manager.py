@@ -97,19 +97,20 @@ class KvkernManager(shim.OffloadingManager):
         self._adapters = adapters
         self._windowed = frozenset(windowed)
 
-    def attach_request(self, request: shim.Request) -> None:
-        """Take vLLM's request. Its block hashes name every chunk, including chunks that vLLM never looks up."""
+    def attach_request(self, request: shim.Request, named: bool = True) -> None:
+        """Take vLLM's request. Its block hashes name every chunk. If they do not (`named`), the request is not cached."""
         state = self._requests[request.request_id]
-        state.request = request
+        state.request, state.named = request, named
+        state.may_load = state.may_load and not shim.needs_whole_prompt(request)
         if request.lora_request is not None and self._adapters is not None:
             state.adapter = self._adapters.use_of(request.request_id, request.lora_request, self.step + 1)
         self._set_root(state, request)
         state.use = with_hints(state.use, request.kv_transfer_params, state.root, request.session_id)
 
     def _set_root(self, state: RequestState, request: shim.Request) -> None:
-        """Set the root under which the request is cached. Empty if it has an adapter whose content is not known."""
+        """Set the root under which the request is cached. Empty if it computes something whose content is not known."""
         digest = state.adapter.digest if state.adapter is not None else None
-        known = request.lora_request is None or digest is not None
+        known = state.named and (request.lora_request is None or digest is not None)
         state.root = self._root_of(request.cache_salt, digest) if known else b""
         private = self._bound_tenants.private
         state.use = replace(state.use, namespace=b"" if private else state.root)  # empty: no remote store is asked
@@ -209,7 +210,7 @@ class KvkernManager(shim.OffloadingManager):
     def prepare_store(
         self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext
     ) -> shim.PrepareStoreOutput | None:
-        """Reserve slots for the chunks that are not cached. If none are free now, take none and postpone the chunks."""
+        """Reserve slots for the chunks that are not cached. Chunks whose slots come later are postponed."""
         state = self._requests[req_context.req_id]
         if not state.root:
             return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
@@ -217,10 +218,12 @@ class KvkernManager(shim.OffloadingManager):
         by_group = self._keys_by_group(state, self._proven(state, keys))
         stored = [group for group_id, group in by_group.items() if not self._stores_no_more(state, group_id)]
         wanted = [key for group in stored for key in group]
-        if not self._cache.has_room(wanted) and self._postpone(req_context.req_id, state, keys):
-            return shim.PrepareStoreOutput([], SlotSpec(NO_TICKET, b"", ()), [])
-        state.store_waits = 0
         offload_key_of = {self._chunk_key(state, key): key for key in keys}
+        later = set(wanted[(room := self._cache.room(wanted)) :])
+        if postponed := self._postpone(req_context.req_id, state, [offload_key_of[key] for key in later]):
+            by_group = {group_id: [key for key in group if key not in later] for group_id, group in by_group.items()}
+        if room or not postponed:
+            state.store_waits = 0
         reservations = [self._reserve(state, group_id, wanted) for group_id, wanted in by_group.items()]
         granted = [offload_key_of[key] for reservation in reservations for key in reservation.keys]
         groups = tuple(GroupChunks.from_lists(r.keys, r.slots, r.generations) for r in reservations)
@@ -444,7 +447,7 @@ class KvkernManager(shim.OffloadingManager):
 
     def _postpone(self, req_id: str, state: RequestState, keys: Collection[shim.OffloadKey]) -> bool:
         """Return True if these chunks wait for slots: the next step offers them again. False: store what has a slot."""
-        waits = state.store_waits < STORE_STEPS and not _is_finished(state)
+        waits = bool(keys) and state.store_waits < STORE_STEPS and not _is_finished(state)
         if not waits or any(key not in state.end_of or self._is_handed_over(key) for key in keys):
             return False  # vLLM offers the state of a recurrent layer once
         state.store_waits += 1

@@ -7,6 +7,8 @@ or from the hub, have one name.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,30 @@ def _function(vllm_config: shim.VllmConfig) -> str:
         values["seed"] = model.seed
     if (draft := _draft(vllm_config)) is not None:
         values["draft"] = draft
+    if (processor := _processor(model)) is not None:
+        values["processor"] = processor
     return blake3(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _processor(model: shim.ModelConfig) -> dict[str, str] | None:
+    """Return what turns images and other media into tensors: settings in the model's folder, and libraries. None: text only.
+
+    vLLM names an item by its content and the path of the model, whatever the folder holds there.
+    """
+    if model.multimodal_config is None:
+        return None
+    folder = _folder(model)
+    found = {file.name: blake3(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*processor*.json"))}
+    for package in ("transformers", "pillow", "torchvision"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _folder(model: shim.ModelConfig) -> Path:
+    """Return the folder of the model's files."""
+    path = Path(model.model)
+    return path if path.is_dir() else path.parent if path.exists() else _snapshot(model)
 
 
 def _stable(value: Any) -> Any:

@@ -191,6 +191,11 @@ def refuse_unsupported(vllm_config: shim.VllmConfig) -> None:
             f"enable_sleep_mode is set. vLLM {shim.VLLM_VERSION} then frees the GPU's memory without waiting for queued "
             f"transfers, and such a transfer would end the engine. To use kvkern, leave it out, or use vLLM 0.33 or newer."
         )
+    if vllm_config.model_config.is_encoder_decoder:
+        raise UnsupportedError(
+            "The model has an encoder and a decoder. Its cross attention keeps KV of what the encoder reads, which no token "
+            "names. Run the engine without kvkern."
+        )
     if vllm_config.diffusion_config is not None:
         raise UnsupportedError(
             "diffusion_config is set. Such a model computes the KV of a token several times before it accepts the token, and "

@@ -29,6 +29,7 @@ class RequestState:
     arrived_s: float = field(default_factory=time.monotonic)
     request: shim.Request | None = None
     root: bytes = b""  # root of its tenant's namespace; empty: the request is not cached
+    named: bool = True  # False: vLLM's hashes do not name what the request computes, so it is not cached
     adapter: AdapterUse | None = None  # LoRA: what the root names
     has_loaded: bool = False  # chunks were loaded under the root
     has_stored: bool = False
@@ -43,9 +44,8 @@ class RequestState:
     boundary_lookups: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
     pinned_at_step: int = -1  # -1: not looked up
     store_waits: int = 0
-    may_load: bool = (
-        True  # False: the client's `kv_load_tiers` exclude this host's memory, through which every load goes
-    )
+    # False: the client's `kv_load_tiers` exclude this host's memory, through which every load goes, or all must be computed
+    may_load: bool = True
     may_ask_store: bool = True  # False: they exclude remote stores
     predates_reset: bool = False  # was alive when the cache was reset
     load_failed: bool = False  # the request is computed without loading; see KvkernManager.note_failed_load

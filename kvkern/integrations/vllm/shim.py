@@ -160,6 +160,7 @@ __all__ = [
     "handed_over_groups",
     "logger",
     "make_offload_key",
+    "needs_whole_prompt",
     "offer_again",
     "packing_environment",
     "restart_stores",
@@ -186,6 +187,16 @@ def allowed_tiers(context: ReqContext) -> tuple[bool, bool]:
     if (tiers := getattr(context, "load_tier_filter", None)) is None:
         return True, True
     return tiers.allows(Medium.CPU, Locality.LOCAL), tiers.allows(Medium.STORAGE, None)
+
+
+def needs_whole_prompt(request: Request) -> bool:
+    """Return True if the request wants log-probabilities of its prompt: loaded tokens have none.
+
+    vLLM reads no cache then, unless the request says that it may.
+    """
+    params = request.sampling_params
+    wanted = ("prompt_logprobs", "prompt_logprob_token_ids")
+    return params is not None and any(getattr(params, name, None) is not None for name in wanted)
 
 
 def unregister_metrics(prefix: str) -> None:

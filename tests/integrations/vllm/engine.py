@@ -119,7 +119,7 @@ class Engine:
         transfer = kv_transfer_config(own, blocks_per_chunk, **kvkern_options) if cached else None
         if transfer is not None and (engine_id := options.pop("engine_id", None)):
             transfer.engine_id = engine_id
-        self.llm = LLM(model, kv_transfer_config=transfer, **(defaults | options))
+        self.llm = LLM(model, **({"kv_transfer_config": transfer} | defaults | options))
 
     @property
     def scheduler(self) -> Any:
@@ -209,6 +209,15 @@ class Engine:
         recompute, native = self.one(tokens_in, tokens), self.one(tokens_in, tokens)
         self.reset_native()
         return recompute, native, self.one(tokens_in, tokens)
+
+    def flip_bytes(self) -> int:
+        """Flip a byte in every cached chunk, in the first rank's part. Return how many there are."""
+        self.settle()
+        slots = list(self.dram._index.values())
+        parts = self.dram._arena.parts(0)
+        for slot in slots:
+            parts[slot, 99] ^= np.uint8(4)
+        return len(slots)
 
     def reset_native(self) -> None:
         """Empty vLLM's own prefix cache, not kvkern's."""

@@ -26,17 +26,25 @@ START_S = 600  # on a machine that others use too
 _SERIES = re.compile(r"^([a-zA-Z_:][\w:]*(?:\{.*\})?) (\S+)$")
 
 
-def build_served_model(path: Path) -> str:
-    """Write the tests' Llama with a tokenizer of one word a token (`t7` is token 7), which a server needs. Return its path."""
+def write_word_tokenizer(path: Path, special: dict[str, int] | None = None) -> None:
+    """Write a tokenizer of one word a token to a model's folder: `t7` is token 7. `special` words have tokens of their own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    name = build_model("llama", path)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    special = special or {}
+    vocabulary = {f"t{i}": i for i in range(VOCAB) if i not in special.values()} | special
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(list(special))
     words.save(str(path / "tokenizer.json"))
     chat = "{% for m in messages %}{{ m.content }} {% endfor %}"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t2", "chat_template": chat}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def build_served_model(path: Path) -> str:
+    """Write the tests' Llama with a tokenizer, which a server needs. Return its path."""
+    name = build_model("llama", path)
+    write_word_tokenizer(path)
     return name
 
 

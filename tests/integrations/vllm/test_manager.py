@@ -28,7 +28,7 @@ SPACE = Namespace(model="m", dtype="bfloat16", layout="l", chunk_tokens=16, weig
 class SlowCache(Cache):
     """A cache that answers an `acquire_soon` only when `answer` is called."""
 
-    room = True
+    slots_now = 99
 
     def __init__(self, dram: DramTier) -> None:
         super().__init__(dram)
@@ -44,8 +44,8 @@ class SlowCache(Cache):
             if not future.done():
                 future.set_result(super().acquire_soon(*arguments).result())
 
-    def has_room(self, wanted: Any) -> bool:
-        return self.room
+    def room(self, wanted: Any) -> int:
+        return min(self.slots_now, len(wanted))
 
 
 class Bench:
@@ -72,6 +72,7 @@ class Bench:
             kv_transfer_params=None,
             lora_request=None,
             session_id=None,
+            sampling_params=None,
             status=shim.RequestStatus.FINISHED_STOPPED,
         )
         request.is_finished = lambda: finished
@@ -135,7 +136,7 @@ def test_an_answer_that_comes_too_late_is_released(bench: Bench, how: str) -> No
 
 def test_a_store_waits_for_slots_a_few_steps_and_then_takes_what_there_is(bench: Bench) -> None:
     context, keys = bench.request("first")
-    bench.cache.room = False
+    bench.cache.slots_now = 0
     for _ in range(STORE_STEPS):
         output = bench.manager.prepare_store(keys[1:], context)  # vLLM logs and counts a failure for None
         assert output is not None
@@ -144,6 +145,13 @@ def test_a_store_waits_for_slots_a_few_steps_and_then_takes_what_there_is(bench:
     output = bench.manager.prepare_store(keys, context)
     assert output is not None
     assert len(output.keys_to_store) == 3
+    bench.cache.slots_now = 2
+    part, keys = bench.request("part")
+    output = bench.manager.prepare_store(keys, part)
+    assert output is not None
+    assert output.keys_to_store == keys[:2]
+    assert bench.manager.take_postponed() == {"part": {0: 2}}
+    assert bench.manager._requests["part"].store_waits == 0
     last, keys = bench.request("last", finished=True)  # vLLM asks only once for it
     output = bench.manager.prepare_store(keys, last)
     assert output is not None
