@@ -79,8 +79,8 @@ class ChunkCache(Protocol):
     def round_chunks(self) -> int:
         """The most chunks that one `reserve` should ask for. A larger store goes in rounds: reserve, copy, commit."""
 
-    def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Return True if `reserve` has slots for these now, or never will have. False: ask again a little later."""
+    def room(self, wanted: Sequence[bytes]) -> int:
+        """Return how many of `wanted`, from the first one on, `reserve` should ask for now. The others: a little later."""
 
     def commit(self, reservation: Reservation) -> int:
         """Call `commit_soon` and wait for its result."""

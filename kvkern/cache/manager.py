@@ -152,9 +152,9 @@ class Cache:
         """See ChunkCache. No store needs a second round, which could evict what the first one stored."""
         return ONE_ROUND
 
-    def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Return True: `reserve` never needs to wait for slots."""
-        return True
+    def room(self, wanted: Sequence[bytes]) -> int:
+        """Return all: `reserve` never needs to wait for slots."""
+        return len(wanted)
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """See ChunkCache. The result is there at once."""

@@ -41,9 +41,7 @@ logger = logging.getLogger("kvkern")
 FIRST_STOCK_GOAL = 64  # granted slots to keep in stock until a larger store is seen
 CLOSE_S = 1.0  # how long `close` waits for slots that were asked for, to give them back
 NO_LIMIT = 1 << 30  # until the daemon has sent a limit
-MAX_DESCRIBED = (
-    4096  # namespaces of this engine that a restarted daemon is told of; those described longest ago are left out
-)
+MAX_DESCRIBED = 4096  # namespaces that a restarted daemon is told of; those described longest ago are left out
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of one reservation: with a chain of MAX_KEYS they still fit into one frame
 
 
@@ -320,18 +318,19 @@ class NodeClient:
             self._prefill_tokens_s = min(tokens_s, p.MAX_SPEED)
             self._send_prefill()
 
-    def has_room(self, wanted: Sequence[bytes]) -> bool:
-        """Return True if the stock has slots for the chunks of `wanted` that are not cached, or can never have more.
+    def room(self, wanted: Sequence[bytes]) -> int:
+        """Return how many of `wanted` the stock has slots for, if that is all of them or the stock can never be larger.
 
-        Otherwise ask the daemon for more slots.
+        Otherwise ask the daemon for more slots and return 0. Cached chunks need none.
         """
         with self._lock:
-            count = sum(key not in self._replica for key in wanted)
-            if self._stock_suffices(count):
-                return True
-            self._stock_goal = max(self._stock_goal, 2 * count)
-            self._refill_stock(count)
-            return False
+            missing = [at for at, key in enumerate(wanted) if key not in self._replica and key not in self._writing]
+            fits = len(wanted) if len(missing) <= len(self._stock) or not self._index else missing[len(self._stock)]
+            if self._stock_suffices(len(missing)):
+                return fits
+            self._stock_goal = max(self._stock_goal, 2 * len(missing))
+            self._refill_stock(len(missing))
+            return 0
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
         """Forget a namespace before any later request is carried out.

@@ -227,8 +227,8 @@ def test_stores_without_slots_are_offered_again_without_a_warning(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a daemon's slots are on their way: nothing is lost, and vLLM neither warns nor counts a failure."""
-    texts, answers = [prompt(300, 83 + number) for number in range(4)], itertools.cycle([False, False, False, True])
-    monkeypatch.setattr(engine.cache, "has_room", lambda wanted: not wanted or next(answers))
+    texts, answers = [prompt(300, 83 + number) for number in range(4)], itertools.cycle([0, 0, 0, 5, 99])
+    monkeypatch.setattr(engine.cache, "room", lambda wanted: min(len(wanted), next(answers)) if wanted else 0)
     stock = logging.getLogger("vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler")
     stock.addHandler(caplog.handler)
     try:

@@ -71,7 +71,7 @@ def test_a_load_that_fails_counts_no_hit(bench: Bench, how: str) -> None:
     ask(bench, context, keys)
     ticket = load(bench, context, keys)
     if how == "bad chunk":
-        lease = bench.manager._tickets[ticket][0]
+        lease = bench.manager._tickets._owned[ticket][0]
         bench.arena.mark_bad(lease.slots[1])  # type: ignore[arg-type]
     else:
         bench.manager.note_failed_load("second")

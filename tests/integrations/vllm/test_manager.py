@@ -87,7 +87,7 @@ class Bench:
         context, keys = self.request(name)
         output = self.manager.prepare_store(keys, context)
         assert output is not None
-        for reservation in self.manager._tickets[output.store_spec.ticket]:  # type: ignore[attr-defined]
+        for reservation in self.manager._tickets._owned[output.store_spec.ticket]:  # type: ignore[attr-defined]
             write(self.arena, reservation)  # type: ignore[arg-type]
         self.manager.end_transfer(output.store_spec.ticket)  # type: ignore[attr-defined]
         self.manager.on_request_finished(context)
@@ -101,6 +101,28 @@ def bench(tmp_path: Any) -> Any:
     made = Bench(tmp_path)
     yield made
     made.arena.close()
+
+
+def test_spoiled_stores_are_not_published_and_leave_no_slot(bench: Bench) -> None:
+    """Another connector's load failed after the store of its blocks was planned. A later store is published again."""
+    context, keys = bench.request("first")
+    output = bench.manager.prepare_store(keys, context)
+    assert output is not None
+    ticket = output.store_spec.ticket  # type: ignore[attr-defined]
+    for reservation in bench.manager._tickets._owned[ticket]:
+        write(bench.arena, reservation)  # type: ignore[arg-type]
+    bench.manager.spoil_stores()
+    assert not bench.manager.end_transfer(ticket)
+    assert not bench.manager.has_pending_work()
+    dram = bench.cache._dram
+    assert (len(dram), dram.num_free) == (0, dram.num_slots)
+    again = bench.manager.prepare_store(keys, context)
+    assert again is not None
+    assert again.keys_to_store == keys
+    for reservation in bench.manager._tickets._owned[again.store_spec.ticket]:  # type: ignore[attr-defined]
+        write(bench.arena, reservation)  # type: ignore[arg-type]
+    assert bench.manager.end_transfer(again.store_spec.ticket)  # type: ignore[attr-defined]
+    assert len(dram) == 3
 
 
 def test_an_answer_that_takes_long_is_asked_for_once_and_then_used(bench: Bench) -> None:
@@ -146,7 +168,7 @@ def test_a_store_waits_for_slots_a_few_steps_and_then_takes_what_there_is(bench:
     assert output is not None
     assert len(output.keys_to_store) == 3
     bench.cache.slots_now = 2
-    part, keys = bench.request("part")
+    part, keys = bench.request("part", "another tenant")
     output = bench.manager.prepare_store(keys, part)
     assert output is not None
     assert output.keys_to_store == keys[:2]

@@ -141,6 +141,28 @@ def test_bad_chunks_are_dropped(daemon: Daemon, make_client: MakeClient) -> None
     assert daemon.stat()["bad_chunks"] == 1
 
 
+def test_an_aborted_reservation_publishes_nothing_and_gives_its_slots_back(
+    daemon: Daemon, make_client: MakeClient
+) -> None:
+    client, other = make_client("one"), make_client("two")
+    chain = chain_keys("a", 5)
+    eventually(lambda: stock(client)[0] >= 5)
+    granted = daemon.stat()["granted_slots"]
+    reservation = client.reserve(chain, chain, SHAPE)
+    assert len(reservation.slots) == 5
+    write_payload(client.arena, reservation, seed=7)
+    client.abort(reservation)
+    client.abort(client.reserve([], [], SHAPE))
+    eventually(lambda: daemon.stat()["granted_slots"] == granted - 5)
+    assert len(other.acquire(chain).keys) == 0
+    assert store(client, chain) == 5
+    assert hits(other, chain) == 5
+    late = client.reserve(more := chain_keys("b", 3), more, SHAPE)
+    daemon.kill()
+    eventually(lambda: not client.connected)
+    client.abort(late)  # the next daemon is told that this engine has settled
+
+
 def test_leases_of_finalizers(daemon: Daemon, make_client: MakeClient) -> None:
     client = make_client()
     chain = chain_keys("a", 2)
@@ -170,7 +192,7 @@ def test_a_wish_above_the_limit_does_not_wait_for_ever(daemon: Daemon) -> None:
         assert (len(reservation.slots), reservation.dropped) == (63, 37)
         assert list(reservation.keys) == chain[:63]
         with closing(daemon.client(index=False, patience_s=3600)) as copier:
-            assert copier.has_room(chain)
+            assert copier.room(chain) == 100
             assert copier.reserve(chain, chain, SHAPE).slots == ()
 
 
@@ -178,11 +200,15 @@ def test_room_is_told_and_asked_for(daemon: Daemon) -> None:
     """An engine's step asks, and never waits."""
     with closing(daemon.client(patience_s=0)) as client:
         chain = chain_keys("a", 10)
-        eventually(lambda: client.has_room(chain))
-        assert len(client.reserve(chain, chain, SHAPE).slots) == 10
+        eventually(lambda: client.room(chain) == 10)
+        first = client.reserve(chain, chain, SHAPE)
+        assert len(first.slots) == 10
         more = chain_keys("b", 100)
-        assert not client.has_room(more)
-        assert len(client.reserve(more, more, SHAPE).slots) == 53
+        assert client.room(more) == 0
+        write_payload(client.arena, first)
+        assert client.commit(first) == 10
+        eventually(lambda: client.room([*chain, *more]) == 10 + 58)  # half of the empty slots, beside what is cached
+        assert len(client.reserve(more, more, SHAPE).slots) == 58
 
 
 def test_clear(daemon: Daemon, make_client: MakeClient) -> None:
@@ -385,7 +411,7 @@ def test_slots_that_come_while_it_ends_are_given_back(daemon: Daemon) -> None:
     """The process goes on, and its next client has another name: nothing else would free the slots."""
     for name in range(8):
         client = daemon.client(f"e{name}")
-        client.has_room(chain_keys(name, 100))
+        client.room(chain_keys(name, 100))
         client.close()
     row = eventually(lambda: (row := daemon.stat())["sessions"] == 1 and row, "the end of the clients")
     assert row["quarantined_slots"] == 0
