@@ -9,8 +9,8 @@ from kvkern.integrations.vllm.judged_fields import JUDGED, Verdict
 HEAD = """# What names KV: every field of vLLM's configuration
 
 Two engines share KV only if their namespaces are equal. This page judges each field of vLLM's configuration classes.
-`python docs/list_fields.py` draws it from `kvkern/integrations/vllm/judged_fields.py`. It holds the fields of all known releases.
-A test fails when vLLM grows a field that is not judged. With a newer vLLM than the known ones, such a field is in the namespace.
+`python docs/list_fields.py` draws it from `kvkern/integrations/vllm/judged_fields.py`. It has the fields of all known releases.
+A test fails when vLLM grows a field that is not judged. With a vLLM newer than these, such a field is in the namespace.
 
 A field is in the namespace if it changes the function that computes KV, or what the bytes of a page mean. A field that
 changes only kernels, order or batches is out: it changes rounding, as the size of a batch does, and vLLM's own prefix cache
