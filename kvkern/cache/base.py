@@ -88,6 +88,9 @@ class ChunkCache(Protocol):
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Publish the chunks that every rank has written. Never blocks. The result is the number of published chunks."""
 
+    def abort(self, reservation: Reservation) -> None:
+        """Publish none of these chunks. Never blocks. Call it when no writer can write them any more."""
+
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """Tell the cache how the request `use.request` ended. Never blocks. The information may be lost."""
 
@@ -153,4 +156,11 @@ def completed(value: T) -> Future[T]:
     """Return a future that has its result already."""
     future: Future[T] = Future()
     future.set_result(value)
+    return future
+
+
+def promised() -> Future[T]:
+    """Return a future that its holder cannot cancel, because another thread sets its result."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
     return future

@@ -243,6 +243,12 @@ class HbmCache:
         """See ChunkCache. The result is there at once."""
         return completed(self.commit(reservation))
 
+    def abort(self, reservation: Reservation) -> None:
+        """See ChunkCache."""
+        if isinstance(reservation, HbmOverDramReservation):
+            self._hbm.abort(reservation.hbm)
+            self._dram.abort(reservation.dram)
+
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """See ChunkCache."""
         self._hbm.finish(use)

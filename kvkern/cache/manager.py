@@ -170,7 +170,7 @@ class Cache:
         return 0
 
     def abort(self, reservation: Reservation) -> None:
-        """Give reserved slots back unwritten. Call it when no writer can write them any more."""
+        """See ChunkCache."""
         with self._lock, self.faults.are_misses():
             self._dram.abort(reservation)
 

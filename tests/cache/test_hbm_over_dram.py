@@ -17,7 +17,7 @@ import kvkern
 from kvkern.api import PagedCache
 from kvkern.cache.hbm_over_dram import HbmCache
 from kvkern.errors import ConfigError, KvkernError
-from tests.support import guarded
+from tests.support import SHAPE, chain_keys, guarded
 
 NUM_BLOCKS, BLOCK_TOKENS, PER_CHUNK = 64, 4, 2
 CHUNK = BLOCK_TOKENS * PER_CHUNK
@@ -162,6 +162,20 @@ def test_clear_forgets_both(tensors: list[torch.Tensor], tmp_path: Path) -> None
         stats = settled(cache)
         assert (stats["hbm_free_slots"], stats["free_slots"]) == (8, 16)
         assert cache.match(tokens(1, 6)).num_tokens == 0
+
+
+def test_abort_frees_slots_of_both(tensors: list[torch.Tensor], tmp_path: Path) -> None:
+    with closing(open_cache(tensors, tmp_path, policy="lru")) as cache:
+        assert isinstance(cache._cache, HbmCache)
+        chain = chain_keys("a", 11)
+        reservation = cache._cache.reserve(chain, chain, SHAPE)
+        assert len(reservation.slots) == 11
+        stats = cache.stats()
+        assert (stats["hbm_free_slots"], stats["free_slots"]) == (0, 13)
+        cache._cache.abort(reservation)
+        stats = settled(cache)
+        assert (stats["hbm_free_slots"], stats["free_slots"]) == (8, 16)
+        assert cache._cache.lookup(chain) == 0
 
 
 def test_leased_chunks_stay(tensors: list[torch.Tensor], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from . import shim
@@ -36,6 +37,13 @@ from .worker import KvkernWorker
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load before it polls again
 
 
+@dataclass(slots=True)
+class _Transfer:
+    ticket: int
+    req_id: str
+    ranks_left: int  # that have not finished
+
+
 class KvkernConnector(shim.OffloadingConnector):
     """Switched on by `"kv_connector": "KvkernConnector"`; see options.kv_transfer_config and ../vllm_plugin.py."""
 
@@ -53,7 +61,7 @@ class KvkernConnector(shim.OffloadingConnector):
         refuse_divided_states(handed_over, offload.cache.blocks_per_chunk)
         super().__init__(vllm_config, role, kv_cache_config)
         self._load_requests: dict[int, str] = {}  # worker: load job -> request id
-        self._tickets: dict[int, list[int]] = {}  # scheduler: job -> [ticket, ranks that have not finished]
+        self._transfers: dict[int, _Transfer] = {}  # scheduler: by job
         refuse_sync_loads(shim.sync_load_budget(self))
         self._alone = is_outer(vllm_config, shim.current_config())
         self._reported_packing: str | None = None  # scheduler: how the workers pack their pages
@@ -167,6 +175,10 @@ class KvkernConnector(shim.OffloadingConnector):
         answer: tuple[bool, dict[str, Any] | None] = super().request_finished_all_groups(request, block_ids)
         return answer
 
+    def request_finished(self, request: shim.Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As above. vLLM calls this one inside MultiConnector, next to a connector that knows no KV groups."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
     def build_connector_meta(self, scheduler_output: shim.SchedulerOutput) -> shim.KVConnectorMetadata:
         """Plan this step's jobs from what the scheduler holds now, and remember the ticket of each."""
         anew = {data.req_id for data in scheduler_output.scheduled_new_reqs}
@@ -187,10 +199,10 @@ class KvkernConnector(shim.OffloadingConnector):
         assert isinstance(metadata, shim.OffloadingConnectorMetadata)
         for job_id, job in metadata.load_jobs.items():
             assert isinstance(job.src_spec, SlotSpec)
-            self._tickets[job_id] = [job.src_spec.ticket, self._world_size]
+            self._transfers[job_id] = _Transfer(job.src_spec.ticket, job.req_id, self._world_size)
         for job_id, job in metadata.store_jobs.items():
             assert isinstance(job.dst_spec, SlotSpec)
-            self._tickets[job_id] = [job.dst_spec.ticket, self._world_size]
+            self._transfers[job_id] = _Transfer(job.dst_spec.ticket, job.req_id, self._world_size)
         tokens = scheduler_output.total_num_scheduled_tokens
         self._manager.prefill.step_scheduled(tokens, shim.count_prompt_tokens(scheduler_output))
         idle = tokens == 0
@@ -199,8 +211,11 @@ class KvkernConnector(shim.OffloadingConnector):
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
         """End the tickets of jobs that all ranks have finished. Includes jobs that vLLM forgot in a reset.
 
-        A request whose load failed is computed, and all its chunks are offered for storing again.
+        A request whose load failed is computed, and all its chunks are offered for storing again. Inside MultiConnector another
+        connector may say so after stores of its blocks were planned.
         """
+        if connector_output.invalid_block_ids:
+            self._manager.spoil_stores()
         for req_id in connector_output.failed_recving:
             self._manager.note_failed_load(req_id)
             shim.restart_stores(self, req_id)
@@ -209,11 +224,12 @@ class KvkernConnector(shim.OffloadingConnector):
             self._manager.note_adapters(metadata.adapters)
         if isinstance(metadata, shim.OffloadingWorkerMetadata):
             for job_id, count in metadata.completed_jobs.items():
-                if (entry := self._tickets.get(job_id)) is not None:
-                    entry[1] -= count
-                    if entry[1] <= 0:
-                        del self._tickets[job_id]
-                        self._manager.end_transfer(entry[0])
+                if (transfer := self._transfers.get(job_id)) is not None:
+                    transfer.ranks_left -= count
+                    if transfer.ranks_left <= 0:
+                        del self._transfers[job_id]
+                        if not self._manager.end_transfer(transfer.ticket):
+                            shim.restart_stores(self, transfer.req_id)
         super().update_connector_output(connector_output)
 
     def get_kv_connector_stats(self) -> shim.KVConnectorStats | None:

@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 from ...cache.base import ChunkCache, RequestEnd
 from ...kernels.chunk_keys import adopt_keys
@@ -34,19 +33,13 @@ from .prefill_speed import PrefillSpeed
 from .request_hints import with_hints
 from .request_state import KvGroup, RequestState
 from .stop_reasons import stop_reason
+from .store_proof import Proof
 from .tenants import Tenants
 from .tickets import NO_TICKET, Tickets
 from .transfer_metadata import GroupChunks, SlotSpec
 
 PIN_STEPS = 16  # a request that is not scheduled for this many steps loses its pins and looks up anew
 STORE_STEPS = 8  # how many steps a store may wait for slots before it takes the slots that are free
-
-
-class Proof(Protocol):
-    """Tells whether a store would copy what its key names; see store_proof.py."""
-
-    def holds(self, request: shim.Request, key: shim.OffloadKey, end_tokens: int, tokens_per_hash: int) -> bool:
-        """Return True if the blocks that a store of `key` would copy hold the request's tokens up to `end_tokens`."""
 
 
 class KvkernManager(shim.OffloadingManager):
@@ -297,15 +290,22 @@ class KvkernManager(shim.OffloadingManager):
 
     # -- called by the connector -------------------------------------------------------------------------------------
 
-    def end_transfer(self, ticket: int) -> None:
-        """Release the ticket's leases, or publish the chunks that all ranks have written. Call when every rank has finished."""
-        num_bad = 0
+    def end_transfer(self, ticket: int) -> bool:
+        """End a ticket that every rank has finished: release its leases, or publish its chunks. False: they were spoiled."""
+        num_bad, spoiled = 0, self._tickets.end_spoiled(ticket)
         for owned in self._tickets.close(ticket):
             if isinstance(owned, Lease):
                 num_bad += self._cache.release(owned)
+            elif spoiled:
+                self._cache.abort(owned)
             else:
                 self._cache.commit_soon(owned)
         self._counts.end_load(ticket, num_bad)
+        return not spoiled
+
+    def spoil_stores(self) -> None:
+        """Publish nothing of the stores under way: another connector could not load blocks that they may copy."""
+        self._tickets.spoil()
 
     def request(self, req_id: str) -> shim.Request | None:
         """Return vLLM's request, until its last stores are planned."""

@@ -36,6 +36,13 @@ class EngineBlocks(Protocol):
         """Return the blocks that got a new owner in this step."""
 
 
+class Proof(Protocol):
+    """Tells whether a store would copy what its key names. `StoreProof` is the one of an engine."""
+
+    def holds(self, request: shim.Request, key: shim.OffloadKey, end_tokens: int, tokens_per_hash: int) -> bool:
+        """Return True if the blocks that a store of `key` would copy hold the request's tokens up to `end_tokens`."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Ended:
     table: tuple[list[int], ...]  # when the request ended, before its blocks were freed

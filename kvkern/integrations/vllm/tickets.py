@@ -16,12 +16,23 @@ class Tickets:
         self._owned: dict[int, Sequence[Lease] | Sequence[Reservation]] = {}
         self._last = 0
         self._last_before_reset = 0
+        self._spoiled: set[int] = set()
 
     def open(self, owned: Sequence[Lease] | Sequence[Reservation]) -> int:
         """Return a new ticket that owns these leases or reservations."""
         self._last += 1
         self._owned[self._last] = owned
         return self._last
+
+    def spoil(self) -> None:
+        """Note that what the open tickets' stores copy may be wrong."""
+        self._spoiled.update(self._owned)
+
+    def end_spoiled(self, ticket: int) -> bool:
+        """Return True if the ticket was spoiled. Call it once, before `close`."""
+        spoiled = ticket in self._spoiled
+        self._spoiled.discard(ticket)
+        return spoiled
 
     def close(self, ticket: int) -> Sequence[Lease] | Sequence[Reservation]:
         """Return what the ticket owned. Nothing if it is closed."""

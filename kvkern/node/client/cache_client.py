@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from blake3 import blake3
@@ -26,7 +25,7 @@ from ...arena.file import Arena
 from ...arena.process_identity import process_start
 from ...arena.slots import SlotGeometry, SlotState
 from ...bounded_dict import BoundedDict
-from ...cache.base import NO_LEASE, Faults, RequestEnd
+from ...cache.base import NO_LEASE, Faults, RequestEnd, promised
 from ...errors import ConfigError
 from ...metrics import CacheCounters
 from ...policy.base import Use
@@ -43,9 +42,6 @@ CLOSE_S = 1.0  # how long `close` waits for slots that were asked for, to give t
 NO_LIMIT = 1 << 30  # until the daemon has sent a limit
 MAX_DESCRIBED = 4096  # namespaces that a restarted daemon is told of; those described longest ago are left out
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of one reservation: with a chain of MAX_KEYS they still fit into one frame
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +160,7 @@ class NodeClient:
         The future is done at once on a sure miss, else when the daemon answers or has been silent for ANSWER_S. The daemon
         is asked for all keys in either case, so that it counts misses and its policy learns of them.
         """
-        result: Future[Lease] = _uncancellable_future()
+        result: Future[Lease] = promised()
         asked = list(keys[: p.MAX_KEYS])
         with self._lock:
             self._end_late_leases()
@@ -268,15 +264,12 @@ class NodeClient:
 
     def commit_soon(self, reservation: Reservation) -> Future[int]:
         """Ask the daemon to publish the chunks that every rank has written. The result is how many it published."""
-        result: Future[int] = _uncancellable_future()
+        result: Future[int] = promised()
         with self._lock:
             if not isinstance(reservation, NodeReservation) or not reservation.slots:
                 result.set_result(0)
                 return result
-            self._writing.difference_update(reservation.keys)
-            if reservation.connection == self._connection:
-                self._begun.difference_update(reservation.slots)
-            if not self._end_held(reservation.connection):
+            if not self._end_writing(reservation):
                 self.counters.failed_chunks += len(reservation.slots)
                 result.set_result(0)
                 return result
@@ -302,6 +295,12 @@ class NodeClient:
     def commit(self, reservation: Reservation) -> int:
         """Call `commit_soon` and wait. When it returns, the next acquire of every engine hits the published chunks."""
         return self.commit_soon(reservation).result()
+
+    def abort(self, reservation: Reservation) -> None:
+        """See ChunkCache. The daemon is told at once, unless it is away."""
+        with self._lock:
+            if isinstance(reservation, NodeReservation) and reservation.slots and self._end_writing(reservation):
+                self._link.send(p.GiveBack(list(reservation.slots)))
 
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """Tell the daemon how the request `use.request` ended. Queued; lost if the daemon is away."""
@@ -337,7 +336,7 @@ class NodeClient:
 
         While the daemon is away, the clear is kept and is the first request on the next connection.
         """
-        result: Future[int] = _uncancellable_future()
+        result: Future[int] = promised()
         with self._lock:
             self._described.pop(namespace, None)
             self._num_clears += 1
@@ -380,6 +379,13 @@ class NodeClient:
         self._link.close()
 
     # -- under the lock ------------------------------------------------------------------------------------------------
+
+    def _end_writing(self, reservation: NodeReservation) -> bool:
+        """Note that nobody writes these slots any more. Return True if the daemon must be told."""
+        self._writing.difference_update(reservation.keys)
+        if reservation.connection == self._connection:
+            self._begun.difference_update(reservation.slots)
+        return self._end_held(reservation.connection)
 
     def _end_held(self, connection: int) -> bool:
         """Count a lease or reservation as ended. Return True if the daemon must be told.
@@ -453,7 +459,7 @@ class NodeClient:
         self._begun.clear()
         self._held = 0
         for namespace in self._clears:
-            self._send_clear(namespace, _uncancellable_future())
+            self._send_clear(namespace, promised())
         self._settle()
         for root, fields in self._described.items():
             self._link.send(p.Describe(0, root, fields))
@@ -483,13 +489,6 @@ class NodeClient:
     def _end_late_leases(self) -> None:
         while self._late_leases:
             self.release(self._late_leases.popleft())
-
-
-def _uncancellable_future() -> Future[T]:
-    """Return a future that its holder cannot cancel, because the link's thread sets its result."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()
-    return future
 
 
 def _shortened(value: str) -> str:
