@@ -77,6 +77,20 @@ def test_a_copy_that_grew_twice_is_refused() -> None:
     assert case.proven() == []
 
 
+def test_a_part_of_a_chunk_needs_all_blocks_before_it() -> None:
+    """With drafts, vLLM 0.33 names the part up to a boundary by a hash one block behind it."""
+    case = Case()
+    case.proof = StoreProof(case.blocks, {FULL: 32}, 1, [])
+    case.begin()
+    key = shim.make_offload_key(HASHES[4], FULL)  # 80 tokens: half of the third block, or all up to half of the second
+    assert case.proof.holds(case.request, key, 80, 16)
+    case.blocks.copies = {FULL: [1, 9, 3]}
+    assert not case.proof.holds(case.request, key, 80, 16)
+    assert case.proof.holds(
+        case.request, shim.make_offload_key(HASHES[5], FULL), 96, 16
+    )  # a whole chunk: its own block
+
+
 def test_a_name_that_the_request_has_no_longer_is_refused() -> None:
     case = Case()
     case.request.block_hashes = [*HASHES[:3], b"x" * 32]
