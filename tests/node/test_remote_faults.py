@@ -183,6 +183,36 @@ def test_sigterm_while_nobody_answers(start: Any, ends: tuple[Redis, FaultProxy]
         assert answer.result(LATE_S).keys == ()
 
 
+def test_sigterm_with_a_frozen_store(
+    make_daemon: MakeDaemon, ends: tuple[Redis, FaultProxy], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With the limits as they are by default: reads and writes wait, and the daemon ends within 10 s. Only its arena stays."""
+    redis, _ = ends
+    arena_dir = tmp_path_factory.mktemp("arena")
+    options = ["--remote", f"redis://127.0.0.1:{redis.port}", "--persist", "all"]
+    daemon = make_daemon(options=options, arena_dir=arena_dir).start()
+    with closing(daemon.client()) as client:
+        impatient(daemon, client)
+        assert stores(client, A) == 6
+        eventually(lambda: daemon.stat()["remote_written_chunks"] == 7, "the writes")
+        redis.pause()
+        answer = client.acquire_soon(B, use=Use(namespace=NAMESPACE))
+        assert stores(client, chain_keys("c", 6)) == 6
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < 10
+        assert answer.result(LATE_S).keys == ()
+    assert not daemon.socket.exists()
+    assert [path.name for path in arena_dir.iterdir() if path.suffix != ".lock"] == [
+        f"kvkern-node-{os.getuid()}-default"
+    ]
+    redis.go_on()
+    daemon.start()
+    with closing(daemon.client()) as client:
+        assert hits(client, A) == 6
+    at_rest(daemon)
+
+
 def test_transfers_and_writes_share_the_time_after_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[float] = []
     server = Server(NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, drain_s=0.2))

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 class MultiEngine(Engine):
     """An engine with kvkern and a connector that loads a prompt within a step, and keeps prompts in `folder`."""
 
-    def __init__(self, model: str, folder: Path, kvkern_first: bool) -> None:
+    def __init__(self, model: str, folder: Path, kvkern_first: bool, policy: str = "recompute", **options: Any) -> None:
         self.folder = folder
         other = {
             "kv_connector": "FailingConnector", "kv_role": "kv_both",
@@ -31,11 +31,11 @@ class MultiEngine(Engine):
             [transfer_config(capacity="64MiB"), other] if kvkern_first else [other, transfer_config(capacity="64MiB")]
         )
         outer = KVTransferConfig(
-            kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
+            kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy=policy,
             kv_connector_extra_config={"connectors": children},
         )  # fmt: skip
         # the other connector keeps a prompt cut off if it is computed in several steps
-        super().__init__(model, capacity=None, kv_transfer_config=outer, max_num_batched_tokens=1024)
+        super().__init__(model, capacity=None, kv_transfer_config=outer, max_num_batched_tokens=1024, **options)
 
     @property
     def manager(self) -> Any:
@@ -57,21 +57,24 @@ class MultiEngine(Engine):
         return self.one(text, tokens)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["kvkern second", "kvkern first"])
-def multi(
+@pytest.fixture(scope="module", params=[False, True], ids=["kvkern second", "kvkern first, async"])
+def running(
     request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MultiEngine]:
-    with MultiEngine(llama, tmp_path_factory.mktemp("prompts"), request.param) as running:
-        yield running
+    """Both orders. With async scheduling vLLM plans a step before it has the results of the one before."""
+    folder = tmp_path_factory.mktemp("prompts")
+    with MultiEngine(llama, folder, request.param, async_scheduling=request.param) as engine:
+        assert engine.scheduler.scheduler_config.async_scheduling == request.param
+        yield engine
 
 
-@pytest.fixture(autouse=True)
-def _fresh_multi(multi: MultiEngine) -> Iterator[None]:
-    multi.reset_everything()
-    multi.forget_other()
-    yield
-    multi.settle()
-    assert multi.accounted()  # no pin and no reservation is left
+@pytest.fixture
+def multi(running: MultiEngine) -> Iterator[MultiEngine]:
+    running.reset_everything()
+    running.forget_other()
+    yield running
+    running.settle()
+    assert running.accounted()  # no pin and no reservation is left
 
 
 def same(reply: Reply, other: Reply) -> bool:
@@ -168,3 +171,11 @@ def test_flipped_bytes_are_misses_and_no_request_fails(multi: MultiEngine) -> No
     multi.settle()
     multi.forget_other()
     assert same(multi.without_native(text), computed)
+
+
+def test_the_outer_policy_fail_is_refused(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before a request: the workers refuse it, because a failed checksum would fail a request."""
+    with pytest.raises(Exception, match="WorkerProc initialization failed"):
+        MultiEngine(llama, tmp_path, kvkern_first=False, policy="fail")
+    out, err = capfd.readouterr()
+    assert "kv_load_failure_policy of MultiConnector is 'fail', and vLLM reads only this one" in out + err

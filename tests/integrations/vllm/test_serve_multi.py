@@ -43,7 +43,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer, example
         "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"connectors": [example, transfer_config(capacity="64MiB", remote=remote, persist="all")]},
     }  # fmt: skip
-    running = Server(build_served_model(folder / "model"), outer, folder / "log", STORE_PASSWORD=PASSWORD)
+    # ExampleConnector keeps a prompt cut off if it is computed in several steps, and a load of it ends the engine
+    whole = ("--max-num-batched-tokens", "1024")
+    running = Server(build_served_model(folder / "model"), outer, folder / "log", *whole, STORE_PASSWORD=PASSWORD)
     with running:
         yield running
 
@@ -67,6 +69,23 @@ def test_kvkern_serves_what_the_other_connector_lacks(server: Server, example_fo
     server.reset()
     forget(example_folder)
     hits = server.counter("kvkern:hit_chunks")
+    hit = server.one(text)
+    assert hit.cached_tokens == 288
+    assert (hit.tokens, hit.logprobs) == (computed.tokens, computed.logprobs)
+    assert server.counter("kvkern:hit_chunks") == hits + 9
+
+
+def test_what_the_other_connector_loads_is_stored_under_its_own_tokens(server: Server, example_folder: Path) -> None:
+    """ExampleConnector gives a prompt's blocks, and kvkern, which lost them, stores them: later kvkern alone gives them."""
+    text, hits = prompt(310, 2), server.counter("kvkern:hit_chunks")
+    computed = server.one(text)
+    server.reset(external=True)
+    loaded = server.one(text)
+    assert loaded.cached_tokens == 288
+    assert server.counter("kvkern:hit_chunks") == hits  # it came from ExampleConnector
+    assert (loaded.tokens, loaded.logprobs) == (computed.tokens, computed.logprobs)
+    server.reset()
+    forget(example_folder)
     hit = server.one(text)
     assert hit.cached_tokens == 288
     assert (hit.tokens, hit.logprobs) == (computed.tokens, computed.logprobs)

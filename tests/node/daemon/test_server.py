@@ -233,10 +233,9 @@ def test_eviction_when_full(daemon: Daemon, make_client: MakeClient) -> None:
     for number, chain in enumerate(chains):
         assert store(client, chain, seed=number) == 3
     assert hits(other, chains[-1], seed=79) == 3
-    counts = daemon.stat()
-    assert counts["evicted_chunks"] >= 240 - 127
-    for one in (client, other):
-        eventually(lambda one=one: one.usage()["known_chunks"] == counts["chunks"])
+    assert daemon.stat()["evicted_chunks"] >= 240 - 127
+    for one in (client, other):  # a client that fills up its stock evicts more at any time
+        eventually(lambda one=one: one.usage()["known_chunks"] == daemon.stat()["chunks"])
         assert one.lookup(chains[0]) == 0
     assert hits(other, chains[0]) == 0
 
