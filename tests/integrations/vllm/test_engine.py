@@ -106,7 +106,7 @@ def test_abort_during_load_leaks_nothing(engine: Engine) -> None:
         name = f"aborted-{seed}"
         llm_engine = engine.llm.llm_engine
         llm_engine.add_request(name, {"prompt_token_ids": text + prompt(8, seed)}, engine.params())
-        engine.steps(lambda: bool(engine.scheduler.connector._tickets))  # the load has been submitted
+        engine.steps(lambda: bool(engine.scheduler.connector._transfers))  # the load has been submitted
         llm_engine.abort_request([r for r in engine.scheduler.requests if r.startswith(name)], internal=True)
         engine.steps(lambda: not engine.scheduler.requests)
         engine.settle()
@@ -127,9 +127,9 @@ def test_reset_with_connector_forgets_everything(engine: Engine) -> None:
 def test_reset_while_stores_are_in_flight(engine: Engine) -> None:
     """The stock scheduler forgets its jobs. Their slots are freed only when the worker has flushed them."""
     engine.llm.llm_engine.add_request("r", {"prompt_token_ids": prompt(600, 51)}, engine.params(64))
-    engine.steps(lambda: bool(engine.scheduler.connector._tickets))
+    engine.steps(lambda: bool(engine.scheduler.connector._transfers))
     engine.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
-    assert engine.scheduler.connector._tickets  # quarantined
+    assert engine.scheduler.connector._transfers  # quarantined
     engine.steps(lambda: not engine.scheduler.requests)
     engine.settle()
     assert engine.accounted()

@@ -78,7 +78,7 @@ def test_vllm_says_when_the_transfers_of_a_reset_have_ended(running: Engine, mon
     )
     connector = _reset_while_storing(running, prompt(700, 5))
     lost = len(manager._tickets.from_before_reset())
-    connector._tickets.clear()  # reports that kvkern does not understand
+    connector._transfers.clear()  # reports that kvkern does not understand
     running.settle()
     assert [len(tickets) for tickets in said] == [lost]
     assert running.accounted()
@@ -88,7 +88,7 @@ def test_the_end_of_a_reset_frees_what_its_transfers_hold(running: Engine) -> No
     """Called directly, as in releases without a fence nobody calls it."""
     connector = _reset_while_storing(running, prompt(700, 6))
     manager = connector._manager
-    connector._tickets.clear()  # reports that kvkern does not understand
+    connector._transfers.clear()  # reports that kvkern does not understand
     running.llm.collective_rpc(_free_kv_memory)
     manager.on_reset_flushed()
     assert not manager._tickets.from_before_reset()
