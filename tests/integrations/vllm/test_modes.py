@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integrations.vllm.engine import Engine, build_model, prompt
+from tests.integrations.vllm.rounds import answer_of, check_rounds
 from tests.node.conftest import Daemon, eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -61,6 +63,28 @@ def test_options_of_one_group(llama: str, options: dict[str, Any], cached: int) 
         else:  # bf16 prefill is not bit-stable in vLLM: compare with a native hit of the same length
             native = engine.one(text, 6)
             assert (hit.tokens, hit.logprobs) == (native.tokens, native.logprobs)
+
+
+def test_kv_in_eight_bits(llama: str) -> None:
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    try:
+        _get_attn_isa(torch.float32, 32, 32, "fp8")
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    with Engine(llama) as engine:
+        exact = engine.one(prompt(300, 13), 8)
+        whole = engine.dram._arena.spec.geometry.part_nbytes
+    with Engine(llama, kv_cache_dtype="fp8") as engine:
+        assert engine.dram._arena.spec.geometry.part_nbytes < whole / 3
+        answer = check_rounds(
+            engine,
+            lambda: answer_of(
+                engine.llm.generate([{"prompt_token_ids": prompt(300, 13)}], engine.params(8), use_tqdm=False)
+            ),
+            9,
+        )
+        assert answer.logprobs != exact.logprobs  # it is computed with eight bits
 
 
 def test_partial_chunk_loads_after_a_native_hit(llama: str) -> None:

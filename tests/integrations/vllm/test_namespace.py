@@ -63,6 +63,7 @@ def test_what_changes_kv_changes_the_name_and_nothing_else_does(llama: str, tmp_
         {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 123456.0}}},
         {"additional_config": {"a": 1}},
         {"trust_remote_code": True},
+        {"kv_cache_dtype": "fp8"},
     ]
     assert len({plain, *(identity(llama, **changes) for changes in others)}) == 1 + len(others)
     copy = tmp_path / "another name"

@@ -54,7 +54,7 @@ def test_sleep_is_refused_unless_vllm_waits_for_transfers(llama: str, monkeypatc
 
 def test_models_with_an_encoder_are_refused(llama: str) -> None:
     config = vllm_config(llama)
-    config.model_config.hf_config.is_encoder_decoder = True
+    config.model_config.is_encoder_decoder = True
     with pytest.raises(
         UnsupportedError, match=r"an encoder and a decoder.*cross attention.*Run the engine without kvkern"
     ):

@@ -44,6 +44,22 @@ def _check(engine: Engine, asked: list[list[int]], least_hits: int) -> None:
     assert engine.accounted()
 
 
+def _check_flipped(engine: Engine, text: list[int], asked: list[int]) -> None:
+    """Break every chunk: a session that goes on, and a prompt, are computed and equal."""
+    parts = [(text[:64], 3), (text[64:], 3)]
+    replies, alone = engine.session("whole", parts), engine.one(asked, 6)
+    for name, broken in (("hit", False), ("broken", True)):
+        engine.reset_native()
+        bad, hits = engine.cache.counters.bad_chunks, engine.cache.counters.hit_chunks
+        if broken:
+            assert engine.flip_bytes() >= 4
+        assert engine.session(name, parts) == replies
+        assert engine.one(asked, 6).tokens == alone.tokens
+        engine.settle()
+        assert (engine.cache.counters.bad_chunks > bad) == broken
+        assert (engine.cache.counters.hit_chunks > hits) != broken
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_prompt_after_a_session_gets_the_kv_of_its_own_tokens(llama: str, asynchronous: bool) -> None:
     rng = random.Random(5)
@@ -54,6 +70,7 @@ def test_a_prompt_after_a_session_gets_the_kv_of_its_own_tokens(llama: str, asyn
         _check(engine, [[*text, 9], text[:31] + text[60:100] + [9]], least_hits=2)
         asked = [tokens for i in range(5) for tokens in _prompts_after(engine, f"session {i}", rng)]
         _check(engine, asked, least_hits=12)
+        _check_flipped(engine, text, asked[-1])
 
 
 def test_speculation_stores_accepted_tokens_and_nothing_once_a_session_went_on(
