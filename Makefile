@@ -19,7 +19,7 @@ help:
 	@echo "make demo    measure a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
 	@echo "make demo-remote   measure the same engine on two nodes that share a Redis server, which it starts and stops; needs"
 	@echo "             redis-server"
-	@echo "make test    run unit tests, then Triton kernels in Triton's interpreter, then real engines one by one"
+	@echo "make test    run unit tests, then Triton kernels in Triton's interpreter, then real engines"
 	@echo "             (ARGS='-k keys')"
 	@echo "make test-vllm VERSION=0.31.0   run the engine tests with another vLLM, in .venv-vllm-0.31.0, which it sets up beside $(VENV)"
 	@echo "             (0.30.0 to 0.33.0; ARGS='-k sessions')"
@@ -81,8 +81,8 @@ demo-remote: system $(VENV)/.stamp
 	@$(PY) -m kvkern.demo_remote $(ARGS)
 
 # Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
-# choose. Engines use every core, so they run one at a time. Pytest's status 5 (no test collected) is no failure if another phase ran
-# a test. If ARGS has a -m of its own, there is one serial phase.
+# choose. Real engines run two at a time, the tests of a file one after another. Status 5 (no test collected) is no failure if another phase
+# ran a test. If ARGS has a -m of its own, there is one serial phase.
 test: system $(VENV)/.stamp
 	@case " $$ARGS " in \
 	  *" -m interpret"*) exec env TRITON_INTERPRET=1 $(PY) -m pytest -n 0 $(ARGS);; \
@@ -93,9 +93,9 @@ test: system $(VENV)/.stamp
 	  local code=0; "$$@" || code=$$?; \
 	  case $$code in 0) ran=1;; 5) ;; *) ran=1; status=$$code;; esac; \
 	}; \
-	phase $(PY) -m pytest -n 2 -m "not vllm and not interpret" $(ARGS); \
+	phase $(PY) -m pytest -n 2 --dist loadgroup -m "not vllm and not interpret" $(ARGS); \
 	phase env TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m interpret $(ARGS); \
-	phase $(PY) -m pytest -n 0 -m vllm $(ARGS); \
+	phase $(PY) -m pytest -n 2 --dist loadfile -m vllm $(ARGS); \
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
 test-vllm: system $(VENV)/.stamp

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import triton
@@ -25,12 +24,17 @@ ALL = [(target, variant) for target in TARGETS for variant in aot.kernel_variant
 COPIES = [(target, variant) for target, variant in ALL if variant.moved_nbytes]
 
 
-def label(case: Any) -> str:
-    return case.name.replace(" ", "_") if hasattr(case, "name") else str(case)
+def each(cases: list[tuple[Target, aot.KernelVariant]]) -> pytest.MarkDecorator:
+    """Parametrize a test. All tests of one kernel run in one process, which compiles it once."""
+    names = [f"{target.name}-{variant.name}".replace(" ", "_") for target, variant in cases]
+    params = [
+        pytest.param(target, variant, id=name, marks=pytest.mark.xdist_group(name))
+        for (target, variant), name in zip(cases, names, strict=True)
+    ]
+    return pytest.mark.parametrize(("target", "variant"), params)
 
 
-every_kernel = pytest.mark.parametrize(("target", "variant"), ALL, ids=label)
-every_copy = pytest.mark.parametrize(("target", "variant"), COPIES, ids=label)
+every_kernel, every_copy = each(ALL), each(COPIES)
 
 
 @cache
