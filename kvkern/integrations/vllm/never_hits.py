@@ -66,8 +66,9 @@ class NeverHits:
             )
         if self._found:
             return (
-                f"{self._found} chunks were found, but vLLM could not use them: a request needs chunks of all KV groups of the "
-                f"model. Give the cache more memory, and leave blocks_per_chunk at 1."
+                f"{self._found} chunks were found, but vLLM loaded none of them: a request needs chunks of all KV groups of the "
+                f"model, and inside MultiConnector an earlier connector may have its prompt. Otherwise give the cache more "
+                f"memory, and leave blocks_per_chunk at 1."
             )
         if len(self._tenants) >= MIN_REQUESTS:
             return (

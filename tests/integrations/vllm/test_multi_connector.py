@@ -5,66 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from vllm.config import KVTransferConfig
 
-from tests.integrations.vllm.engine import Engine, Reply, prompt
-from tests.integrations.vllm.failing_connector import FAIL
-from tests.integrations.vllm.server import transfer_config
+from kvkern.integrations.vllm.manager import PIN_STEPS
+from tests.integrations.vllm.engine import prompt
+from tests.integrations.vllm.multi_engine import MultiEngine, same
+from tests.integrations.vllm.other_connectors import FAIL, HOLD
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-class MultiEngine(Engine):
-    """An engine with kvkern and a connector that loads a prompt within a step, and keeps prompts in `folder`."""
-
-    def __init__(self, model: str, folder: Path, kvkern_first: bool, policy: str = "recompute", **options: Any) -> None:
-        self.folder = folder
-        other = {
-            "kv_connector": "FailingConnector", "kv_role": "kv_both",
-            "kv_connector_module_path": "tests.integrations.vllm.failing_connector",
-            "kv_connector_extra_config": {"shared_storage_path": str(folder)},
-        }  # fmt: skip
-        children = (
-            [transfer_config(capacity="64MiB"), other] if kvkern_first else [other, transfer_config(capacity="64MiB")]
-        )
-        outer = KVTransferConfig(
-            kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy=policy,
-            kv_connector_extra_config={"connectors": children},
-        )  # fmt: skip
-        # the other connector keeps a prompt cut off if it is computed in several steps
-        super().__init__(model, capacity=None, kv_transfer_config=outer, max_num_batched_tokens=1024, **options)
-
-    @property
-    def manager(self) -> Any:
-        (kvkern,) = (child for child in self.scheduler.connector.sub_connectors if hasattr(child, "_manager"))
-        return kvkern._manager
-
-    @property
-    def cache(self) -> Any:
-        return self.manager._cache
-
-    def forget_other(self) -> None:
-        """Delete all that the other connector holds, and let its loads succeed."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
-
-    def without_native(self, text: list[int], tokens: int = 4) -> Reply:
-        """Return the reply to a prompt of which vLLM's own cache has nothing."""
-        self.reset_native()
-        return self.one(text, tokens)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["kvkern second", "kvkern first, async"])
+@pytest.fixture(scope="module", params=[False, True], ids=["kvkern second", "kvkern first"])
 def running(
     request: pytest.FixtureRequest, llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MultiEngine]:
-    """Both orders. With async scheduling vLLM plans a step before it has the results of the one before."""
-    folder = tmp_path_factory.mktemp("prompts")
-    with MultiEngine(llama, folder, request.param, async_scheduling=request.param) as engine:
-        assert engine.scheduler.scheduler_config.async_scheduling == request.param
+    with MultiEngine(llama, tmp_path_factory.mktemp("prompts"), request.param) as engine:
         yield engine
 
 
@@ -75,10 +31,6 @@ def multi(running: MultiEngine) -> Iterator[MultiEngine]:
     yield running
     running.settle()
     assert running.accounted()  # no pin and no reservation is left
-
-
-def same(reply: Reply, other: Reply) -> bool:
-    return (reply.tokens, reply.logprobs) == (other.tokens, other.logprobs)
 
 
 def test_each_connector_serves_what_the_other_lacks(multi: MultiEngine) -> None:
@@ -132,19 +84,6 @@ def test_both_have_a_prompt_at_different_lengths(multi: MultiEngine) -> None:
     assert same(multi.without_native(text), computed)
 
 
-def test_the_last_chunk_of_a_reply_is_stored(multi: MultiEngine) -> None:
-    """The other connector knows no KV groups: vLLM then reports the end of a request by another method."""
-    text = prompt(300, 7)
-    reply = multi.one(text, 21)  # the last step computes the token at 320
-    multi.settle()
-    multi.forget_other()
-    again = multi.without_native([*text, *reply.tokens, 5, 6, 7])
-    assert again.cached_tokens == 320
-    multi.reset_everything()
-    multi.forget_other()
-    assert again.tokens == multi.one([*text, *reply.tokens, 5, 6, 7]).tokens
-
-
 def test_a_failed_load_of_the_other_connector_is_not_stored(multi: MultiEngine) -> None:
     """kvkern has planned the store of these blocks when vLLM learns that they hold nothing usable."""
     text = prompt(300, 8)
@@ -173,9 +112,63 @@ def test_flipped_bytes_are_misses_and_no_request_fails(multi: MultiEngine) -> No
     assert same(multi.without_native(text), computed)
 
 
-def test_the_outer_policy_fail_is_refused(llama: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before a request: the workers refuse it, because a failed checksum would fail a request."""
-    with pytest.raises(Exception, match="WorkerProc initialization failed"):
+def test_the_outer_policy_fail_is_refused(llama: str, tmp_path: Path) -> None:
+    """The workers refuse it at start, because a failed checksum would fail a request."""
+    words = "kv_load_failure_policy of MultiConnector is 'fail', and vLLM reads only this one"
+    with pytest.raises(RuntimeError, match=words):
         MultiEngine(llama, tmp_path, kvkern_first=False, policy="fail")
-    out, err = capfd.readouterr()
-    assert "kv_load_failure_policy of MultiConnector is 'fail', and vLLM reads only this one" in out + err
+
+
+@pytest.fixture(scope="module")
+def loading(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MultiEngine]:
+    """An engine whose other connector loads between steps, and only when it is let."""
+    with MultiEngine(llama, tmp_path_factory.mktemp("prompts"), False, "AsyncConnector") as engine:
+        yield engine
+
+
+def test_a_load_of_the_other_connector_between_steps(loading: MultiEngine) -> None:
+    text = prompt(310, 10)
+    computed = loading.one(text)
+    loading.reset_everything()
+    hits = loading.cache.counters.hit_chunks
+    loaded = loading.one(text)
+    loading.settle()
+    assert loading.cache.counters.hit_chunks == hits
+    loading.forget_other()
+    hit = loading.without_native(text)
+    assert [loaded.cached_tokens, hit.cached_tokens] == [288, 288]
+    assert same(loaded, computed)
+    assert same(hit, computed)
+    loading.settle()
+    assert loading.accounted()
+
+
+@pytest.mark.parametrize("kvkern_has_it", [True, False])
+def test_an_abort_while_the_other_connector_loads(loading: MultiEngine, kvkern_has_it: bool) -> None:
+    """vLLM counts the prompt as computed as soon as the load begins. kvkern stores none of it, and gives its pins up."""
+    text = prompt(310, 11 + kvkern_has_it)
+    computed = loading.one(text)
+    if kvkern_has_it:
+        loading.reset_native()
+    else:
+        loading.reset_everything()
+    (loading.folder / HOLD).touch()
+    llm = loading.llm.llm_engine
+    llm.add_request("aborted", {"prompt_token_ids": text}, loading.params())
+    loading.steps(lambda: bool(loading.scheduler.requests))
+    for _ in range(PIN_STEPS + 4):
+        llm.step()
+    (request,) = loading.scheduler.requests.values()
+    assert request.status.name == "WAITING_FOR_REMOTE_KVS"
+    assert request.num_computed_tokens == 288
+    assert loading.accounted()
+    llm.abort_request([request.request_id], internal=True)
+    llm.step()
+    (loading.folder / HOLD).unlink()
+    loading.steps(lambda: not loading.scheduler.requests)
+    loading.settle()
+    assert loading.accounted()
+    loading.forget_other()
+    again = loading.without_native(text)
+    assert again.cached_tokens == (288 if kvkern_has_it else 0)
+    assert same(again, computed)
