@@ -26,7 +26,8 @@ Four values are not taken as they are written:
   engines share with engines that do not speculate.
 
 Models with images or other media have more in the namespace: the files `*processor*.json` of the model's folder, and the
-versions of transformers, Pillow and torchvision. vLLM names an image by its content and the model's path, whatever these do to it.
+versions of transformers, Pillow and torchvision. vLLM names an image by its content and the model's path, whatever these do
+to it.
 
 Of the environment, `VLLM_SSM_CONV_STATE_LAYOUT`, `VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT`, `VLLM_MLA_DISABLE` and
 `VLLM_USE_V2_MODEL_RUNNER` are in. vLLM's exact version is in.

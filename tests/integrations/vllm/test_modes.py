@@ -72,19 +72,10 @@ def test_kv_in_eight_bits(llama: str) -> None:
         _get_attn_isa(torch.float32, 32, 32, "fp8")
     except NotImplementedError as error:
         pytest.skip(str(error))
-    with Engine(llama) as engine:
-        exact = engine.one(prompt(300, 13), 8)
-        whole = engine.dram._arena.spec.geometry.part_nbytes
     with Engine(llama, kv_cache_dtype="fp8") as engine:
-        assert engine.dram._arena.spec.geometry.part_nbytes < whole / 3
-        answer = check_rounds(
-            engine,
-            lambda: answer_of(
-                engine.llm.generate([{"prompt_token_ids": prompt(300, 13)}], engine.params(8), use_tqdm=False)
-            ),
-            9,
-        )
-        assert answer.logprobs != exact.logprobs  # it is computed with eight bits
+        assert engine.dram._arena.spec.geometry.part_nbytes < 16 << 10  # float32 takes 32 KiB for 32 tokens
+        text = {"prompt_token_ids": prompt(300, 13)}
+        check_rounds(engine, lambda: answer_of(engine.llm.generate([text], engine.params(8), use_tqdm=False)), 9)
 
 
 def test_partial_chunk_loads_after_a_native_hit(llama: str) -> None:

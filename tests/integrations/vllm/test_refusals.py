@@ -66,6 +66,7 @@ def test_models_with_an_encoder_are_refused(llama: str) -> None:
     [
         ({"kvkern": {"capacity": "1GiB", "capcity": 1}}, ["capcity", "capacity"]),
         ({"kvkern": {"capacity": "1GiB"}, "blocks_per_chnk": 4}, ["blocks_per_chnk", "blocks_per_chunk"]),
+        ({"kvkern": {"capacity": "1GiB"}, "self_describing_kv_events": True}, ["self_describing_kv_events"]),
         ({"kvkern": {}}, ["capacity", "8GiB"]),
         ({}, ["kvkern", "capacity"]),
         ({"kvkern": {"capacity": "0"}}, ["0", "1.."]),
