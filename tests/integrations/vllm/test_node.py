@@ -225,7 +225,7 @@ def test_a_recording_says_what_vllm_did(node_engine: Engine, daemon: Daemon, tmp
         return reply
 
     with AdminClient(daemon.socket) as operator:
-        heard = operator.recorded(0.2)
+        heard = operator.recorded_requests(0.2)
         assert next(heard) is None  # it has asked
         began_s = time.time()
         first = prompt(700, 110)

@@ -72,7 +72,7 @@ def test_what_is_refused() -> None:
     for options, message in (
         ({"capacity": "1GiB", "persist": "all"}, "persist is 'all', but there is no remote"),
         ({"socket": "/run/kvkern.sock", "remote": "file:///x"}, "remote and socket .* `kvkern serve --remote`"),
-        ({"capacity": "1GiB", "remote": 5}, "remote in .* is 5"),
+        ({"capacity": "1GiB", "remote": 5}, "remote in .* is of the type int"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_options({"kvkern": options})
