@@ -84,6 +84,21 @@ def test_both_have_a_prompt_at_different_lengths(multi: MultiEngine) -> None:
     assert same(multi.without_native(text), computed)
 
 
+def test_what_waits_for_slots_is_stored_when_the_request_has_ended(
+    multi: MultiEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other connector knows no KV groups, and vLLM then reports the end of a request by another method."""
+    text = prompt(300, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(multi.cache, "room", lambda _wanted: 0)
+        computed = multi.one(text)
+        multi.llm.llm_engine.step()  # in which vLLM offers the chunks of the ended request
+    multi.forget_other()
+    hit = multi.without_native(text)
+    assert hit.cached_tokens == 288
+    assert same(hit, computed)
+
+
 def test_a_failed_load_of_the_other_connector_is_not_stored(multi: MultiEngine) -> None:
     """kvkern has planned the store of these blocks when vLLM learns that they hold nothing usable."""
     text = prompt(300, 8)

@@ -92,20 +92,6 @@ def test_what_the_other_connector_loads_is_stored_under_its_own_tokens(server: S
     assert server.counter("kvkern:hit_chunks") == hits + 9
 
 
-def test_the_last_chunk_of_a_reply_is_stored(server: Server, example_folder: Path) -> None:
-    """vLLM plans steps ahead: the chunk has a name only when the request has ended, and ExampleConnector knows no KV groups."""
-    text = prompt(300, 3)
-    reply = server.one(text, tokens=21)  # the last step computes the KV of the token at 319
-    server.reset()
-    forget(example_folder)
-    longer = [*text, *reply.tokens, 5, 6, 7]
-    hit = server.one(longer)
-    assert hit.cached_tokens == 320
-    server.reset(external=True)
-    forget(example_folder)
-    assert server.one(longer).tokens == hit.tokens
-
-
 def test_flipped_bytes_are_misses_and_no_request_fails(server: Server, example_folder: Path) -> None:
     text = prompt(300, 4)
     computed, bad = server.one(text), server.counter("kvkern:bad_chunks")
