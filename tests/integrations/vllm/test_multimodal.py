@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kvkern.integrations.vllm import shim
 from tests.integrations.vllm.engine import VOCAB, Engine, prompt
 from tests.integrations.vllm.rounds import Answer, answer_of, check_rounds
 from tests.integrations.vllm.server import write_word_tokenizer
@@ -68,8 +69,14 @@ def idefics3(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_idefics3(tmp_path_factory.mktemp("idefics3"))
 
 
+def need_whole_images() -> None:
+    if shim.VLLM_VERSION.startswith("0.30."):
+        pytest.skip("vLLM 0.30 counts no patches in an image that the processor does not split, and its worker ends")
+
+
 @pytest.fixture(scope="module")
 def engine(idefics3: str) -> Iterator[Engine]:
+    need_whole_images()
     with Engine(idefics3, skip_tokenizer_init=False) as running:
         yield running
 
@@ -135,6 +142,7 @@ def test_a_name_that_the_client_chose_is_not_trusted(engine: Engine) -> None:
 
 def test_numbers_instead_of_digests_are_not_trusted(idefics3: str) -> None:
     """Without prefix caching and processor cache vLLM only counts images, and every engine begins with 1."""
+    need_whole_images()
     options = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0, "skip_tokenizer_init": False}
     with Engine(idefics3, **options) as engine:
         counter = engine.llm.renderer._mm_req_counter
