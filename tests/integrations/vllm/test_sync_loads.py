@@ -64,23 +64,21 @@ def test_an_engine_that_would_load_synchronously_does_not_start(
 def _switch_on(engine: Engine) -> None:
     """Switch synchronous loads on in a running scheduler, behind all refusals at start."""
     side = engine.scheduler.connector.connector_scheduler
-    side.config = side.config._replace(**{KEY: 1 << 30}) if hasattr(side.config, "_replace") else dataclasses.replace(
-        side.config, **{KEY: 1 << 30}
-    )  # fmt: skip
+    side.config = side.config._replace(**{KEY: 1 << 30})
 
 
 @needs_sync_loads
 @pytest.mark.parametrize("broken", [True, False])
 def test_no_reply_is_computed_with_a_synchronous_load(llama: str, broken: bool) -> None:
-    """Without the worker's refusal, the engine answered with other tokens: it computed with the flipped byte."""
+    """Without the worker's refusal vLLM 0.33 answers with other tokens here: it counts nine bad chunks and uses them."""
     with Engine(llama) as engine:
         text = prompt(300, 5)
         engine.one(text)
         engine.reset_native()
         if broken:
-            engine.dram._arena.parts(0)[list(engine.dram._index.values())[3], 99] ^= 0x40
+            parts = engine.dram._arena.parts(0)
+            for slot in engine.dram._index.values():
+                parts[slot, :8192] ^= 0x40
         _switch_on(engine)
-        with pytest.raises(
-            Exception, match=r"(?s)EngineCore|synchronous|RPC call|engine"
-        ):  # vLLM's own kinds of errors
+        with pytest.raises(RuntimeError, match=r"Load job \d+ is synchronous"):
             engine.one(text)
