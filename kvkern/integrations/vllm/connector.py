@@ -40,7 +40,6 @@ IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a lo
 @dataclass(slots=True)
 class _Transfer:
     ticket: int
-    req_id: str
     ranks_left: int  # that have not finished
 
 
@@ -78,7 +77,7 @@ class KvkernConnector(shim.OffloadingConnector):
             self._manager: KvkernManager = manager
             weights = resolve_weights(vllm_config, options)
             windowed = shim.windowed_groups(kv_cache_config, offload)
-            blocks = shim.EngineBlocks(self)
+            self._blocks = blocks = shim.EngineBlocks(self)
             self._proof = StoreProof(
                 blocks,
                 {group.group_id: group.tokens_per_block for group in offload.groups},
@@ -186,6 +185,12 @@ class KvkernConnector(shim.OffloadingConnector):
             if (request := self._manager.request(req_id)) is None:
                 continue
             goes_on = shim.drop_stale_state(self, request, scheduled_anew=req_id in anew)
+            if goes_on and shim.repair_hashes(request):
+                shim.drop_stale_state(self, request)
+                self._manager.stop_storing(
+                    f"a streaming-input session went on, and vLLM {shim.VLLM_VERSION} had named a block by a token that it "
+                    f"dropped, so its own cache may hold wrong KV. Use vLLM 0.32 or newer, or reset with reset_connector=True"
+                )
             if goes_on and self._speculates:
                 self._manager.stop_storing(
                     "a streaming-input session went on in an engine with speculation, where vLLM may take drafts for computed "
@@ -199,10 +204,10 @@ class KvkernConnector(shim.OffloadingConnector):
         assert isinstance(metadata, shim.OffloadingConnectorMetadata)
         for job_id, job in metadata.load_jobs.items():
             assert isinstance(job.src_spec, SlotSpec)
-            self._transfers[job_id] = _Transfer(job.src_spec.ticket, job.req_id, self._world_size)
+            self._transfers[job_id] = _Transfer(job.src_spec.ticket, self._world_size)
         for job_id, job in metadata.store_jobs.items():
             assert isinstance(job.dst_spec, SlotSpec)
-            self._transfers[job_id] = _Transfer(job.dst_spec.ticket, job.req_id, self._world_size)
+            self._transfers[job_id] = _Transfer(job.dst_spec.ticket, self._world_size)
         tokens = scheduler_output.total_num_scheduled_tokens
         self._manager.prefill.step_scheduled(tokens, shim.count_prompt_tokens(scheduler_output))
         idle = tokens == 0
@@ -211,11 +216,10 @@ class KvkernConnector(shim.OffloadingConnector):
     def update_connector_output(self, connector_output: shim.KVConnectorOutput) -> None:
         """End the tickets of jobs that all ranks have finished. Includes jobs that vLLM forgot in a reset.
 
-        A request whose load failed is computed, and all its chunks are offered for storing again. Inside MultiConnector another
-        connector may say so after stores of its blocks were planned.
+        A request whose load failed is computed, and all its chunks are offered for storing again.
         """
         if connector_output.invalid_block_ids:
-            self._manager.spoil_stores()
+            self._note_invalid_blocks(connector_output.invalid_block_ids)
         for req_id in connector_output.failed_recving:
             self._manager.note_failed_load(req_id)
             shim.restart_stores(self, req_id)
@@ -228,9 +232,20 @@ class KvkernConnector(shim.OffloadingConnector):
                     transfer.ranks_left -= count
                     if transfer.ranks_left <= 0:
                         del self._transfers[job_id]
-                        if not self._manager.end_transfer(transfer.ticket):
-                            shim.restart_stores(self, transfer.req_id)
+                        self._manager.end_transfer(transfer.ticket)
         super().update_connector_output(connector_output)
+
+    def _note_invalid_blocks(self, block_ids: set[int]) -> None:
+        """Store nothing that another connector of MultiConnector failed to load. It says so after a step with such blocks.
+
+        If a block has a name in vLLM's own cache, other requests may have it before it is computed again.
+        """
+        self._manager.spoil_stores()
+        if any(self._blocks.pool_hash(block_id) is not None for block_id in block_ids):
+            self._manager.stop_storing(
+                "another connector could not load blocks that vLLM's own cache has already, and vLLM may give them to other "
+                "requests before it has computed them. Reset with reset_connector=True"
+            )
 
     def get_kv_connector_stats(self) -> shim.KVConnectorStats | None:
         """Return vLLM's stats, and end a step's timing: the scheduler calls this once per step whose results have come."""

@@ -290,8 +290,8 @@ class KvkernManager(shim.OffloadingManager):
 
     # -- called by the connector -------------------------------------------------------------------------------------
 
-    def end_transfer(self, ticket: int) -> bool:
-        """End a ticket that every rank has finished: release its leases, or publish its chunks. False: they were spoiled."""
+    def end_transfer(self, ticket: int) -> None:
+        """End a ticket that every rank has finished: release its leases, or publish its chunks, unless they were spoiled."""
         num_bad, spoiled = 0, self._tickets.end_spoiled(ticket)
         for owned in self._tickets.close(ticket):
             if isinstance(owned, Lease):
@@ -301,7 +301,6 @@ class KvkernManager(shim.OffloadingManager):
             else:
                 self._cache.commit_soon(owned)
         self._counts.end_load(ticket, num_bad)
-        return not spoiled
 
     def spoil_stores(self) -> None:
         """Publish nothing of the stores under way: another connector could not load blocks that they may copy."""

@@ -66,9 +66,9 @@ class NeverHits:
             )
         if self._found:
             return (
-                f"{self._found} chunks were found, but vLLM loaded none of them: a request needs chunks of all KV groups of the "
-                f"model, and inside MultiConnector an earlier connector may have its prompt. Otherwise give the cache more "
-                f"memory, and leave blocks_per_chunk at 1."
+                f"{self._found} chunks were found, but vLLM loaded none: a request needs chunks of all KV groups of the model, "
+                f"and inside MultiConnector an earlier connector may have its prompt. Otherwise give the cache more memory, "
+                f"and leave blocks_per_chunk at 1."
             )
         if len(self._tenants) >= MIN_REQUESTS:
             return (

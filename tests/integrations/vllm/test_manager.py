@@ -112,7 +112,7 @@ def test_spoiled_stores_are_not_published_and_leave_no_slot(bench: Bench) -> Non
     for reservation in bench.manager._tickets._owned[ticket]:
         write(bench.arena, reservation)  # type: ignore[arg-type]
     bench.manager.spoil_stores()
-    assert not bench.manager.end_transfer(ticket)
+    bench.manager.end_transfer(ticket)
     assert not bench.manager.has_pending_work()
     dram = bench.cache._dram
     assert (len(dram), dram.num_free) == (0, dram.num_slots)
@@ -121,7 +121,7 @@ def test_spoiled_stores_are_not_published_and_leave_no_slot(bench: Bench) -> Non
     assert again.keys_to_store == keys
     for reservation in bench.manager._tickets._owned[again.store_spec.ticket]:  # type: ignore[attr-defined]
         write(bench.arena, reservation)  # type: ignore[arg-type]
-    assert bench.manager.end_transfer(again.store_spec.ticket)  # type: ignore[attr-defined]
+    bench.manager.end_transfer(again.store_spec.ticket)  # type: ignore[attr-defined]
     assert len(dram) == 3
 
 

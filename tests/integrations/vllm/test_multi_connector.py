@@ -109,9 +109,42 @@ def test_a_failed_load_of_the_other_connector_is_not_stored(multi: MultiEngine) 
     assert same(recomputed, computed)
     multi.settle()
     multi.forget_other()
+    again = multi.without_native(text)
+    assert again.cached_tokens == 0  # vLLM's own blocks may be wrong, so nothing more is stored
+    assert same(again, computed)
+    multi.reset_everything()
+    multi.forget_other()
+    multi.one(text)
+    multi.forget_other()
     hit = multi.without_native(text)
+    assert hit.cached_tokens == 288
     assert same(hit, computed)
-    assert hit.cached_tokens == 288  # what was computed in the end is stored
+
+
+def test_blocks_that_vllm_hands_on_before_they_are_computed_again_are_not_stored(
+    multi: MultiEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps the blocks of the failed load in its own cache. A second request takes them while the first one computes."""
+    text, llm = prompt(700, 12), multi.llm.llm_engine
+    computed = multi.one(text)
+    multi.reset_everything()
+    (multi.folder / FAIL).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(multi.scheduler.scheduler_config, "long_prefill_token_threshold", 256)
+        llm.add_request("first", {"prompt_token_ids": text}, multi.params())
+        multi.steps(lambda: bool(multi.scheduler.running))
+        multi.forget_other()
+        llm.add_request(
+            "busy", {"prompt_token_ids": prompt(320, 13)}, multi.params()
+        )  # alone, the first one takes one step
+        llm.step()
+        llm.add_request("second", {"prompt_token_ids": text}, multi.params())
+        llm.step()
+        assert sorted(request.num_computed_tokens for request in multi.scheduler.running) == [320, 512, 700]
+        multi.steps(lambda: not multi.scheduler.requests)
+    multi.settle()
+    multi.forget_other()
+    assert same(multi.without_native(text), computed)
 
 
 def test_flipped_bytes_are_misses_and_no_request_fails(multi: MultiEngine) -> None:

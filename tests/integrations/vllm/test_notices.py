@@ -29,7 +29,7 @@ def watched(found: int = 0, tenants: int = 1, requests: int = MIN_REQUESTS) -> N
         ({}, {"stored_chunks": 3}, {"connected": 0}, "daemon does not answer"),
         ({}, {"failed_chunks": 180}, {}, "not one was written by every worker"),
         ({}, {"stored_chunks": 3, "bad_chunks": 2}, {}, "failed verification"),
-        ({"found": 24}, {"stored_chunks": 24}, {}, "240 chunks were found, but vLLM loaded none of them"),
+        ({"found": 24}, {"stored_chunks": 24}, {}, "240 chunks were found, but vLLM loaded none"),
         ({"tenants": MIN_REQUESTS}, {"stored_chunks": 3}, {}, "cache_salt"),
         ({}, {}, {"known_chunks": 9}, "Compare its model"),
         ({}, {"stored_chunks": 90, "evicted_chunks": 80}, {"slots": 10}, "10 slots, and 80 chunks were evicted"),
