@@ -67,6 +67,7 @@ CALLS = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": "self request_id",
     "vllm.v1.kv_cache_interface:iter_layer_specs": "kv_cache_spec",
     "vllm.v1.request:Request.is_finished": "self",
+    "vllm.v1.request:Request.update_block_hashes": "self",
 }
 
 READS = {

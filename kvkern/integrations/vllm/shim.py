@@ -163,6 +163,7 @@ __all__ = [
     "needs_whole_prompt",
     "offer_again",
     "packing_environment",
+    "repair_hashes",
     "restart_stores",
     "scheduler_manager",
     "sync_load_budget",
@@ -333,6 +334,18 @@ def drop_stale_state(connector: OffloadingConnector, request: Request, scheduled
         drop_stale_keys(state.offload_keys, request.block_hashes, group.hashes_per_chunk, group.group_idx)
         state.next_stored_chunk_idx = min(state.next_stored_chunk_idx, len(state.offload_keys))
     return goes_on
+
+
+def repair_hashes(request: Request) -> bool:
+    """Compute the request's block hashes anew. Return True if they were not those of its tokens.
+
+    vLLM before 0.32 keeps the hash of a block whose last token it dropped when a streaming-input session went on. It names
+    that block and all later ones by tokens that they do not hold.
+    """
+    known = list(request.block_hashes)
+    request.block_hashes.clear()
+    request.update_block_hashes()
+    return request.block_hashes[: len(known)] != known
 
 
 def drop_stale_keys(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.integrations.vllm.engine import Engine, prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+# Without it vLLM's own cache names the block of a dropped token wrongly, and kvkern stores nothing from then on.
+FORGETS_HASHES = "del session.block_hashes" in inspect.getsource(Scheduler._update_request_as_session)
 
 
 def _prompts_after(engine: Engine, name: str, rng: random.Random) -> list[list[int]]:
@@ -27,9 +32,10 @@ def _prompts_after(engine: Engine, name: str, rng: random.Random) -> list[list[i
     return [*asked, tokens + prompt(9, 7)]
 
 
-def _check(engine: Engine, asked: list[list[int]], least_hits: int) -> None:
-    """Compare each prompt's reply after a load with the reply of an empty cache."""
+def _check(engine: Engine, asked: list[list[int]], least_hits: int, stopped: bool = False) -> None:
+    """Compare each prompt's reply after a load with the reply of an empty cache. `stopped`: kvkern stores nothing any more."""
     engine.settle()
+    assert engine.scheduler.connector._manager._stores_nothing == stopped
     loaded = []
     for tokens in asked:
         engine.reset_native()
@@ -39,7 +45,7 @@ def _check(engine: Engine, asked: list[list[int]], least_hits: int) -> None:
         alone = engine.one(tokens, 6)
         assert (alone.cached_tokens, alone.tokens) == (0, reply.tokens), f"{reply.cached_tokens} tokens were loaded"
         engine.reset_everything()
-    assert sum(reply.cached_tokens > 0 for reply in loaded) >= least_hits
+    assert stopped or sum(reply.cached_tokens > 0 for reply in loaded) >= least_hits
     engine.settle()
     assert engine.accounted()
 
@@ -66,10 +72,12 @@ def test_a_prompt_after_a_session_gets_the_kv_of_its_own_tokens(llama: str, asyn
     with Engine(llama, async_scheduling=asynchronous) as engine:
         text = prompt(128, 1)
         engine.session("two whole blocks twice", [(text[:64], 1), (text[64:], 1)])
-        engine.session("a block that ends with a dropped token", [(text[:31], 1), (text[60:100], 1)])
-        _check(engine, [[*text, 9], text[:31] + text[60:100] + [9]], least_hits=2)
+        dropped, _ = engine.session("a block that ends with a dropped token", [(text[:31], 1), (text[60:100], 1)])
+        misnamed = text[:31] + dropped + text[61:100]
+        asked = [[*text, 9], text[:31] + text[60:100] + [9], misnamed]
+        _check(engine, asked, least_hits=2, stopped=not FORGETS_HASHES)
         asked = [tokens for i in range(5) for tokens in _prompts_after(engine, f"session {i}", rng)]
-        _check(engine, asked, least_hits=12)
+        _check(engine, asked, least_hits=12, stopped=not FORGETS_HASHES)
         _check_flipped(engine, text, asked[-1])
 
 
