@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,25 @@ def _workers_start_fast() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiproc_executor, "get_mp_context", ForkedWorkers)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shared_memory_stays() -> Iterator[None]:
+    """Remove what vLLM's tensor-parallel workers leave on a CPU, except files that another process maps."""
+    yield
+    left = [path for path in Path("/dev/shm").glob("vllm_dist_*") if path.stat().st_uid == os.geteuid()]
+    if left:
+        mapped = "".join(map(_maps, Path("/proc").glob("[0-9]*/maps")))
+        for path in left:
+            if f"{path}\n" not in mapped:
+                path.unlink(missing_ok=True)
+
+
+def _maps(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the process has ended, or it belongs to someone else
+        return ""
 
 
 @pytest.fixture(scope="session")
