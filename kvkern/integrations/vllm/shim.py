@@ -345,7 +345,7 @@ def repair_hashes(request: Request) -> bool:
     known = list(request.block_hashes)
     request.block_hashes.clear()
     request.update_block_hashes()
-    return request.block_hashes[: len(known)] != known
+    return bool(request.block_hashes[: len(known)] != known)
 
 
 def drop_stale_keys(
