@@ -77,6 +77,15 @@ def _skip_without_short_convolutions() -> None:
         pytest.skip(f"this vLLM has no short convolutions in float32 on this CPU: {error}")
 
 
+def _skip_without_rejection_sampler() -> None:
+    """Skip the test if vLLM's rejection sampler has no way around Triton: wrapped kernels, which it does not call."""
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.utils import cpu_triton_utils
+
+    if not HAS_TRITON and hasattr(cpu_triton_utils, "_FuncWrapper"):
+        pytest.skip("this vLLM has no rejection sampler without Triton, which speculation needs")
+
+
 def build_model(kind: str, path: Path) -> str:
     """Write a random model of `kind` to `path` and return it."""
     import transformers as hf
@@ -114,6 +123,8 @@ class Engine:
 
         from kvkern.integrations.vllm import kv_transfer_config
 
+        if options.get("speculative_config"):
+            _skip_without_rejection_sampler()
         defaults = {
             "dtype": "float32",
             "block_size": BLOCK_TOKENS,
