@@ -22,7 +22,6 @@ from kvkern.kernels.layout import flash_attention
 from kvkern.kernels.paged_tensors import PagedTensors
 from kvkern.keys import Namespace
 from kvkern.policy.lru import LRU
-from kvkern.tiers.base import ChunkShape
 from kvkern.tiers.dram import DramTier
 from kvkern.transfer.gpu.copier import GpuCopier
 from kvkern.transfer.gpu.device import DeviceError
@@ -103,7 +102,6 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     config = Config(capacity_nbytes=1 << 20, hbm_nbytes=6 * 4096)
     stacked, copier = add_hbm_tier(config, dram, arena, below, group, PER_CHUNK)
     namespace = Namespace(model="m", weights="w", dtype="bfloat16", layout=layout.fingerprint, chunk_tokens=CHUNK)
-    shape = ChunkShape(namespace.root, group=0, chunk_tokens=CHUNK)
     cache = PagedCache(stacked, copier, dram.close, namespace)
     yield Rig(tensors, device, arena, stacked, cache)
     cache.close()
