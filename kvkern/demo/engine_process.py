@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,8 +53,10 @@ class Logs:
 def run(job: messages.Job, logs: Logs) -> Generator[messages.Event, None, None]:
     """Start the job's process and yield its events up to Done. Ends the process group in every case, errors included."""
     read_fd, write_fd = os.pipe()
-    with _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
-        process = _start(write_fd, log, verbose=logs.verbose)
+    # vLLM leaves sockets there
+    scratch = tempfile.TemporaryDirectory(prefix="kvkern-demo-", ignore_cleanup_errors=True)
+    with scratch as folder, _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
+        process = _start(write_fd, log, environment(verbose=logs.verbose) | _temporary(Path(folder), logs))
         os.close(write_fd)  # the child has its own copy, so `events` ends when the child ends
         try:
             _send(process, job)
@@ -76,16 +79,21 @@ def _log(job: messages.Job, logs: Logs) -> Iterator[IO[bytes] | None]:
         yield log
 
 
-def _start(write_fd: int, log: IO[bytes] | None, *, verbose: bool) -> subprocess.Popen[bytes]:
+def _start(write_fd: int, log: IO[bytes] | None, env: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "kvkern.demo.engine_child", str(write_fd)],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
         pass_fds=(write_fd,),
-        env=environment(verbose=verbose),
+        env=env,
         start_new_session=True,
     )
+
+
+def _temporary(folder: Path, logs: Logs) -> dict[str, str]:
+    """Return variables that send temporary files to `folder`. What one engine has compiled, the next one uses."""
+    return {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(logs.folder.resolve() / "torchinductor")}
 
 
 def environment(*, verbose: bool) -> dict[str, str]:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,17 @@ def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Pope
     """Let `engine_process.run` start this source instead of an engine. The returned list gets the process."""
     children: list[subprocess.Popen[bytes]] = []
 
-    def start(write_fd: int, log: Any, *, verbose: bool) -> subprocess.Popen[bytes]:
+    def start(write_fd: int, log: Any, env: dict[str, str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", f"import os, sys, time\njob = sys.stdin.readline()\nfd = {write_fd}\n{source}"]
         children.append(
             subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write_fd,), start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=(write_fd,),
+                env=env,
+                start_new_session=True,
             )
         )
         return children[-1]
@@ -51,6 +58,25 @@ def test_a_finished_engine_does_not_outlive_its_phase(tmp_path: Path, monkeypatc
     children = _child(monkeypatch, f"os.write(fd, {done!r}); time.sleep(600)")
     assert list(engine_process.run(JOB, engine_process.Logs(tmp_path, verbose=False))) == [Done(start_s=2.5)]
     assert children[0].poll() is not None
+
+
+def test_what_an_engine_leaves_in_its_temporary_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = messages.encode(Progress("FOLDER")).decode()
+    _child(
+        monkeypatch,
+        "import socket, tempfile\n"
+        "socket.socket(socket.AF_UNIX).bind(os.path.join(tempfile.gettempdir(), 'left'))\n"
+        f"os.write(fd, {said!r}.replace('FOLDER', tempfile.gettempdir()).encode()); sys.exit(5)",
+    )
+    events = engine_process.run(JOB, engine_process.Logs(tmp_path, verbose=False))
+    event = next(events)
+    assert isinstance(event, Progress)
+    assert event.text != tempfile.gettempdir()
+    with pytest.raises(engine_process.EngineFailed):
+        next(events)
+    assert not Path(event.text).exists()
 
 
 def test_an_engine_that_is_no_longer_wanted_is_told_by_the_end_of_its_stdin(

@@ -7,7 +7,10 @@ kvkern hit can be compared with one another.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -37,9 +40,15 @@ def _workers_start_fast() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_shared_memory_stays() -> Iterator[None]:
-    """Remove what vLLM's tensor-parallel workers leave on a CPU, except files that another process maps."""
-    yield
+def _nothing_stays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remove what vLLM leaves: sockets in the folder for temporary files, and shared memory of tensor-parallel workers."""
+    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
+    scratch = tempfile.mkdtemp(prefix="kvkern-vllm-")
+    Finalize(None, shutil.rmtree, (scratch, True), exitpriority=-200)  # multiprocessing removes its own folder at -100
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", scratch)
+        patch.setattr(tempfile, "tempdir", scratch)
+        yield
     left = [path for path in Path("/dev/shm").glob("vllm_dist_*") if path.stat().st_uid == os.geteuid()]
     if left:
         mapped = "".join(map(_maps, Path("/proc").glob("[0-9]*/maps")))
