@@ -132,13 +132,17 @@ def test_statistics_grow_and_no_series_appears_twice_while_requests_are_preempte
     preempted = server.counter("vllm:num_preemptions")
     with ThreadPoolExecutor(9) as threads:
         scraper = threads.submit(scrape)
-        for _ in range(2):
-            list(threads.map(lambda text: server.one(text, tokens=200), texts))
-            server.reset()
-        stop.set()
+        try:
+            for number in range(50):
+                list(threads.map(lambda text: server.one(text, tokens=200), texts))
+                server.reset()
+                if number and len(samples) > 20:
+                    break
+        finally:
+            stop.set()
         scraper.result()
     assert server.counter("vllm:num_preemptions") > preempted
-    assert len(samples) > 10
+    assert len(samples) > 20
     for earlier, later in pairwise(samples):
         for series, value in earlier.items():
             name = series.partition("{")[0]
