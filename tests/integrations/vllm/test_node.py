@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvkern.demo import process_group
 from kvkern.errors import ConfigError
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.options import parse_options, refuse_unshareable
@@ -72,9 +72,8 @@ class OtherEngine:
         raise AssertionError(f"the other engine ended; see {self._log.name}")
 
     def kill(self) -> None:
-        """Kill all its processes with SIGKILL."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill all its processes with SIGKILL, except Python's tracker, which then removes their shared memory."""
+        process_group.end(self.process.pid)
         self.process.wait()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
