@@ -93,7 +93,7 @@ def daemon(folder: Path, arguments: list[str]) -> Iterator[Path]:
         with running(stranger(folder, *kvkern(*arguments), PYTHONPATH=str(ROOT)), log, ready, timeout_s=120):
             yield log
     finally:
-        for path in Path("/dev/shm").glob(f"kvkern-*{UID}-*"):
+        for path in [*Path("/dev/shm").glob(f"kvkern-*{UID}-*"), *Path("/dev/shm").glob(f".kvkern-*{UID}-*")]:
             path.unlink()
 
 
