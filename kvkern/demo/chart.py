@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ STYLES = {
 }
 HIT_CASES = ("recompute", "native_hit", "kvkern_hit", "second_engine", "remote")  # one group of bars per prompt length
 BAR_WIDTH = 0.8
+SUBTITLE_CHARS = 100  # of a line
 GROUP_GAP = 0.9
 
 
@@ -44,7 +46,7 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.suptitle("A prompt seen before is loaded, not computed again", fontsize=14, fontweight="bold")
-    axes.set_title(subtitle, fontsize=9, color="#52606d")
+    axes.set_title(textwrap.fill(subtitle, SUBTITLE_CHARS), fontsize=9, color="#52606d")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
