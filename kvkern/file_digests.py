@@ -92,6 +92,7 @@ class FileDigests:
             if Signature.of(path.stat()) == before:
                 if time.monotonic() - first_seen_s >= SETTLE_S or before.age_s() >= CLOCKS_APART_S:
                     self._known[str(path.resolve())] = before.text, digest
+                    self._seen.pop(str(path.resolve()), None)
                     self._changed = True
                 return digest
         raise ConfigError(

@@ -25,6 +25,7 @@ from . import messages, process_group
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 STOP_LIMIT_S = 10.0
+CHILD = ("-m", "kvkern.demo.engine_child")
 LOG_TAIL_LINES = 25
 EXCEPTION = re.compile(
     r"^(?:\(\S+ pid=\d+\) )?(?:ERROR [\d-]+ [\d:]+ \[\S+\] )?"  # vLLM's prefix of its processes and its log
@@ -53,7 +54,7 @@ class Logs:
 def run(job: messages.Job, logs: Logs) -> Generator[messages.Event, None, None]:
     """Start the job's process and yield its events up to Done. Ends the process group in every case, errors included."""
     read_fd, write_fd = os.pipe()
-    # vLLM leaves sockets there
+    # vLLM leaves sockets among its temporary files
     scratch = tempfile.TemporaryDirectory(prefix="kvkern-demo-", ignore_cleanup_errors=True)
     with scratch as folder, _log(job, logs) as log, os.fdopen(read_fd, "rb") as events:
         process = _start(write_fd, log, environment(verbose=logs.verbose) | _temporary(Path(folder), logs))
@@ -81,7 +82,7 @@ def _log(job: messages.Job, logs: Logs) -> Iterator[IO[bytes] | None]:
 
 def _start(write_fd: int, log: IO[bytes] | None, env: dict[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kvkern.demo.engine_child", str(write_fd)],
+        [sys.executable, *CHILD, str(write_fd)],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,

@@ -23,23 +23,15 @@ from kvkern.demo.messages import Done, EngineSpec, Job, Plan, Progress
 def _child(monkeypatch: pytest.MonkeyPatch, source: str) -> list[subprocess.Popen[bytes]]:
     """Let `engine_process.run` start this source instead of an engine. The returned list gets the process."""
     children: list[subprocess.Popen[bytes]] = []
+    start = engine_process._start
 
-    def start(write_fd: int, log: Any, env: dict[str, str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", f"import os, sys, time\njob = sys.stdin.readline()\nfd = {write_fd}\n{source}"]
-        children.append(
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=(write_fd,),
-                env=env,
-                start_new_session=True,
-            )
-        )
+    def noted(*arguments: Any) -> subprocess.Popen[bytes]:
+        children.append(start(*arguments))
         return children[-1]
 
-    monkeypatch.setattr(engine_process, "_start", start)
+    reads_job = "import os, sys, time\njob = sys.stdin.readline()\nfd = int(sys.argv[1])\n"
+    monkeypatch.setattr(engine_process, "CHILD", ("-c", reads_job + source))
+    monkeypatch.setattr(engine_process, "_start", noted)
     return children
 
 

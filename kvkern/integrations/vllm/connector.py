@@ -64,7 +64,6 @@ class KvkernConnector(shim.OffloadingConnector):
         refuse_sync_loads(shim.sync_load_budget(self))
         self._alone = is_outer(vllm_config, shim.current_config())
         self._reported_packing: str | None = None  # scheduler: how the workers pack their pages
-        self._content = ContentNames(vllm_config)
         self._speculates = vllm_config.speculative_config is not None
         self._world_size = vllm_config.parallel_config.world_size
         lora = vllm_config.lora_config
@@ -75,6 +74,7 @@ class KvkernConnector(shim.OffloadingConnector):
         if manager is not None:
             warn_of_untested(shim.VLLM_VERSION, shim.logger)
             self._manager: KvkernManager = manager
+            self._content = ContentNames(vllm_config)
             weights = resolve_weights(vllm_config, options)
             windowed = shim.windowed_groups(kv_cache_config, offload)
             self._blocks = blocks = shim.EngineBlocks(self)

@@ -320,16 +320,15 @@ class NodeClient:
     def room(self, wanted: Sequence[bytes]) -> int:
         """Return how many of `wanted` the stock has slots for, if that is all of them or the stock can never be larger.
 
-        Otherwise ask the daemon for more slots and return 0. Cached chunks need none.
+        Otherwise ask the daemon for more slots and return 0. Cached chunks need none. All, if no slots will come.
         """
         with self._lock:
             missing = [at for at, key in enumerate(wanted) if key not in self._replica and key not in self._writing]
-            fits = len(wanted) if len(missing) <= len(self._stock) or not self._index else missing[len(self._stock)]
-            if self._stock_suffices(len(missing)):
-                return fits
-            self._stock_goal = max(self._stock_goal, 2 * len(missing))
-            self._refill_stock(len(missing))
-            return 0
+            if not self._stock_suffices(len(missing)):
+                self._stock_goal = max(self._stock_goal, 2 * len(missing))
+                self._refill_stock(len(missing))
+                return 0
+            return missing[len(self._stock)] if 0 < len(self._stock) < len(missing) else len(wanted)
 
     def clear_soon(self, namespace: bytes) -> Future[int]:
         """Forget a namespace before any later request is carried out.

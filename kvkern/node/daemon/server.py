@@ -368,7 +368,8 @@ class Server:
             self._send_changes()
             session.told_limit = 0 if self._draining else state.limit(session)
             connection.send(p.Granted(request.id, list(granted.slots), list(granted.generations), session.told_limit))
-            self._send_limits(state.above_limit())
+            if above := state.above_limit():
+                self._send_limits(above)
         elif isinstance(request, p.Publish):
             keys, chain = framing.split_keys(request.keys), framing.split_keys(request.chain)
             use = p.to_use(request, session.number)

@@ -210,6 +210,9 @@ def test_room_is_told_and_asked_for(daemon: Daemon) -> None:
         assert client.commit(first) == 10
         eventually(lambda: client.room([*chain, *more]) == 10 + 58)  # half of the empty slots, beside what is cached
         assert len(client.reserve(more, more, SHAPE).slots) == 58
+        daemon.kill()
+        eventually(lambda: not client.connected)
+        assert client.room(more) == 100  # no slot will come: nothing is worth waiting for
 
 
 def test_clear(daemon: Daemon, make_client: MakeClient) -> None:
