@@ -71,7 +71,8 @@ class DirectoryCapacity:
         self._disk = disk
         self._clock = clock or FileSystemClock(root)
         self._leftovers = Leftovers(self._clock)
-        self._evicting = threading.Lock()  # one thread at a time evicts for the disk
+        # One thread at a time: what others wait to reserve does not count, or all would evict all and none would write.
+        self._reserving = threading.Lock()
         self._in_vain_until_s = 0.0
         self._lock = threading.Lock()  # protects everything below
         self._unlinked_nbytes = 0  # bytes of all values that this process has removed
@@ -100,11 +101,14 @@ class DirectoryCapacity:
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for a value that will be written. Returns False if there is no room now."""
-        with self._lock:
-            self._reserved_nbytes += nbytes
-        if nbytes <= self.capacity_nbytes and self._trim(for_all=False) and self.leave_free():
-            return True
-        self.release(nbytes)
+        if nbytes > self.capacity_nbytes:
+            return False
+        with self._reserving:
+            with self._lock:
+                self._reserved_nbytes += nbytes
+            if self._trim(for_all=False) and self._leave_free():
+                return True
+            self.release(nbytes)
         return False
 
     def release(self, nbytes: int) -> None:
@@ -153,23 +157,26 @@ class DirectoryCapacity:
         If the disk has gained too little by what was evicted, nothing is evicted for SETTLE_S: some file systems give back
         the bytes of removed files late.
         """
-        if self._disk is None or self._lacking_nbytes(self._disk) <= 0:
-            return True
-        with self._evicting:
-            # What is being written may count twice: it is reserved, and a part of it is on the disk already.
-            enough_nbytes = self._unlinked_nbytes + self._lacking_nbytes(self._disk) + self._reserved_nbytes
-            while (lacking := self._lacking_nbytes(self._disk)) > 0:
-                if self._unlinked_nbytes >= enough_nbytes:
-                    self._in_vain_until_s = time.monotonic() + SETTLE_S
-                if time.monotonic() < self._in_vain_until_s:
-                    return False
-                if not self._evict(max(lacking, min(SLACK_NBYTES, self._used_nbytes // 64)), for_all=True):
-                    return False
-        return True
+        with self._reserving:
+            return self._leave_free()
 
     def room_nbytes(self) -> int:
         """Return how many bytes all values may take now, whatever the capacity is."""
         return 1 << 62 if self._disk is None else max(0, self._used_nbytes - self._lacking_nbytes(self._disk))
+
+    def _leave_free(self) -> bool:
+        if self._disk is None or self._lacking_nbytes(self._disk) <= 0:
+            return True
+        # What is being written may count twice: it is reserved, and a part of it is on the disk already.
+        enough_nbytes = self._unlinked_nbytes + self._lacking_nbytes(self._disk) + self._reserved_nbytes
+        while (lacking := self._lacking_nbytes(self._disk)) > 0:
+            if self._unlinked_nbytes >= enough_nbytes:
+                self._in_vain_until_s = time.monotonic() + SETTLE_S
+            if time.monotonic() < self._in_vain_until_s:
+                return False
+            if not self._evict(max(lacking, min(SLACK_NBYTES, self._used_nbytes // 64)), for_all=True):
+                return False
+        return True
 
     def _lacking_nbytes(self, disk: FreeSpace) -> int:
         return self._reserved_nbytes - disk.headroom(self._reserved_nbytes)
@@ -196,7 +203,8 @@ class DirectoryCapacity:
 
     def _pop_oldest(self) -> tuple[str, int, int] | None:
         if not self._pool:
-            self._complete = False  # some counted values are no longer where they were
+            if self._used_nbytes > self._leaving_nbytes:
+                self._complete = False  # some counted values are no longer where they were
             return None
         name, (last_use, nbytes) = self._pool.popitem(last=False)
         self._leaving_nbytes += nbytes

@@ -107,6 +107,18 @@ def test_room_is_made_while_others_write(disk: Disk) -> None:
     assert own(space, disk.root, 71, 1000)
 
 
+def test_an_empty_pool_is_complete(disk: Disk) -> None:
+    """What is written after everything was evicted may be evicted, without another scan."""
+    space = space_of(disk)
+    disk.others = 89_500
+    assert not own(space, disk.root, 1, 1000)
+    disk.others = 88_000
+    for number in range(2, 6):
+        assert own(space, disk.root, number, 1000)
+    assert there(disk.root) == [4, 5]
+    assert not space.wants_scan
+
+
 def test_several_writers_make_room_once(disk: Disk) -> None:
     for number in range(60):
         write(disk.root, number, 1000, age_s=1000 - number)
