@@ -23,6 +23,7 @@ LEVELS = {
     "kvkern.bounded_dict": 0,
     "kvkern.metrics": 0,
     "kvkern.measurement_json": 0,
+    "kvkern.regular_files": 0,
     "kvkern.file_digests": 0,
     "kvkern.keys": 1,
     "kvkern.policy": 1,

@@ -37,6 +37,7 @@ TORCH_FREE = (
     "kvkern.bounded_dict",
     "kvkern.metrics",
     "kvkern.measurement_json",
+    "kvkern.regular_files",
     "kvkern.file_digests",
     "kvkern.tiers",
     "kvkern.remote",
