@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .arena.file import Arena, ArenaSpec, Progress, arena_prefix, create_or_attach, sweep_stale
+from .arena.file import Arena, ArenaSpec, create_or_attach
+from .arena.folder import arena_folder, arena_prefix, sweep_stale
+from .arena.room import Progress
 from .arena.slots import SlotGeometry
 from .cache.manager import Cache
 from .config import DEFAULT_POLICY, Config, RemoteConfig, format_nbytes, user_cache_dir
@@ -43,11 +45,14 @@ def open_arena(
     seat: int | None = None,  # this process's place among the expected ones, in [0, expected); None: they take no seats
 ) -> Arena:
     """Create this user's arena `name`, or attach to it. Removes the arenas that crashed processes left behind."""
-    prefix = arena_prefix(os.getuid())
-    for path in sweep_stale(config.arena_dir, prefix):
-        progress(f"arena: removed {path}, because no process has it open")
+    prefix, folder = arena_prefix(os.getuid()), arena_folder(config.arena_dir)
+    for directory in {folder, config.arena_dir}:  # earlier versions put arenas into a folder that all users share
+        for path in sweep_stale(directory, prefix):
+            progress(f"arena: removed {path}, because no process has it open")
     spec = ArenaSpec.for_capacity(geometry, config.capacity_nbytes, identity)
-    return create_or_attach(spec, config.arena_dir / f"{prefix}{name}", expected, config.prefault, progress, seat)
+    return create_or_attach(
+        spec, folder / f"{prefix}{name}", expected, config.prefault, progress, seat, config.dump_arena
+    )
 
 
 def build_cache(

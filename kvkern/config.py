@@ -141,6 +141,7 @@ class Config:
     remote_timeout: float = 10.0  # seconds that one call to the remote store may take
     connect_s: int = 300  # seconds that an engine waits at start for its daemon, and for the arena if it is the first
     hbm_nbytes: int = 0  # size of a tier above DRAM on the tensors' device, payload only; 0: no such tier
+    dump_arena: bool = False  # core dumps of this process hold the arena, with everybody's prompts
 
     def __post_init__(self) -> None:
         if not 0 <= self.connect_s <= _MAX_CONNECT_S:

@@ -93,8 +93,7 @@ def daemon(folder: Path, arguments: list[str]) -> Iterator[Path]:
         with running(stranger(folder, *kvkern(*arguments), PYTHONPATH=str(ROOT)), log, ready, timeout_s=120):
             yield log
     finally:
-        for path in [*Path("/dev/shm").glob(f"kvkern-*{UID}-*"), *Path("/dev/shm").glob(f".kvkern-*{UID}-*")]:
-            path.unlink()
+        shutil.rmtree(f"/dev/shm/kvkern-{UID}", ignore_errors=True)
 
 
 def unit_of_the_docs() -> list[str]:

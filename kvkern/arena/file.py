@@ -1,25 +1,27 @@
 """The arena: one file of slots in shared memory. The first process creates it, and all processes map it.
 
     file = header page | slot 0 | slot 1 | ...        slots as in arena/slots.py
-    header page = sizes and identity, as in _FILE_HEADER; from byte 1024 on a byte for each seat that is taken; from byte 2048
-                  on the processes that a daemon gave the file to
+    header page = sizes and identity, as in _FILE_HEADER; from byte 96 on the id of the boot that its process ids belong to;
+                  from byte 1024 on a byte for each seat that is taken; from byte 2048 on the processes that a daemon gave
+                  the file to
 
-The first process creates and prefaults the file under a record lock. The other processes wait for the lock and check that
-they expect the same geometry. Every process holds a shared flock while it maps the file. So a file without a flock is
-stale, and the next start removes it. Processes that take seats are all different: two engines of one name cannot make up
-the number of one arena. With `expected` set (embedded mode) the last process to attach unlinks the name: the
-memory then dies with its mappings, even on kill -9. This module knows bytes, not tensors or keys.
+The first process creates the file and reserves its pages under a record lock. The other processes wait for the lock and
+check that they expect the same geometry. Every process holds a shared flock while it maps the file. So a file without a
+flock is stale, and the next start removes it. Processes that take seats are all different: two engines of one name cannot
+make up the number of one arena. With `expected` set (embedded mode) the last process to attach unlinks the name: the
+memory then dies with its mappings, even on kill -9. No core dump holds the mappings unless that is asked for. This module
+knows bytes, not tensors or keys.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,22 +30,25 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..config import format_nbytes
+from ..config import MAX_CAPACITY_NBYTES, format_nbytes
 from ..errors import ArenaError, ConfigError
-from .free_memory import free_memory
+from ..regular_files import open_regular
+from .folder import is_private_folder, make_private_folder, remove_if_empty, still_named
 from .mapping import map_shared, populate
+from .process_identity import boot_id
+from .room import Progress, allocate, check_owner, check_room, faults_of, missing_nbytes, reserve
 from .slots import HEAD, IDENTITY, PAGE, SlotGeometry, SlotState, round_up
 
-Progress = Callable[[str], None]
+logger = logging.getLogger("kvkern")
 
 _FILE_MAGIC = b"KVKARENA"
 # magic, version, attached, slots, part bytes, planes, world size, identity
 _FILE_HEADER = struct.Struct("<8sIIQQQQ32s")
 _FILE_VERSION = 2
+_BOOT_AT, _BOOT_NBYTES = 96, 16
 _SEATS_AT, _MAX_SEATS = 1024, 1024
 _PROCESSES_AT, MAX_PROCESSES = 2048, 128
 _PROCESS = np.dtype([("pid", "<u8"), ("start", "<u8")])
-_PIECE = 256 << 20
 _LOCK_WAIT_S = 600.0
 
 
@@ -141,6 +146,15 @@ class Arena:
         found = os.fstat(self._fd)
         return found.st_dev, found.st_ino
 
+    def has_its_size(self) -> bool:
+        """Return False if a process that has the file open has changed its size. A page that is cut off is a SIGBUS."""
+        return os.fstat(self._fd).st_size == self.spec.nbytes
+
+    def restore(self) -> None:
+        """Give the file its size and its pages back, and say so. Raises ArenaError if there is no room."""
+        with faults_of(self.path, "repaired", self.spec.nbytes):
+            _repair(self._fd, self.spec, self.path)
+
     def close(self) -> None:
         """Close the descriptor. The mapping and its lock go with the last view. The file stays unless it was unlinked."""
         if self._fd >= 0:
@@ -152,45 +166,85 @@ def create_or_attach(
     spec: ArenaSpec,
     path: Path,
     expected: int = 0,  # number of processes that will attach; the last one unlinks the name. 0: no process unlinks it
-    prefault: bool = True,
+    prefault: bool = True,  # touch every page now; without it all pages are reserved, and touched when they are used
     progress: Progress = lambda line: None,
     seat: int | None = None,  # this process's place among the expected ones, in [0, expected); None: they take no seats
+    dump: bool = False,  # core dumps of this process hold the arena
+    repair: bool = False,  # give a file that was cut, or that has holes, its size and its pages back; only for a daemon
 ) -> Arena:
-    """Map the arena at `path`, and create it if it does not exist. With `prefault`, returns when every page is allocated.
+    """Map the arena at `path`, and create it if it does not exist. Returns when every page is reserved.
 
     Raises ArenaError if the file system or the memory has no room, if this process may not use the file, if the file is
     another arena, if the seat is taken, or if the creator does not finish.
     """
     while True:
-        with _faults_of(path, "made", spec.nbytes):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with faults_of(path, "made", spec.nbytes):
+            fd = _open_or_create(path)
             try:
-                _check_owner(fd, path)
+                check_owner(fd, path)
+                _close_to_others(fd, path)
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 with _record_lock(fd, path):
-                    if _still_named(
+                    if still_named(
                         fd, path
                     ):  # else the file was removed, or its creator failed, while this process waited
-                        return Arena(spec, path, fd, _create_or_map(fd, spec, path, expected, prefault, progress, seat))
+                        if os.fstat(fd).st_size == 0:
+                            memory = _create(fd, spec, path, prefault, dump, progress)
+                        else:
+                            if repair:
+                                _repair(fd, spec, path)
+                            memory = _attach(fd, spec, path, prefault, dump)
+                            _leave_earlier_boot(Arena(spec, path, fd, memory))
+                        _count_process(memory, path, expected, seat)
+                        return Arena(spec, path, fd, memory)
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
 
 
-def _create_or_map(
-    fd: int, spec: ArenaSpec, path: Path, expected: int, prefault: bool, progress: Progress, seat: int | None
-) -> npt.NDArray[np.uint8]:
-    """Create or attach, then unlink the name if this is the last expected process. Call under the record lock."""
-    created = os.fstat(fd).st_size == 0
-    memory = _create(fd, spec, path, prefault, progress) if created else _attach(fd, spec, path, prefault)
+def _open_or_create(path: Path) -> int:
+    """Open the file, and create it and its folder if need be: another process may remove an empty folder at any time."""
+    while True:
+        try:
+            return open_regular(path, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            if not is_private_folder(path.parent) or not make_private_folder(path.parent):
+                raise
+
+
+def _close_to_others(fd: int, path: Path) -> None:
+    """Take from other users what the file's mode lets them do: they could read and forge all that engines store."""
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if mode & 0o077:
+        os.fchmod(fd, 0o600)
+        logger.warning(
+            "kvkern: %s had the mode %04o, so other users could open it; it is 0600 now. Who had it open keeps it: to be "
+            "sure, end all processes that use it and remove it", path, mode,
+        )  # fmt: skip
+
+
+def _leave_earlier_boot(arena: Arena) -> None:
+    """Forget the processes of an earlier boot: their ids and start times name other processes now, or nobody."""
+    memory, boot = arena.bytes, boot_id()
+    noted = memory[_BOOT_AT : _BOOT_AT + _BOOT_NBYTES].tobytes()
+    if any(noted) and noted != boot:
+        arena.processes[:] = (0, 0)
+        arena.headers["owner_pid"][:] = 0
+        arena.headers["owner_start"][:] = 0
+        logger.info("kvkern: %s is of an earlier boot: no process that it names is waited for", arena.path)
+    memory[_BOOT_AT : _BOOT_AT + _BOOT_NBYTES] = np.frombuffer(boot, np.uint8)
+
+
+def _count_process(memory: npt.NDArray[np.uint8], path: Path, expected: int, seat: int | None) -> None:
+    """Take the seat, and unlink the name if this is the last expected process. Call under the record lock."""
     if seat is not None:
         _take_seat(memory, seat, path)
     attached = int(struct.unpack_from("<I", memory.data, 12)[0]) + 1
     struct.pack_into("<I", memory.data, 12, attached)
     if expected and attached >= expected:
         path.unlink(missing_ok=True)
-    return memory
+        remove_if_empty(path.parent)
 
 
 def _take_seat(memory: npt.NDArray[np.uint8], seat: int, path: Path) -> None:
@@ -204,11 +258,11 @@ def _take_seat(memory: npt.NDArray[np.uint8], seat: int, path: Path) -> None:
     memory[_SEATS_AT + seat] = 1
 
 
-def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True) -> Arena:
+def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True, dump: bool = False) -> Arena:
     """Map an arena whose descriptor another process passed. The arena owns `fd` from now on. Raises ArenaError."""
     try:
-        with _faults_of(path, "opened", spec.nbytes):
-            return Arena(spec, path, fd, _attach(fd, spec, path, prefault))
+        with faults_of(path, "opened", spec.nbytes):
+            return Arena(spec, path, fd, _attach(fd, spec, path, prefault, dump))
     except BaseException:
         os.close(fd)
         raise
@@ -217,23 +271,19 @@ def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = Tru
 def read_spec(path: Path) -> ArenaSpec | None:
     """Return the spec of the arena file at `path`, so that a daemon can take it over. None if it is no finished arena.
 
-    Raises ArenaError if the arena has another version, belongs to another user, or cannot be opened.
+    The file may be shorter than its spec says: see `create_or_attach`, `repair`. Raises ArenaError if the arena has another
+    version, belongs to another user, or cannot be opened.
     """
-    with _faults_of(path, "opened"):
+    with faults_of(path, "opened"):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = open_regular(path, os.O_RDWR)
         except FileNotFoundError:
             return None
         try:
-            return _spec_of(fd, path)
+            check_owner(fd, path)
+            raw = os.pread(fd, _FILE_HEADER.size, 0)
         finally:
             os.close(fd)
-
-
-def _spec_of(fd: int, path: Path) -> ArenaSpec | None:
-    """Return the spec of an opened arena, or None if it is no finished arena. Raises ArenaError and OSError."""
-    _check_owner(fd, path)
-    raw = os.pread(fd, _FILE_HEADER.size, 0)
     if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
         return None
     _, version, _, slots, part, planes, world, identity = _FILE_HEADER.unpack(raw)
@@ -243,71 +293,49 @@ def _spec_of(fd: int, path: Path) -> ArenaSpec | None:
             f"uses it any more: it is only a cache"
         )
     spec = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
-    return spec if os.fstat(fd).st_size == spec.nbytes else None
+    return spec if slots and part and world and spec.nbytes <= MAX_CAPACITY_NBYTES else None
 
 
-def is_unfinished_arena(path: Path) -> bool:
-    """Return True if `path` holds an unfinished arena: the file exists, but its header was never written.
+def is_whole(path: Path, spec: ArenaSpec) -> bool:
+    """Return True if the file has the size of its spec. Raises ArenaError if it cannot be examined."""
+    with faults_of(path, "opened"):
+        return path.lstat().st_size == spec.nbytes
 
-    The creator writes the header last. Raises ArenaError if the file cannot be read.
+
+def is_broken_arena(path: Path) -> bool:
+    """Return True if `path` holds an arena that `read_spec` cannot use: unfinished, cut, or with senseless sizes.
+
+    The creator writes the header last. Returns False for a file that no kvkern made. Raises ArenaError if it cannot be read.
     """
-    with _faults_of(path, "opened"):
-        if not path.is_file():
+    with faults_of(path, "opened"):
+        try:
+            fd = open_regular(path)
+        except FileNotFoundError:
             return False
-        with path.open("rb") as file:
-            return not any(file.read(8))
+        try:
+            begin = os.pread(fd, len(_FILE_MAGIC), 0)
+        finally:
+            os.close(fd)
+    return not any(begin) or _FILE_MAGIC.startswith(begin)
 
 
-@contextmanager
-def _faults_of(
-    path: Path,
-    verb: str,  # what fails: "made", "opened"
-    nbytes: int | None = None,  # of the arena; None: not known yet
-) -> Iterator[None]:
-    """Turn an OSError of the arena's file or folder into an ArenaError with the path, the size and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        size = "" if nbytes is None else f" (it takes {format_nbytes(nbytes)})"
-        remedy = _REMEDIES.get(error.errno or 0, "look at the folder, or use another arena_dir")
-        raise ArenaError(
-            f"arena {path} cannot be {verb}: {error.strerror}{size}; {remedy.format(uid=os.getuid())}"
-        ) from error
+def _repair(fd: int, spec: ArenaSpec, path: Path) -> None:
+    """Give the file the size of its spec, and a page for every byte. Says so if it had less. Raises ArenaError and OSError.
 
-
-_ANOTHER_FOLDER = "use an arena_dir in which uid {uid} can make files, such as a tmpfs of its own"
-_NO_FOLDER = "make the folder, or use another arena_dir"
-_REMEDIES = {
-    errno.EACCES: _ANOTHER_FOLDER,
-    errno.EPERM: _ANOTHER_FOLDER,
-    errno.EROFS: _ANOTHER_FOLDER,
-    errno.ENOENT: _NO_FOLDER,
-    errno.ENOTDIR: _NO_FOLDER,
-    errno.ENOSPC: "make room in the folder's file system (bytes or files), or use another arena_dir",
-    errno.EDQUOT: "raise the quota on the folder's file system, or use another arena_dir",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or lower `capacity`",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ELOOP: "a link has this name; remove it",
-    errno.EISDIR: "a folder has this name; remove it",
-    errno.ENOMEM: "lower `capacity`, or give this process more memory",
-    errno.ENOLCK: "use an arena_dir whose file system has locks, such as a tmpfs",
-}
-
-
-def _check_owner(fd: int, path: Path) -> None:
-    owner = os.fstat(fd).st_uid
-    if owner != os.getuid():
-        raise ArenaError(
-            f"arena {path} belongs to uid {owner}, but this process is uid {os.getuid()}, and the owner could read all of "
-            f"it; remove the file, or use another arena_dir"
-        )
-
-
-def _still_named(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
+    The processes that have the file mapped keep it. The chunks that were in the lost pages do not verify.
+    """
+    found = os.fstat(fd).st_size
+    lost = missing_nbytes(fd, spec.nbytes)
+    if found == spec.nbytes and not lost:
+        return
+    os.ftruncate(fd, spec.nbytes)
+    if found != spec.nbytes:
+        logger.warning(
+            "kvkern: %s had %s instead of %s: a process that has it open has changed its size. It has its size again; the "
+            "chunks that were cut off are gone", path, format_nbytes(found), format_nbytes(spec.nbytes),
+        )  # fmt: skip
+    check_room(lost, path)
+    reserve(fd, spec.nbytes, path)
 
 
 @contextmanager
@@ -335,18 +363,21 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, PAGE, 0))
 
 
-def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Progress) -> npt.NDArray[np.uint8]:
+def _create(
+    fd: int, spec: ArenaSpec, path: Path, prefault: bool, dump: bool, progress: Progress
+) -> npt.NDArray[np.uint8]:
     try:
-        _check_room(spec.nbytes, path)
+        check_room(spec.nbytes, path)
         os.ftruncate(fd, spec.nbytes)
-        memory = _map_file(fd, spec.nbytes, path)
-        if prefault:
-            _allocate(fd, memory, path, progress)
+        memory = _map_file(fd, spec.nbytes, path, dump)
+        allocate(fd, memory, path, prefault, progress)
     except BaseException:
         path.unlink(missing_ok=True)
+        remove_if_empty(path.parent)
         os.ftruncate(fd, 0)
         raise
     geometry = spec.geometry
+    memory[_BOOT_AT : _BOOT_AT + _BOOT_NBYTES] = np.frombuffer(boot_id(), np.uint8)
     _FILE_HEADER.pack_into(
         memory.data, 0,
         _FILE_MAGIC, _FILE_VERSION, 0, spec.num_slots, geometry.part_nbytes, geometry.max_planes, geometry.world_size,
@@ -355,7 +386,7 @@ def _create(fd: int, spec: ArenaSpec, path: Path, prefault: bool, progress: Prog
     return memory
 
 
-def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> npt.NDArray[np.uint8]:
+def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool, dump: bool) -> npt.NDArray[np.uint8]:
     raw = os.pread(fd, _FILE_HEADER.size, 0)
     if len(raw) < _FILE_HEADER.size or raw[:8] != _FILE_MAGIC:
         raise ArenaError(f"{path} exists, but is no finished kvkern arena; if no engine uses it, remove it")
@@ -365,85 +396,27 @@ def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool) -> npt.NDArray
             f"arena {path} has version {version}, this kvkern reads {_FILE_VERSION}; use the same kvkern in all processes"
         )
     found = ArenaSpec(SlotGeometry(part, planes, world), slots, identity)
-    if found != spec or os.fstat(fd).st_size != spec.nbytes:
+    if found != spec:
         differ = "identity" if replace(found, identity=spec.identity) == spec else "geometry"
         raise ArenaError(
             f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options in all processes"
         )
-    memory = _map_file(fd, spec.nbytes, path)
+    if (nbytes := os.fstat(fd).st_size) != spec.nbytes:
+        raise ArenaError(
+            f"arena {path} is not whole: it has {nbytes} bytes instead of {spec.nbytes}, because a process that has it open "
+            f"has changed its size. Restart the daemon, which repairs it; without a daemon restart the engine"
+        )
+    memory = _map_file(fd, spec.nbytes, path, dump)
     if prefault:
         populate(memory)
     return memory
 
 
-def _map_file(fd: int, nbytes: int, path: Path) -> npt.NDArray[np.uint8]:
+def _map_file(fd: int, nbytes: int, path: Path, dump: bool) -> npt.NDArray[np.uint8]:
     try:
-        return map_shared(fd, nbytes)
+        return map_shared(fd, nbytes, dump)
     except OSError as error:
         raise ArenaError(
             f"arena {path} of {format_nbytes(nbytes)} cannot be mapped: {error.strerror}; "
             f"lower `capacity`, or raise the limit on address space (ulimit -v)"
         ) from error
-
-
-def _allocate(fd: int, memory: npt.NDArray[np.uint8], path: Path, progress: Progress) -> None:
-    """Reserve and touch all pages. So a full file system is an error now and not a SIGBUS later."""
-    start, nbytes = time.monotonic(), len(memory)
-    for offset in range(0, nbytes, _PIECE):
-        try:
-            os.posix_fallocate(fd, offset, min(_PIECE, nbytes - offset))
-        except OSError as error:
-            raise ArenaError(_no_room(nbytes, path, f"the kernel says: {error.strerror}")) from error
-        done = min(offset + _PIECE, nbytes)
-        populate(memory[offset:done])
-        if done % (16 * _PIECE) == 0 or done == nbytes:
-            seconds = time.monotonic() - start
-            progress(f"arena: {format_nbytes(done)} of {format_nbytes(nbytes)} ready after {seconds:.1f} s")
-
-
-def _check_room(nbytes: int, path: Path) -> None:
-    fs = os.statvfs(path.parent)
-    room = fs.f_bavail * fs.f_frsize
-    if nbytes > room:
-        raise ArenaError(_no_room(nbytes, path, f"only {format_nbytes(room)} are free there"))
-    memory = free_memory()
-    if nbytes > memory.nbytes:
-        raise ArenaError(
-            f"the arena needs {format_nbytes(nbytes)} of memory, but only {format_nbytes(memory.nbytes)} are free "
-            f"{memory.source}. Lower `capacity`, or raise the limit (docker run --memory, resources.limits.memory in "
-            f"Kubernetes, MemoryMax= in systemd)"
-        )
-
-
-def _no_room(nbytes: int, path: Path, why: str) -> str:
-    return (
-        f"the arena needs {format_nbytes(nbytes)} in {path.parent}, but {why}. Lower `capacity`, or enlarge the mount "
-        f"(mount -o remount,size=..., docker run --shm-size=..., an emptyDir with medium: Memory in Kubernetes)"
-    )
-
-
-def sweep_stale(directory: Path, prefix: str) -> list[Path]:
-    """Unlink this user's arenas that no process maps any more. Returns the removed paths. Leaves what it may not remove."""
-    removed = []
-    for path in directory.glob(f"{prefix}*"):
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                continue
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _still_named(fd, path):
-                path.unlink(missing_ok=True)
-                removed.append(path)
-        except OSError:
-            continue  # a process maps it, or the file system has no locks or is read-only
-        finally:
-            os.close(fd)
-    return removed
-
-
-def arena_prefix(uid: int) -> str:
-    """Return the first part of the names of a user's arenas. There is one arena per uid and trust domain."""
-    return f"kvkern-{uid}-"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 HUGE_PAGE = 2 << 20
 _COLLAPSE_NBYTES = 64 << 20  # of one system call: an interrupt or a kill takes effect between two calls
 _PROT_NONE, _MAP_FIXED = 0, 0x10
+_MADV_DONTDUMP = 16
 _MADV_COLLAPSE = 25  # Linux 6.1
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _EHWPOISON = 133  # errno has no name for it
@@ -37,6 +38,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def map_shared(
     fd: int,
     nbytes: int,  # of the file, from its start
+    dump: bool = False,  # core dumps of this process hold the mapping; else they stay small, and nobody's prompts leave in them
 ) -> npt.NDArray[np.uint8]:
     """Map the file, readable and writable, as [nbytes] uint8. It is unmapped with its last view. Raises OSError."""
     reserved = nbytes + HUGE_PAGE
@@ -44,6 +46,8 @@ def map_shared(
     address = -(-start // HUGE_PAGE) * HUGE_PAGE
     try:
         _mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        if not dump and _libc.madvise(address, nbytes, _MADV_DONTDUMP):
+            raise OSError(code := ctypes.get_errno(), os.strerror(code))
     except OSError:
         _libc.munmap(start, reserved)
         raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..arena.file import sweep_stale
+from ..arena.folder import arena_folder, remove_if_empty, sweep_stale
 from ..errors import ConfigError
 from ..node.client.admin_client import AdminClient
 from ..node.protocol import MAX_ROWS, Clear, List, Stat
@@ -54,7 +54,7 @@ class Daemon:
         self._thread = threading.Thread(target=self._supervise, name="daemon", daemon=True)
 
     def __enter__(self) -> Daemon:
-        sweep_stale(SHM, f"kvkern-node-{os.getuid()}-demo-")  # of demos that were killed with -9
+        sweep_stale(arena_folder(SHM), f"kvkern-node-{os.getuid()}-demo-")  # of demos that were killed with -9
         self._thread.start()
         try:
             wait_for(self.socket, lambda row: True, START_LIMIT_S)
@@ -73,8 +73,10 @@ class Daemon:
             if self._process is not None:
                 self._process.terminate()
         self._thread.join()
-        for path in SHM.glob(f"*kvkern-node-{os.getuid()}-{self._name}*"):
-            path.unlink()
+        folder = arena_folder(SHM)
+        for path in folder.glob(f"*kvkern-node-{os.getuid()}-{self._name}*"):
+            path.unlink(missing_ok=True)
+        remove_if_empty(folder)
         self._folder.cleanup()
 
     def _supervise(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 
 from kvkern.arena import file as arena_module
-from kvkern.arena.file import Arena, ArenaSpec, arena_prefix, create_or_attach, sweep_stale
-from kvkern.arena.process_identity import process_start
+from kvkern.arena.file import Arena, ArenaSpec, create_or_attach
+from kvkern.arena.folder import arena_prefix, sweep_stale
+from kvkern.arena.process_identity import boot_id, process_start
 from kvkern.arena.slots import PAGE, SlotGeometry, SlotState
 from kvkern.assemble import open_arena
 from kvkern.config import Config, parse_nbytes
@@ -188,7 +190,7 @@ def test_a_truncated_arena_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "a"):
         pass
     os.truncate(tmp_path / "a", SPEC.nbytes - PAGE)
-    with pytest.raises(ArenaError, match="geometry"):
+    with pytest.raises(ArenaError, match=r"not whole: it has 102400 bytes instead of 106496"):
         create_or_attach(SPEC, tmp_path / "a")
 
 
@@ -366,7 +368,7 @@ def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The creator fails and unlinks the file. A process that waited on the old file must not map it alone."""
-    real, entered, go = arena_module._allocate, threading.Event(), threading.Event()
+    real, entered, go = arena_module.allocate, threading.Event(), threading.Event()
 
     def allocate(*args: object) -> None:
         if not entered.is_set():
@@ -375,7 +377,7 @@ def test_attachers_that_waited_for_a_failed_creator_meet_in_one_file(
             raise ArenaError("no room")
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(arena_module, "_allocate", allocate)
+    monkeypatch.setattr(arena_module, "allocate", allocate)
     arenas: list[Arena] = []
 
     def first() -> None:
@@ -409,12 +411,59 @@ def locked_by_two(path: Path) -> bool:
     return names.count(str(path)) >= 2
 
 
-def test_without_prefault_the_file_is_sparse(tmp_path: Path) -> None:
+def test_without_prefault_all_pages_are_reserved(tmp_path: Path) -> None:
+    """A page that the file system has no room for when an engine touches it would end the engine with SIGBUS."""
     arena = create_or_attach(SPEC, tmp_path / "a", prefault=False)
     assert (tmp_path / "a").stat().st_size == SPEC.nbytes
-    assert (tmp_path / "a").stat().st_blocks * 512 < SPEC.nbytes
+    assert (tmp_path / "a").stat().st_blocks * 512 >= SPEC.nbytes
     arena.parts(1)[4] = 1
     arena.close()
+
+
+@pytest.mark.parametrize("noted", ["this boot", "another boot", "none"])
+def test_an_arena_of_another_boot_waits_for_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: str
+) -> None:
+    """On a disk the file survives a reboot. Then its pids and start times name nobody, or processes that never saw it."""
+    mine = (os.getpid(), process_start(os.getpid()))
+    with opened(tmp_path / "a") as arena:
+        arena.parts(0)[2] = 5
+        arena.processes[3] = mine
+        arena.headers["state"][2] = SlotState.READY
+        arena.headers["owner_pid"][2], arena.headers["owner_start"][2] = mine
+        if noted == "none":  # by an earlier version of kvkern
+            arena.bytes[96:112] = 0
+    with monkeypatch.context() as patch:
+        if noted == "another boot":
+            patch.setattr(arena_module, "boot_id", lambda: b"another boot's..")
+        for _ in range(2):
+            with opened(tmp_path / "a") as arena:
+                assert arena.headers["state"].tolist() == [0, 0, 2, 0, 0]
+                assert (arena.parts(0)[2] == 5).all()
+                owner = (arena.headers["owner_pid"][2], arena.headers["owner_start"][2])
+                kept = (0, 0) if noted == "another boot" else mine
+                assert (arena.processes[3].tolist(), owner) == (kept, kept)
+    with opened(tmp_path / "a") as arena:
+        assert arena.bytes[96:112].tobytes() == boot_id() != bytes(16)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o640, 0o604])
+def test_an_arena_that_others_could_open(tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int) -> None:
+    with opened(tmp_path / "a"):
+        pass
+    (tmp_path / "a").chmod(mode)
+    with caplog.at_level("WARNING", "kvkern"), opened(tmp_path / "a"):
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    assert f"had the mode {mode:04o}, so other users could open it; it is 0600 now" in caplog.text
+
+
+@pytest.mark.parametrize("seal", [fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW])
+def test_the_kernel_seals_no_file_that_has_a_name(seal: int) -> None:
+    """Else a daemon could forbid its clients to cut the arena. A memfd can be sealed, but nobody finds it after `kill -9`."""
+    with open(f"/dev/shm/kvkern-test-{os.getpid()}", "w+b") as file:
+        os.unlink(file.name)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, seal)
 
 
 def test_process_start() -> None:

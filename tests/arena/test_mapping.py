@@ -64,3 +64,15 @@ def test_a_failed_mapping_raises_and_leaves_nothing(tmp_path: Path) -> None:
         map_shared(-1, 4096)
     with pytest.raises(OSError, match="memory"):
         map_shared(-1, 1 << 60)
+
+
+@pytest.mark.parametrize("dump", [False, True])
+def test_core_dumps_leave_it_out_unless_they_are_asked_for(fd: int, dump: bool) -> None:
+    memory = map_shared(fd, 3 * HUGE_PAGE + 4096, dump)
+    assert ("dd" in vm_flags(memory.ctypes.data)) != dump
+
+
+def vm_flags(address: int) -> list[str]:
+    """Return the flags of the mapping that begins at this address."""
+    _, _, rest = Path("/proc/self/smaps").read_text().partition(f"\n{address:x}-")
+    return rest.partition("\nVmFlags: ")[2].partition("\n")[0].split()

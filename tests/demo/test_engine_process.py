@@ -16,6 +16,9 @@ from rich.console import Console
 
 pytest.importorskip("tokenizers", reason="the demo's packages are not installed: pip install kvkern[demo]")
 
+from kvkern.arena.file import ArenaSpec, create_or_attach
+from kvkern.arena.folder import arena_folder, remove_if_empty
+from kvkern.arena.slots import SlotGeometry
 from kvkern.demo import clock, engine_process, messages, process_group, supervised_daemon
 from kvkern.demo.messages import Done, EngineSpec, Job, Plan, Progress
 
@@ -244,16 +247,17 @@ def test_a_killed_daemon_is_started_again_and_leaves_nothing_behind(tmp_path: Pa
             supervised_daemon.wait_for(daemon.socket, lambda row: False, 0.0)
     assert not Path(f"/proc/{second}").exists()
     assert not daemon.socket.parent.exists()
-    assert not list(Path("/dev/shm").glob(f"*kvkern-node-{os.getuid()}-demo-{os.getpid()}*"))
+    assert not list(arena_folder(supervised_daemon.SHM).glob(f"*kvkern-node-{os.getuid()}-demo-{os.getpid()}*"))
 
 
 def test_arenas_of_demos_that_were_killed_are_removed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervised_daemon, "START_LIMIT_S", 0.0)
-    left = Path(f"/dev/shm/kvkern-node-{os.getuid()}-demo-0-node")
-    left.write_bytes(b"left")
+    left = arena_folder(supervised_daemon.SHM) / f"kvkern-node-{os.getuid()}-demo-0-node"
+    create_or_attach(ArenaSpec(SlotGeometry(256, 2), 1), left).close()
     try:
         with pytest.raises(engine_process.EngineFailed), supervised_daemon.Daemon("none", Path(os.devnull)):
             pass
         assert not left.exists()
     finally:
         left.unlink(missing_ok=True)
+        remove_if_empty(left.parent)

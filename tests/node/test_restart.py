@@ -166,7 +166,7 @@ def test_a_socket_in_no_folder(make_daemon: MakeDaemon, kind: str) -> None:
 def test_a_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tested on the functions, because root may do everything."""
 
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", denied)

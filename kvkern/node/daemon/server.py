@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from ...arena.file import Arena, ArenaSpec, create_or_attach, is_unfinished_arena, read_spec
+from ...arena.file import Arena, ArenaSpec, create_or_attach
+from ...arena.folder import arena_folder
 from ...arena.process_identity import process_alive, process_start
 from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
-from ...config import DEFAULT_POLICY, RemoteConfig, format_nbytes
+from ...config import DEFAULT_POLICY, RemoteConfig
 from ...errors import ArenaError, ConfigError
 from ...policy import checked_policy, load_policy
 from ...policy.persist_modes import persist_mode
@@ -33,6 +35,7 @@ from ...tiers.base import Lease
 from ...tiers.slot_headers import load_checksums
 from .. import framing
 from .. import protocol as p
+from .arena_file import claimed_arena_path, restore_size, spec_of_earlier, taking_over
 from .client_connection import ClientConnection
 from .peer_credentials import supplementary_groups
 from .policy_state_file import PolicyStateFile
@@ -54,6 +57,7 @@ class NodeConfig:
     name: str = "default"  # of the trust domain; part of the arena's file name
     arena_dir: Path = Path("/dev/shm")
     prefault: bool = True
+    dump_arena: bool = False  # core dumps of the daemon hold the arena
     uids: frozenset[int] = frozenset()  # users that may connect, beside root and the daemon's own
     gids: frozenset[int] = frozenset()  # groups whose members may connect
     quotas: Quotas = field(default_factory=Quotas)
@@ -80,7 +84,12 @@ class NodeConfig:
     @property
     def arena_path(self) -> Path:
         """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
-        return self.arena_dir / f"kvkern-node-{os.getuid()}-{self.name}"
+        return arena_folder(self.arena_dir) / self.arena_name
+
+    @property
+    def arena_name(self) -> str:
+        """Name of the arena's file in its folder."""
+        return f"kvkern-node-{os.getuid()}-{self.name}"
 
 
 class Server:
@@ -93,6 +102,7 @@ class Server:
         self.bad_frames = 0
         self._started_s = time.monotonic()
         self._arena: Arena | None = None
+        self._arena_path = config.arena_dir / config.arena_name  # until `run` has found the folder
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
         self._stopping = asyncio.Event()
@@ -115,7 +125,7 @@ class Server:
         """
         with contextlib.ExitStack() as locks:
             locks.enter_context(exclusive_lock(self.config.socket, "--socket"))
-            locks.enter_context(exclusive_lock(self.config.arena_path, "--name or --arena-dir"))
+            self._arena_path = locks.enter_context(claimed_arena_path(self.config.arena_dir, self.config.arena_name))
             if self.config.policy_state is not None:
                 locks.enter_context(exclusive_lock(self.config.policy_state, "--policy-state"))
                 await asyncio.to_thread(self._policy_state.load)
@@ -137,6 +147,8 @@ class Server:
                     self._disconnect_dead_clients()
                     for connection, number in self._waiting.values():
                         connection.send(p.Working(number))
+                    if self._arena is not None and not self._arena.has_its_size():
+                        await asyncio.to_thread(restore_size, self._arena)
                     if self.sessions is not None:
                         self.sessions.sweep()
                         self._send_changes()
@@ -289,26 +301,18 @@ class Server:
         return state is None or not (state.sessions or state.quarantines or state.cache.all_keys())
 
     async def _take_over_arena(self) -> None:
-        """Serve the arena of an earlier daemon, if there is one. Remove one that was not finished when its daemon was killed.
+        """Serve the arena of an earlier daemon, if there is one. Repair or remove one that is not whole.
 
         Raises ArenaError if the file cannot be opened or has another version. No engine has been let in by then.
         """
-        path, capacity_nbytes = self.config.arena_path, self.config.capacity_nbytes
-        spec = read_spec(path)
-        if spec is None and is_unfinished_arena(path):
-            path.unlink(missing_ok=True)
-        if spec is None:
-            return
-        await self._make_arena(spec)
-        if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
-            logger.warning(
-                "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change the size, end the daemon and "
-                "remove the file", path, format_nbytes(spec.nbytes), format_nbytes(capacity_nbytes),
-            )  # fmt: skip
+        spec = spec_of_earlier(self._arena_path)
+        if spec is not None:
+            with taking_over(self._arena_path, spec, self.config.capacity_nbytes):
+                await self._make_arena(spec)
 
     async def _make_arena(self, spec: ArenaSpec) -> None:
-        path = self.config.arena_path
-        arena = await asyncio.to_thread(create_or_attach, spec, path, 0, self.config.prefault, logger.info)
+        make = partial(create_or_attach, prefault=self.config.prefault, dump=self.config.dump_arena, repair=True)
+        arena = await asyncio.to_thread(make, spec, self._arena_path, progress=logger.info)
         try:
             await self._serve_arena(arena)
         except BaseException:
@@ -317,7 +321,7 @@ class Server:
             raise
 
     async def _serve_arena(self, arena: Arena) -> None:
-        cache, path = await asyncio.to_thread(self._build_cache, arena), self.config.arena_path
+        cache, path = await asyncio.to_thread(self._build_cache, arena), self._arena_path
         store, self._unused_store = self._unused_store, None
         self._remote = await asyncio.to_thread(
             attach_remote_tier, cache, arena, self.config.remote, self.config.policy, store
@@ -447,7 +451,7 @@ class Server:
     def _stat(self) -> dict[str, int | float | str]:
         row: dict[str, int | float | str] = {
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
-            "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self.config.arena_path), "bad_frames": self.bad_frames,
+            "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
         }  # fmt: skip
         if self.sessions is not None:
             row |= self.sessions.usage()

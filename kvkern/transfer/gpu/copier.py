@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...arena.file import Arena, Progress
+from ...arena.file import Arena
+from ...arena.room import Progress
 from ...config import format_nbytes
 from ...errors import LayoutError
 from ...kernels.paged_tensors import PagedTensors

@@ -15,7 +15,8 @@ import resource
 import time
 from pathlib import Path
 
-from ...arena.file import Arena, Progress
+from ...arena.file import Arena
+from ...arena.room import Progress
 from ...arena.slots import PAGE
 from ...config import format_nbytes
 from ...errors import ArenaError

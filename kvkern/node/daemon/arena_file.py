@@ -1,0 +1,103 @@
+"""The daemon's arena as a file: its name, its lock, and what an earlier daemon left under the name. Knows no messages.
+
+The file outlives the daemon. The next one finds it in the same folder (arena/folder.py), or where earlier versions of kvkern
+put it, and moves it then. A file that is no whole arena any more is removed or repaired: it is only a cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...arena.file import Arena, ArenaSpec, is_broken_arena, is_whole, read_spec
+from ...arena.folder import arena_folder, remove_if_empty
+from ...config import format_nbytes
+from ...errors import ArenaError
+from .socket_path import exclusive_lock
+
+logger = logging.getLogger("kvkern")
+
+_OPTIONS = "--name or --arena-dir"
+
+
+@contextmanager
+def claimed_arena_path(
+    arena_dir: Path,
+    name: str,  # of the file
+) -> Iterator[Path]:
+    """Return the path of the daemon's arena, which no other daemon uses while the context is open. The file may not exist.
+
+    Raises ConfigError if another daemon uses it, or ArenaError if another user has taken the folder's name.
+    """
+    path = arena_folder(arena_dir) / name
+    try:
+        with exclusive_lock(path, _OPTIONS):
+            _move_earlier(arena_dir / name, path)
+            yield path
+    finally:
+        remove_if_empty(path.parent)
+
+
+def _move_earlier(earlier: Path, path: Path) -> None:
+    """Move the arena of an earlier version of kvkern to `path`. Engines that map it keep it. Other users' files stay."""
+    try:
+        found = earlier.lstat()
+    except OSError:
+        return
+    mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+    if earlier != path and mine and not os.path.lexists(path):
+        with exclusive_lock(earlier, _OPTIONS):
+            earlier.rename(path)
+        logger.info("kvkern: moved the arena %s to %s, a folder that no other user can write", earlier, path)
+
+
+def spec_of_earlier(path: Path) -> ArenaSpec | None:
+    """Return the spec of the arena that an earlier daemon left at `path`; None if there is none. Removes a broken one.
+
+    Raises ArenaError if the file cannot be opened or has another version.
+    """
+    spec = read_spec(path)
+    if spec is None and is_broken_arena(path):
+        logger.warning(
+            "kvkern: %s is no whole arena: its daemon was killed while it made it, or a client has cut it. It is removed, and "
+            "the next engine gets a new one", path,
+        )  # fmt: skip
+        path.unlink(missing_ok=True)
+    return spec
+
+
+@contextmanager
+def taking_over(path: Path, spec: ArenaSpec, capacity_nbytes: int) -> Iterator[None]:
+    """Wrap what maps and serves the arena of an earlier daemon. Removes an arena that is not whole and cannot be repaired.
+
+    Says so, and says if the size is not what the capacity gives. Lets other ArenaErrors pass.
+    """
+    whole = is_whole(path, spec)
+    try:
+        yield
+    except ArenaError as error:
+        if whole:
+            raise
+        logger.warning(
+            "kvkern: %s is not whole and cannot be repaired (%s). It is removed, and the next engine gets a new one",
+            path, error,
+        )  # fmt: skip
+        path.unlink(missing_ok=True)
+        return
+    if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
+        logger.warning(
+            "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change the size, end the daemon and "
+            "remove the file", path, format_nbytes(spec.nbytes), format_nbytes(capacity_nbytes),
+        )  # fmt: skip
+
+
+def restore_size(arena: Arena) -> None:
+    """Give an arena whose file a client has cut its size back. Logs why it cannot; the caller tries again later."""
+    try:
+        arena.restore()
+    except ArenaError as error:
+        logger.error("kvkern: %s", error)

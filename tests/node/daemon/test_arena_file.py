@@ -1,0 +1,206 @@
+"""The daemon's arena as a file: whoever else can make files beside it, whatever a client has done to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvkern.arena.file import ArenaSpec, create_or_attach
+from kvkern.arena.slots import PAGE
+from kvkern.errors import ConfigError
+from kvkern.node.daemon import arena_file
+from kvkern.node.daemon.arena_file import claimed_arena_path, taking_over
+from tests.arena.test_room import small_tmpfs
+from tests.node.conftest import GEOMETRY, Daemon, MakeClient, MakeDaemon, eventually, hits, read_verified, store
+from tests.support import chain_keys
+from tests.users import ATTACKER, VICTIM, as_user, needs_root, shared_folder
+
+SPEC = ArenaSpec.for_capacity(GEOMETRY, 1 << 20)
+NAME = f"kvkern-node-{VICTIM}-default"
+
+
+@pytest.fixture
+def shm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder like /dev/shm that every user can reach. Nobody can note anything outside it."""
+    with tempfile.TemporaryDirectory(prefix="kvkern-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
+        yield shared_folder(Path(name))
+
+
+@pytest.mark.parametrize(
+    "plant", ["folder", "file", "pipe", "link", "lock file", "lock folder", "lock pipe", "lock link"]
+)
+def test_names_that_another_user_took_beside_the_folder(shm: Path, plant: str) -> None:
+    """Where earlier versions had their arena and its lock. The daemon has its names in a folder of its own."""
+    path = shm / (f".{NAME}.lock" if plant.startswith("lock") else NAME)
+    make = {
+        "folder": path.mkdir, "file": path.touch, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("/tmp"),
+    }[plant.split()[-1]]  # fmt: skip
+    as_user(ATTACKER, make)
+
+    def claim() -> None:
+        with claimed_arena_path(shm, NAME) as path:
+            assert path == shm / f"kvkern-{VICTIM}" / NAME
+            create_or_attach(SPEC, path).close()
+        assert path.exists()
+        path.unlink()
+        with claimed_arena_path(shm, NAME):
+            pass
+
+    as_user(VICTIM, claim)
+    assert os.listdir(shm) == [path.name]
+
+
+def test_a_lock_that_another_user_took(shm: Path) -> None:
+    """In a folder of somebody else, which is possible for `--socket`: the message names the owner, and no other daemon."""
+    lock = shm / ".s.lock"
+    as_user(ATTACKER, lambda: lock.touch(0o666))
+    lock.chmod(0o666)
+
+    def fail() -> None:
+        with (
+            pytest.raises(
+                ConfigError, match=rf"{lock} cannot be used: it belongs to uid {ATTACKER}, and this process is uid"
+            ),
+            arena_file.exclusive_lock(shm / "s", "--socket"),
+        ):
+            pass
+
+    as_user(VICTIM, fail)
+
+
+def test_an_arena_of_an_earlier_version_is_found(shm: Path) -> None:
+    """It lies in the shared folder. Engines that map it keep it."""
+
+    def upgrade() -> None:
+        arena = create_or_attach(SPEC, shm / NAME)
+        (shm / f".{NAME}.lock").touch(0o600)
+        with claimed_arena_path(shm, NAME) as path:
+            assert (path.stat().st_dev, path.stat().st_ino) == arena.file_id()
+            assert sorted(os.listdir(path.parent)) == [f".{NAME}.lock", NAME]
+        assert os.listdir(shm) == [f"kvkern-{VICTIM}"]
+
+    as_user(VICTIM, upgrade)
+
+
+def test_an_earlier_daemon_that_still_runs(shm: Path) -> None:
+    def start_second() -> None:
+        create_or_attach(SPEC, shm / NAME).close()
+        with (
+            arena_file.exclusive_lock(shm / NAME, "--name"),
+            pytest.raises(ConfigError, match=f"another daemon already has {shm / NAME}"),
+            claimed_arena_path(shm, NAME),
+        ):
+            pass
+
+    as_user(VICTIM, start_second)
+
+
+def test_a_lock_is_not_left_behind(tmp_path: Path) -> None:
+    with claimed_arena_path(tmp_path, NAME):
+        assert os.listdir(tmp_path) == [f".{NAME}.lock"]
+        with pytest.raises(ConfigError, match="another daemon already has"), claimed_arena_path(tmp_path, NAME):
+            pass
+        assert os.listdir(tmp_path) == [f".{NAME}.lock"]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("left", [PAGE, PAGE + 2 * GEOMETRY.slot_nbytes, SPEC.nbytes - 1, 2 * SPEC.nbytes])
+def test_an_arena_of_another_size_is_repaired(
+    daemon: Daemon, make_client: MakeClient, tmp_path: Path, left: int
+) -> None:
+    """A client has changed its size while no daemon ran. Engines that have it mapped go on with it."""
+    client = make_client()
+    keys = chain_keys("a", 3)
+    assert store(client, keys) == 3
+    path = tmp_path / f"kvkern-node-{os.getuid()}-default"
+    daemon.kill()
+    eventually(lambda: not client.connected)
+    os.truncate(path, left)
+    daemon.start()
+    assert path.stat().st_size == SPEC.nbytes
+    assert path.stat().st_blocks * 512 >= SPEC.nbytes
+    assert "a process that has it open has changed its size" in daemon.log
+    eventually(lambda: client.connected)
+    hits(client, keys)  # what is served verifies
+    store(client, keys)
+    assert hits(client, keys) == 3
+
+
+@pytest.mark.parametrize("left", [0, 5, 40])
+def test_an_arena_that_is_cut_within_its_header_is_made_anew(
+    daemon: Daemon, make_client: MakeClient, tmp_path: Path, left: int
+) -> None:
+    assert store(make_client(), chain_keys("a", 3)) == 3
+    assert daemon.stop() == 0
+    os.truncate(tmp_path / f"kvkern-node-{os.getuid()}-default", left)
+    daemon.start()
+    assert "is no whole arena" in daemon.log
+    with closing(daemon.client("new")) as client:
+        assert store(client, chain_keys("a", 3)) == 3
+
+
+def test_senseless_sizes_in_the_header(daemon: Daemon, make_client: MakeClient, tmp_path: Path) -> None:
+    """A client wrote them. A daemon that believed them would serve no slot, or need more memory than there is."""
+    assert store(make_client(), chain_keys("a", 3)) == 3
+    path = tmp_path / f"kvkern-node-{os.getuid()}-default"
+    for slots in (0, 1 << 60):
+        assert daemon.stop() == 0
+        with path.open("r+b") as file:
+            file.seek(16)
+            file.write(slots.to_bytes(8, "little"))
+        daemon.start()
+        assert "is no whole arena" in daemon.log
+        with closing(daemon.client("new")) as client:
+            assert store(client, chain_keys("a", 3)) == 3
+
+
+def test_an_arena_that_is_cut_under_a_daemon(daemon: Daemon, make_client: MakeClient, tmp_path: Path) -> None:
+    """It gets its size back before anybody touches what is missing. The chunks that were there do not verify."""
+    client = make_client()
+    keys = chain_keys("a", 3)
+    assert store(client, keys) == 3
+    pid, path = daemon.pid, tmp_path / f"kvkern-node-{os.getuid()}-default"
+    os.truncate(path, PAGE)
+    eventually(lambda: path.stat().st_size == SPEC.nbytes, "the size")
+    eventually(lambda: "has changed its size" in daemon.log, "the log")
+    lease = client.acquire(keys)
+    assert len(lease.slots) == 3
+    assert not read_verified(client.arena, lease)
+    client.arena.mark_bad(np.array(lease.slots))
+    assert client.release(lease) == 3
+    assert store(client, keys) == 3
+    assert hits(client, keys) == 3
+    assert daemon.stat()["pid"] == pid
+
+
+def test_an_arena_that_cannot_be_repaired_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its pages were given to somebody else. A daemon that cannot start would be worse than one with an empty cache."""
+    needs_root()
+    with small_tmpfs(tmp_path, "2m") as folder:
+        path = folder / NAME
+        create_or_attach(SPEC, path).close()
+        os.truncate(path, PAGE)
+        (folder / "other").write_bytes(bytes(3 << 19))
+        with caplog.at_level(logging.WARNING, "kvkern"), taking_over(path, SPEC, 1 << 20):
+            create_or_attach(SPEC, path, repair=True)
+        assert "not whole and cannot be repaired (the arena needs" in caplog.text
+        assert not path.exists()
+
+
+def test_an_arena_that_others_could_open(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    path = tmp_path / f"kvkern-node-{os.getuid()}-default"
+    create_or_attach(SPEC, path).close()
+    path.chmod(0o666)
+    daemon = make_daemon().start()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "had the mode 0666, so other users could open it; it is 0600 now" in daemon.log
