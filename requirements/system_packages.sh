@@ -23,10 +23,13 @@ sys.exit(sys.base_prefix == "/usr" and not os.path.exists(sysconfig.get_path("in
   missing+=(python3-dev)
 fi
 command -v g++ > /dev/null || missing+=(g++ libc6-dev)
-# Tests of remote stores run real servers: redis-server, and mooncake_master from its wheel, which loads RDMA's libraries.
+# Tests of remote stores run real servers: redis-server, and mooncake_master from its wheel, which loads libcurl and RDMA's
+# libraries. libcachesim, which the policies are compared with, loads glib.
 command -v redis-server > /dev/null || missing+=(redis-server)
 [[ $libraries == *libibverbs.so.1* ]] || missing+=(libibverbs1)
 [[ $libraries == *libnuma.so.1* ]] || missing+=(libnuma1)
+[[ $libraries == *libcurl.so.4* ]] || missing+=(libcurl4)
+[[ $libraries == *libglib-2.0.so.0* ]] || missing+=(libglib2.0-0)
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 name_them() {

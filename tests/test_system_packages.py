@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "requirements" / "system_packages.sh"
 TOOLS = ("bash", "cat", "dirname", "env", "mktemp", "rm", "sed", "tail", "true")
-LIBRARIES = "libibverbs.so.1 (libc6) => /x\n\tlibnuma.so.1 (libc6) => /y\n"
+SONAMES = ("libibverbs.so.1", "libnuma.so.1", "libcurl.so.4", "libglib-2.0.so.0")
+LIBRARIES = "\n\t".join(f"{name} (libc6) => /x" for name in SONAMES)
+ALL = "libibverbs1 libnuma1 libcurl4 libglib2.0-0"  # the packages that have them
 
 
 class Machine:
@@ -70,7 +72,7 @@ def test_root_installs_and_says_so(machine: Machine) -> None:
     machine.stub("ldconfig", "")
     (machine.path / "redis-server").unlink()
     (machine.path / "g++").unlink()
-    wanted = "g++ libc6-dev redis-server libibverbs1 libnuma1"
+    wanted = f"g++ libc6-dev redis-server {ALL}"
     assert machine.run() == [f"set-up: installing system packages: {wanted}"]
     assert machine.installed() == [wanted]
 
@@ -78,7 +80,7 @@ def test_root_installs_and_says_so(machine: Machine) -> None:
 def test_sudo_without_a_password(machine: Machine) -> None:
     machine.stub("id", "echo 1000")
     machine.stub("sudo", 'shift; exec "$@"')
-    machine.stub("ldconfig", "echo libnuma.so.1")
+    machine.stub("ldconfig", f"echo '{LIBRARIES.replace(SONAMES[0], '')}'")
     assert machine.run("nonesuch") == ["set-up: installing system packages: nonesuch libibverbs1"]
     assert machine.installed() == ["nonesuch libibverbs1"]
 
@@ -96,15 +98,15 @@ def test_a_user_who_may_not_install_is_told_in_one_line(machine: Machine, has_su
         machine.stub("sudo", "exit 1")
     machine.stub("ldconfig", "")
     (line,) = machine.run()
-    assert "libibverbs1 libnuma1" in line
-    assert "run sudo apt-get install libibverbs1 libnuma1" in line
+    assert ALL in line
+    assert f"run sudo apt-get install {ALL}" in line
     assert machine.installed() == []
 
 
 def test_not_asked_to_install(machine: Machine) -> None:
     machine.stub("ldconfig", "")
     (line,) = machine.run(INSTALL="no")
-    assert "missing system packages (Debian's names): libibverbs1 libnuma1." in line
+    assert f"missing system packages (Debian's names): {ALL}." in line
     assert machine.installed() == []
 
 
@@ -112,17 +114,17 @@ def test_no_debian(machine: Machine) -> None:
     machine.stub("ldconfig", "")
     (machine.path / "apt-get").unlink()
     (line,) = machine.run()
-    assert "libibverbs1 libnuma1. There is no apt-get" in line
+    assert f"{ALL}. There is no apt-get" in line
 
 
 def test_one_package_that_the_archive_lacks(machine: Machine) -> None:
     machine.stub("ldconfig", "")
     machine.stub("apt-get", 'case "$*" in *libnuma1*) echo "E: no libnuma1"; exit 100;; esac')
     first, *reason, last = machine.run()
-    assert first == "set-up: installing system packages: libibverbs1 libnuma1"
+    assert first == f"set-up: installing system packages: {ALL}"
     assert "E: no libnuma1" in reason[-1]
     assert "(Debian's names): libnuma1. apt-get failed" in last
-    assert machine.installed() == ["libibverbs1 libnuma1", "libibverbs1", "libnuma1"]
+    assert machine.installed() == [ALL, *ALL.split()]
 
 
 def test_make_and_ci_use_it() -> None:

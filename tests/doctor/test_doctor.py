@@ -159,7 +159,7 @@ def test_this_host(tmp_path: Path) -> None:
     assert facts.cpus
     assert facts.memory_nbytes > 1 << 20
     assert facts.arena_writable
-    assert facts.arena_fs not in ("", "unknown")
+    assert facts.arena_fs  # "unknown" in a chroot whose root is no mount
     assert facts.arena_total_nbytes >= facts.arena_free_nbytes > 0
     assert facts.needed_nbytes == 1 << 20
     assert not [finding for finding in findings(facts) if finding.severity is BROKEN]

@@ -211,7 +211,8 @@ def test_every_decision_is_the_textbooks(seed: int, capacity: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_of_libcachesim(seed: int, capacity: int) -> None:
     """S3-FIFO is only close: libcachesim searches a full small queue to its end before main, and fills main while it warms."""
-    lib = pytest.importorskip("libcachesim", reason="libcachesim is not installed: pip install --no-deps libcachesim")
+    why = "libcachesim cannot be loaded: pip install --no-deps libcachesim, and glib (Debian's libglib2.0-0)"
+    lib = pytest.importorskip("libcachesim", reason=why, exc_type=ImportError)
     numbers = stream(seed, 5000)
 
     def theirs(make: Callable[..., Any], **options: Any) -> int:

@@ -118,7 +118,8 @@ def test_not_all_is_read_behind_a_miss(server: RedisServer) -> None:
         bench.put(keys[1:], bench.values()[1:])
         client.config_resetstat()
         assert bench.get(keys, bench.into())[0] == MISS
-        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 10  # the windows of two connections
+        # The windows of two connections, of some five reads each, and what one reads before the other has seen the miss.
+        assert client.info("commandstats")["cmdstat_get"]["calls"] <= 20
 
 
 def test_values_of_another_size_keep_the_connection(server: RedisServer, proxy: Proxy) -> None:
