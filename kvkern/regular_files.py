@@ -26,6 +26,7 @@ class NotRegularError(OSError):
     """What has the file's name is no regular file. `strerror` says what it is and what to do; `errno` is EINVAL."""
 
     def __init__(self, kind: str, path: StrPath) -> None:
+        self.kind = kind  # "a FIFO" and the like
         super().__init__(errno.EINVAL, f"it is {kind}, not a regular file; remove it or give another path", str(path))
 
 
@@ -91,7 +92,7 @@ def write_regular(path: Path, content: bytes, mode: int = 0o600, *, sync: bool =
         new.unlink(missing_ok=True)
 
 
-_OF_A_KIND = {errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EOPNOTSUPP}  # of an open that finds no file
+_OF_A_KIND = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EOPNOTSUPP}  # of an open that finds no file
 
 
 def _kind_of(path: StrPath, follow_links: bool, dir_fd: int | None) -> str | None:

@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from .clock import FileSystemClock
+from .folders import LinkedFolderError, open_folder
 from .free_space import FreeSpace
 from .leftovers import Leftovers
 
@@ -45,6 +46,7 @@ SLACK_NBYTES = (
 )  # the most that is evicted beyond a lack of free space, so that it is not lacking again at once
 SETTLE_S = 1.0  # how long nothing is evicted for the disk, after it has gained too little by what was evicted
 
+_OF_ROOT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _VERSION = re.compile(r"kvkern[0-9]{1,9}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _VALUE = re.compile(r"[0-9a-f]{64}")
@@ -106,10 +108,13 @@ class DirectoryCapacity:
         with self._reserving:
             with self._lock:
                 self._reserved_nbytes += nbytes
-            if self._trim(for_all=False) and self._leave_free():
-                return True
-            self.release(nbytes)
-        return False
+            has_room = False
+            try:
+                has_room = self._trim(for_all=False) and self._leave_free()
+            finally:
+                if not has_room:
+                    self.release(nbytes)
+        return has_room
 
     def release(self, nbytes: int) -> None:
         """Undo `reserve`: the value was not written."""
@@ -211,24 +216,33 @@ class DirectoryCapacity:
         return name, last_use, nbytes
 
     def _remove_value(self, name: str, last_use: int, nbytes: int, for_all: bool) -> int:
-        """Remove a value. Returns the bytes freed: 0 if it was used meanwhile.
+        """Remove a value. Returns the bytes freed: 0 if it was used meanwhile, or if this user may not remove it.
 
         A value that another writer has removed counts as freed only with `for_all`.
         """
-        path = f"{self._root}/{name}"
+        directory, _, file = name.rpartition("/")
         try:
             try:
-                now = os.lstat(path)
-                if now.st_mtime_ns > last_use:
-                    with self._lock:
-                        self._complete &= self._put_youngest(self._pool, name, (now.st_mtime_ns, now.st_size))
-                    return 0
-                os.unlink(path)
+                folder = open_folder(self._root, directory)
+                try:
+                    now = os.lstat(file, dir_fd=folder)
+                    if now.st_mtime_ns > last_use:
+                        with self._lock:
+                            self._complete &= self._put_youngest(self._pool, name, (now.st_mtime_ns, now.st_size))
+                        return 0
+                    os.unlink(file, dir_fd=folder)
+                finally:
+                    os.close(folder)
                 with self._lock:
                     self._unlinked_nbytes += nbytes
             except FileNotFoundError:
                 if not for_all:
                     return 0
+            except (PermissionError, IsADirectoryError, NotADirectoryError):  # of another user, in a sticky folder
+                return 0
+            except OSError:
+                self._complete = False  # it is no longer in the pool, and may still be there
+                raise
             self.removed(name, nbytes)
         finally:
             with self._lock:
@@ -239,8 +253,8 @@ class DirectoryCapacity:
         """Return the time of a value that was written just now."""
         try:
             return os.lstat(f"{self._root}/{name}").st_mtime_ns
-        except FileNotFoundError:
-            return 0  # another writer has removed it already
+        except OSError:
+            return 0  # another writer has removed it already, or its time cannot be read: eviction looks again
 
     def _put_youngest(self, pool: OrderedDict[str, tuple[int, int]], name: str, entry: tuple[int, int]) -> bool:
         if name not in pool and len(pool) >= self._max_pool:
@@ -295,43 +309,62 @@ class DirectoryCapacity:
         return dropped
 
     def _directories(self) -> Iterator[str]:
-        for version in _listed(self._root):
-            if _VERSION.fullmatch(version.name) and version.is_dir(follow_symlinks=False):
-                for fan_out in _listed(version.path):
-                    if _FAN_OUT.fullmatch(fan_out.name) and fan_out.is_dir(follow_symlinks=False):
-                        yield f"{version.name}/{fan_out.name}"
+        for version in self._subfolders("", _VERSION):
+            yield from self._subfolders(version, _FAN_OUT)
+
+    def _subfolders(self, directory: str, names: re.Pattern[str]) -> list[str]:
+        """Return the folders in the root ("") or in one of its folders that have such a name. A link is none."""
+        with suppress(FileNotFoundError, LinkedFolderError), _Listing(self._root, directory) as entries:
+            return [
+                f"{directory}/{entry.name}".lstrip("/")
+                for entry in entries
+                if names.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+        return []
 
     def _scan_directory(self, directory: str, found: _Found) -> int:
         total = 0
         digits = directory.rpartition("/")[2]
         now_ns = self._clock.now_ns()
-        for entry in _listed(f"{self._root}/{directory}"):
-            is_value = bool(_VALUE.fullmatch(entry.name)) and entry.name.startswith(digits)
-            if not (is_value or _TEMPORARY.fullmatch(entry.name)) or not entry.is_file(follow_symlinks=False):
-                continue
-            with suppress(FileNotFoundError):
-                known = entry.stat(follow_symlinks=False)
-                if is_value:
-                    total += known.st_size
-                    last_use = self._believed(entry.path, known, now_ns)
-                    found.append((last_use, f"{directory}/{entry.name}", known.st_size))
-                elif self._leftovers.is_leftover(entry.path, known):
-                    os.unlink(entry.path)
+        with suppress(FileNotFoundError, LinkedFolderError), _Listing(self._root, directory) as entries:
+            for entry in entries:
+                is_value = bool(_VALUE.fullmatch(entry.name)) and entry.name.startswith(digits)
+                if not (is_value or _TEMPORARY.fullmatch(entry.name)) or not entry.is_file(follow_symlinks=False):
+                    continue
+                with suppress(FileNotFoundError):
+                    known = entry.stat(follow_symlinks=False)
+                    name = f"{directory}/{entry.name}"
+                    if is_value:
+                        total += known.st_size
+                        last_use = self._believed(entry.name, entries.fd, known, now_ns)
+                        found.append((last_use, name, known.st_size))
+                    elif self._leftovers.is_leftover(name, known):
+                        with suppress(OSError):  # the next scan tries again
+                            os.unlink(entry.name, dir_fd=entries.fd)
         return total
 
-    def _believed(self, path: str, known: os.stat_result, now_ns: int | None) -> int:
+    def _believed(self, file: str, folder: int, known: os.stat_result, now_ns: int | None) -> int:
         """Return the last use of a value. A time ahead of the file system's clock is set right: it would never grow old."""
         if now_ns is None or known.st_mtime_ns <= now_ns + REFRESH_S * 1e9:
             return known.st_mtime_ns
-        with suppress(PermissionError):  # the file of another user
-            os.utime(path)
-            return os.lstat(path).st_mtime_ns
+        with suppress(OSError):  # the file of another user, or a full disk
+            os.utime(file, dir_fd=folder, follow_symlinks=False)
+            return os.lstat(file, dir_fd=folder).st_mtime_ns
         return now_ns
 
 
-def _listed(path: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
+class _Listing:
+    """The entries of the root ("") or of a folder below it, while the block runs. Raises OSError."""
+
+    def __init__(self, root: str, directory: str) -> None:
+        self.fd = open_folder(root, directory, os.O_RDONLY) if directory else os.open(root, _OF_ROOT)
+
+    def __enter__(self) -> _Listing:
+        return self
+
+    def __iter__(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self.fd) as entries:
             yield from entries
-    except FileNotFoundError:
-        return
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.fd)

@@ -39,7 +39,7 @@ from ..blocking_calls import BlockingCalls
 from ..url import RemoteUrl
 from .capacity import DirectoryCapacity
 from .free_space import PERCENT, FreeSpace
-from .value_files import ValueFolder, file_name
+from .value_files import InTheWayError, ValueFolder, file_name
 
 logger = logging.getLogger("kvkern")
 
@@ -211,9 +211,9 @@ class FileStore:
                 f"not reached yet ({self._scan_error}); mount its file system or make the directory",
                 self._root,
             )
-        there = self._folder.size(name)
-        if there == nbytes and self._folder.touch(name):
+        if self._folder.touch(name, nbytes):
             return True
+        there_nbytes = self._folder.nbytes_used(name)
         if not space.reserve(nbytes):
             if self._scan_error is not None:
                 raise OSError(errno.EIO, f"cannot be scanned for values to evict ({self._scan_error})", self._root)
@@ -221,11 +221,15 @@ class FileStore:
         written = False
         try:
             written = self._folder.create(name, value) or (space.evict(nbytes) and self._folder.create(name, value))
+        except InTheWayError:
+            return False
         finally:
             if written:
-                space.wrote(name, nbytes, there or 0)
+                space.wrote(name, nbytes, there_nbytes)
             else:
                 space.release(nbytes)
+        if written:
+            self._folder.settle(name)
         return written
 
     def _remove(self, name: str) -> None:

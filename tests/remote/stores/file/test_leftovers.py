@@ -98,9 +98,9 @@ def test_a_node_whose_clock_is_ahead_costs_no_value(store_path: Path, monkeypatc
     bench = Bench(makes(store_path), count=8, payload_nbytes=8192)
     real = os.rename
 
-    def slow(old: str, new: str) -> None:
+    def slow(old: str, new: str, **folders: int) -> None:
         time.sleep(0.02)
-        real(old, new)
+        real(old, new, **folders)
 
     monkeypatch.setattr(os, "rename", slow)
     with subprocess.Popen(

@@ -54,9 +54,9 @@ class TestDirect(Conformance):
         flags: list[int] = []
         real = os.open
 
-        def note(path: Any, flag: int, *more: int) -> int:
+        def note(path: Any, flag: int, *more: int, **named: Any) -> int:
             flags.append(flag & os.O_DIRECT)
-            return real(path, flag, *more)
+            return real(path, flag, *more, **named)
 
         for payload_nbytes, direct in ((8192, os.O_DIRECT), (8193, 0)):
             bench = Bench(make, count=1, payload_nbytes=payload_nbytes)
@@ -120,8 +120,8 @@ def test_a_directory_without_rights(tmp_path: Path) -> None:
 def test_a_file_system_without_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
-    def refuse(path: Any, flags: int, *more: int) -> int:
-        fd = real(path, flags & ~os.O_DIRECT, *more)
+    def refuse(path: Any, flags: int, *more: int, **named: Any) -> int:
+        fd = real(path, flags & ~os.O_DIRECT, *more, **named)
         if flags & os.O_DIRECT:  # as Linux does: the file exists nevertheless
             os.close(fd)
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -310,7 +310,7 @@ from pathlib import Path
 from tests.remote.stores.conformance import Bench, key_of
 from tests.remote.stores.file import files
 from tests.remote.stores.file.files import makes
-os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+os.rename = lambda *names, **folders: os.kill(os.getpid(), signal.SIGKILL)
 bench = Bench(makes(Path(sys.argv[1])), count=1, payload_nbytes=8192)
 bench.put([key_of(1)], bench.values())
 """

@@ -44,8 +44,9 @@ def test_files_that_were_changed(store_path: Path, bench: Bench) -> None:
     assert bench.put(keys[:3], values[5:8]) == [True] * 3  # of another size: it is replaced
     assert bench.get(keys[:3], bench.into()[:3]) == [HIT] * 3
     assert bench.memory.holds(bench.count, values[5])
-    with pytest.raises(RemoteError, match="directory"):
-        bench.put(keys[3:4], values[3:4])
+    assert bench.put(keys[3:5], values[3:5]) == [False, True]  # it cannot be replaced, and costs no other value
+    assert bench.get(keys[3:4], bench.into()[:1]) == [MISS]
+    assert bench.exists(keys[3:5]) == [False, True]
     assert temporaries_in(store_path) == []
     assert bench.get(keys[4:], bench.into()[:1]) == [HIT]
 
@@ -135,19 +136,25 @@ def test_faults_of_the_disk(store_path: Path, bench: Bench, monkeypatch: pytest.
     assert bench.get(keys, bench.into()) == [HIT] * 8
 
 
-def test_one_file_of_many_that_fails(store_path: Path) -> None:
+def test_one_file_of_many_that_fails(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers before the failed key are valid. That key and the keys behind it are unknown."""
     bench = Bench(makes(store_path, "threads=1"), payload_nbytes=8192)
     keys, values = [key_of(i) for i in range(8)], bench.values()
     assert bench.put(keys, values) == [True] * 8
-    file_of(store_path, 3).unlink()
-    file_of(store_path, 3).mkdir()
     file_of(store_path, 6).unlink()
+    real = os.open
+
+    def broken(path: Any, *more: int, **named: Any) -> int:
+        if path == key_of(3).hex():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", broken)
     assert bench.get(keys, bench.into()) == [HIT] * 3 + [UNKNOWN] * 5
     assert all(bench.read(row) for row in range(3))
     assert bench.get([*keys[4:], keys[3]], bench.into()[:5]) == [HIT, HIT, MISS, MISS, MISS]  # not read: behind a miss
     assert bench.put(keys[:5], values[:5]) == [True] * 3 + [None] * 2
-    with pytest.raises(RemoteError, match="kvkern1"):
+    with pytest.raises(RemoteError, match="Input/output error"):
         bench.get(keys[3:5], bench.into()[:2])
     bench.close()
 
