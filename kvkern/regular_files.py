@@ -92,7 +92,9 @@ def write_regular(path: Path, content: bytes, mode: int = 0o600, *, sync: bool =
         new.unlink(missing_ok=True)
 
 
-_OF_A_KIND = {errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EOPNOTSUPP}  # of an open that finds no file
+_OF_A_KIND = {  # errors of an open that finds no regular file; EINVAL: a folder, with O_DIRECT
+    errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EOPNOTSUPP,
+}  # fmt: skip
 
 
 def _kind_of(path: StrPath, follow_links: bool, dir_fd: int | None) -> str | None:

@@ -142,6 +142,7 @@ def test_values_are_read_while_the_disk_is_full(tmp_path: Path, code: int, monke
 def test_a_full_disk_stops_no_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value from the future, whose time cannot be set right, and a leftover that cannot be removed."""
     bench = Bench(makes(tmp_path / "store"), count=2, payload_nbytes=8192)
+    wait_for(lambda: bench.store._capacity._complete)
     assert bench.put([key_of(i) for i in range(2)], bench.values()) == [True] * 2
     path = file_of(tmp_path / "store", 0)
     os.utime(path, (0, path.stat().st_mtime + 86_400))

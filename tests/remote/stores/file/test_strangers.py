@@ -76,6 +76,7 @@ def test_what_is_in_the_place_of_a_value(store_path: Path, plant: str, caplog: p
 def test_a_folder_of_values_that_is_a_link(store_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is read or written behind it: no scan counts what lies there."""
     bench = Bench(makes(store_path, f"capacity={8 * VALUE}"), payload_nbytes=8192)
+    wait_for(lambda: bench.store._capacity._complete)
     keys, values = [key_of(i) for i in range(4)], bench.values()[:4]
     assert bench.put(keys[1:], values[1:]) == [True] * 3
     other = tmp_path / "other"
