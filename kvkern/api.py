@@ -441,6 +441,7 @@ def open_cache(
             patience_s=STORE_WAIT_S,
             timeout_s=config.connect_s,
             prefault=config.prefault,
+            daemon_uid=config.daemon_uid,
         )
         cache, arena, close = client, client.arena, client.close
         client.describe_namespace(namespace.root, namespace.public_fields())

@@ -80,6 +80,9 @@ def demo(
 
 
 Socket = Annotated[Path, typer.Option(help="The daemon's Unix socket.")]
+DaemonUid = Annotated[
+    int, typer.Option(help="A user whose daemon is trusted, beside your own and root's. Default: none.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_SOCKET = Path("/run/kvkern.sock")
 
@@ -96,6 +99,12 @@ def serve(
     ] = None,
     allow_gid: Annotated[
         list[int] | None, typer.Option(help="A group whose members' engines may read the whole cache.")
+    ] = None,
+    operator_uid: Annotated[
+        list[int] | None, typer.Option(help="Another user that may clear, evict and record.")
+    ] = None,
+    operator_gid: Annotated[
+        list[int] | None, typer.Option(help="A group whose members may clear, evict and record.")
     ] = None,
     quota: Annotated[
         list[str] | None, typer.Option(help="MODEL=SIZE: the most memory that a model may hold; * matches any text.")
@@ -140,6 +149,8 @@ def serve(
             prefault=prefault,
             uids=frozenset(allow_uid or ()),
             gids=frozenset(allow_gid or ()),
+            operator_uids=frozenset(operator_uid or ()),
+            operator_gids=frozenset(operator_gid or ()),
             quotas=Quotas(
                 models=dict(_parse_quota(text) for text in quota or ()),
                 tenant=None if tenant_quota is None else parse_nbytes(tenant_quota, "tenant-quota"),
@@ -154,11 +165,11 @@ def serve(
 
 
 @app.command()
-def stat(socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+def stat(socket: Socket = DEFAULT_SOCKET, daemon_uid: DaemonUid = -1, json: AsJson = False) -> None:
     """Print a daemon's counters, and the slots that its clients hold."""
     from .node import protocol
 
-    (row,) = _ask_daemon(socket, protocol.Stat(1))
+    (row,) = _ask_daemon(socket, daemon_uid, protocol.Stat(1))
     _print_json(row) if json else _print_table([{"what": name, "value": value} for name, value in row.items()])
 
 
@@ -167,21 +178,22 @@ def list_chunks(
     socket: Socket = DEFAULT_SOCKET,
     prefix: Annotated[str, typer.Option(help="First hex digits of the keys, an even number.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Print at most this many chunks.")] = 100,
+    daemon_uid: DaemonUid = -1,
     json: AsJson = False,
 ) -> None:
     """List cached chunks."""
     from .node import protocol
 
-    rows = _ask_daemon(socket, protocol.List(1, _key_bytes("prefix", prefix, least=0), limit))
+    rows = _ask_daemon(socket, daemon_uid, protocol.List(1, _key_bytes("prefix", prefix, least=0), limit))
     _print_json(rows) if json else _print_table(rows)
 
 
 @app.command()
-def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+def get(key: str, socket: Socket = DEFAULT_SOCKET, daemon_uid: DaemonUid = -1, json: AsJson = False) -> None:
     """Show the header of one chunk. Exit status 1 if the chunk is not cached."""
     from .node import protocol
 
-    rows = _ask_daemon(socket, protocol.List(1, _key_bytes("key", key), 1))
+    rows = _ask_daemon(socket, daemon_uid, protocol.List(1, _key_bytes("key", key), 1))
     if not rows:
         typer.echo(f"kvkern: no cached chunk has a key that starts with {key}; `kvkern ls` lists the keys", err=True)
         raise typer.Exit(1)
@@ -189,11 +201,11 @@ def get(key: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None
 
 
 @app.command()
-def evict(prefix: str, socket: Socket = DEFAULT_SOCKET, json: AsJson = False) -> None:
+def evict(prefix: str, socket: Socket = DEFAULT_SOCKET, daemon_uid: DaemonUid = -1, json: AsJson = False) -> None:
     """Forget the chunks whose key starts with these hex digits."""
     from .node import protocol
 
-    _print_forgotten(_ask_daemon(socket, protocol.Evict(1, _key_bytes("prefix", prefix))), json)
+    _print_forgotten(_ask_daemon(socket, daemon_uid, protocol.Evict(1, _key_bytes("prefix", prefix))), json)
 
 
 @app.command()
@@ -202,6 +214,7 @@ def clear(
     namespace: Annotated[
         str | None, typer.Option(help="64 hex digits of a namespace. Default: all namespaces.")
     ] = None,
+    daemon_uid: DaemonUid = -1,
     json: AsJson = False,
 ) -> None:
     """Forget all chunks, or those of one namespace. Chunks that wait to be written to the remote store go too.
@@ -212,7 +225,7 @@ def clear(
     from .node import protocol
 
     root = None if namespace is None else _key_bytes("namespace", namespace, least=KEY_NBYTES)
-    _print_forgotten(_ask_daemon(socket, protocol.Clear(1, root)), json)
+    _print_forgotten(_ask_daemon(socket, daemon_uid, protocol.Clear(1, root)), json)
 
 
 @app.command()
@@ -222,6 +235,7 @@ def record(
     requests: Annotated[
         int | None, typer.Option(min=1, help="End after this many requests. Default: on Ctrl-C.")
     ] = None,
+    daemon_uid: DaemonUid = -1,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="End after this many seconds. Default: on Ctrl-C.")
     ] = None,
@@ -231,7 +245,7 @@ def record(
 
     with _exit_on_bad_input():
         typer.echo(f"kvkern: recording into {out}", err=True)
-        writer, why = trace_recorder.record(socket, out, requests, seconds)
+        writer, why = trace_recorder.record(socket, out, requests, seconds, daemon_uid)
         typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
 
 
@@ -338,10 +352,10 @@ def replay(
         )
 
 
-def _ask_daemon(socket: Path, request: Any) -> list[dict[str, Any]]:
+def _ask_daemon(socket: Path, daemon_uid: int, request: Any) -> list[dict[str, Any]]:
     from .node.client.admin_client import AdminClient
 
-    with _exit_on_bad_input(), AdminClient(socket) as daemon:
+    with _exit_on_bad_input(), AdminClient(socket, daemon_uid) as daemon:
         return daemon.ask(request)
     raise AssertionError("_exit_on_bad_input ends with typer.Exit")
 

@@ -139,6 +139,7 @@ class Config:
     persist: str = ""  # which chunks go to the remote store, see RemoteConfig
     remote_queue_nbytes: int = 256 << 20  # most bytes of chunks that may wait to be written to the remote store
     remote_timeout: float = 10.0  # seconds that one call to the remote store may take
+    daemon_uid: int = -1  # with `socket`: a user that may serve there, beside root and this process's own; -1: none
     connect_s: int = 300  # seconds that an engine waits at start for its daemon, and for the arena if it is the first
     hbm_nbytes: int = 0  # size of a tier above DRAM on the tensors' device, payload only; 0: no such tier
     dump_arena: bool = False  # core dumps of this process hold the arena, with everybody's prompts
@@ -146,6 +147,12 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.connect_s <= _MAX_CONNECT_S:
             raise ConfigError(f"connect_s is {self.connect_s}; it must lie in 0..{_MAX_CONNECT_S} seconds")
+        if not -1 <= self.daemon_uid < 1 << 32:
+            raise ConfigError(f"daemon_uid is {self.daemon_uid}; expected the number of a user, from 0 on")
+        if self.daemon_uid >= 0 and not self.socket:
+            raise ConfigError(
+                f"daemon_uid is {self.daemon_uid}, but there is no daemon; set `socket`, or leave `daemon_uid` out"
+            )
         if not 0 <= self.threads <= MAX_THREADS:
             raise ConfigError(
                 f"threads is {self.threads}; it must lie in 0..{MAX_THREADS} (0: kvkern chooses at start)"

@@ -100,6 +100,6 @@ def _number(path: Path) -> int | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return os.fsdecode(path.read_bytes()).splitlines()  # names of mounts and groups may be no UTF-8
     except OSError:
         return []

@@ -45,8 +45,9 @@ def _members(group: int) -> Iterator[int]:
         if not folder.name.isdigit():
             continue
         with suppress(OSError):  # it has just ended
-            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
+            # Bytes, because a process's name may be anything.
+            state, _, its_group = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state not in b"ZX":
                 yield int(folder.name)
 
 

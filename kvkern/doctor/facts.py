@@ -166,7 +166,7 @@ def _package_version(package: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return os.fsdecode(path.read_bytes())  # /proc/self/mounts has names that may be no UTF-8
     except OSError:
         return ""
 

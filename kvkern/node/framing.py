@@ -82,36 +82,60 @@ def _decode(decoder: Any, body: bytes | memoryview) -> Any:
 class FrameSplitter:
     """Cuts a stream of bytes into frames. Holds at most one incomplete frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_nbytes: int = MAX_FRAME_NBYTES) -> None:
+        self.max_nbytes = max_nbytes  # of the body of each frame from now on
         self._buffer = bytearray()
 
     def __bool__(self) -> bool:
-        """Return True if the buffer holds the beginning of a frame whose end has not arrived."""
+        """Return True if the buffer holds the beginning of a frame whose end has not arrived, or a frame."""
         return bool(self._buffer)
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield the bodies of the frames that are complete now.
+    def __len__(self) -> int:
+        """Return how many bytes have been appended and belong to no frame that was taken."""
+        return len(self._buffer)
+
+    @property
+    def complete(self) -> bool:
+        """Return True if `pop` gives a frame now, or raises."""
+        return len(self._buffer) >= _LENGTH.size and (
+            (length := _LENGTH.unpack_from(self._buffer)[0]) > self.max_nbytes
+            or len(self._buffer) >= _LENGTH.size + length
+        )
+
+    def append(self, data: bytes) -> None:
+        """Add bytes to the end of the stream."""
+        self._buffer += data
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._buffer = bytearray()
+
+    def pop(self) -> bytes | None:
+        """Take the first frame and return its body; None if it is not complete.
 
         Raises ProtocolError on a length above the limit, before the body is buffered.
         """
         buffer = self._buffer
-        buffer += data
-        at = 0
-        try:
-            while len(buffer) - at >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(buffer, at)
-                if length > MAX_FRAME_NBYTES:
-                    raise ProtocolError(
-                        f"a frame has {length} bytes, at most {MAX_FRAME_NBYTES} are allowed; send less at a time"
-                    )
-                end = at + _LENGTH.size + length
-                if len(buffer) < end:
-                    return
-                body = bytes(buffer[at + _LENGTH.size : end])
-                at = end
-                yield body
-        finally:
-            del buffer[:at]
+        if len(buffer) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(buffer)
+        if length > self.max_nbytes:
+            raise ProtocolError(
+                f"a frame has {length} bytes, at most {self.max_nbytes} are allowed; send less at a time"
+            )
+        end = _LENGTH.size + length
+        if len(buffer) < end:
+            return None
+        with memoryview(buffer) as view:
+            body = bytes(view[_LENGTH.size : end])
+        del buffer[:end]
+        return body
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Append bytes, then yield the bodies of the frames that are complete. Raises ProtocolError like `pop`."""
+        self.append(data)
+        while (body := self.pop()) is not None:
+            yield body
 
 
 def join_keys(keys: Sequence[bytes]) -> bytes:

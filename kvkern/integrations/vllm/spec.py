@@ -110,6 +110,7 @@ class KvkernSpec(shim.OffloadingSpec):
             index=index,
             timeout_s=self.options.connect_s,
             prefault=self.options.prefault,
+            daemon_uid=self.options.daemon_uid,
         )
 
     @property

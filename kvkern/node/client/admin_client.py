@@ -7,17 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, KvkernError
 from .. import framing
 from .. import protocol as p
+from .daemon_identity import check_daemon
+from .reconnecting_link import send_hello
 
 TIMEOUT_S = 10.0
 
 
 class AdminClient:
-    """Use as a context manager. Entering raises ConfigError if no daemon answers or the daemon refuses."""
+    """Use as a context manager. Entering raises ConfigError if no daemon answers, or it refuses, or is another user's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
+    ) -> None:
+        self._daemon_uid = daemon_uid
         self._path = framing.checked_socket_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(TIMEOUT_S)
@@ -27,12 +34,13 @@ class AdminClient:
     def __enter__(self) -> AdminClient:
         try:
             self._socket.connect(str(self._path))
-            self._socket.sendall(framing.encode(p.Hello(p.VERSION)))
+            check_daemon(self._socket, self._path, self._daemon_uid)
+            send_hello(self._socket, p.Hello(p.VERSION))
             first = self._receive()
         except OSError as error:
             self._socket.close()
             raise framing.connect_error(self._path, error) from error
-        except p.ProtocolError:
+        except KvkernError:
             self._socket.close()
             raise
         if isinstance(first, p.Welcome):
@@ -49,7 +57,7 @@ class AdminClient:
         self._socket.close()
 
     def ask(self, request: p.Stat | p.List | p.Evict | p.Clear) -> list[dict[str, Any]]:
-        """Send a request and return the rows of the answer. Raises ConfigError if the daemon does not answer."""
+        """Send a request and return the rows of the answer. Raises ConfigError if the daemon refuses or does not answer."""
         try:
             self._socket.sendall(framing.encode(request))
             while isinstance(answer := self._receive(), p.Draining):
@@ -59,6 +67,8 @@ class AdminClient:
                 f"the daemon on {self._path} does not answer ({error.strerror or error}); "
                 f"look at its log, or restart it, then try again"
             ) from error
+        if isinstance(answer, p.Refused):
+            raise ConfigError(f"the daemon refuses: {answer.reason}")
         if not isinstance(answer, p.Answer):
             raise p.ProtocolError(
                 f"the daemon on {self._path} answers with {type(answer).__name__}; "
@@ -72,7 +82,7 @@ class AdminClient:
     ) -> Iterator[p.Recorded | None]:
         """Yield the requests of all engines as they end, until the daemon hangs up.
 
-        The daemon hangs up when it ends, and on a client that reads too slowly.
+        The daemon hangs up when it ends, and on a client that reads too slowly. Raises ConfigError if it refuses.
         """
         self._socket.settimeout(idle_s)
         asked = False
@@ -87,6 +97,8 @@ class AdminClient:
             except OSError:
                 return
             else:
+                if isinstance(message, p.Refused):
+                    raise ConfigError(f"the daemon refuses: {message.reason}")
                 if isinstance(message, p.Recorded):
                     yield message
 

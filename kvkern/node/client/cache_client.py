@@ -71,11 +71,13 @@ class NodeClient:
         geometry: SlotGeometry,
         index: bool = True,  # False for a worker, which copies and needs only the arena
         patience_s: float = 0.0,  # how long `reserve` may wait for slots; 0 in an engine's step
+        daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
     ) -> None:
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
         hello = p.Hello(p.VERSION, engine, p.Geometry.from_slots(geometry), index)
-        self._link = ReconnectingLink(path, hello, self._on_connected, self._on_disconnected, self._on_message)
+        on_link = self._on_connected, self._on_disconnected, self._on_message
+        self._link = ReconnectingLink(path, hello, *on_link, daemon_uid)
         self._lock = self._link.lock
         self._index = index
         self._patience_s = patience_s
@@ -91,8 +93,8 @@ class NodeClient:
         self._unanswered_publishes = 0
         self._slots_asked = 0  # slots of Grant requests that are not answered
         self._stock_goal, self._limit = FIRST_STOCK_GOAL, NO_LIMIT
-        # namespace -> number of its last clear, until a daemon has confirmed it
-        self._clears: dict[bytes, int] = {}
+        # namespace -> (number of its last clear, its description), until a daemon has confirmed it
+        self._clears: dict[bytes, tuple[int, dict[str, str]]] = {}
         self._num_clears = 0
         # root -> fields, to describe again on a new connection; a daemon keeps no more
         self._described: BoundedDict[bytes, dict[str, str]] = BoundedDict(MAX_DESCRIBED)
@@ -109,12 +111,13 @@ class NodeClient:
         patience_s: float = 0.0,
         timeout_s: float = 60.0,
         prefault: bool = True,
+        daemon_uid: int = -1,
     ) -> NodeClient:
         """Connect. Wait at most `timeout_s` for the daemon and its arena.
 
-        Raises ConfigError if no daemon answers or the daemon refuses.
+        Raises ConfigError if no daemon answers, or the daemon refuses or is another user's.
         """
-        client = cls(framing.checked_socket_path(path), engine, geometry, index, patience_s)
+        client = cls(framing.checked_socket_path(path), engine, geometry, index, patience_s, daemon_uid)
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -337,9 +340,9 @@ class NodeClient:
         """
         result: Future[int] = promised()
         with self._lock:
-            self._described.pop(namespace, None)
+            fields = self._described.pop(namespace, None) or self._clears.get(namespace, (0, {}))[1]
             self._num_clears += 1
-            self._clears[namespace] = self._num_clears
+            self._clears[namespace] = self._num_clears, fields
             self._send_clear(namespace, result)
         return result
 
@@ -439,13 +442,15 @@ class NodeClient:
             self._link.send(p.Finish(b"", 0, 0.0, self._prefill_tokens_s, 0))
 
     def _send_clear(self, namespace: bytes, result: Future[int]) -> None:
-        number = self._clears[namespace]
+        number, fields = self._clears[namespace]
+        if fields:  # only who has described a namespace on this connection may clear it
+            self._link.send(p.Describe(0, namespace, fields))
 
         def on_answer(response: p.Response | None) -> None:
             if not isinstance(response, p.Answer):
                 result.set_result(0)  # it stays in _clears until a daemon answers
                 return
-            if self._clears.get(namespace) == number:
+            if self._clears.get(namespace, (0, {}))[0] == number:
                 del self._clears[namespace]
             result.set_result(sum(int(row.get("chunks", 0)) for row in response.rows))
 

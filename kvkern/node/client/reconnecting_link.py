@@ -7,6 +7,7 @@ the callers share. If the daemon leaves a request unanswered for ANSWER_S, the l
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import logging
 import os
@@ -25,6 +26,7 @@ from ...arena.file import Arena, ArenaSpec, attach_descriptor
 from ...errors import ArenaError, ConfigError, KvkernError
 from .. import framing
 from .. import protocol as p
+from .daemon_identity import check_arena, check_daemon
 
 logger = logging.getLogger("kvkern")
 
@@ -47,8 +49,10 @@ class ReconnectingLink:
         on_connected: Callable[[], None],  # (locked) sends what must be sent first on a new connection
         on_disconnected: Callable[[], None],  # (locked) the connection is gone
         on_message: Callable[[p.Response], None],  # (locked) a message that answers no request
+        daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
     ) -> None:
         self.path = path
+        self._daemon_uid = daemon_uid
         self.lock = threading.Condition()
         self.connected = False
         self.arena: Arena | None = None  # set by the first connection, and never replaced
@@ -116,17 +120,18 @@ class ReconnectingLink:
     def connect(self, prefault: bool, welcome_s: float = CONNECT_S) -> None:
         """Try once to connect. The first engine of an arena waits at most `welcome_s` until the arena is made.
 
-        Raises OSError, or KvkernError if the daemon refuses or has another arena than before.
+        Raises OSError, or KvkernError if the daemon refuses, is another user's, or has another arena than before.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.settimeout(CONNECT_S)
             sock.connect(str(self.path))
+            serving_uid = check_daemon(sock, self.path, self._daemon_uid)
             sock.settimeout(welcome_s)
-            sock.sendall(framing.encode(self._hello))
+            send_hello(sock, self._hello)
             splitter = framing.FrameSplitter()
             welcome, descriptor, rest = _receive_welcome(sock, splitter)
-            self._keep_arena(_attach_arena(welcome, descriptor, prefault and self.arena is None))
+            self._keep_arena(_attach_arena(welcome, descriptor, serving_uid, prefault and self.arena is None))
             sock.setblocking(False)
         except BaseException:
             sock.close()
@@ -318,10 +323,21 @@ def _receive_welcome(sock: socket.socket, splitter: framing.FrameSplitter) -> tu
     return first, descriptor, bodies[1:]
 
 
-def _attach_arena(welcome: p.Welcome, descriptor: int, prefault: bool) -> Arena:
+def send_hello(sock: socket.socket, hello: p.Hello) -> None:
+    """Send the first message. A daemon that refuses this user does not wait for it, and its reason is there to be read."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(framing.encode(hello))
+
+
+def _attach_arena(welcome: p.Welcome, descriptor: int, serving_uid: int, prefault: bool) -> Arena:
     """Map the arena. Takes over the descriptor."""
     geometry = welcome.geometry
     assert geometry is not None
+    try:
+        check_arena(descriptor, Path(welcome.path), serving_uid)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return attach_descriptor(
         descriptor, ArenaSpec(geometry.to_slots(), welcome.num_slots), Path(welcome.path), prefault
     )

@@ -106,12 +106,13 @@ def record(
     out: Path,
     requests: int | None = None,  # end after this many; None: no limit
     seconds: float | None = None,  # end after this long; None: no limit
+    daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
 ) -> tuple[TraceWriter, str]:
     """Record until `requests` or `seconds` are reached, the daemon hangs up, or SIGINT or SIGTERM arrives.
 
     Returns (the writer, why the recording ended). Call in the main thread, because signal handlers are set meanwhile.
 
-    Raises ConfigError if no daemon answers or the file cannot be written.
+    Raises ConfigError if no daemon answers, it refuses, or the file cannot be written.
     """
     stopped: list[int] = []
 
@@ -121,7 +122,7 @@ def record(
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     end_s = time.monotonic() + seconds if seconds is not None else float("inf")
     try:
-        with AdminClient(socket) as daemon, TraceWriter(out) as writer:
+        with AdminClient(socket, daemon_uid) as daemon, TraceWriter(out) as writer:
             for request in daemon.recorded_requests():
                 if request is not None:
                     writer.add(request)

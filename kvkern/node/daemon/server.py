@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ...arena.file import Arena, ArenaSpec, create_or_attach
 from ...arena.folder import arena_folder
-from ...arena.process_identity import process_alive, process_start
+from ...arena.process_identity import process_alive
 from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
@@ -35,9 +35,12 @@ from ...tiers.base import Lease
 from ...tiers.slot_headers import load_checksums
 from .. import framing
 from .. import protocol as p
+from .admission import Admission, Users, connections_within_file_limit
 from .arena_file import claimed_arena_path, restore_size, spec_of_earlier, taking_over
 from .client_connection import ClientConnection
-from .peer_credentials import supplementary_groups
+from .fair_turns import FairTurns
+from .listener import Listener
+from .operator_requests import Row, rows, why_refused
 from .policy_state_file import PolicyStateFile
 from .sessions import Quotas, Session, Sessions
 from .socket_path import exclusive_lock, listening_socket
@@ -60,6 +63,8 @@ class NodeConfig:
     dump_arena: bool = False  # core dumps of the daemon hold the arena
     uids: frozenset[int] = frozenset()  # users that may connect, beside root and the daemon's own
     gids: frozenset[int] = frozenset()  # groups whose members may connect
+    operator_uids: frozenset[int] = frozenset()  # users that may clear, evict and record, beside the same two
+    operator_gids: frozenset[int] = frozenset()  # groups whose members may
     quotas: Quotas = field(default_factory=Quotas)
     policy: str = DEFAULT_POLICY  # eviction policy
     policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
@@ -98,6 +103,8 @@ class Server:
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
         self.connections: set[ClientConnection] = set()
+        self.admission = Admission(Users(config.uids, config.gids), Users(config.operator_uids, config.operator_gids))
+        self.turns = FairTurns(lambda turn: self.loop.call_soon(turn))
         self.sessions: Sessions | None = None  # None: there is no arena yet; the first engine decides the slot size
         self.bad_frames = 0
         self._started_s = time.monotonic()
@@ -124,6 +131,7 @@ class Server:
         Raises ConfigError or ArenaError if the socket, the policy state, the store or the arena cannot be used.
         """
         with contextlib.ExitStack() as locks:
+            self.admission.max_connections = connections_within_file_limit()
             locks.enter_context(exclusive_lock(self.config.socket, "--socket"))
             self._arena_path = locks.enter_context(claimed_arena_path(self.config.arena_dir, self.config.arena_name))
             if self.config.policy_state is not None:
@@ -135,8 +143,8 @@ class Server:
                 await asyncio.to_thread(load_checksums)
             await asyncio.to_thread(load_policy, self.config.policy)  # else the first engine would wait for it
             await self._take_over_arena()
-            listener = await asyncio.get_running_loop().create_unix_server(
-                lambda: ClientConnection(self), sock=listening_socket(self.config.socket)
+            listener = Listener(
+                listening_socket(self.config.socket), self.admission, lambda *who: ClientConnection(self, *who)
             )
             logger.info("kvkern: serving on %s", self.config.socket)
             ready()
@@ -144,25 +152,33 @@ class Server:
                 while not self._stopping.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
-                    self._disconnect_dead_clients()
-                    for connection, number in self._waiting.values():
-                        connection.send(p.Working(number))
+                    # Each in a callback of its own: asyncio logs a fault in it, and the daemon goes on.
+                    for look in (self._watch_clients, self._say_working, self._sweep):
+                        self.loop.call_soon(look)
                     if self._arena is not None and not self._arena.has_its_size():
                         await asyncio.to_thread(restore_size, self._arena)
-                    if self.sessions is not None:
-                        self.sessions.sweep()
-                        self._send_changes()
-                        self._policy_state.save_when_due()
             finally:
                 listener.close()
                 self.config.socket.unlink(missing_ok=True)
                 await self._drain()
 
-    def _disconnect_dead_clients(self) -> None:
-        """Close connections whose process is gone. A connection outlives its process if a forked child has the socket."""
+    def _watch_clients(self) -> None:
+        """Hang up on clients that are gone or stuck. A connection outlives its process if a forked child has the socket."""
         for connection in list(self.connections):
             if connection.session is not None and not process_alive(*connection.session.process):
                 connection.close("is gone, but a child of it has the socket")
+            connection.watch(SWEEP_S)
+        self.admission.bound_unsent(self.connections)
+
+    def _say_working(self) -> None:
+        for connection, number in self._waiting.values():
+            connection.send(p.Working(number))
+
+    def _sweep(self) -> None:
+        if self.sessions is not None:
+            self.sessions.sweep()
+            self._send_changes()
+            self._policy_state.save_when_due()
 
     def stop(self) -> None:
         """End gracefully: let no new clients in, and give transfers under way `drain_s` to finish."""
@@ -203,17 +219,16 @@ class Server:
 
     async def open_session(self, connection: ClientConnection, hello: p.Hello) -> Session:
         """Let a client in and welcome it. Raises KvkernError with the reason if it is refused."""
-        pid, uid, gid = connection.peer
+        pid, uid = connection.peer.pid, connection.peer.uid
         if hello.version != p.VERSION:
             raise ConfigError(
                 f"protocol version {hello.version} is not the daemon's {p.VERSION}; upgrade the older side"
             )
-        if not self._may_connect(uid, gid, pid):
+        if hello.geometry is not None and not self.admission.is_engine(connection.peer):
             raise ConfigError(
-                f"uid {uid} may not use this cache, because a process that maps its arena reads all of it. "
-                f"Run a daemon of your own, or let this user in with --allow-uid {uid}"
+                f"uid {uid} may operate this cache, but not read it; let its engines in with --allow-uid {uid}"
             )
-        process = (pid, process_start(pid))
+        process, engine = connection.process, f"{uid}/{hello.engine}" if hello.engine else ""
         if not process[1]:
             raise ConfigError(
                 f"the daemon cannot see process {pid}, so it could not tell when the process ends; share the pid namespace "
@@ -228,9 +243,9 @@ class Server:
         if self.sessions is None or self._arena is None:
             if hello.geometry is None:
                 connection.send_welcome(p.Welcome(p.VERSION, os.getpid()), None)
-                return Session(0, process, hello.engine, writer=False)
+                return Session(0, process, engine, writer=False)
             raise ArenaError("the arena could not be made; look at the daemon's log, then restart it")
-        session = self.sessions.attach(process, hello.engine, writer=hello.index and hello.geometry is not None)
+        session = self.sessions.attach(process, engine, writer=hello.index and hello.geometry is not None)
         if session.writer:
             self._send_limits(other for other in self.sessions.sessions.values() if other.writer)
         try:
@@ -270,11 +285,6 @@ class Server:
         if self.sessions is not None:
             self.sessions.detach(session)
             self._send_changes()
-
-    def _may_connect(self, uid: int, gid: int, pid: int) -> bool:
-        if uid in (0, os.getuid()) or uid in self.config.uids or gid in self.config.gids:
-            return True
-        return bool(self.config.gids & supplementary_groups(pid))
 
     async def _ensure_arena(self, wanted: SlotGeometry) -> None:
         """Make the arena if there is none, or replace one that nobody uses. Raises ArenaError if its slots differ."""
@@ -346,10 +356,13 @@ class Server:
     def handle(self, connection: ClientConnection, session: Session, request: p.Request) -> None:
         """Carry out a request and answer it. Raises ProtocolError if this client may not send it."""
         state = self.sessions
+        if not connection.operator and (reason := why_refused(request, connection.described)):
+            connection.refuse(reason)
+            return
         if isinstance(request, p.Hello):
             raise p.ProtocolError("the client sent Hello twice; open another connection")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            answer = p.Answer(request.id, self._answer_rows(session, request))
+            answer = p.Answer(request.id, rows(session, request, state, self._stat))
             self._send_changes()  # before the answer, because a client may store again what it has cleared
             connection.send(answer)
         elif isinstance(request, p.Record):
@@ -391,6 +404,7 @@ class Server:
         elif isinstance(request, p.Settle):
             state.settle(session)
         else:
+            connection.described.put(request.root, None)
             connection.send(p.Described(request.id, state.describe(session, request.root, request.fields)))
         self._send_changes()
 
@@ -433,23 +447,8 @@ class Server:
         for connection in listeners:
             connection.send_frame(frame)
 
-    def _answer_rows(
-        self, session: Session, request: p.Stat | p.List | p.Evict | p.Clear
-    ) -> list[dict[str, int | float | str]]:
-        state = self.sessions
-        if isinstance(request, p.Stat):
-            return [self._stat()]
-        if state is None:
-            return [] if isinstance(request, p.List) else [{"chunks": 0}]
-        if isinstance(request, p.Clear):
-            return [{"chunks": state.clear(session, request.namespace, request.begun)}]
-        matching = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
-        if isinstance(request, p.List):
-            return [dict(row) for row in state.cache.describe_chunks(matching[: request.limit])]
-        return [{"chunks": state.cache.drop(matching)}]
-
-    def _stat(self) -> dict[str, int | float | str]:
-        row: dict[str, int | float | str] = {
+    def _stat(self) -> Row:
+        row: Row = {
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
         }  # fmt: skip

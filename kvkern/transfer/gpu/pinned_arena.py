@@ -11,6 +11,7 @@ slot's length apart, so they would need as many registrations as there are slots
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import time
 from pathlib import Path
@@ -111,7 +112,7 @@ def _refusal_message(nbytes: int, error: DeviceError) -> str:
 def pages_per_numa_node(address: int, numa_maps: Path = Path("/proc/self/numa_maps")) -> dict[int, int]:
     """Return {memory node: number of pages} of the mapping that starts at this address; {} if the system does not say."""
     try:
-        lines = numa_maps.read_text().splitlines()
+        lines = os.fsdecode(numa_maps.read_bytes()).splitlines()  # it names mapped files, which may be no UTF-8
     except OSError:
         return {}
     for line in lines:

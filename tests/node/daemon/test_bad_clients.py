@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
-from contextlib import closing
+import time
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon import client_connection
+from kvkern.node.daemon import admission, client_connection
 from kvkern.node.daemon import server as server_module
 from kvkern.node.daemon.server import NodeConfig
 from tests.node.conftest import (
@@ -51,10 +53,10 @@ def slow_arena(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, thread
     """Delay the making of the arena until `go` is set. Returns (begun, go)."""
     begun, go, real = threading.Event(), threading.Event(), server_module.create_or_attach
 
-    def make(*args: Any) -> object:
+    def make(*args: Any, **options: Any) -> object:
         begun.set()
         assert go.wait(30)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(server_module, "create_or_attach", make)
     return begun, go
@@ -90,25 +92,43 @@ def test_who_leaves_while_the_arena_is_made_holds_nothing(
 
 
 def test_a_client_that_never_reads(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is disconnected before its answers fill the memory. Other clients are served all the time."""
-    monkeypatch.setattr(client_connection, "MAX_UNSENT_NBYTES", 1 << 20)
+    """Its requests wait, so its answers do not fill the memory. After a time it is disconnected. Others are served."""
+    monkeypatch.setattr(client_connection, "MAX_WAITING_NBYTES", 1 << 16)
     with served(config(folder, tmp_path)) as server, closing(NodeClient.open(folder / "s", "e", GEOMETRY)) as client:
         chain = chain_keys("a", 3)
         eventually(lambda: stock(client)[0])
         assert store(client, chain) == 3
         with Peer(folder / "s") as peer:
             peer.greet(geometry=None)
+            (connection,) = (one for one in server.connections if not one.wants_index)
+            peer.socket.settimeout(0.2)
             asked = framing.encode(p.Stat(1)) * 100
-
-            def ask() -> None:
+            with suppress(TimeoutError):  # until nothing is read from it any more
                 while True:
                     peer.socket.sendall(asked)
-                    assert hits(client, chain) == 3
-
+            assert 1 << 16 < connection.unsent_nbytes < 1 << 17
+            assert hits(client, chain) == 3
+            monkeypatch.setattr(client_connection, "STALLED_S", 0.5)
+            eventually(lambda: len(server.connections) == 1)
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
-                ask()
+                peer.socket.sendall(asked)
         assert hits(client, chain) == 3
-        eventually(lambda: len(server.connections) == 1)
+
+
+def test_a_client_that_reads_late_gets_every_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_connection, "MAX_WAITING_NBYTES", 1 << 16)
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
+        peer.greet()
+        peer.say(*(p.Stat(number) for number in range(2000)))
+        (connection,) = server.connections
+        eventually(lambda: connection.unsent_nbytes > 1 << 16)
+        for number in range(2000):
+            answer = peer.hear()
+            assert isinstance(answer, p.Answer)
+            assert answer.id == number
+        assert (connection.unread_nbytes, connection.unsent_nbytes) == (0, 0)
 
 
 def test_a_bad_client_that_does_not_read_is_let_go(
@@ -118,7 +138,7 @@ def test_a_bad_client_that_does_not_read_is_let_go(
     monkeypatch.setattr(client_connection, "LINGER_S", 0.05)
     with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
         peer.greet()
-        peer.say(*(p.Stat(number) for number in range(3000)))  # more than the socket buffers, less than the limit
+        peer.say(*(p.Stat(number) for number in range(1000)))  # more than the socket buffers, less than the limit
         eventually(lambda: any(one._transport and one._transport.get_write_buffer_size() for one in server.connections))
         peer.socket.sendall(b"\xff" * 8)
         eventually(lambda: not server.connections)
@@ -135,7 +155,7 @@ def test_a_client_that_only_stops_sending_is_gone(daemon: Daemon) -> None:
 
 
 def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_connection, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(admission, "MAX_CONNECTIONS", 2)
     with served(config(folder, tmp_path)) as server:
         with Peer(folder / "s") as one, Peer(folder / "s") as two:
             one.greet()
@@ -146,6 +166,130 @@ def test_too_many_connections(folder: Path, tmp_path: Path, monkeypatch: pytest.
                 )
                 assert three.hung_up()
         eventually(lambda: not server.connections)
+        with Peer(folder / "s") as peer:
+            assert isinstance(peer.greet(), p.Welcome)
+
+
+def half_a_frame(nbytes: int) -> bytes:
+    """Return the beginning of a frame of the largest size."""
+    return struct.pack("<I", framing.MAX_FRAME_NBYTES) + bytes(nbytes - 4)
+
+
+def test_a_request_that_does_not_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_connection, "REQUEST_S", 0.5)
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer, Peer(folder / "s") as silent:
+        silent.greet()  # as a worker, which says nothing after Hello
+        peer.greet()
+        peer.socket.sendall(half_a_frame(1000))
+        assert peer.hung_up()
+        eventually(lambda: len(server.connections) == 1)
+        assert isinstance(silent.say(p.Stat(1)).hear(), p.Answer)
+
+
+def test_half_requests_of_a_user_have_a_limit_in_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client that has waited longest has to go. The others may end what they say."""
+    monkeypatch.setattr(admission, "MAX_UNREAD_NBYTES", 1 << 20)
+    request = framing.encode(p.Finish(bytes(32 * 8000), 1, 0.0, 0.0, 1))  # 256,031 bytes
+    with served(config(folder, tmp_path)) as server, ExitStack() as peers:
+        many = [peers.enter_context(Peer(folder / "s")) for _ in range(5)]
+        for peer in many:
+            peer.greet()
+            peer.socket.sendall(request[:-1])
+        assert many[0].hung_up()
+        eventually(lambda: len(server.connections) == 4)
+        eventually(lambda: sum(one.unread_nbytes for one in server.connections) == 4 * (len(request) - 1))
+        for peer in many[1:]:
+            peer.socket.sendall(request[-1:])
+            assert isinstance(peer.say(p.Stat(1)).hear(), p.Answer)
+        assert sum(one.unread_nbytes for one in server.connections) == 0
+        many[1].socket.sendall(request[:-1])  # what was said counts no more
+        assert isinstance(many[2].say(p.Stat(1)).hear(), p.Answer)
+    eventually(lambda: not server.admission._unread)
+
+
+def test_unread_answers_of_a_user_have_a_limit_in_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(config(folder, tmp_path)) as server, ExitStack() as peers:
+        many = [peers.enter_context(Peer(folder / "s")) for _ in range(4)]
+        for number, peer in enumerate(many):
+            peer.greet(index=number == 2)
+            peer.say(*(p.Stat(1) for _ in range(1000 if number == 2 else 800)))
+        eventually(lambda: all(one._requests == (1001 if one.wants_index else 801) for one in server.connections))
+        unsent = sum(one.unsent_nbytes for one in server.connections)
+        monkeypatch.setattr(admission, "MAX_UNSENT_NBYTES", unsent - 1)
+        eventually(lambda: len(server.connections) == 3)
+        assert many[2].hung_up()  # it left most unread
+        for peer in (many[0], many[1], many[3]):
+            for _ in range(800):
+                assert isinstance(peer.hear(), p.Answer)
+
+
+def test_before_hello_only_hello_fits(folder: Path, tmp_path: Path) -> None:
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
+        peer.socket.sendall(half_a_frame(8))
+        assert peer.hung_up()
+        assert server.bad_frames == 1
+        with Peer(folder / "s") as other:
+            longest = p.Hello(p.VERSION, "\N{GRINNING FACE}" * p.MAX_NAME, SIZES, index=True)
+            assert isinstance(other.say(longest).hear(), p.Welcome)
+
+
+def test_requests_wait_while_the_arena_is_made(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: they stay in the client's socket. All are answered."""
+    begun, go = slow_arena(monkeypatch)
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as peer:
+        peer.say(p.Hello(p.VERSION, "e", SIZES), *(p.Stat(number) for number in range(200)))
+        assert begun.wait(30)
+        peer.say(*(p.Stat(number) for number in range(200, 400)))
+        (connection,) = server.connections
+        assert 0 < connection.unread_nbytes < 1 << 18
+        go.set()
+        assert isinstance(peer.hear(), p.Welcome)
+        for number in range(400):
+            answer = peer.hear()
+            assert isinstance(answer, p.Answer)
+            assert answer.id == number
+
+
+def test_a_flood_of_requests_lets_others_through(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other client is answered, and SIGTERM would be heard, while most of the flood waits."""
+    carried_out = []
+    with served(config(folder, tmp_path)) as server, Peer(folder / "s") as flood, Peer(folder / "s") as other:
+        flood.greet()
+        other.greet()
+        real = server.handle
+
+        def slow(connection: Any, session: Any, request: p.Request) -> None:
+            if isinstance(request, p.Release):
+                time.sleep(0.001)
+                carried_out.append(1)
+            real(connection, session, request)
+
+        monkeypatch.setattr(server, "handle", slow)
+        flood.say(*[p.Release([])] * 20_000)
+        eventually(lambda: carried_out)
+        for _ in range(3):
+            assert isinstance(other.say(p.Stat(1)).hear(), p.Answer)
+        assert len(carried_out) < 10_000
+
+
+@pytest.mark.parametrize("fault", ["_watch_clients", "_say_working", "_sweep"])
+def test_a_fault_in_what_is_done_regularly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """It is logged, and the daemon goes on."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.02)
+    with served(config(folder, tmp_path)) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, fault, broken)
+            eventually(lambda: "ZeroDivisionError" in caplog.text)
         with Peer(folder / "s") as peer:
             assert isinstance(peer.greet(), p.Welcome)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
 import sys
@@ -60,53 +59,6 @@ def test_a_daemon_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # -- who is let in -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("uid", "gid", "may"),
-    [(os.getuid(), 1, True), (0, 1, True), (7001, 1, True), (1, 7002, True), (7002, 7001, False), (1, 1, False)],
-)
-def test_who_may_connect(tmp_path: Path, uid: int, gid: int, may: bool) -> None:
-    config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, uids=frozenset({7001}), gids=frozenset({7002}))
-    child = subprocess.Popen(["sleep", "60"])  # a member of no allowed group
-    try:
-        assert Server(config)._may_connect(uid, gid, child.pid) is may
-    finally:
-        child.kill()
-        child.wait()
-    assert not Server(config)._may_connect(1, 1, child.pid)  # a process that is gone has no groups
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
-@pytest.mark.parametrize("member", [False, True])
-def test_members_of_an_allowed_group_may_connect(tmp_path: Path, member: bool) -> None:
-    config = NodeConfig(tmp_path / "s", 1 << 20, arena_dir=tmp_path, gids=frozenset({7002}))
-    child = subprocess.Popen(["sleep", "60"], user=7003, group=7003, extra_groups=[7002] if member else [])
-    try:
-        eventually(lambda: f"\t{7003}\t" in Path(f"/proc/{child.pid}/status").read_text())
-        assert Server(config)._may_connect(7003, 7003, child.pid) is member
-    finally:
-        child.kill()
-        child.wait()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
-def test_another_user_is_refused(daemon: Daemon) -> None:
-    """Its group may open the socket, which is not enough."""
-    daemon.folder.chmod(0o755)
-    os.chown(daemon.socket, -1, 7003)
-    try:
-        os.setegid(7003)
-        os.seteuid(7003)
-        peer = Peer(daemon.socket)
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-    with peer:
-        answer = peer.greet()
-    assert isinstance(answer, p.Refused)
-    assert "uid 7003 may not use this cache" in answer.reason
-    assert "--allow-uid 7003" in answer.reason
 
 
 def test_the_socket_is_for_the_owner_and_the_group(daemon: Daemon) -> None:

@@ -1,0 +1,51 @@
+"""What only operators may ask of a daemon, and the rows that answer them.
+
+every client    Stat, List: they show no more than the arena, which engines read anyway
+engines         Clear of a namespace that the engine has described, as it must after a change of weights
+operators       Clear of any namespace or of everything, Evict, and Record, which shows the requests of all engines
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from .. import protocol as p
+from .sessions import Session, Sessions
+
+Row = dict[str, int | float | str]
+
+
+def why_refused(
+    request: p.Request,
+    described: Container[bytes],  # namespaces that the client has described on this connection
+) -> str:
+    """Return why a client that is no operator may not send this request, and what to do; empty if it may."""
+    if isinstance(request, p.Clear) and request.namespace is not None:
+        if request.namespace in described:
+            return ""
+        return f"an engine clears only namespaces that it has described, and not {request.namespace.hex()}"
+    if not isinstance(request, p.Clear | p.Evict | p.Record):
+        return ""
+    return (
+        f"{type(request).__name__} is for operators: root, the user of the daemon, and those that it starts with "
+        f"--operator-uid or --operator-gid"
+    )
+
+
+def rows(
+    session: Session,
+    request: p.Stat | p.List | p.Evict | p.Clear,
+    state: Sessions | None,  # None: there is no arena yet
+    stat: Callable[[], Row],
+) -> list[Row]:
+    """Carry out a request and return the rows of its answer."""
+    if isinstance(request, p.Stat):
+        return [stat()]
+    if state is None:
+        return [] if isinstance(request, p.List) else [{"chunks": 0}]
+    if isinstance(request, p.Clear):
+        return [{"chunks": state.clear(session, request.namespace, request.begun)}]
+    matching = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
+    if isinstance(request, p.List):
+        return [dict(row) for row in state.cache.describe_chunks(matching[: request.limit])]
+    return [{"chunks": state.cache.drop(matching)}]
