@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvkern.arena.free_memory import free_memory
+from tests.memory_group import memory_group
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB, GIB = 1 << 20, 1 << 30
@@ -144,22 +145,8 @@ except ArenaError as error:
 @pytest.fixture
 def limited_group() -> Iterator[Path]:
     """A group with a limit of 300 MiB below this process's own."""
-    own = {kinds: path for _, kinds, path in (
-        line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())}  # fmt: skip
-    if "memory" in own:
-        parent, limit = Path(f"/sys/fs/cgroup/memory{own['memory']}"), "memory.limit_in_bytes"
-    else:
-        parent, limit = Path(f"/sys/fs/cgroup{own.get('', '/')}"), "memory.max"
-    group = parent / f"kvkern-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / limit).write_text(str(LIMIT))
-    except OSError as error:
-        if group.exists():
-            group.rmdir()
-        pytest.skip(f"this process may not make a memory group in {parent}: {error.strerror}")
-    yield group
-    group.rmdir()
+    with memory_group(LIMIT) as group:
+        yield group.path
 
 
 def make_arena(group: Path, folder: Path, capacity: int, cache_mib: int = 0) -> subprocess.CompletedProcess[str]:

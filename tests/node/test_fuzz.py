@@ -12,7 +12,7 @@ from tests.node.conftest import ROOT, Daemon, MakeClient, eventually, read_verif
 from tests.node.fuzzer import LARGE_NBYTES
 from tests.support import SHAPE, chain_keys
 
-ROUNDS = 400
+ROUNDS = int(os.environ.get("KVKERN_SOAK_FUZZ_ROUNDS", "400"))  # of each process; some six frames each
 PROCESSES = 3
 
 
@@ -32,7 +32,7 @@ def fuzz(daemon: Daemon, first_seed: int) -> None:
     fuzzers = [
         subprocess.Popen([*command, str(first_seed + number), str(ROUNDS)], cwd=ROOT) for number in range(PROCESSES)
     ]
-    assert [process.wait(300) for process in fuzzers] == [0] * PROCESSES
+    assert [process.wait(300 + ROUNDS) for process in fuzzers] == [0] * PROCESSES
     assert daemon.alive
 
 
