@@ -162,9 +162,9 @@ class ValueFolder:
                 return False
             finally:
                 os.close(folder)
-        except LinkedFolderError:
+        except LinkedFolderError as error:
             self._say(name, _LINKED)
-            return False
+            raise InTheWayError(*error.args) from error
         except OSError as error:
             if error.errno in _FULL:
                 return False
