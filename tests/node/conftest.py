@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,6 @@ from kvkern.arena.file import Arena
 from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.config import DEFAULT_POLICY
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
-from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.admin_client import AdminClient
@@ -35,12 +32,12 @@ from kvkern.node.daemon.sessions import Session, Sessions
 from kvkern.policy import load_policy
 from kvkern.tiers.base import ChunkShape, Lease, Reservation
 from kvkern.tiers.slot_headers import begin_slots, load_checksums
+from tests.node.peer import GEOMETRY, PATIENCE_S
+from tests.node.peer import SIZES as SIZES
+from tests.node.peer import Peer as Peer
 from tests.support import SHAPE, make_arena
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GEOMETRY = SlotGeometry(part_nbytes=256, max_planes=2, world_size=1)  # a slot takes 8 KiB
-SIZES = p.Geometry.from_slots(GEOMETRY)
-PATIENCE_S = 30.0  # generous: a condition that takes this long is never met
 
 
 def eventually(condition: Callable[[], Any], what: str = "the condition", timeout_s: float = PATIENCE_S) -> Any:
@@ -72,6 +69,7 @@ class Daemon:
         self.arena_dir = arena_dir
         self.capacity = capacity
         self.options = tuple(options)
+        self.wrapper: tuple[str, ...] = ()  # a command that runs the daemon's
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Daemon:
@@ -89,7 +87,7 @@ class Daemon:
         """Start a process without waiting."""
         assert self.process is None or self.process.poll() is not None
         command = [
-            sys.executable, "-m", "kvkern", "serve", "--socket", str(self.socket), "--capacity", self.capacity,
+            *self.wrapper, sys.executable, "-m", "kvkern", "serve", "--socket", str(self.socket), "--capacity", self.capacity,
             "--arena-dir", str(self.arena_dir), "--verbose", *self.options,
         ]  # fmt: skip
         with (self.folder / "log").open("wb") as log:
@@ -157,53 +155,6 @@ class Daemon:
         """Return the daemon's counters."""
         (row,) = self.ask(p.Stat(1))
         return row
-
-
-class Peer:
-    """A bare connection that may send any message."""
-
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.socket.settimeout(PATIENCE_S)
-        self.socket.connect(str(path))
-        self._frames = framing.FrameSplitter()
-        self._bodies: list[bytes] = []
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def say(self, *messages: p.Request) -> Peer:
-        """Send messages in one write."""
-        self.socket.sendall(b"".join(map(framing.encode, messages)))
-        return self
-
-    def greet(self, geometry: SlotGeometry | None = GEOMETRY, index: bool = False, engine: str = "peer") -> p.Response:
-        """Send Hello. Returns the first answer."""
-        sizes = geometry and p.Geometry.from_slots(geometry)
-        self.say(p.Hello(p.VERSION, engine, sizes, index))
-        return self.hear()
-
-    def hear(self) -> p.Response:
-        """Return the next message. Raises EOFError if the connection ends first."""
-        while not self._bodies:
-            data, descriptors, _flags, _address = socket.recv_fds(self.socket, 1 << 16, 4)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            if not data:
-                raise EOFError
-            self._bodies += self._frames.feed(data)
-        return framing.decode_response(self._bodies.pop(0))
-
-    def hung_up(self) -> bool:
-        """Read until the daemon ends the connection. Fails if it does not."""
-        try:
-            while True:
-                self.hear()
-        except (EOFError, ConnectionResetError):
-            return True
 
 
 @contextmanager

@@ -11,11 +11,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.node.conftest import ROOT, Daemon
+if TYPE_CHECKING:
+    from tests.node.conftest import Daemon
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 UID = 7003
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
 
@@ -66,7 +69,7 @@ def main() -> None:
     from kvkern.node import protocol as p
     from kvkern.node.client.admin_client import AdminClient
     from kvkern.node.client.cache_client import NodeClient
-    from tests.node.conftest import GEOMETRY, SIZES, Peer
+    from tests.node.peer import GEOMETRY, SIZES, Peer
 
     path, uid, groups, code = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     names = {

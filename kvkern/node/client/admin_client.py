@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class AdminClient:
 
     def __enter__(self) -> AdminClient:
         try:
-            self._socket.connect(str(self._path))
+            self._connect()
             check_daemon(self._socket, self._path, self._daemon_uid)
             send_hello(self._socket, p.Hello(p.VERSION))
             first = self._receive()
@@ -101,6 +102,17 @@ class AdminClient:
                     raise ConfigError(f"the daemon refuses: {message.reason}")
                 if isinstance(message, p.Recorded):
                     yield message
+
+    def _connect(self) -> None:
+        """Connect. While more clients wait than the kernel queues, try again."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                return self._socket.connect(str(self._path))
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def _receive(self) -> p.Response:
         while not self._bodies:

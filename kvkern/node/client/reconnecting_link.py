@@ -260,7 +260,9 @@ class ReconnectingLink:
                 self.path,
             )
             self._on_message(response)
-        elif isinstance(response, p.Welcome | p.Refused | p.Recorded):
+        elif isinstance(response, p.Refused):
+            raise ConfigError(f"the daemon on {self.path} refuses: {response.reason}")
+        elif isinstance(response, p.Welcome | p.Recorded):
             raise p.ProtocolError(
                 f"the daemon on {self.path} sent {type(response).__name__} in an engine's open session; "
                 f"use the same version of kvkern on both sides"

@@ -13,6 +13,8 @@ from ...arena.folder import is_private_folder, make_private_folder, still_named
 from ...errors import ConfigError
 from ...regular_files import NotRegularError, open_regular
 
+WAITING_CONNECTIONS = 4096  # that the daemon has not looked at yet; the kernel allows no more by default
+
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, option: str) -> Iterator[None]:
@@ -92,7 +94,7 @@ def listening_socket(path: Path) -> socket.socket:
         elif os.path.lexists(path):
             raise ConfigError(f"{path} exists and is no socket; remove it, or choose another --socket")
         sock.bind(str(path))
-        sock.listen(64)
+        sock.listen(WAITING_CONNECTIONS)
     except OSError as error:
         sock.close()
         raise ConfigError(

@@ -139,7 +139,7 @@ def test_the_arenas_descriptor_is_not_inherited(fake: FakeDaemon) -> None:
         ([framing.encode(p.Stat(1))], "no message"),
         ([b"\xff" * 8], "a frame has 4294967295 bytes, at most 4194304 are allowed"),
         ([p.Welcome(p.VERSION, 1, p.Geometry(256, 2, 1), 19, "x")], "another geometry"),
-        ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "Refused in an engine.s open session"),
+        ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "the daemon on .* refuses: late"),
     ],
 )  # fmt: skip
 def test_no_welcome(fake: FakeDaemon, first: list[Any], why: str) -> None:
