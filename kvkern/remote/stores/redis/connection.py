@@ -1,10 +1,15 @@
-"""A connection to a Redis or Valkey server. redis-py sets it up; values bypass it, from and into the caller's memory.
+"""A connection to a Redis or Valkey server. redis-py opens the socket; all that is said goes past it.
+
+Values go from and into the caller's memory:
 
     recvmsg([header, payload, spare])    both pieces of a value go where they belong; the few bytes behind them go to spare
 
 So the kernel makes the only copy; redis-py and hiredis make three more. The connection understands only the replies that the
 store needs: replies of one line, and bulk strings. Anything else is an error. After an error the connection is closed, since
-the rest of a reply could be taken for the next one.
+the rest of a reply could be taken for the next one. replies.py reads what is no value.
+
+Every wait ends at the deadline of its call, and no announced length takes memory: a value goes into memory that is there,
+and a line has at most _SPARE_NBYTES.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ _SPARE_NBYTES = 4096  # the longest line of a server; a larger buffer only means
 _SMALL_NBYTES = 8192  # smaller pieces are joined before they are sent
 _JUNK_NBYTES = 1 << 16
 _MOST_PIECES = 256  # of one sendmsg; the kernel takes 1024
-_MOST_NBYTES = 1 << 32  # of a reply; the largest string of a server has 512 MiB
+_MOST_NBYTES = (512 << 20) + 1  # of a reply, too many: the largest string of a server has 512 MiB
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 
 Address = tuple[str, int]
@@ -201,16 +206,18 @@ class Dialer:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)  # of `_dialled`
 
     def dial(self, address: Address, deadline: float) -> Any:  # redis.Connection
-        """Return a connection that is logged in. Raises RemoteError, or RefusedError if a user can correct the reason."""
+        """Return a connected socket, not logged in. Raises RemoteError, or RefusedError if a user can correct the reason."""
         if self._interrupted.is_set():
             raise RemoteError("the store is being closed: no call is made now")
         try:
             connection = self._connection(address, deadline)
             with self._lock:
                 self._dialled.add(connection)
-            connection.connect()
+            connection._sock = (
+                connection._connect()
+            )  # without what redis-py says first: its waits have no common deadline
         except (exceptions.RedisError, OSError, ValueError) as error:
-            raise self._failure(address, error) from error
+            raise self.failure(address, error) from error
         return connection
 
     def interrupt(self) -> None:
@@ -231,20 +238,20 @@ class Dialer:
     def _connection(self, address: Address, deadline: float) -> Any:
         seconds = seconds_left(deadline)
         options: dict[str, Any] = {
-            "db": self.database, "username": self.user or None, "password": self.password or None, "protocol": 2,
-            "retry": Retry(NoBackoff(), 0), "socket_timeout": seconds,
+            "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": seconds / 2,  # of the TLS handshake as a whole
         }  # fmt: skip
         if self.socket_path:
-            return UnixDomainSocketConnection(path=self.socket_path, **options)
+            return UnixDomainSocketConnection(path=self.socket_path, **options, socket_connect_timeout=seconds)
         host, port = address
         addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)  # each address gets a share of the time
         options |= {
-            "host": host, "port": port, "socket_connect_timeout": seconds / len(addresses),
+            "host": host, "port": port, "socket_connect_timeout": seconds / (1 if self.tls is None else 2) / len(addresses),
             "socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE,
         }  # fmt: skip
         return Connection(**options) if self.tls is None else SSLConnection(**options, **self.tls)
 
-    def _failure(self, address: Address, error: BaseException) -> RemoteError:
+    def failure(self, address: Address, error: BaseException) -> RemoteError:
+        """Make the error for a connection that could not be opened."""
         name, said = self.server_name(address), f"{error}"[:200]
         for cause in _causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -257,12 +264,6 @@ class Dialer:
                     f"The TLS handshake with {name} failed ({cause.reason or cause}). Check that the port is its TLS port, "
                     f"and check ca_file, cert_file and key_file"
                 )
-        if isinstance(error, exceptions.AuthenticationError):
-            return RefusedError(_REMEDIES["WRONGPASS" if self.password else "NOAUTH"].format(name=name, said=said))
-        if isinstance(error, exceptions.NoPermissionError):
-            return RefusedError(_REMEDIES["NOPERM"].format(name=name, said=said))
-        if self.database and isinstance(error, exceptions.ResponseError):
-            return RefusedError(f"{name} has no database {self.database} ({said}). Name one that it has, usually /0")
         return RemoteError(f"{name} cannot be reached: {said}{self._hint(error)}")
 
     def _hint(self, error: BaseException) -> str:
@@ -294,9 +295,27 @@ _REMEDIES = {  # by the first word of an error that a user can correct
 }
 
 
+def login_refused(name: str, line: bytes, password: str) -> RemoteError:
+    """Make the exception for an error reply to AUTH. It never shows the password, even if the server does."""
+    said = _said(line).replace(password, "***") if password else _said(line)
+    if said.partition(" ")[0] not in ("WRONGPASS", "NOAUTH", "ERR") or is_turned_away(line):
+        return error_reply(name, b"-%s" % said.encode())
+    return RefusedError(_REMEDIES["WRONGPASS" if password else "NOAUTH"].format(name=name, said=said))
+
+
+def is_turned_away(line: bytes) -> bool:
+    """Return True if a server says, whatever it was asked, that it takes no connection."""
+    return line.startswith((b"-ERR max number of clients", b"-DENIED"))
+
+
+def _said(line: bytes) -> str:
+    """Return an error reply for a message: no control characters, at most 200 letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line[1:].decode(errors="replace")[:200])
+
+
 def error_reply(name: str, line: bytes) -> RemoteError:
     """Make the exception for an error reply, `-WORD what is wrong`."""
-    said = line[1:].decode(errors="replace")[:200]
+    said = _said(line)
     word = said.partition(" ")[0]
     if word in _REMEDIES:
         return RefusedError(_REMEDIES[word].format(name=name, said=said))

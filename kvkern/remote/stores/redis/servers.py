@@ -11,13 +11,12 @@ from binascii import crc_hqx
 from collections import deque
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any, Protocol
-
-from redis import exceptions
+from typing import Protocol
 
 from ..base import RemoteError
 from .batch import ConnectionShare
 from .connection import Address, Dialer, RedisConnection, RefusedError, command, error_reply, seconds_left
+from .replies import cluster_slots, log_in
 
 _NUM_SLOTS = 16384
 _REFRESH_S = 1.0
@@ -53,7 +52,17 @@ class RedisServer:
     def connect(self, deadline: float) -> RedisConnection:
         """Open a connection. Raises RemoteError, and OSError if no time is left."""
         seconds_left(deadline)
-        return RedisConnection(self._dialer.dial(self.address, deadline), self.address, self.name)
+        connection = RedisConnection(self._dialer.dial(self.address, deadline), self.address, self.name)
+        done = False
+        try:
+            log_in(connection, self._dialer.user, self._dialer.password, self._dialer.database, deadline)
+            done = True
+        except OSError as error:
+            raise self._dialer.failure(self.address, error) from error
+        finally:
+            if not done:
+                connection.close()
+        return connection
 
     def probe(self, name: bytes, cluster: bool, deadline: float) -> None:
         """Try every command that will be used, with a value that expires. Raises RemoteError."""
@@ -66,18 +75,16 @@ class RedisServer:
         except OSError as error:
             raise self._connection_error(error) from error
 
-    def cluster_slots(self, deadline: float) -> Any:
+    def cluster_slots(self, deadline: float) -> object:
         """Return its reply to CLUSTER SLOTS, unchecked. Raises RemoteError."""
-        connection = self._dialer.dial(self.address, deadline)
         try:
-            connection.send_command("CLUSTER", "SLOTS")
-            return connection.read_response()
-        except exceptions.ResponseError as error:
-            raise error_reply(self.name, b"-%s" % str(error).encode()) from error
-        except (exceptions.RedisError, OSError, ValueError) as error:
+            connection = self.connect(deadline)
+            try:
+                return cluster_slots(connection, deadline)
+            finally:
+                connection.close()
+        except OSError as error:
             raise self._connection_error(error) from error
-        finally:
-            connection.disconnect()
 
     def close(self) -> None:
         """Close the idle connections. A connection in use is closed when it comes back."""
