@@ -5,7 +5,9 @@ Each command imports its modules when it runs, so `kvkern version` loads neither
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +19,27 @@ from . import __version__
 from .config import DEFAULT_POLICY
 from .policy import POLICIES
 
+
+def _path(text: str) -> Path:
+    """Parse a path, for typer. Whether a file or a folder is expected there is checked by the command."""
+    from .errors import ConfigError
+    from .option_values import checked_path
+
+    try:
+        return checked_path(text, "the path")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for the KV cache of LLM engines.")
 
 
 @app.callback()
 def _keep_subcommands() -> None:
     """Make typer expect a command's name, even if there is only one command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be text in the terminal's encoding
 
 
 @app.command()
@@ -35,14 +52,18 @@ def version() -> None:
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="A model folder to use instead of SmolLM2-135M-Instruct."),
+        typer.Option(parser=_path, help="A model folder to use instead of SmolLM2-135M-Instruct."),
     ] = None,
     workdir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the built model, the engines' logs and the chart. Default: in the temp dir."),
+        typer.Option(
+            parser=_path, help="Folder for the built model, the engines' logs and the chart. Default: in the temp dir."
+        ),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write the chart to this file. Default: in the workdir.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=_path, help="Write the results to this file as JSON.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(parser=_path, help="Write the chart to this file. Default: in the workdir.")
+    ] = None,
     capacity: Annotated[
         str | None,
         typer.Option(help="Memory that kvkern may use. Default: enough for all documents."),
@@ -79,12 +100,14 @@ def demo(
     raise typer.Exit(run.demo(options))
 
 
-Socket = Annotated[Path, typer.Option(help="The daemon's Unix socket.")]
+Socket = Annotated[Path, typer.Option(parser=_path, help="The daemon's Unix socket.")]
 DaemonUid = Annotated[
     int, typer.Option(help="A user whose daemon is trusted, beside your own and root's. Default: none.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_SOCKET = Path("/run/kvkern.sock")
+MAX_SECONDS = 1e9  # of a recording
+MAX_PREFILL_TOKENS_S = 1e9
 
 
 @app.command()
@@ -92,8 +115,13 @@ def serve(
     capacity: Annotated[str, typer.Option(help="Memory for the cache, such as 8GiB.")],
     socket: Socket = DEFAULT_SOCKET,
     name: Annotated[str, typer.Option(help="Name of the trust domain; each domain has its own arena.")] = "default",
-    arena_dir: Annotated[Path, typer.Option(help="Folder of the arena, a tmpfs mount.")] = Path("/dev/shm"),
-    prefault: Annotated[bool, typer.Option(help="Touch all pages at start instead of on first use.")] = True,
+    arena_dir: Annotated[Path, typer.Option(parser=_path, help="Folder of the arena, a tmpfs mount.")] = Path(
+        "/dev/shm"
+    ),
+    prefault: Annotated[bool, typer.Option(help="Touch all pages at start; they are reserved in any case.")] = True,
+    dump_arena: Annotated[
+        bool, typer.Option("--dump-arena", help="Keep the arena in core dumps of the daemon: it holds all prompts.")
+    ] = False,
     allow_uid: Annotated[
         list[int] | None, typer.Option(help="Another user whose engines may read the whole cache.")
     ] = None,
@@ -117,7 +145,8 @@ def serve(
     ] = False,
     policy: Annotated[str, typer.Option(help=f"Eviction policy: {', '.join(POLICIES)}.")] = DEFAULT_POLICY,
     policy_state: Annotated[
-        Path | None, typer.Option(help="File for what the policy learns; read at start, written every minute.")
+        Path | None,
+        typer.Option(parser=_path, help="File for what the policy learns; read at start, written every minute."),
     ] = None,
     remote: Annotated[
         str | None, typer.Option(help="URL of a store shared with other nodes: redis, mooncake, file, s3 and more.")
@@ -147,6 +176,7 @@ def serve(
             name=name,
             arena_dir=arena_dir,
             prefault=prefault,
+            dump_arena=dump_arena,
             uids=frozenset(allow_uid or ()),
             gids=frozenset(allow_gid or ()),
             operator_uids=frozenset(operator_uid or ()),
@@ -230,7 +260,9 @@ def clear(
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Argument(help="The trace to write, .jsonl or .jsonl.gz. The file must not exist.")],
+    out: Annotated[
+        Path, typer.Argument(parser=_path, help="The trace to write, .jsonl or .jsonl.gz. The file must not exist.")
+    ],
     socket: Socket = DEFAULT_SOCKET,
     requests: Annotated[
         int | None, typer.Option(min=1, help="End after this many requests. Default: on Ctrl-C.")
@@ -242,8 +274,12 @@ def record(
 ) -> None:
     """Record the requests of a daemon's engines as a trace for `kvkern replay`. The trace holds no keys and no tokens."""
     from .node.client import trace_recorder
+    from .option_values import checked_number, checked_output_file
 
     with _exit_on_bad_input():
+        checked_output_file(out, "OUT")
+        if seconds is not None:
+            checked_number(seconds, "seconds", 0, MAX_SECONDS)
         typer.echo(f"kvkern: recording into {out}", err=True)
         writer, why = trace_recorder.record(socket, out, requests, seconds, daemon_uid)
         typer.echo(f"{writer.requests:,} requests, {writer.chunks:,} distinct chunks in {out}: {why}")
@@ -275,7 +311,7 @@ def _parse_quota(text: str) -> tuple[str, int]:
 @app.command()
 def doctor(
     capacity: Annotated[str, typer.Option(help="Check whether an arena of this size fits, such as 8GiB.")] = "",
-    arena_dir: Annotated[Path, typer.Option(help="Folder of the arena.")] = Path("/dev/shm"),
+    arena_dir: Annotated[Path, typer.Option(parser=_path, help="Folder of the arena.")] = Path("/dev/shm"),
     json: AsJson = False,
 ) -> None:
     """Check this host: what makes kvkern slow here, why, and the remedy. Exit status 1 if kvkern cannot work here."""
@@ -294,7 +330,9 @@ def doctor(
 
 @app.command()
 def replay(
-    traces: Annotated[list[Path], typer.Argument(help="Request traces in the Mooncake format, .jsonl or .jsonl.gz.")],
+    traces: Annotated[
+        list[Path], typer.Argument(parser=_path, help="Request traces in the Mooncake format, .jsonl or .jsonl.gz.")
+    ],
     policy: Annotated[
         str, typer.Option(help="Comma-separated policies: lru, s3fifo, arc, lirs, grit; min is the offline optimum.")
     ] = "lru,grit,min",
@@ -320,20 +358,23 @@ def replay(
     bandwidth: Annotated[str, typer.Option(help="Bytes/s of the remote store, both ways, for predicted.")] = "10GB",
     kv_size: Annotated[str, typer.Option(help="Bytes of KV per token, for predicted.")] = "128KiB",
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per core.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=_path, help="Write the results to this file as JSON.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Plot hit ratio against capacity into this file, with LRU and MIN.")
+        Path | None,
+        typer.Option(parser=_path, help="Plot hit ratio against capacity into this file, with LRU and MIN."),
     ] = None,
 ) -> None:
     """Replay request traces through eviction policies and print the hit ratio at each capacity."""
     from rich.console import Console
 
     from .config import parse_nbytes
+    from .option_values import checked_number
     from .policy.persist_modes import Costs
     from .replay import run
 
     with _exit_on_bad_input():
         chunk_nbytes = parse_nbytes(chunk_size, "chunk-size")
+        checked_number(prefill, "prefill", 1, MAX_PREFILL_TOKENS_S)
         speed = parse_nbytes(bandwidth, "bandwidth")
         costs = Costs(parse_nbytes(kv_size, "kv-size"), prefill, speed, speed)
         run.replay(

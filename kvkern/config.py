@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .option_values import checked_path
 from .policy import checked_policy
 from .policy.persist_modes import checked_persist
 
@@ -162,7 +163,7 @@ class Config:
             raise ConfigError(
                 f"persist is {self.persist!r}, but there is no remote to write to; set `remote`, or leave `persist` out"
             )
-        if not self.arena_dir.is_dir():
+        if not checked_path(self.arena_dir, "arena_dir").is_dir():
             raise ConfigError(
                 f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or name another folder"
             )

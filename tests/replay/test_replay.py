@@ -213,7 +213,7 @@ def test_command(tmp_path: Path) -> None:
         (["--remote-capacity", "9%", "--persist", "predicted"], "policy 'lru' predicts nothing; use grit"),
         (["--remote-capacity", "9%", "--plot", "x.png"], "--plot draws one tier, but --remote-capacity asks for two"),
         (["--json", "/proc/none/x.json"], "cannot write /proc/none"),
-        (["--json", "/"], "cannot write /: it is a folder"),
+        (["--json", "/"], "json is '/', which is a folder; give a file to write"),
     ],
 )
 def test_errors_of_the_command(tmp_path: Path, more: list[str], message: str) -> None:

@@ -26,6 +26,7 @@ from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
 from ...config import DEFAULT_POLICY, RemoteConfig
 from ...errors import ArenaError, ConfigError
+from ...option_values import checked_number, checked_output_file, checked_path
 from ...policy import checked_policy, load_policy
 from ...policy.persist_modes import persist_mode
 from ...remote.store_thread import StoreThread
@@ -48,6 +49,7 @@ from .socket_path import exclusive_lock, listening_socket
 logger = logging.getLogger("kvkern")
 
 SWEEP_S = 0.25  # between two looks at clients, quarantine and slow requests
+MAX_UID = 2**32 - 2
 PAGE_KEYS = p.MAX_KEYS // 2  # at most so many keys gained, and as many lost, in one Changed
 
 
@@ -79,7 +81,12 @@ class NodeConfig:
         if self.remote is not None:
             RemoteUrl.parse(self.remote.url)
             persist_mode(self.remote.persist, self.policy)
-        if not self.arena_dir.is_dir():
+        if self.policy_state is not None:
+            checked_output_file(self.policy_state, "policy_state")
+        for users in (self.uids, self.gids, self.operator_uids, self.operator_gids):
+            for number in users:
+                checked_number(number, "the number of a user or group", 0, MAX_UID)
+        if not checked_path(self.arena_dir, "arena_dir").is_dir():
             raise ConfigError(
                 f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or give another folder"
             )

@@ -50,6 +50,8 @@ class RemoteUrl:
         options = dict(pairs)
         if len(options) < len(pairs):
             raise ConfigError(f"The remote URL of {parts.scheme}:// gives an option twice. Give each option once")
+        if "\0" in unquote(text):
+            raise ConfigError(f"The remote URL of {parts.scheme}:// has a NUL (%00). Leave it out")
         password = unquote(parts.password or "")
         given = [name for name in ("password_file", "password_env") if name in options]
         if len(given) + bool(password) > 1:

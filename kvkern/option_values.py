@@ -1,0 +1,103 @@
+"""Checks of the values that users give for options: paths, files, numbers. Every command and every configuration uses them.
+
+A value that passes can be handed to the system without a surprise: a path has no NUL and is not too long, a file to read or
+write is no pipe, device or folder, a number is finite. Knows no option. Each function raises ConfigError, which names the
+option, the value and the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from pathlib import Path
+
+from .errors import ConfigError
+
+MAX_PART_NBYTES, MAX_PATH_NBYTES = 255, 4095  # of Linux
+_SHOWN = 100  # characters of a value that a message shows
+
+
+def checked_path(
+    path: Path | str,
+    name: str,  # of the option
+) -> Path:
+    """Return a path that Linux can look up; it may not exist."""
+    text = str(path)
+    if not text or "\0" in text:
+        raise ConfigError(
+            f"{name} is {_shown(text)}, which is {'no path' if text else 'empty'}; give a path without NUL"
+        )
+    if (nbytes := len(os.fsencode(text))) > MAX_PATH_NBYTES:
+        raise ConfigError(f"{name} is {_shown(text)}, a path of {nbytes} bytes; at most {MAX_PATH_NBYTES} are allowed")
+    for part in Path(text).parts:
+        if (nbytes := len(os.fsencode(part))) > MAX_PART_NBYTES:
+            raise ConfigError(
+                f"{name} is {_shown(text)}; a part of it has {nbytes} bytes, at most {MAX_PART_NBYTES} are allowed"
+            )
+    return Path(text)
+
+
+def checked_input_file(path: Path | str, name: str) -> Path:
+    """Return the path of a file that exists. Links are followed."""
+    checked = checked_path(path, name)
+    kind = _kind(checked, name)
+    if kind != "file":
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a file")
+    return checked
+
+
+def checked_output_file(path: Path | str, name: str) -> Path:
+    """Return the path of a file that can be written, or made, as far as that is known before it is tried."""
+    checked = checked_path(path, name)
+    kind = _kind(checked, name)
+    if kind not in ("file", "nothing"):
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a file to write")
+    if not checked.name:
+        raise ConfigError(f"{name} is {_shown(str(path))}, which names no file; give a file to write")
+    for folder in checked.absolute().parents:
+        if (kind := _kind(folder, name)) == "folder":
+            break
+        if kind != "nothing":
+            raise ConfigError(
+                f"{name} is {_shown(str(path))}, but {_shown(str(folder))} is {_article(kind)}, no folder"
+            )
+    return checked
+
+
+def checked_folder(path: Path | str, name: str, *, make: bool = False) -> Path:
+    """Return the path of a folder that exists, or with `make` that exists or can be made."""
+    checked = checked_path(path, name)
+    kind = _kind(checked, name)
+    if kind == "nothing" and make:
+        return checked_output_file(checked, name)
+    if kind != "folder":
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a folder")
+    return checked
+
+
+def checked_number(value: float, name: str, least: float, most: float) -> float:
+    """Return a number in [least, most]. NaN lies in no range."""
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ConfigError(f"{name} is {value:g}; it must lie in {least:g}..{most:g}")
+    return value
+
+
+def _kind(path: Path, name: str) -> str:
+    """Return `file`, `folder`, `nothing`, or what else is at a path."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "broken link" if path.is_symlink() else "nothing"
+    except OSError as error:
+        raise ConfigError(f"{name} is {_shown(str(path))}, which cannot be used: {error.strerror}") from error
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _article(kind: str) -> str:
+    return "not there" if kind == "nothing" else f"a {kind}"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
