@@ -91,7 +91,7 @@ def resident_nbytes(pid: int) -> int:
 
 
 REQUEST = framing.encode(protocol.Acquire(1, b"".join(sequence(0)), True))
-ANSWER = framing.encode(protocol.Acquired(1, 1, list(range(CHUNKS)), list(range(CHUNKS))))
+ANSWER = framing.encode(protocol.Acquired(1, 1, [], bytes(4 * CHUNKS), bytes(8 * CHUNKS)))
 
 
 def echo_main(path: Path) -> None:
@@ -179,7 +179,8 @@ class Engine:
         acquired = time.perf_counter()
         if len(lease.slots) != len(keys):
             raise RuntimeError(f"{len(lease.slots)} of {len(keys)} chunks hit")
-        job = self._copier.load([_batch(keys, lease.slots, np.zeros(len(keys), dtype=np.uint64), range(len(keys)))])
+        unused = np.zeros(len(keys), dtype=np.uint64)
+        job = self._copier.load([_batch(keys, lease.slots, unused, range(len(keys)), lease.fingerprints)])
         job.run_unclaimed()
         if not job.wait().ok.all():
             raise RuntimeError("a loaded chunk did not verify: its bytes in the arena are wrong")
@@ -206,8 +207,9 @@ class Engine:
         return stores
 
 
-def _batch(keys: Sequence[bytes], slots: Sequence[int], generations: Any, rows: Sequence[int]) -> ChunkBatch:
+def _batch(
+    keys: Sequence[bytes], slots: Sequence[int], generations: Any, rows: Sequence[int], fingerprints: Any = None
+) -> ChunkBatch:
     blocks = np.array(rows, dtype=np.int32).reshape(-1, 1)
-    return ChunkBatch(
-        0, blocks, np.array(slots, dtype=np.int64), generations, np.frombuffer(b"".join(keys), "V32"), SHAPE.namespace
-    )
+    at, names = np.array(slots, dtype=np.int64), np.frombuffer(b"".join(keys), "V32")
+    return ChunkBatch(0, blocks, at, generations, names, SHAPE.namespace, fingerprints)

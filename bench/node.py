@@ -55,7 +55,7 @@ from kvkern.arena.slots import PAGE, SlotGeometry
 from kvkern.assemble import build_cache, open_arena
 from kvkern.config import Config
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.sessions import GRANTED_SHARE
+from kvkern.node.daemon.shares import GRANTED_SHARE
 
 CLIENTS = 8
 PAUSE_S = 0.02

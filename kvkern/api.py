@@ -153,7 +153,8 @@ class PagedCache:
         table = table.copy()
         table.reshape(-1)[: start // self._block_tokens] = -1
         rest = slice(first, None)
-        batch = self._chunk_batch(match.shape, table[rest], lease.keys[rest], lease.slots[rest], ())
+        known = None if lease.fingerprints is None else lease.fingerprints[rest]
+        batch = self._chunk_batch(match.shape, table[rest], lease.keys[rest], lease.slots[rest], (), known)
         job = self._transfer.load([batch])
         self._wait_for_copies(job)
         good = int(job.ok.cumprod().sum())
@@ -355,6 +356,7 @@ class PagedCache:
         keys: Sequence[bytes],
         slots: Sequence[int],
         generations: Sequence[int],
+        fingerprints: npt.NDArray[np.uint64] | None = None,  # of a lease of a daemon
     ) -> ChunkBatch:
         return ChunkBatch(
             group=0,
@@ -363,6 +365,7 @@ class PagedCache:
             generations=np.array(generations, dtype=np.uint64),
             keys=np.frombuffer(b"".join(keys), dtype="V32"),
             namespace=shape.namespace,
+            fingerprints=fingerprints,
         )
 
 

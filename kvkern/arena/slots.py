@@ -13,6 +13,9 @@ before a reset, may leave payload or checksums in the slot. These do not verify,
 The header also has the plane sizes. So a process that knows no layout can verify a slot: a daemon after a crash, or the
 reader of a remote store.
 
+Every process that maps the arena can write all of it. So a manager keeps a record of its own (tiers/slot_records.py): what the
+header says, and a fingerprint of the header's *tail*, which is everything from `written` on.
+
 All integers are little-endian. This module knows bytes and offsets, and no files, indexes or tensors.
 """
 
@@ -20,9 +23,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+
+from ..kernels.checksum import splitmix64
 
 MAGIC = int.from_bytes(b"KVKERNS1", "little")
 VERSION = 2
@@ -50,9 +56,9 @@ def _structure(fields: _Fields, nbytes: int) -> np.dtype[np.void]:
 
 _IDENTITY = _structure(_IDENTITY_FIELDS, 104)
 IDENTITY = np.dtype("V104")  # a header's first bytes, up to and including `planes`, compared as one value
-HEAD = _structure(
-    [("identity", IDENTITY, 0), *_STATE_FIELDS], 152
-)  # the fields that a reservation writes, as one value
+# the fields that a reservation writes, as one value; key and namespace are parts of the identity
+HEAD = _structure([("identity", IDENTITY, 0), ("key", "V32", 16), ("namespace", "V32", 48), *_STATE_FIELDS], 152)
+MAX_GENERATION = (1 << 62) - 1  # a slot's generations never come near it
 
 
 def seal(
@@ -65,6 +71,23 @@ def seal(
     """
     words: npt.NDArray[np.uint64] = np.ascontiguousarray(keys).view("<u8").reshape(-1, 4)[:, 0]
     return words ^ (generations * np.uint64(_GOLDEN))
+
+
+def fingerprints(
+    tails: npt.NDArray[np.uint64],  # [n, words] uint64, copies of rows of `SlotGeometry.tail_words`
+) -> npt.NDArray[np.uint64]:
+    """Return [n] uint64: sum over words w of (tail[w] ^ tail[w] >> 32) * weight[w] mod 2^64. The weights are odd.
+
+    Every single changed word changes it. It is no secret and no proof against a forger who computes.
+    """
+    mixed = tails ^ (tails >> np.uint64(32))
+    found: npt.NDArray[np.uint64] = (mixed * _tail_weights(tails.shape[1])).sum(axis=1, dtype=np.uint64)
+    return found
+
+
+@cache
+def _tail_weights(words: int) -> npt.NDArray[np.uint64]:
+    return np.array([splitmix64(word) | 1 for word in range(words)], dtype=np.uint64)
 
 
 class SlotState(IntEnum):
@@ -119,6 +142,20 @@ class SlotGeometry:
         for name, value in values.items():
             headers[name] = value
         return headers.view(IDENTITY)
+
+    @property
+    def tail_nbytes(self) -> int:
+        """Bytes of a header from `written` on, up to its last field; a multiple of 8."""
+        return round_up(self.world_size * (8 + 12 * self.max_planes), 8)
+
+    def tail_words(
+        self,
+        headers: npt.NDArray[np.void],  # [n] of `dtype`
+    ) -> npt.NDArray[np.uint64]:
+        """Return [n, tail_nbytes / 8] uint64, a view of the headers' tails. `written` of all ranks comes first."""
+        written: npt.NDArray[np.uint64] = headers["written"]
+        shape, strides = (len(headers), self.tail_nbytes // 8), (headers.strides[0], 8)
+        return np.lib.stride_tricks.as_strided(written, shape, strides)
 
     @property
     def dtype(self) -> np.dtype[np.void]:

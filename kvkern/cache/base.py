@@ -123,8 +123,11 @@ class BackingTier(Protocol):
     def extend(self, lease: Lease, keys: Sequence[bytes], prefix: bool, use: Use) -> Future[Lease]:
         """Replace `lease` by a lease that also has the chunks that the store adds."""
 
-    def note_prefill(self, tokens_s: float) -> None:
-        """Tell the tier how many tokens/s an engine prefills."""
+    def note_prefill(self, tokens_s: float, client: int = 0) -> None:
+        """Tell the tier how many tokens/s an engine prefills. `client` is its number; 0: the only one."""
+
+    def forget_client(self, client: int) -> None:
+        """Tell the tier that a client is gone."""
 
     def close(self, drain_s: float) -> None:
         """End the tier. No call may follow. Waiting writes get at most `drain_s` seconds."""

@@ -322,7 +322,7 @@ class HbmCache:
             self.counters.lookup_chunks += len(keys)
             self.counters.hit_chunks += len(found)
             self.hbm_counters.hbm_hit_chunks += num_hbm
-        return HbmOverDramLease(tuple(key for key, _ in found), tuple(slot for _, slot in found), hbm, dram)
+        return HbmOverDramLease(tuple(key for key, _ in found), tuple(slot for _, slot in found), hbm=hbm, dram=dram)
 
     # -- moves, on this object's own thread ----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ..metrics import CacheCounters, CountedRequests
 from ..policy.base import Use
 from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
 from ..tiers.dram import DramTier
+from ..tiers.slot_records import SlotRecords
 from .base import NO_LEASE, NO_RESERVATION, ONE_ROUND, BackingTier, Faults, RequestEnd, completed
 
 logger = logging.getLogger("kvkern")
@@ -100,15 +101,7 @@ class Cache:
     def release(self, lease: Lease) -> int:
         """End a lease. Drops the chunks that the reader marked BAD, and returns their number."""
         with self._lock, self.faults.are_misses():
-            bad = self._dram.drop_bad(lease)
-            self._dram.release(lease)
-            self.counters.bad_chunks += bad
-            if bad:
-                logger.warning(
-                    "kvkern: %d chunk(s) failed verification and were dropped; if it happens again, check the host's memory",
-                    bad,
-                )
-            return bad
+            return self._end_lease(lease)
         return 0
 
     def release_later(self, lease: Lease) -> None:
@@ -126,13 +119,18 @@ class Cache:
     def finish(self, use: Use, request_end: RequestEnd | None = None) -> None:
         """See ChunkCache."""
         if request_end is not None and request_end.prefill_tokens_s:
-            self.note_prefill(request_end.prefill_tokens_s)
+            self.note_prefill(request_end.prefill_tokens_s, use.client)
         self.touch((), use)
 
-    def note_prefill(self, tokens_s: float) -> None:
-        """See ChunkCache."""
+    def note_prefill(self, tokens_s: float, client: int = 0) -> None:
+        """See ChunkCache. `client` is the number of a daemon's client."""
         if self._remote is not None:
-            self._remote.note_prefill(tokens_s)
+            self._remote.note_prefill(tokens_s, client)
+
+    def forget_client(self, client: int) -> None:
+        """Forget what a daemon's client that is gone has noted."""
+        if self._remote is not None:
+            self._remote.forget_client(client)
 
     def reserve(
         self, chain: Sequence[bytes], wanted: Sequence[bytes], shape: ChunkShape, use: Use | None = None
@@ -257,10 +255,12 @@ class Cache:
             return reservation
         return NO_RESERVATION
 
-    def publish(self, reservation: Reservation, namespace: bytes, use: Use | None = None) -> list[bool]:
+    def publish(
+        self, reservation: Reservation, namespace: bytes, use: Use | None = None, writer: int = 0
+    ) -> list[bool]:
         """Make granted slots READY. See DramTier.publish."""
         with self._lock, self.faults.are_misses():
-            published = self._dram.publish(reservation, namespace, self._timed(use))
+            published = self._dram.publish(reservation, namespace, self._timed(use), writer=writer)
             self.counters.stored_chunks += sum(published)
             self.counters.failed_chunks += len(published) - sum(published)
             return published
@@ -299,6 +299,11 @@ class Cache:
         with self._lock, self.faults.are_misses():
             return self._dram.acquire_all()
         return NO_LEASE
+
+    @property
+    def records(self) -> SlotRecords:
+        """What the headers of complete slots said when they were published. A leased slot's record does not change."""
+        return self._dram.records
 
     def track_changes(self) -> None:
         """Record from now on which chunks become cached and which are forgotten, for `take_changes`."""
@@ -342,6 +347,15 @@ class Cache:
 
     def _end_late_leases(self) -> None:
         while self._late_leases:
-            lease = self._late_leases.popleft()
+            self._end_lease(self._late_leases.popleft())
+
+    def _end_lease(self, lease: Lease) -> int:
+        """Drop the chunks that the reader marked BAD, then end the lease. Returns their number."""
+        if bad := self._dram.bad_slots(lease):
+            logger.warning(
+                "kvkern: %d chunk(s) failed verification and are dropped: %s If it happens again, check the host's memory, and "
+                "who may use this cache", len(bad), self._dram.records.describe_bad(bad),
+            )  # fmt: skip
             self.counters.bad_chunks += self._dram.drop_bad(lease)
-            self._dram.release(lease)
+        self._dram.release(lease)
+        return len(bad)

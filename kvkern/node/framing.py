@@ -25,8 +25,13 @@ MAX_FRAME_NBYTES = 4 << 20
 MAX_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
 _LENGTH = struct.Struct("<I")
 _EQUAL_LENGTHS: dict[type, tuple[str, ...]] = {  # fields that hold one element per slot
-    Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("rows", "slots"),
+    Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("slots", "fingerprints"),
 }  # fmt: skip
+_PACKED_NBYTES = {
+    "keys": KEY_NBYTES,
+    "slots": 4,
+    "fingerprints": 8,
+}  # bytes of an element of a field that is one byte string
 _KEY_FIELDS: dict[type, tuple[str, ...]] = {  # fields of each message that hold whole keys
     message: tuple(field for field in message.__struct_fields__ if field in ("keys", "chain", "added", "removed"))
     for message in (*get_args(Request), *get_args(Response))
@@ -73,7 +78,8 @@ def _decode(decoder: Any, body: bytes | memoryview) -> Any:
             )
     if kind in _EQUAL_LENGTHS:
         fields = _EQUAL_LENGTHS[kind]
-        counts = [len(getattr(message, field)) // (KEY_NBYTES if field == "keys" else 1) for field in fields]
+        values = [(field, getattr(message, field)) for field in fields]
+        counts = [len(v) // (_PACKED_NBYTES[field] if isinstance(v, bytes) else 1) for field, v in values]
         if len(set(counts)) > 1:
             raise ProtocolError(f"{', '.join(fields)} of {kind.__name__} have {counts} elements; send as many of each")
     return message

@@ -2,6 +2,9 @@
 
 A connection starts with Hello. The daemon answers with Welcome, beside which the arena's descriptor travels, or with
 Refused. Keys travel as one byte string of 32 bytes each. KV bytes never travel: they lie in the arena.
+
+Version 4: Acquired carries fingerprints of the headers as they were when the chunks were published, so that a reader sees
+when another client has rewritten one; its slots are packed. MAX_SPEED is lower. Both sides must have the same version.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from ..errors import KvkernError
 from ..keys import KEY_NBYTES
 from ..policy.base import Stop, Use
 
-VERSION = 3
+VERSION = 4
 MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # in one Answer
 MAX_AGE_S = 1e7  # age of a request at its end
-MAX_SPEED = 1e9  # prefill speed, tokens/s
+MAX_SPEED = 1e7  # prefill speed, tokens/s; no engine computes faster
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 
 Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -31,6 +34,8 @@ Generation = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Root = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Keys = Annotated[bytes, Meta(max_length=KEY_NBYTES * MAX_KEYS)]
 Name = Annotated[str, Meta(max_length=MAX_NAME)]
+PackedSlots = Annotated[bytes, Meta(max_length=4 * MAX_SLOTS)]  # u32 each, little-endian
+Fingerprints = Annotated[bytes, Meta(max_length=8 * MAX_SLOTS)]  # u64 each, little-endian
 Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
 Generations = Annotated[list[Generation], Meta(max_length=MAX_SLOTS)]
 Tokens = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -223,12 +228,17 @@ class Described(_Message, tag=67):
 
 
 class Acquired(_Message, tag=68):
-    """Key number `rows[i]` of the Acquire is in `slots[i]` until `lease` is released. An empty lease needs no release."""
+    """Key number `rows[i]` of the Acquire is in `slots[i]` until `lease` is released. An empty lease needs no release.
+
+    Without rows, slot i holds key number i. `fingerprints[i]` is of the slot's header when the chunk was published, see
+    arena.slots.fingerprints: a reader takes nothing from a slot whose header has another one.
+    """
 
     id: Id
     lease: Id
     rows: Slots
-    slots: Slots
+    slots: PackedSlots
+    fingerprints: Fingerprints
 
 
 class Granted(_Message, tag=69):
@@ -314,4 +324,5 @@ def to_use(
         output_tokens=message.output_tokens,
         stop=message.stop,
         session=message.session,
+        client=connection_number,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 Keys = Sequence[bytes]  # 32 bytes each; keys[i] is an ancestor of keys[i + 1]
@@ -37,6 +37,7 @@ class Use:
     output_tokens: int = -1  # of the reply; known at its end
     stop: Stop = Stop.UNKNOWN  # known at its end
     session: int = 0  # equal numbers: one conversation; 0: unknown, the policy has to infer it from the chain
+    client: int = field(default=0, compare=False)  # of a daemon, the one that asks; 0: the only one; no policy reads it
     counts_itself: bool = False  # the caller counts lookups and hits, see ChunkCache.count_lookups; no policy reads it
 
 

@@ -8,10 +8,15 @@ from typing import Protocol
 
 from ..policy.base import Use
 from ..tiers.base import Lease, Reservation
+from ..tiers.slot_records import SlotRecords
 
 
 class CacheSide(Protocol):
     """The cache, as the remote tier uses it. Thread-safe."""
+
+    @property
+    def records(self) -> SlotRecords:
+        """What the headers of complete slots said when they were published."""
 
     def lease(self, keys: Sequence[bytes], prefix: bool = True, hit: bool = False) -> Lease:
         """Pin those of `keys` that are READY; with `prefix` their longest prefix.

@@ -13,17 +13,21 @@ A request waits for a window no longer than computing its chunks would take. Onc
 nothing more. So its answer comes at most one question and one window later than without a store.
 
 Seconds per chunk are smoothed over the chunks that were moved; large batches count more. The engines report the prefill
-speed. A figure that was never measured refuses nothing: the first load is the measurement. A figure older than PROBE_S is
-replaced at once by a faster one. A step that is too slow to pay is tried again every PROBE_S, and no request waits for it.
-So a store that has hung is soon used again.
+speed. A client's own figure decides what its own requests wait for. So no client can make the store look worthless to others,
+or worth any wait. The median over the clients stands for a client that has reported none, and decides on writes. A figure that
+was never measured refuses nothing: the first load is the measurement. A figure older than PROBE_S is replaced at once by a
+faster one. A step that is too slow to pay is tried again every PROBE_S, and no request waits for it. So a store that has hung
+is soon used again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median_low
 from typing import NamedTuple
 
+from ..bounded_dict import BoundedDict
 from ..policy.persist_modes import Costs
 
 LOAD_MARGIN = 0.9
@@ -36,6 +40,7 @@ _MEMORY_CHUNKS = 64.0  # how many chunks the mean of seconds looks back on
 _PREFILL_WEIGHT = 0.2
 _ASK_WEIGHT = 0.1
 _AGE_WEIGHT = 0.05
+MAX_CLIENTS = 1024  # whose prefill speed is known
 FOREVER_S = 1e6  # residency_s until a written chunk has been found gone
 
 
@@ -54,7 +59,8 @@ class CostModel:
         self.ask_s: float | None = None  # seconds for one question, for any number of chunks
         self.read_s: float | None = None  # seconds to read one chunk
         self.write_s: float | None = None
-        self.prefill_tokens_s: float | None = None
+        self.prefill_tokens_s: float | None = None  # median over the clients
+        self._speed_of: BoundedDict[int, float] = BoundedDict(MAX_CLIENTS)  # client -> prefill tokens/s
         self.residency_s = FOREVER_S
         self._asked_at = self._read_at = self._written_at = -PROBE_S
         self._ask_probed_at = self._read_probed_at = -PROBE_S  # only one request at a time measures
@@ -75,11 +81,18 @@ class CostModel:
         self.write_s = _smooth(self.write_s, chunks, seconds, self._is_old(self._written_at))
         self._written_at = self._clock()
 
-    def note_prefill(self, tokens_s: float) -> None:
-        """Note that an engine computes `tokens_s` prompt tokens per second."""
+    def note_prefill(self, tokens_s: float, client: int = 0) -> None:
+        """Note that an engine computes `tokens_s` prompt tokens per second. `client` is its number; 0: the only one."""
         if tokens_s > 0:
-            known = self.prefill_tokens_s
-            self.prefill_tokens_s = tokens_s if known is None else known + _PREFILL_WEIGHT * (tokens_s - known)
+            known = self._speed_of.get(client)
+            self._speed_of.put(client, tokens_s if known is None else known + _PREFILL_WEIGHT * (tokens_s - known))
+            self.prefill_tokens_s = median_low(list(self._speed_of.values()))
+
+    def forget_client(self, client: int) -> None:
+        """Forget the prefill speed of a client that is gone."""
+        if self._speed_of.pop(client, None) is not None:
+            speeds = list(self._speed_of.values())
+            self.prefill_tokens_s = median_low(speeds) if speeds else None
 
     def note_gone(self, age_s: float) -> None:
         """Note that the store has lost a chunk that was written `age_s` ago."""
@@ -90,27 +103,27 @@ class CostModel:
         """Note that the store still has a chunk written `age_s` ago. So an emptied store is trusted to keep chunks again."""
         self.residency_s += _AGE_WEIGHT * max(0.0, age_s - self.residency_s)
 
-    def chunks_worth_reading(self, chunks: int, chunk_tokens: int) -> int:
+    def chunks_worth_reading(self, chunks: int, chunk_tokens: int, client: int = 0) -> int:
         """Return how many of `chunks` to read instead of computing them: all, a few to measure, or none."""
-        if self._reading_pays(chunk_tokens):
+        if self._reading_pays(chunk_tokens, client):
             return chunks
         if not self._is_old(max(self._read_at, self._read_probed_at)):
             return 0
         self._read_probed_at = self._clock()
         return min(chunks, PROBE_CHUNKS)
 
-    def worth_asking(self, chunks: int, chunk_tokens: int) -> bool:
+    def worth_asking(self, chunks: int, chunk_tokens: int, client: int = 0) -> bool:
         """Return True if kvkern should ask for `chunks`: the question is cheap as far as known, or it has to be measured."""
-        if self.ask_limit(chunks, chunk_tokens).request_s > 0:
+        if self.ask_limit(chunks, chunk_tokens, client).request_s > 0:
             return True
         if not self._is_old(max(self._asked_at, self._ask_probed_at)):
             return False
         self._ask_probed_at = self._clock()
         return True
 
-    def ask_limit(self, chunks: int, chunk_tokens: int) -> WaitLimit:
+    def ask_limit(self, chunks: int, chunk_tokens: int, client: int = 0) -> WaitLimit:
         """Return the wait limit of a question for `chunks`."""
-        compute_s = self._compute_s(chunks, chunk_tokens)
+        compute_s = self._compute_s(chunks, chunk_tokens, client)
         most_s = LONGEST_ASK_S if compute_s is None else min(ASK_SHARE * compute_s, LONGEST_ASK_S)
         if self.ask_s is None:
             request_s = min(FIRST_WAIT_S, most_s)
@@ -118,22 +131,23 @@ class CostModel:
         usual_s = max(LEAST_WAIT_S, min(ASK_TIMES * self.ask_s, LONGEST_WAIT_S))
         return WaitLimit(min(usual_s, most_s) if self.ask_s < most_s else 0.0, usual_s)
 
-    def read_limit(self, chunks: int, missing: int, chunk_tokens: int) -> WaitLimit:
+    def read_limit(self, chunks: int, missing: int, chunk_tokens: int, client: int = 0) -> WaitLimit:
         """Return the wait limit of a window of `chunks`, of a prefix that lacks `missing` chunks."""
         if self.read_s is None:
-            compute_s = self._compute_s(missing, chunk_tokens)
+            compute_s = self._compute_s(missing, chunk_tokens, client)
             request_s = FIRST_WAIT_S if compute_s is None else min(FIRST_WAIT_S, FIRST_READ_SHARE * compute_s)
             return WaitLimit(request_s, max(LEAST_WAIT_S, request_s))
-        compute_s = self._compute_s(chunks, chunk_tokens)
+        compute_s = self._compute_s(chunks, chunk_tokens, client)
         most_s = LONGEST_WAIT_S if compute_s is None else min(compute_s, LONGEST_WAIT_S)
         usual_s = max(LEAST_WAIT_S, min(READ_TIMES * chunks * self.read_s, LONGEST_WAIT_S))
-        return WaitLimit(min(usual_s, most_s) if self._reading_pays(chunk_tokens) else 0.0, usual_s)
+        return WaitLimit(min(usual_s, most_s) if self._reading_pays(chunk_tokens, client) else 0.0, usual_s)
 
-    def _compute_s(self, chunks: int, chunk_tokens: int) -> float | None:
-        return chunks * chunk_tokens / self.prefill_tokens_s if chunk_tokens and self.prefill_tokens_s else None
+    def _compute_s(self, chunks: int, chunk_tokens: int, client: int) -> float | None:
+        tokens_s = self._speed_of.get(client) or self.prefill_tokens_s
+        return chunks * chunk_tokens / tokens_s if chunk_tokens and tokens_s else None
 
-    def _reading_pays(self, chunk_tokens: int) -> bool:
-        compute_s = self._compute_s(1, chunk_tokens)
+    def _reading_pays(self, chunk_tokens: int, client: int) -> bool:
+        compute_s = self._compute_s(1, chunk_tokens, client)
         return self.read_s is None or compute_s is None or self.read_s < LOAD_MARGIN * compute_s
 
     def write_probe_is_due(self) -> bool:

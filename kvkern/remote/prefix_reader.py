@@ -27,6 +27,7 @@ from ..bounded_dict import BoundedDict
 from ..metrics import CacheCounters, CountedRequests
 from ..tiers.base import ChunkShape, Reservation
 from ..tiers.slot_headers import begin_slots
+from ..tiers.slot_records import MAX_CHUNK_TOKENS
 from .cache_interface import CacheSide, FaultsAsMisses
 from .cost_model import CostModel, WaitLimit
 from .presence_cache import PresenceCache
@@ -76,7 +77,7 @@ class PrefixReader:
         (lease,) = request.leases
         missing = len(request.keys) - len(lease.keys)
         if lease.slots:
-            request.chunk_tokens = int(self._arena.headers["chunk_tokens"][lease.slots[0]])
+            request.chunk_tokens = int(self._cache.records.rows["chunk_tokens"][lease.slots[0]])
         else:
             request.chunk_tokens = self._chunk_tokens.get(request.use.namespace) or self._latest_chunk_tokens()
         with self._lock:
@@ -86,7 +87,7 @@ class PrefixReader:
             self._counters.remote_lookup_chunks += new
             if not self._store_works() or (request.prefix and self._presence.is_absent(request.keys[len(lease.keys)])):
                 return False
-            if self._calls.stalled or not self._costs.worth_asking(missing, request.chunk_tokens):
+            if self._calls.stalled or not self._costs.worth_asking(missing, request.chunk_tokens, request.use.client):
                 self._counters.remote_unasked_chunks += new
                 return False
             self.num_waiting += 1
@@ -127,7 +128,7 @@ class PrefixReader:
                 keys = left  # since this request asked, another one has read some of them, or reads them now
                 continue
             mine = there[: next((i for i, key in enumerate(there) if key in self._being_read), len(there))]
-            worth = self._costs.chunks_worth_reading(len(mine), request.chunk_tokens)
+            worth = self._costs.chunks_worth_reading(len(mine), request.chunk_tokens, request.use.client)
             self._counters.remote_gated_chunks += len(mine) - worth
             if not worth or not await self._read_windows(request, mine[:worth]):
                 return
@@ -150,7 +151,7 @@ class PrefixReader:
             keys = keys[: next((i for i, key in enumerate(keys) if self._presence.is_absent(key)), len(keys))]
         if not keys:
             return []
-        wait = self._costs.ask_limit(len(keys), request.chunk_tokens)
+        wait = self._costs.ask_limit(len(keys), request.chunk_tokens, request.use.client)
         request.wait_at_most(wait.request_s - request.question_s)
         began = time.monotonic()
         count = FIRST_ASKED if request.prefix else len(keys)
@@ -211,14 +212,14 @@ class PrefixReader:
         return whole and at == len(keys)
 
     def _read_limit(self, request: WaitingRequest, chunks: int, missing: int) -> WaitLimit:
-        return self._costs.read_limit(chunks, missing, request.chunk_tokens)
+        return self._costs.read_limit(chunks, missing, request.chunk_tokens, request.use.client)
 
     def _note_read(self, request: WaitingRequest, read: Reservation, began: float) -> float:
         """Note how long a window took. Returns the time at which the next window begins."""
         now = time.monotonic()
         if read.keys:
             self._costs.note_read(len(read.keys), now - began)
-            request.chunk_tokens = int(self._arena.headers["chunk_tokens"][read.slots[0]])
+            request.chunk_tokens = min(int(self._arena.headers["chunk_tokens"][read.slots[0]]), MAX_CHUNK_TOKENS)
             self._chunk_tokens.put(request.use.namespace, request.chunk_tokens)
         return now
 

@@ -10,6 +10,7 @@ until it returns, however long that takes. While the breaker is open, kvkern nei
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 import time
@@ -36,6 +37,8 @@ from .stores.base import Interruptible, RemoteError, RemoteStore
 from .value_format import outgoing_parts
 from .waiting_request import WaitingRequest
 from .write_behind import NO_SLOT, PendingWrite, WriteBehind
+
+logger = logging.getLogger("kvkern")
 
 WINDOW_S = 0.05  # seconds that one call should take: a lease grows by so much at a time
 FIRST_WINDOW_NBYTES, WINDOW_NBYTES = 32 << 20, (16 << 20, 256 << 20)  # of a call: before the speed is known; limits
@@ -68,7 +71,7 @@ class RemoteTier:
         limit = max(1, queue_nbytes // geometry.slot_nbytes)
         self.spare = 0 if mode is Persist.HOT else min(limit, max(1, arena.spec.num_slots // 8))
         allows = self.breaker.allows_call
-        self.outbox = WriteBehind(arena, mode, limit, self.costs, counters, allows, self._wake_writers)
+        self.outbox = WriteBehind(cache.records, mode, limit, self.costs, counters, allows, self._wake_writers)
         self._loop = self._store_thread.loop
         self._wake = asyncio.Event()
         self._woken = False
@@ -164,9 +167,13 @@ class RemoteTier:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def note_prefill(self, tokens_s: float) -> None:
+    def note_prefill(self, tokens_s: float, client: int = 0) -> None:
         """Note that an engine computes `tokens_s` prompt tokens per second."""
-        self.costs.note_prefill(tokens_s)
+        self.costs.note_prefill(tokens_s, client)
+
+    def forget_client(self, client: int) -> None:
+        """Forget what a client that is gone has noted."""
+        self.costs.forget_client(client)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -213,7 +220,7 @@ class RemoteTier:
         slots = owned | dict(zip(lease.keys, lease.slots, strict=True))
         try:
             self.outbox.count_dropped(len(entries) - len(slots))  # evicted or cleared before their turn came
-            keys = sorted(slots, key=lambda key: int(self._arena.headers["position"][slots[key]]))
+            keys = sorted(slots, key=lambda key: int(self._cache.records.rows["position"][slots[key]]))
             written = await self._put(keys, slots)
             self._counters.remote_written_chunks += written
         finally:
@@ -245,11 +252,21 @@ class RemoteTier:
         return 0
 
     async def _put_missing(self, keys: list[bytes], slots: dict[bytes, int]) -> int:
-        """Write `keys`. Returns how many the store has confirmed."""
+        """Write `keys`. Returns how many the store has confirmed. A chunk whose header was rewritten is not written."""
+        at = np.array([slots[key] for key in keys], dtype=np.int64)
+        values, good = outgoing_parts(self._arena, at, self._cache.records, keys)
+        if len(values) < len(keys):
+            bad = at[~good]
+            self._arena.mark_bad(bad)  # a cached chunk is dropped and counted with the lease of this write
+            logger.warning(
+                "kvkern: %d of %d chunks are not written to the remote store: %s Check who may use this cache",
+                len(bad), len(keys), self._cache.records.describe_bad(bad.tolist()),
+            )  # fmt: skip
+            keys = [key for key, ok in zip(keys, good.tolist(), strict=True) if ok]
         if not keys:
             return 0
         began = time.monotonic()
-        taken = await self._calls.put(keys, outgoing_parts(self._arena, [slots[key] for key in keys]))
+        taken = await self._calls.put(keys, values)
         written = [key for key, ok in zip(keys, taken, strict=True) if ok]
         self.presence.note_written(written)
         if written:

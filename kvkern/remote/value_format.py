@@ -24,6 +24,7 @@ from blake3 import blake3
 from ..arena.file import Arena
 from ..arena.slots import PAGE, SlotGeometry, seal
 from ..tiers.slot_headers import verify_slots
+from ..tiers.slot_records import SlotRecords
 from .stores.base import Parts
 
 _HASH = slice(240, 256)
@@ -37,12 +38,30 @@ def slot_parts(arena: Arena, slot: int) -> Parts:
     return whole[: geometry.header_nbytes], whole[geometry.header_nbytes :]
 
 
-def outgoing_parts(arena: Arena, slots: Sequence[int]) -> list[Parts]:
-    """Return the values of `slots`, ready to write. The slots are complete; the caller leases or owns them until written."""
-    parts = [slot_parts(arena, slot) for slot in slots]
-    for header, _ in parts:
+def outgoing_parts(
+    arena: Arena,
+    slots: npt.NDArray[np.int64],  # [n] complete; the caller leases or owns them until they are written
+    records: SlotRecords,
+    keys: Sequence[bytes],  # n, of the chunks in them
+) -> tuple[list[Parts], npt.NDArray[np.bool_]]:
+    """Return the values of those slots whose header is as it was published, ready to write, and [n] bool: which those are.
+
+    Their headers are copies: what was checked is what is written.
+    """
+    geometry = arena.spec.geometry
+    headers = allocate_headers(geometry, len(slots))
+    here = [slot_parts(arena, slot) for slot in slots.tolist()]
+    for row, (header, _) in enumerate(here):
+        headers[row] = np.frombuffer(header, dtype=np.uint8)
+    fields = headers.reshape(-1).view(geometry.dtype)
+    good = records.agree(slots, fields)
+    good &= fields["key"] == np.frombuffer(b"".join(keys), dtype="V32")
+    parts: list[Parts] = []
+    for row in np.flatnonzero(good).tolist():
+        header = memoryview(headers[row])
         header[_HASH] = _hash_of(header)
-    return parts
+        parts.append((header, here[row][1]))
+    return parts, good
 
 
 def _hash_of(header: memoryview | npt.NDArray[np.uint8]) -> bytes:

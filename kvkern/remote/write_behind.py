@@ -18,10 +18,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..arena.file import Arena
 from ..metrics import CacheCounters
 from ..policy.base import EvictionPolicy, Keys
 from ..policy.persist_modes import Persist
+from ..tiers.slot_records import SlotRecords
 from .cost_model import PROBE_CHUNKS, CostModel
 
 NO_SLOT = -1
@@ -49,7 +49,7 @@ class WriteBehind:
 
     def __init__(
         self,
-        arena: Arena,
+        records: SlotRecords,
         mode: Persist,
         limit: int,  # cached chunks that may wait
         costs: CostModel,
@@ -57,13 +57,13 @@ class WriteBehind:
         store_works: Callable[[], bool],  # False: the store takes nothing now
         wake: Callable[[], None],
     ) -> None:
-        self._positions, self._private = arena.headers["position"], arena.headers["private"]
-        self._tokens, self._namespaces = arena.headers["chunk_tokens"], arena.headers["namespace"]
+        self._positions, self._private = records.rows["position"], records.rows["private"]
+        self._tokens, self._namespaces = records.rows["chunk_tokens"], records.rows["namespace"]
         self._mode, self._limit, self._costs, self._counters = mode, limit, costs, counters
         self._store_works, self._wake = store_works, wake
         self._lock = threading.Lock()
         self._entries: dict[bytes, PendingWrite] = {}
-        self._was_hit = np.zeros(arena.spec.num_slots, dtype=np.bool_)  # since the slot's chunk was stored
+        self._was_hit = np.zeros(len(records.rows), dtype=np.bool_)  # since the slot's chunk was stored
         self._chances: dict[bytes, float] = {}  # of the keys that `choose` returned last
         self.chunk_tokens = 0  # tokens per chunk of the chunks seen last
 

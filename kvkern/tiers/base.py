@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from ..policy.base import EvictionPolicy, Keys
 
@@ -15,6 +18,14 @@ class Lease:
 
     keys: tuple[bytes, ...]
     slots: tuple[int, ...]
+    # [slots] uint64, what a daemon recorded of the headers when the chunks were published, see arena.slots.fingerprints.
+    # None: nobody but this engine writes the slots
+    fingerprints: npt.NDArray[np.uint64] | None = field(default=None, repr=False, compare=False)
+
+    def places(self) -> Iterator[tuple[bytes, tuple[int, int | None]]]:
+        """Yield (key, (slot, fingerprint)) for each chunk."""
+        known = [None] * len(self.slots) if self.fingerprints is None else self.fingerprints.tolist()
+        return zip(self.keys, zip(self.slots, known, strict=True), strict=True)
 
 
 @dataclass(frozen=True, slots=True)

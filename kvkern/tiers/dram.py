@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arena.file import Slots
 from ..arena.process_identity import process_start
@@ -30,6 +29,7 @@ from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.namespace_shares import NamespaceShares
 from .base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, prefix_length
 from .slot_headers import begin_slots, find_left_slots
+from .slot_records import SlotRecords
 
 _UNKNOWN = Use()
 
@@ -41,6 +41,7 @@ class DramTier:
         num_slots = arena.spec.num_slots
         self._arena = arena
         self._policy = policy
+        self.records = SlotRecords(arena)
         self._index: dict[bytes, int] = {}  # READY
         self._writing: dict[bytes, int] = {}  # WRITING
         self._key_of: list[bytes | None] = [None] * num_slots
@@ -153,10 +154,8 @@ class DramTier:
 
     def commit(self, reservation: Reservation) -> int:
         """Publish the chunks that every rank has written, and free the others. Returns how many were published."""
-        headers = self._arena.headers
         slots = np.array(reservation.slots, dtype=np.int64)
-        generations = np.array(reservation.generations, dtype=np.uint64)
-        written = (headers["written"][slots] == generations[:, None]).all(axis=1).tolist()
+        written = self.records.complete(slots, np.array(reservation.generations, dtype=np.uint64)).tolist()
         good = [ok and slot not in self._stale for slot, ok in zip(reservation.slots, written, strict=True)]
         ready = [slot for slot, ok in zip(reservation.slots, good, strict=True) if ok]
         keys = [key for key, ok in zip(reservation.keys, good, strict=True) if ok]
@@ -174,15 +173,7 @@ class DramTier:
         for slot in slots:
             self._state[slot] = SlotState.WRITING
         self._granted.update(slots)
-        at, headers = np.array(slots, dtype=np.int64), self._arena.headers
-        generations: npt.NDArray[np.uint64] = headers["generation"][at] + np.uint64(1)
-        values = {
-            "generation": generations,  # so that a former owner of the slot cannot complete it
-            "namespace": np.void(bytes(32)),  # the slot has no chunk yet, so a clear of a namespace ignores it
-            "owner_pid": 0, "owner_start": 0, "state": SlotState.WRITING,  # the next daemon reads these
-        }  # fmt: skip
-        for name, value in values.items():
-            headers[name][at] = value
+        generations = self.records.begin_grant(np.array(slots, dtype=np.int64))
         dropped = count - len(slots)
         return Reservation((), tuple(slots), tuple(generations.tolist()), dropped, evicted=tuple(evicted))
 
@@ -192,6 +183,7 @@ class DramTier:
         namespace: bytes,
         use: Use = _UNKNOWN,
         computed: bool = True,  # False: a remote store has them already
+        writer: int = 0,  # pid of the process that has named them, for messages
     ) -> list[bool]:
         """Make granted slots READY if their header names the given key and every rank has written them. Free the others.
 
@@ -199,13 +191,10 @@ class DramTier:
         that has reserved one of the published chunks is disowned: its slot is never published. The reservation's chain
         counts as used.
         """
-        headers, geometry = self._arena.headers, self._arena.spec.geometry
         slots = np.array(reservation.slots, dtype=np.int64)
         generations = np.array(reservation.generations, dtype=np.uint64)
         keys = np.frombuffer(b"".join(reservation.keys), dtype="V32")
-        good = self._arena.identities[slots] == geometry.identities(keys, np.void(namespace))
-        good &= headers["generation"][slots] == generations
-        good &= (headers["written"][slots] == generations[:, None]).all(axis=1)
+        good = self.records.complete_as(slots, generations, keys, namespace, writer)
         result = []
         for key, slot, ok in zip(reservation.keys, reservation.slots, good.tolist(), strict=True):
             fresh = ok and slot in self._granted and slot not in self._stale and key not in self._index
@@ -234,14 +223,15 @@ class DramTier:
         """Free reserved slots. Call it when no writer can write them any more."""
         self._free_slots(reservation.slots)
 
-    def drop_bad(self, lease: Lease) -> int:
-        """Forget the chunks of this lease whose slots a reader marked BAD. Returns how many.
-
-        Their slots are freed with their last lease.
-        """
+    def bad_slots(self, lease: Lease) -> list[int]:
+        """Return the slots of this lease that a reader marked BAD and whose chunks are still known."""
         slots = np.array(lease.slots, dtype=np.int64)
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
-        return self._drop_slots(bad)
+        return [slot for slot in bad if self._key_of[slot] is not None] if bad else bad
+
+    def drop_bad(self, lease: Lease) -> int:
+        """Forget the chunks of `bad_slots`. Returns how many. Their slots are freed with their last lease."""
+        return self._drop_slots(self.bad_slots(lease))
 
     def clear(self, namespace: bytes | None = None, fresh: Collection[int] = ()) -> int:
         """Forget all chunks, or those of a namespace. Returns how many.
@@ -250,12 +240,12 @@ class DramTier:
         that it began them after it asked for this clear.
         """
         ready, writing = list(self._index.values()), list(self._writing.values())
-        granted = self._granted.difference(fresh)
-        begun = list(
-            granted.difference(self._slots_of_namespace(list(granted), bytes(32)))
-        )  # the other granted slots name no chunk yet
+        granted = np.array(list(self._granted.difference(fresh)), dtype=np.int64)
+        # Nothing is recorded of granted slots yet. Those that name no chunk yet have zeros there.
+        names, no_name = self._arena.headers["namespace"][granted], np.void(bytes(32))
+        begun = granted[(names != no_name) & (names == (names if namespace is None else np.void(namespace)))].tolist()
         if namespace is not None:
-            ready, writing, begun = (self._slots_of_namespace(slots, namespace) for slots in (ready, writing, begun))
+            ready, writing = (self._slots_of_namespace(slots, namespace) for slots in (ready, writing))
         self._disown_writers(writing)  # a new writer of the same key gets a slot of its own
         self._stale.update(begun)
         if self.outbox is not None:
@@ -279,11 +269,11 @@ class DramTier:
         returns True for every writer.
         """
         headers = self._arena.headers
-        num_ready, good, unfinished, unserved = find_left_slots(self._arena, alive)
+        num_ready, good, unfinished, unserved = find_left_slots(self._arena, alive, self.records)
         held = [*unfinished, *unserved]
         keep: dict[bytes, int] = {}
-        for key, slot in zip(headers["key"][good], good.tolist(), strict=True):
-            keep.setdefault(bytes(key), slot)  # a chunk may be in two slots
+        for key, slot in good:
+            keep.setdefault(key, slot)  # a chunk may be in two slots
         taken = {*keep.values(), *held}
         self._free = [slot for slot in self._free if slot not in taken]
         headers["state"][np.array(self._free, dtype=np.int64)] = SlotState.FREE
@@ -294,24 +284,27 @@ class DramTier:
         self._make_ready(list(keep.values()), list(keep))
         found: dict[bytes, list[bytes]] = {}  # namespace -> keys
         for key, slot in keep.items():
-            found.setdefault(bytes(headers["namespace"][slot]), []).append(key)
+            found.setdefault(bytes(self.records.rows["namespace"][slot]), []).append(key)
         for namespace, keys in found.items():
             self._policy.insert(keys, replace(use, namespace=namespace))
         return AdoptionResult(len(keep), num_ready - len(keep), unfinished, tuple(unserved))
 
     def describe_chunks(self, keys: Keys) -> list[dict[str, int | str]]:
-        """Return the header fields of these chunks, for operators. Leaves out chunks that are not READY."""
-        names = ("generation", "group", "chunk_tokens", "position", "payload_nbytes")
+        """Return what is recorded of these chunks, for operators. Leaves out chunks that are not READY."""
+        names = ("generation", "group", "chunk_tokens", "position")
+        geometry = self._arena.spec.geometry
+        payload_nbytes = geometry.world_size * geometry.part_nbytes
         rows = []
         for key in keys:
             if (slot := self._index.get(key)) is not None:
-                header = self._arena.headers[slot]
+                record = self.records.rows[slot]
                 row: dict[str, int | str] = {
                     "key": key.hex(),
-                    "namespace": bytes(header["namespace"]).hex(),
+                    "namespace": bytes(record["namespace"]).hex(),
                     "slot": slot,
                 }
-                rows.append(row | {name: int(header[name]) for name in names} | {"leases": self._pins[slot]})
+                row |= {name: int(record[name]) for name in names}
+                rows.append(row | {"payload_nbytes": payload_nbytes, "leases": self._pins[slot]})
         return rows
 
     def all_keys(self) -> list[bytes]:
@@ -358,7 +351,7 @@ class DramTier:
 
     def _slots_of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
         at = np.array(slots, dtype=np.int64)
-        found: list[int] = at[self._arena.headers["namespace"][at] == np.void(namespace)].tolist()
+        found: list[int] = at[self.records.rows["namespace"][at] == np.void(namespace)].tolist()
         return found
 
     def _make_ready(self, slots: Sequence[int], keys: Sequence[bytes]) -> None:
@@ -441,7 +434,7 @@ class DramTier:
         keys = [k for k in dict.fromkeys(named) if (slot := index.get(k)) is not None and not pins[slot]]
         chosen: list[bytes] = []
         if self.outbox is not None and keys:
-            private = self._arena.headers["private"][[index[key] for key in keys]].tolist()
+            private = self.records.rows["private"][[index[key] for key in keys]].tolist()
             others = [key for key, is_private in zip(keys, private, strict=True) if not is_private]
             if write:
                 chosen = self.outbox.choose(others, self._policy)
@@ -489,6 +482,7 @@ class DramTier:
             self._key_of[slot] = key
             self._state[slot] = SlotState.WRITING
         at = np.array(slots, dtype=np.int64)
-        generations: npt.NDArray[np.uint64] = self._arena.headers["generation"][at] + np.uint64(1)
-        begin_slots(self._arena, at, generations, keys, shape, chain, self._owner)
+        generations = self.records.next_generations(at)
+        if len(at):
+            self.records.note_heads(at, begin_slots(self._arena, at, generations, keys, shape, chain, self._owner))
         return generations.tolist()  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arena.file import Slots
-from ..arena.slots import seal
+from ..arena.slots import fingerprints, seal
 from ..errors import LayoutError
 from ..kernels.paged_tensors import PagedTensors
 
@@ -37,6 +37,8 @@ class ChunkBatch:
     generations: npt.NDArray[np.uint64]  # [n] uint64, of the reservation; unused in loads
     keys: npt.NDArray[np.void]  # [n] V32
     namespace: bytes  # 32-byte root
+    # [n] uint64, of a lease of a daemon: what it recorded of the headers when they were published. None: no such record
+    fingerprints: npt.NDArray[np.uint64] | None = None
 
 
 @dataclass
@@ -118,6 +120,7 @@ class RankParts:
         self.rows = arena.parts(rank)  # [num_slots, part_stride] uint8
         self.sizes = [group.layout.part_nbytes(blocks_per_chunk) for group in self.groups]
         geometry = arena.spec.geometry
+        self._tails = geometry.tail_words(arena.headers)
         for group, size in zip(self.groups, self.sizes, strict=True):
             planes = len(group.layout.planes)
             if size > geometry.part_nbytes or planes > geometry.max_planes:
@@ -175,10 +178,20 @@ class RankParts:
         generations: npt.NDArray[np.uint64],  # [rows] uint64, from `readable`
         sums: npt.NDArray[np.uint64],  # [rows, planes] uint64, of the bytes that the load has read
     ) -> npt.NDArray[np.bool_]:
-        """[rows] bool: True where the payload equals what was stored under this key and generation."""
+        """[rows] bool: True where the payload equals what was stored under this key and generation.
+
+        With `batch.fingerprints` the checksums must also be those that the daemon saw when the chunk was published.
+        """
         sealed = sums ^ seal(batch.keys[rows], generations)[:, None]
-        found = self.arena.headers["checksum"][batch.slots[rows], self.rank, : sums.shape[1]]
-        equal: npt.NDArray[np.bool_] = (found == sealed).all(axis=1)
+        geometry, planes = self.arena.spec.geometry, sums.shape[1]
+        if batch.fingerprints is None:
+            found = self.arena.headers["checksum"][batch.slots[rows], self.rank, :planes]
+            equal: npt.NDArray[np.bool_] = (found == sealed).all(axis=1)
+            return equal
+        tails = self._tails[batch.slots[rows]]  # a copy, so that what is compared is what has this fingerprint
+        begin = geometry.world_size + self.rank * geometry.max_planes
+        equal = (tails[:, begin : begin + planes] == sealed).all(axis=1)
+        equal &= fingerprints(tails) == batch.fingerprints[rows]
         return equal
 
     def payload_nbytes(self, batches: Sequence[ChunkBatch]) -> int:

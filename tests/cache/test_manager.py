@@ -73,7 +73,8 @@ def test_bad_chunks_are_logged_once_a_release(cache: Cache, arena: Arena, caplog
     with caplog.at_level(logging.WARNING, logger="kvkern"):
         assert cache.release(lease) == 4
     assert [r.getMessage() for r in caplog.records] == [
-        "kvkern: 4 chunk(s) failed verification and were dropped; if it happens again, check the host's memory"
+        "kvkern: 4 chunk(s) failed verification and are dropped: 4 with other bytes than were stored. If it happens again, "
+        "check the host's memory, and who may use this cache"
     ]
     assert cache.lookup(chain_keys("a", 4)) == 0
     assert cache.usage()["free_slots"] == 8

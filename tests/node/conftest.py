@@ -40,6 +40,11 @@ from tests.support import SHAPE, make_arena
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def acquired(id_: int, lease: int, rows: list[int], slots: list[int]) -> p.Acquired:
+    """Return a daemon's answer that gives these slots, with fingerprints of nothing."""
+    return p.Acquired(id_, lease, rows, np.array(slots, dtype="<u4").tobytes(), bytes(8 * len(slots)))
+
+
 def eventually(condition: Callable[[], Any], what: str = "the condition", timeout_s: float = PATIENCE_S) -> Any:
     """Return what `condition` returns once that is true. Fails the test if it does not become true in time."""
     deadline = time.monotonic() + timeout_s

@@ -15,6 +15,7 @@ from kvkern.errors import ConfigError
 from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.policy.base import Stop, Use
+from tests.node.conftest import acquired
 from tests.support import chain_keys
 
 ids = st.integers(0, (1 << 53) - 1)
@@ -67,8 +68,8 @@ RESPONSES: dict[type, st.SearchStrategy[Any]] = {
     p.Refused: st.builds(p.Refused, names),
     p.Described: st.builds(p.Described, ids, names),
     p.Acquired: st.builds(
-        lambda number, lease, held: p.Acquired(number, lease, [h[0] for h in held], [h[1] for h in held]),
-        ids, ids, st.lists(st.tuples(slots, slots), max_size=5),
+        lambda number, lease, held: acquired(number, lease, [h[0] for h in held], [h[1] for h in held]),
+        ids, ids, st.lists(st.tuples(slots, st.integers(0, (1 << 32) - 1)), max_size=5),
     ),
     p.Granted: st.builds(
         lambda number, held, limit: p.Granted(number, [h[0] for h in held], [h[1] for h in held], limit),
@@ -143,7 +144,10 @@ FRAMES: list[tuple[Any, str]] = [
     ),
     (p.Refused("no"), "050000009242a26e6f"),
     (p.Described(11, "warning"), "0b00000093430ba77761726e696e67"),
-    (p.Acquired(12, 13, [0], [14]), "0800000095440c0d9100910e"),
+    (
+        p.Acquired(12, 13, [0], b"\x0e\0\0\0", b"\1\2\3\4\5\6\7\x08"),
+        "1600000096440c0d9100c4040e000000c4080102030405060708",
+    ),
     (p.Granted(14, [15], [16], 17), "0800000095450e910f911011"),
     (p.Published(15, [True, False]), "0600000093460f92c3c2"),
     (p.Changed(K, R, True), f"470000009447c420{K_HEX}c420{R_HEX}c3"),
@@ -249,7 +253,14 @@ def test_requests_outside_the_limits(fields: tuple[object, ...], why: str) -> No
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ((68, 1, 1, [0], []), r"rows, slots of Acquired have \[1, 0\] elements; send as many of each"),
+        (
+            (68, 1, 1, [], bytes(4), b""),
+            r"slots, fingerprints of Acquired have \[1, 0\] elements; send as many of each",
+        ),
+        (
+            (68, 1, 1, [], bytes(8), bytes(8)),
+            r"slots, fingerprints of Acquired have \[2, 1\] elements; send as many of each",
+        ),
         ((69, 1, [1], [], 1), r"slots, generations of Granted have \[1, 0\] elements; send as many of each"),
         ((69, 1, [], [], -1), ">= 0"),
         ((71, KEY[1:], b"", False), "added of Changed has 31 bytes; send a whole number of 32-byte keys"),
@@ -280,7 +291,7 @@ def test_what_is_no_message(raw: bytes) -> None:
     for decode in (framing.decode_request, framing.decode_response):
         with pytest.raises(
             p.ProtocolError,
-            match=r"holds no message of protocol version 3: .*; use the same version of kvkern on both sides",
+            match=r"holds no message of protocol version 4: .*; use the same version of kvkern on both sides",
         ):
             decode(raw)
 

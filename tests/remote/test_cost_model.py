@@ -24,6 +24,7 @@ from kvkern.remote.cost_model import (
     CostModel,
 )
 from kvkern.remote.write_behind import WriteBehind
+from kvkern.tiers.slot_records import SlotRecords
 from tests.remote.conftest import Clock
 from tests.support import chain_keys, make_arena
 
@@ -165,7 +166,7 @@ def test_writes_that_hung_once_are_tried_again(tmp_path: Path, costs: CostModel,
     policy.of = dict(zip(keys, (0.6, 0.01, 0.8, 0.7, 0.9), strict=True))
     arena = make_arena(tmp_path)
     outbox = WriteBehind(
-        arena, Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
+        SlotRecords(arena), Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
     )  # fmt: skip
     outbox.chunk_tokens = CHUNK_TOKENS
     assert outbox.choose(keys, policy) == [keys[i] for i in (0, 2, 3, 4)]
@@ -187,10 +188,32 @@ def test_what_would_not_pay_anyway_is_no_try(tmp_path: Path, costs: CostModel, c
     policy.of = dict.fromkeys(keys, 0.01)
     arena = make_arena(tmp_path)
     outbox = WriteBehind(
-        arena, Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
+        SlotRecords(arena), Persist.PREDICTED, 8, costs, CacheCounters(), lambda: True, lambda: None,
     )  # fmt: skip
     outbox.chunk_tokens = CHUNK_TOKENS
     costs.note_write(8, 8.0)
     clock.now += PROBE_S
     assert outbox.choose(keys, policy) == []
     arena.close()
+
+
+def test_a_clients_speed_counts_for_its_own_requests(clock: Clock) -> None:
+    """One client said that it computes 10^9 tokens/s, and for all clients every remote read was worthless."""
+    costs = CostModel(CHUNK_NBYTES, clock)
+    costs.note_read(100, 100 * COMPUTE_S / 4)
+    for client in (1, 2, 3):
+        costs.note_prefill(15_000, client)
+    for _ in range(100):
+        costs.note_prefill(1e7, 4)
+        costs.note_prefill(1e-6, 5)
+    assert [costs.chunks_worth_reading(8, CHUNK_TOKENS, client) for client in (1, 2, 3, 6)] == [8] * 4
+    assert costs.read_limit(8, 8, CHUNK_TOKENS, 4).request_s == 0
+    honest = costs.read_limit(8, 8, CHUNK_TOKENS, 1)
+    assert costs.read_limit(8, 8, CHUNK_TOKENS, 6) == honest  # it has told nothing: the median counts
+    assert costs.prefill_tokens_s == 15_000
+    for client in (1, 2, 3, 5):
+        costs.forget_client(client)
+    assert costs.prefill_tokens_s == pytest.approx(1e7)
+    costs.forget_client(4)
+    assert costs.prefill_tokens_s is None  # what is not known refuses nothing
+    assert costs.chunks_worth_reading(8, CHUNK_TOKENS, 4) == 8

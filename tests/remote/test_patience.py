@@ -310,7 +310,7 @@ def test_a_node_that_only_reads_learns_the_tokens_of_a_chunk(tmp_path: Path, sto
         told: list[int] = []
         real = one.tier.costs.chunks_worth_reading
 
-        def chunks_worth_reading(chunks: int, chunk_tokens: int) -> int:
+        def chunks_worth_reading(chunks: int, chunk_tokens: int, client: int = 0) -> int:
             told.append(chunk_tokens)
             return real(chunks, chunk_tokens)
 

@@ -55,8 +55,11 @@ def values(arena: Arena) -> list[bytes]:
         assert dram.commit(reservation) == len(keys)
     headers = arena.headers
     headers["plane_nbytes"][dram._index[KEYS[1]], :, 2] = 0
-    slots = [dram._index[key] for key in KEYS]
-    found = [bytes(header) + bytes(payload) for header, payload in outgoing_parts(arena, slots)]
+    slots = np.array([dram._index[key] for key in KEYS], dtype=np.int64)
+    dram.records.complete(slots, headers["generation"][slots])
+    values, good = outgoing_parts(arena, slots, dram.records, KEYS)
+    assert good.all()
+    found = [bytes(header) + bytes(payload) for header, payload in values]
     dram.clear()
     return found
 

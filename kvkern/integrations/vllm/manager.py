@@ -178,18 +178,18 @@ class KvkernManager(shim.OffloadingManager):
     def prepare_load(self, keys: Collection[shim.OffloadKey], req_context: shim.ReqContext) -> shim.LoadStoreSpec:
         """Hand the request's leases over to the ticket of the load that is about to be submitted."""
         state = self._requests[req_context.req_id]
-        slot_of = {key: slot for lease in state.leases for key, slot in zip(lease.keys, lease.slots, strict=True)}
+        place_of = {key: place for lease in state.leases for key, place in lease.places()}
         by_group = self._keys_by_group(state, keys)
-        if all(key in slot_of for chain in by_group.values() for key in chain):
+        if all(key in place_of for chain in by_group.values() for key in chain):
             groups = tuple(
-                GroupChunks.from_lists(chain, [slot_of[key] for key in chain]) for chain in by_group.values()
+                GroupChunks.from_places(chain, [place_of[key] for key in chain]) for chain in by_group.values()
             )
         else:  # the worker cannot pair chunks that were no hit, and reports a failed load
             shim.logger.error(
                 "kvkern: vLLM asked to load %d chunks, but %d of them were no hit. The request is computed instead. Please "
                 "report this as a bug.",
                 sum(map(len, by_group.values())),
-                sum(key not in slot_of for chain in by_group.values() for key in chain),
+                sum(key not in place_of for chain in by_group.values() for key in chain),
             )
             groups = tuple(GroupChunks.from_lists((), ()) for _ in by_group)
         ticket = self._tickets.open(state.leases)

@@ -20,6 +20,7 @@ class GroupChunks:
     slots: npt.NDArray[np.int64]  # [n]
     generations: npt.NDArray[np.uint64]  # [n]; empty in loads
     keys: npt.NDArray[np.void]  # [n] V32
+    fingerprints: npt.NDArray[np.uint64] | None = None  # [n], of a daemon's leases, see ChunkBatch
 
     @classmethod
     def from_lists(cls, keys: Sequence[bytes], slots: Sequence[int], generations: Sequence[int] = ()) -> GroupChunks:
@@ -29,6 +30,14 @@ class GroupChunks:
             np.array(generations, dtype=np.uint64),
             np.frombuffer(b"".join(keys), dtype="V32"),
         )
+
+    @classmethod
+    def from_places(cls, keys: Sequence[bytes], places: Sequence[tuple[int, int | None]]) -> GroupChunks:
+        """Build the arrays of leased chunks from `Lease.places`. An engine's leases are all of one kind of cache."""
+        slots = np.array([slot for slot, _ in places], dtype=np.int64)
+        known = [fingerprint for _, fingerprint in places if fingerprint is not None]
+        fingerprints = np.array(known, dtype=np.uint64) if len(known) == len(places) else None
+        return cls(slots, np.zeros(0, dtype=np.uint64), np.frombuffer(b"".join(keys), dtype="V32"), fingerprints)
 
 
 @dataclass
@@ -75,8 +84,9 @@ def pair_blocks_with_slots(
         rows = np.flatnonzero((table >= 0).all(axis=1) if whole else (table >= 0).any(axis=1))
         if len(rows):
             generations = chunks.generations[rows] if whole else chunks.generations
-            block_rows = np.ascontiguousarray(table[rows])
+            fingerprints = None if chunks.fingerprints is None else chunks.fingerprints[rows]
+            block_rows, keys = np.ascontiguousarray(table[rows]), chunks.keys[rows]
             result.append(
-                ChunkBatch(index, block_rows, chunks.slots[rows], generations, chunks.keys[rows], arena.namespace)
+                ChunkBatch(index, block_rows, chunks.slots[rows], generations, keys, arena.namespace, fingerprints)
             )
     return result

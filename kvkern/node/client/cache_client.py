@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from ...tiers.base import ChunkShape, Lease, Reservation, prefix_length
 from ...tiers.slot_headers import begin_slots
 from .. import framing
 from .. import protocol as p
+from .leases import NodeLease, NodeReservation, lease_of
 from .reconnecting_link import ReconnectingLink
 
 logger = logging.getLogger("kvkern")
@@ -42,23 +42,6 @@ CLOSE_S = 1.0  # how long `close` waits for slots that were asked for, to give t
 NO_LIMIT = 1 << 30  # until the daemon has sent a limit
 MAX_DESCRIBED = 4096  # namespaces that a restarted daemon is told of; those described longest ago are left out
 MAX_PUBLISH = p.MAX_KEYS // 2  # chunks of one reservation: with a chain of MAX_KEYS they still fit into one frame
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLease(Lease):
-    """A lease that a daemon gave over one connection."""
-
-    number: int = 0  # the daemon's number of the lease
-    connection: int = 0  # the client's number of the connection
-
-
-@dataclass(frozen=True, slots=True)
-class NodeReservation(Reservation):
-    """Granted slots whose headers name the chunks to write."""
-
-    namespace: bytes = b""  # 32-byte root
-    connection: int = 0  # the client's number of the connection
-    use: Use | None = None  # what is known of the request that stores
 
 
 class NodeClient:
@@ -178,17 +161,15 @@ class NodeClient:
                 likely = asked[:1] if prefix else asked
                 if self._replica.isdisjoint(likely):
                     result.set_result(NO_LEASE)
-            connection = self._connection
 
             def on_answer(response: p.Response | None) -> None:
-                lease: Lease = NO_LEASE
-                if isinstance(response, p.Acquired) and response.slots and self._in_range(response, len(asked)):
-                    if result.done():  # another engine has just stored it, and nobody waits any more
-                        self._link.send(p.Release([response.lease]))
-                        return
-                    found = tuple(asked[row] for row in response.rows)
-                    lease = NodeLease(found, tuple(response.slots), response.lease, connection)
-                    self.counters.hit_chunks += len(found) * counted
+                found = lease_of(response, asked, self.arena.spec.num_slots, self._connection)
+                if found is not None and result.done():  # another engine has just stored it, and nobody waits any more
+                    self._link.send(p.Release([found.number]))
+                    return
+                lease = NO_LEASE if found is None else found
+                if found is not None:
+                    self.counters.hit_chunks += len(lease.keys) * counted
                     self._held += 1
                 if not result.done():
                     result.set_result(lease)
@@ -404,9 +385,6 @@ class NodeClient:
     def _settle(self) -> None:
         if self._held_before == 0 and self.connected and self._index:
             self._link.send(p.Settle())
-
-    def _in_range(self, answer: p.Acquired, num_asked: int) -> bool:
-        return max(answer.rows) < num_asked and max(answer.slots) < self.arena.spec.num_slots
 
     def _keep_within(self, limit: int) -> None:
         """Set the limit and give back the stock above it."""

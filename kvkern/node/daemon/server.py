@@ -235,7 +235,7 @@ class Server:
             raise ConfigError(
                 f"uid {uid} may operate this cache, but not read it; let its engines in with --allow-uid {uid}"
             )
-        process, engine = connection.process, f"{uid}/{hello.engine}" if hello.engine else ""
+        process = connection.process
         if not process[1]:
             raise ConfigError(
                 f"the daemon cannot see process {pid}, so it could not tell when the process ends; share the pid namespace "
@@ -250,9 +250,10 @@ class Server:
         if self.sessions is None or self._arena is None:
             if hello.geometry is None:
                 connection.send_welcome(p.Welcome(p.VERSION, os.getpid()), None)
-                return Session(0, process, engine, writer=False)
+                return Session(0, process, hello.engine, writer=False, uid=uid)
             raise ArenaError("the arena could not be made; look at the daemon's log, then restart it")
-        session = self.sessions.attach(process, engine, writer=hello.index and hello.geometry is not None)
+        writer = hello.index and hello.geometry is not None
+        session = self.sessions.attach(process, hello.engine, writer, uid)
         if session.writer:
             self._send_limits(other for other in self.sessions.sessions.values() if other.writer)
         try:
@@ -264,10 +265,12 @@ class Server:
 
     def _send_limits(self, sessions: Iterable[Session]) -> None:
         """Tell writers how many slots they may hold, now that it is less. They give back their stock above it."""
-        told = set(sessions)
+        if self.sessions is None:
+            return
+        told, shares = set(sessions), self.sessions.shares()
         for connection in list(self.connections):
-            if self.sessions is not None and connection.session in told:
-                connection.session.told_limit = self.sessions.limit(connection.session)
+            if connection.session in told:
+                connection.session.told_limit = shares.limit(connection.session)
                 connection.send(p.Granted(0, [], [], connection.session.told_limit))
 
     def _send_welcome(self, connection: ClientConnection, hello: p.Hello, sessions: Sessions, arena: Arena) -> None:
@@ -404,7 +407,7 @@ class Server:
             state.give_back(session, request.slots)
         elif isinstance(request, p.Finish):
             if request.prefill_tokens_s:
-                state.cache.note_prefill(request.prefill_tokens_s)
+                state.cache.note_prefill(request.prefill_tokens_s, session.number)
             if request.request:
                 state.cache.finish(p.to_use(request, session.number))
                 self._send_recorded(request)
@@ -436,11 +439,12 @@ class Server:
         self, state: Sessions, connection: ClientConnection, session: Session, request: p.Acquire, lease: Lease
     ) -> None:
         number, lease = state.lend(session, lease)
-        rows = list(range(len(lease.slots)))
+        rows: list[int] = []
         if not request.prefix:
             at = {key: row for row, key in enumerate(framing.split_keys(request.keys))}
             rows = [at[key] for key in lease.keys]
-        connection.send(p.Acquired(request.id, number, rows, list(lease.slots)))
+        slots, fingerprints = state.describe_slots(lease)
+        connection.send(p.Acquired(request.id, number, rows, slots, fingerprints))
 
     def _send_recorded(self, ended: p.Finish) -> None:
         """Send a request that has ended to the clients that record."""

@@ -4,7 +4,9 @@ session lost -> what it held stays in quarantine until every process of its engi
                 until the engine is back and says that its transfers have ended (settle)
 daemon lost  -> the next daemon adopts the arena and serves its chunks at once. It evicts nothing under processes that
                 had the old daemon's file mapped until they are back, gone, or RESTART_PIN_S have passed. Their reads are
-                verified, so this deadline costs misses only. Slots that they were writing stay theirs without a deadline
+                verified, so this deadline costs misses only. Slots that they were writing stay theirs without a deadline,
+                as far as they are no more than clients may be granted, and as far as the kernel says that a process has
+                the arena mapped. The list of processes lies in shared memory, so it only says whom to ask about
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from ...cache.manager import Cache
 from ...errors import ArenaError
 from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
+from . import shares
+from .arena_holders import maps_arena
+from .shares import Process, Shares
 
 RESTART_PIN_S = 30.0
-# What all clients together may be granted and have not yet written is the larger of
-GRANTED_SHARE = 8  # one slot in 8 of the arena, and
-EMPTY_SHARE = 2  # one slot in 2 of those that hold no chunk, granted ones included
 MAX_NAMESPACES = 4096  # descriptions that are kept; those used longest ago are forgotten
 MAX_REMEMBERED_ENGINES = 128  # engines per namespace that are known to have described it
 MAX_LEASES = 4096  # per session; an engine holds one or a few for each waiting request
 
-Process = tuple[int, int]  # pid and start time
+Team = tuple[int, str]  # the processes of an engine: its user and its name
 
 
 @dataclass(eq=False)
@@ -45,21 +47,35 @@ class Session:
     process: Process
     engine: str
     writer: bool  # may be granted slots
+    uid: int = 0
     settled: bool = False  # no transfer is under way that its engine began on an earlier connection of this process
     leases: dict[int, Lease] = field(default_factory=dict)  # by number
     granted: dict[int, int] = field(default_factory=dict)  # slot -> generation
+    extra: int = 0  # of `granted`: see shares.py
     told_limit: int = 0  # the limit of granted slots that the client knows
+
+    @property
+    def team(self) -> Team | None:
+        """The engine that this is a process of. None: it has no name, so it is on its own."""
+        return (self.uid, self.engine) if self.engine else None
 
 
 @dataclass(eq=False)
 class Quarantine:
     """Leases and slots that these processes may still be reading or writing."""
 
-    engine: str | None  # None: from before this daemon; it may belong to any engine
+    team: Team | None  # None: an engine without a name, or with `holder` None from before this daemon: any engine
+    holder: Process | None  # whose connection has ended; None: from before this daemon
     processes: set[Process]
     leases: list[Lease] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    extra: int = 0  # of `slots`: see shares.py
     until: float = float("inf")  # deadline, monotonic seconds
+    uid: int | None = None  # of the holder
+    unseen: set[Process] = field(
+        default_factory=set
+    )  # of `processes`: the kernel does not say whether they hold the arena
+    unseen_until: float = float("inf")  # deadline of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,7 @@ class NamespaceInfo:
 
     fields: dict[str, str]
     limit: int | None  # slots that it may fill; None: no limit
-    engines: set[str] = field(default_factory=set)  # engines that described it, and were warned if there was a reason
+    engines: set[Team] = field(default_factory=set)  # engines that described it, and were warned if there was a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +122,21 @@ class Sessions:
         clock: Callable[[], float] = time.monotonic,
         alive: Callable[[int, int], bool] = process_alive,
         quotas: Quotas | None = None,
+        maps: Callable[[Arena, int], bool | None] = maps_arena,
     ) -> None:
         self.cache = cache
         self.arena = arena
         self.sessions: dict[int, Session] = {}
         self.quarantines: list[Quarantine] = []
         self.namespaces: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # in order of use, the last used at the end
-        self._clock, self._alive = clock, alive
+        self._clock, self._alive, self._maps = clock, alive, maps
         self._quotas = quotas or Quotas()
         # fields without the hash -> hashes of the namespaces with these fields
         self._hashes: dict[frozenset[tuple[str, str]], Counter[str | None]] = {}
         self._next_session = self._next_lease = 0
         # every process that a named engine with a session ever had
-        self._engine_processes: dict[str, set[Process]] = {}
-        self._settled: set[str] = set()  # engines that have no transfer from before this daemon under way
+        self._engine_processes: dict[Team, set[Process]] = {}
+        self._settled: set[Team] = set()  # engines that have no transfer from before this daemon under way
         self._limited = self._quotas.smallest_nbytes() is not None
         if self._limited:
             cache.take_grown_namespaces()  # the first call makes the cache note them
@@ -128,24 +145,40 @@ class Sessions:
 
     def adopt(self) -> tuple[int, int]:
         """Take over an earlier daemon's chunks and slots. Returns (chunks served again, chunks that did not verify)."""
-        records = self.arena.processes.tolist()
-        survivors = {process for process in records if process[0] and self._alive(*process)}
+        seen: dict[Process, bool | None] = {}
+
+        def may_hold(process: Process) -> bool:
+            if process not in seen:
+                seen[process] = bool(process[0]) and self._alive(*process) and self._maps(self.arena, process[0])
+            return seen[process] is not False
+
+        survivors = {process for process in self.arena.processes.tolist() if may_hold(process)}
         # Any survivor may be writing into slots that a dead process was granted, because a worker outlives its scheduler.
-        adopted = self.cache.adopt(lambda pid, start: bool(survivors) or self._alive(pid, start))
-        maybe_read = Quarantine(None, set(survivors), [], list(adopted.unserved), self._clock() + RESTART_PIN_S)
+        adopted = self.cache.adopt(lambda pid, start: bool(survivors) or may_hold((pid, start)))
+        deadline = self._clock() + RESTART_PIN_S
+        maybe_read = Quarantine(None, None, set(survivors), [], list(adopted.unserved), until=deadline)
         if survivors and adopted.ready:
             maybe_read.leases.append(self.cache.pin_all())
         self.quarantines.append(maybe_read)
+        most = max(1, self.arena.spec.num_slots // shares.GRANTED_SHARE)
+        surplus = sorted(adopted.unfinished)[most:]  # no client could hold so many in a full arena
         for owner in set(adopted.unfinished.values()):
-            slots = [slot for slot, writer in adopted.unfinished.items() if writer == owner]
-            self.quarantines.append(Quarantine(None, survivors | {owner}, [], slots))
+            slots = {slot for slot, writer in adopted.unfinished.items() if writer == owner}
+            holders = survivors | ({owner} if may_hold(owner) else set())
+            unseen = {process for process in holders if seen[process] is None}
+            for held, until in ((slots.difference(surplus), float("inf")), (slots.intersection(surplus), deadline)):
+                self.quarantines.append(
+                    Quarantine(
+                        None, None, set(holders), [], sorted(held), until=until, unseen=unseen, unseen_until=deadline
+                    )
+                )
         self.sweep()
         self._record_processes()  # last: if this daemon dies before, the next one must find the same processes
         return adopted.ready, adopted.torn
 
     # -- connections -------------------------------------------------------------------------------------------
 
-    def attach(self, process: Process, engine: str, writer: bool) -> Session:
+    def attach(self, process: Process, engine: str, writer: bool, uid: int = 0) -> Session:
         """Open a session for a client. Raises ArenaError if too many processes use the arena."""
         self.sweep()
         if len(self._processes() | {process}) > MAX_PROCESSES:
@@ -153,13 +186,13 @@ class Sessions:
                 f"{MAX_PROCESSES} processes use this cache already, the limit; end some, or run another daemon"
             )
         self._next_session += 1
-        session = Session(self._next_session, process, engine, writer)
+        session = Session(self._next_session, process, engine, writer, uid)
         self.sessions[session.number] = session
-        if engine:
-            self._engine_processes.setdefault(engine, set()).add(process)
-        if engine in self._settled:
+        if session.team is not None:
+            self._engine_processes.setdefault(session.team, set()).add(process)
+        if session.team in self._settled:
             for held in self.quarantines:
-                if held.engine is None:
+                if held.holder is None:
                     held.processes.discard(process)
         self._record_processes()
         return session
@@ -167,35 +200,46 @@ class Sessions:
     def detach(self, session: Session) -> None:
         """End a session. What it held is freed when no process can be using it any more."""
         self.sessions.pop(session.number, None)
-        same = [other for other in self.sessions.values() if other.engine == session.engine]
+        self.cache.forget_client(session.number)
+        team = session.team
+        same = [other for other in self.sessions.values() if other.team == team]
         if session.leases or session.granted:
-            processes = {session.process} | self._engine_processes.get(session.engine, set())
             later = [other for other in same if other.process == session.process and other.number > session.number]
+            processes = self._mates(session)
             if session.engine and any(other.settled for other in later):
                 processes = set()  # the engine came back and settled before the daemon saw the end of this connection
-            held = Quarantine(session.engine, processes, list(session.leases.values()), list(session.granted))
-            session.leases, session.granted = {}, {}
+            held = Quarantine(
+                team, session.process, processes, list(session.leases.values()), list(session.granted), session.extra,
+                uid=session.uid,
+            )  # fmt: skip
+            session.leases, session.granted, session.extra = {}, {}, 0
             self.quarantines.append(held)
-        if session.writer or not same:
-            self._settled.discard(session.engine)
-        if not same:
-            self._engine_processes.pop(session.engine, None)
+        if team is not None and (session.writer or not same):
+            self._settled.discard(team)
+        if team is not None and not same:
+            self._engine_processes.pop(team, None)
         self.sweep()
         self._record_processes()
 
     def settle(self, session: Session) -> None:
         """The transfers that the engine began on earlier connections have ended. End the quarantines of its process."""
         session.settled = True
-        mates = {session.process} | self._engine_processes.get(session.engine, set())
+        mates = self._mates(session)
         for held in self.quarantines:
             if session.process not in held.processes:
                 continue  # a new process of an engine does not know what earlier processes still do
-            if held.engine is None:
+            if held.holder is None:
                 held.processes -= mates
-                self._settled.update({session.engine} - {""})
-            elif held.engine == session.engine:
+                if session.team is not None:
+                    self._settled.add(session.team)
+            elif held.team == session.team:
                 held.processes.clear()
         self.sweep()
+
+    def _mates(self, session: Session) -> set[Process]:
+        """Return the processes of the session's engine."""
+        known = set() if session.team is None else self._engine_processes.get(session.team, set())
+        return {session.process} | known
 
     def sweep(self) -> None:
         """End quarantines past their deadline or whose processes are gone. Then apply quotas. Call it regularly."""
@@ -205,6 +249,8 @@ class Sessions:
         for processes in watched:
             processes -= gone
         for held in self.quarantines:
+            if now >= held.unseen_until:
+                held.processes -= held.unseen
             if held.processes and (held.leases or held.slots) and now < held.until:
                 kept.append(held)
                 continue
@@ -249,6 +295,11 @@ class Sessions:
         session.leases[self._next_lease] = lease
         return self._next_lease, lease
 
+    def describe_slots(self, lease: Lease) -> tuple[bytes, bytes]:
+        """Return the lease's slots and the fingerprints of their headers, as Acquired carries them."""
+        slots = np.array(lease.slots, dtype="<u4")
+        return slots.tobytes(), self.cache.records.fingerprints[slots].tobytes()
+
     def release(self, session: Session, numbers: Iterable[int]) -> None:
         """End leases of this session. Numbers that it does not hold are ignored."""
         for number in numbers:
@@ -256,27 +307,29 @@ class Sessions:
                 self.cache.release(lease)
 
     def limit(self, session: Session) -> int:
-        """Return how many granted slots a client may hold: an even share of what all may hold, and at least one."""
-        return self._writers_limit() if session.writer else 0
+        """Return how many granted slots a client may hold: see shares.py. At least one, and none if it only copies."""
+        return self.shares().limit(session)
 
-    def _writers_limit(self) -> int:
-        writers = [session for session in self.sessions.values() if session.writer]
-        empty = self.cache.num_unused + sum(len(session.granted) for session in writers)
-        of_all = max(self.arena.spec.num_slots // GRANTED_SHARE, empty // EMPTY_SHARE)
-        return max(1, of_all // max(1, len(writers)))
+    def shares(self) -> Shares:
+        """Return the shares of this moment. O(sessions + quarantines)."""
+        slots = self.arena.spec.num_slots
+        return Shares(self.sessions.values(), self.quarantines, slots, self.cache.num_unused)
 
     def above_limit(self) -> list[Session]:
         """Return the sessions that hold more than their limit, and believe in a limit that is an eighth above it or more."""
-        limit = self._writers_limit()
-        return [s for s in self.sessions.values() if len(s.granted) > limit and limit <= s.told_limit * 7 // 8]
+        now = self.shares()
+        limits = [(session, now.limit(session)) for session in self.sessions.values() if session.granted]
+        return [s for s, limit in limits if len(s.granted) > limit and limit <= s.told_limit * 7 // 8]
 
     def grant(self, session: Session, count: int) -> Reservation:
-        """Grant the client slots to write, at most as many as its limit leaves."""
-        count = min(count, self.limit(session) - len(session.granted))
+        """Grant the client slots to write, at most as many as shares.py leaves it. Free slots are granted first."""
+        room, free = self.shares().room(session)
+        count = min(count, room)
         if count <= 0:
             return Reservation((), (), ())
         granted = self.cache.grant(count)
         session.granted.update(zip(granted.slots, granted.generations, strict=True))
+        session.extra += max(0, len(granted.slots) - free)
         return granted
 
     def publish(
@@ -299,12 +352,14 @@ class Sessions:
             if session.granted.get(slot) == generation:
                 del session.granted[slot]
                 mine.append(row)
+        session.extra = min(session.extra, len(session.granted))
         if mine:
             held = Reservation(
                 tuple(keys[row] for row in mine), tuple(slots[row] for row in mine),
                 tuple(generations[row] for row in mine), chain=tuple(chain),
             )  # fmt: skip
-            for row, published in zip(mine, self.cache.publish(held, namespace, use), strict=True):
+            done = self.cache.publish(held, namespace, use, session.process[0])
+            for row, published in zip(mine, done, strict=True):
                 result[row] = published
             if (limit := self._slot_limit(namespace)) is not None:
                 self.cache.trim(namespace, limit)
@@ -315,6 +370,7 @@ class Sessions:
         mine = [slot for slot in dict.fromkeys(slots) if slot in session.granted]
         for slot in mine:
             del session.granted[slot]
+        session.extra = min(session.extra, len(session.granted))
         self.cache.give_back(mine)
 
     def clear(self, session: Session, namespace: bytes | None, begun: Iterable[int]) -> int:
@@ -333,11 +389,12 @@ class Sessions:
         if known is None or known.fields != fields:
             known = self._remember(root, fields)
         self.namespaces.move_to_end(root)
-        if session.engine in known.engines:
+        engine = (session.uid, session.engine)
+        if engine in known.engines:
             return ""
         if len(known.engines) >= MAX_REMEMBERED_ENGINES:
             known.engines.clear()
-        known.engines.add(session.engine)
+        known.engines.add(engine)
         mine = fields.get("engine_hash")
         other = next((found for found in self._hashes[_without_hash(fields)] if found != mine), mine)
         if other == mine:

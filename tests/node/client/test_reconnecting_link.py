@@ -19,7 +19,7 @@ from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
-from tests.node.conftest import GEOMETRY, PATIENCE_S, SIZES, eventually
+from tests.node.conftest import GEOMETRY, PATIENCE_S, SIZES, acquired, eventually
 from tests.support import chain_keys, make_arena
 
 
@@ -159,8 +159,8 @@ def test_a_welcome_without_descriptor(fake: FakeDaemon) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda r: [p.Acquired(r.id, 1, [2], [0])],  # a row that is not in the request
-        lambda r: [p.Acquired(r.id, 0, [], [])],
+        lambda r: [acquired(r.id, 1, [2], [0])],  # a row that is not in the request
+        lambda r: [acquired(r.id, 0, [], [])],
         lambda r: [p.Granted(r.id, [], [], 1)],
         lambda r: [b"\xff" * 8],
         lambda r: [b"\x01\x00\x00\x00\xc0"],
@@ -177,7 +177,7 @@ def test_a_senseless_answer_is_a_miss(fake: FakeDaemon, answer: Callable[[p.Acqu
     def answered(request: p.Request) -> list[Any]:
         if not isinstance(request, p.Acquire):
             return []
-        return answer(request) if senseless[0] else [p.Acquired(request.id, 1, [0, 1], [3, 4])]
+        return answer(request) if senseless[0] else [acquired(request.id, 1, [0, 1], [3, 4])]
 
     fake.answer = answered
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
@@ -190,8 +190,8 @@ def test_a_senseless_answer_is_a_miss(fake: FakeDaemon, answer: Callable[[p.Acqu
 def test_answers_that_nobody_waits_for(fake: FakeDaemon) -> None:
     knows(fake)
     fake.answer = lambda request: [
-        p.Acquired(1 << 40, 1, [0], [0]), p.Published(0, [True]), p.Changed(b"", KEYS[1]),
-        *([p.Acquired(request.id, 1, [0], [3])] * 2 if isinstance(request, p.Acquire) else []),
+        acquired(1 << 40, 1, [0], [0]), p.Published(0, [True]), p.Changed(b"", KEYS[1]),
+        *([acquired(request.id, 1, [0], [3])] * 2 if isinstance(request, p.Acquire) else []),
     ]  # fmt: skip
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
         for _ in range(3):
@@ -213,7 +213,7 @@ def test_a_daemon_that_never_answers(fake: FakeDaemon, monkeypatch: pytest.Monke
 
 def test_news_that_has_not_been_read_yet_is_not_overlooked(fake: FakeDaemon) -> None:
     """A store is acknowledged once the change was sent to all clients. A reader that has not read it yet asks the daemon."""
-    fake.answer = lambda request: [p.Acquired(request.id, 1, [0], [3])] if isinstance(request, p.Acquire) else []
+    fake.answer = lambda request: [acquired(request.id, 1, [0], [3])] if isinstance(request, p.Acquire) else []
     with closing(NodeClient.open(fake.path, "e", GEOMETRY)) as client:
         assert client.acquire_soon(KEYS).done()
         link = client._link

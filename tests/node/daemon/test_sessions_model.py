@@ -62,7 +62,7 @@ class Walk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.share = mock.patch("kvkern.node.daemon.sessions.GRANTED_SHARE", 2)
+        self.share = mock.patch("kvkern.node.daemon.shares.GRANTED_SHARE", 2)
         self.share.start()
         self.arena = make_arena(Path(self.folder.name), SLOTS, PART_NBYTES, planes=2, world_size=RANKS)
         self.now, self.next_pid = 0.0, 1
@@ -90,7 +90,9 @@ class Walk(RuleBasedStateMachine):
         self.folder.cleanup()
 
     def start(self) -> None:
-        self.sessions = Sessions(build_cache(self.arena), self.arena, lambda: self.now, self.alive)
+        self.sessions = Sessions(
+            build_cache(self.arena), self.arena, lambda: self.now, self.alive, maps=lambda _arena, _pid: True
+        )
         bad = {chunk for chunk, slot in self.ready.items() if self.arena.headers["state"][slot] == SlotState.BAD}
         for chunk in bad:
             del self.ready[chunk]

@@ -8,7 +8,8 @@ import numpy as np
 
 from kvkern.arena.file import Arena
 from kvkern.assemble import build_cache
-from kvkern.node.daemon.sessions import EMPTY_SHARE, GRANTED_SHARE, Process, Session, Sessions
+from kvkern.node.daemon.sessions import Session, Sessions
+from kvkern.node.daemon.shares import EMPTY_SHARE, GRANTED_SHARE, Process
 from kvkern.tiers.base import Reservation
 from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import write_payload
@@ -27,6 +28,7 @@ class World:
         self.arena = arena
         self.now = 0.0
         self.dead: set[Process] = {(0, 0)}
+        self.maps: dict[int, bool | None] = {}  # by pid, if not True
         self.restart()
 
     def alive(self, pid: int, start: int) -> bool:
@@ -34,7 +36,13 @@ class World:
 
     def restart(self) -> tuple[int, int]:
         """Kill the daemon; another one adopts the arena."""
-        self.sessions = Sessions(build_cache(self.arena), self.arena, lambda: self.now, self.alive)
+        self.sessions = Sessions(
+            build_cache(self.arena),
+            self.arena,
+            lambda: self.now,
+            self.alive,
+            maps=lambda _, pid: self.maps.get(pid, True),
+        )
         return self.sessions.adopt()
 
     def kill(self, *processes: Process) -> None:
@@ -44,11 +52,11 @@ class World:
             if session.process in processes:
                 self.sessions.detach(session)
 
-    def engine(self, process: Process = ENGINE, name: str = "e") -> Session:
-        return self.sessions.attach(process, name, writer=True)
+    def engine(self, process: Process = ENGINE, name: str = "e", uid: int = 0) -> Session:
+        return self.sessions.attach(process, name, writer=True, uid=uid)
 
-    def worker(self, process: Process = WORKER, name: str = "e") -> Session:
-        return self.sessions.attach(process, name, writer=False)
+    def worker(self, process: Process = WORKER, name: str = "e", uid: int = 0) -> Session:
+        return self.sessions.attach(process, name, writer=False, uid=uid)
 
     def begin(self, session: Session, chain: Sequence[bytes]) -> Reservation:
         """Grant slots and write the headers of the chunks that are about to be written."""
