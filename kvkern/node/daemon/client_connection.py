@@ -73,7 +73,7 @@ class ClientConnection(asyncio.Protocol):
         start: int,  # start time of its process; 0: the process cannot be seen
     ) -> None:
         self.peer, self.process = peer, (peer.pid, start)
-        self.usage = owner.turns.begin(peer.pid)
+        self.turns_end_s = owner.turns.begin(peer.pid)
         self.queued = False
         self.session: Session | None = None
         self.wants_index = False  # gets the changes of the index
@@ -131,7 +131,7 @@ class ClientConnection(asyncio.Protocol):
         if self in self._owner.connections:
             self._owner.connections.discard(self)
             self._owner.admission.leave(self.peer)
-            self._owner.turns.end(self.peer.pid, self.usage)
+            self._owner.turns.end(self.peer.pid, self.turns_end_s)
         if self._hello_deadline is not None:
             self._hello_deadline.cancel()
         if self.session is not None:

@@ -1,18 +1,20 @@
 """Divides the daemon's only thread among its clients, so that none waits long for another. Knows no messages and no sockets.
 
     turn       a client's requests are carried out for TURN_S, at least one of them; then other clients come first
-    order      of the clients that wait, the one that has used the thread least of late
+    tag        start of a turn = max(greatest start so far - CREDIT_S, end of the client's last turn)
+               end of a turn = its start + the seconds it took
+    order      of the clients that wait, the one with the smallest start (start-time fair queueing, with a credit for
+               clients that were calm)
     no queue   while little is going on, a client's turn is at once and costs no pass of the event loop
 
-Between two turns the event loop looks at all sockets and signals. So a client that asks for little waits for one turn of a
-client that asks for much, whatever the number of such clients.
+Between two turns the event loop looks at all sockets and signals. So a client that asks for less than its share of the
+thread waits for one turn of a client that asks for more, whatever the number of such clients.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -20,33 +22,16 @@ from typing import Protocol
 from ...bounded_dict import BoundedDict
 
 TURN_S = 0.00025
-HALF_LIFE_S = 1.0  # what was used so long ago counts half
+CREDIT_S = 4 * TURN_S  # who was calm comes before all others for so long: an engine's step takes less
 WINDOW_S = 0.001  # in such a time
-MAX_REMEMBERED = 1024  # processes whose connections have ended
 AT_ONCE_S = 0.0005  # so much is done at once; whoever asks for more waits for a turn
-
-
-class Usage:
-    """Seconds of the thread, of which the recent ones count most."""
-
-    __slots__ = ("_at_s", "_seconds")
-
-    def __init__(self, seconds: float = 0.0, now_s: float = 0.0) -> None:
-        self._seconds, self._at_s = seconds, now_s
-
-    def at(self, now_s: float) -> float:
-        """Return what is left of the usage at this time."""
-        return self._seconds * math.exp2((self._at_s - now_s) / HALF_LIFE_S)
-
-    def add(self, seconds: float, now_s: float) -> None:
-        """Count more usage."""
-        self._seconds, self._at_s = self.at(now_s) + seconds, now_s
+MAX_REMEMBERED = 1024  # processes whose connections have ended
 
 
 class Worker(Protocol):
     """A client that has something to do."""
 
-    usage: Usage
+    turns_end_s: float  # end tag of its last turn, from `FairTurns.begin`; only this module changes it
     queued: bool  # it waits for a turn; only this module changes it
 
     def work(self, until_s: float) -> bool:
@@ -61,53 +46,52 @@ class FairTurns:
         call_soon: Callable[[Callable[[], None]], object],  # calls a function after one look at all sockets
     ) -> None:
         self._call_soon = call_soon
-        self._queue: list[tuple[float, int, Worker]] = []  # a heap of (usage, serial number, client)
+        self._queue: list[tuple[float, int, Worker]] = []  # a heap of (start tag, serial number, client)
         self._serial = itertools.count()
         self._scheduled = False
+        self._start_s = 0.0  # the greatest start tag so far
         self._window_began_s = self._done_at_once_s = 0.0
-        # pid -> usage of its connections that have ended: who hangs up and connects again does not begin anew
-        self._ended: BoundedDict[int, Usage] = BoundedDict(MAX_REMEMBERED)
+        # pid -> end tag of its connections that have ended: who hangs up and connects again does not begin anew
+        self._ended: BoundedDict[int, float] = BoundedDict(MAX_REMEMBERED)
 
-    def begin(self, pid: int) -> Usage:
-        """Return the usage of a new connection of this process."""
-        now_s = time.perf_counter()
-        before = self._ended.get(pid)
-        return Usage(before.at(now_s) if before is not None else 0.0, now_s)
+    def begin(self, pid: int) -> float:
+        """Return the first end tag of a new connection of this process: a turn behind those who are there already."""
+        return max(self._start_s + TURN_S, self._ended.get(pid, 0.0))
 
-    def end(self, pid: int, usage: Usage) -> None:
+    def end(self, pid: int, turns_end_s: float) -> None:
         """A connection has ended."""
-        now_s = time.perf_counter()
-        before = self._ended.get(pid)
-        if before is None or before.at(now_s) < usage.at(now_s):
-            self._ended.put(pid, usage)
+        self._ended.put(pid, max(turns_end_s, self._ended.get(pid, 0.0)))
 
     def ask(self, worker: Worker) -> None:
         """Give the client a turn, now or soon. Call it when the client has something to do."""
         if worker.queued:
             return
-        now_s = time.perf_counter()
+        now_s, start_s = time.perf_counter(), max(self._start_s - CREDIT_S, worker.turns_end_s)
         if now_s - self._window_began_s > WINDOW_S:
             self._window_began_s, self._done_at_once_s = now_s, 0.0
         if self._queue or self._done_at_once_s > AT_ONCE_S:
-            self._enqueue(worker, now_s)
+            self._enqueue(worker, start_s)
         else:
-            self._done_at_once_s += self._give_turn(worker, now_s)
+            self._done_at_once_s += self._give_turn(worker, start_s, now_s)
 
-    def _give_turn(self, worker: Worker, now_s: float) -> float:
+    def _give_turn(self, worker: Worker, start_s: float, now_s: float) -> float:
         """Return how long the turn took. If the client has more to do, it waits for the next turn."""
-        began_s, more = now_s, False
+        more, took_s = False, 0.0
+        self._start_s = max(self._start_s, start_s)
         try:
-            more = worker.work(began_s + TURN_S)
+            more = worker.work(now_s + TURN_S)
         finally:
-            now_s = time.perf_counter()
-            worker.usage.add(now_s - began_s, now_s)
+            took_s = time.perf_counter() - now_s
+            worker.turns_end_s = start_s + took_s
+            if not self._queue:
+                self._start_s = max(self._start_s, worker.turns_end_s)  # nobody waits, so no use of the thread counts
         if more:
-            self._enqueue(worker, now_s)
-        return now_s - began_s
+            self._enqueue(worker, worker.turns_end_s)
+        return took_s
 
-    def _enqueue(self, worker: Worker, now_s: float) -> None:
+    def _enqueue(self, worker: Worker, start_s: float) -> None:
         worker.queued = True
-        heapq.heappush(self._queue, (worker.usage.at(now_s), next(self._serial), worker))
+        heapq.heappush(self._queue, (start_s, next(self._serial), worker))
         self._schedule()
 
     def _schedule(self) -> None:
@@ -121,8 +105,8 @@ class FairTurns:
         now_s = time.perf_counter()
         until_s = now_s + TURN_S
         while self._queue and now_s < until_s:
-            worker = heapq.heappop(self._queue)[2]
+            start_s, _, worker = heapq.heappop(self._queue)
             worker.queued = False
             if self._queue:
                 self._schedule()  # before the turn, so that a fault in it does not stop the others
-            now_s += self._give_turn(worker, now_s)
+            now_s += self._give_turn(worker, start_s, now_s)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kvkern.node.daemon import fair_turns
-from kvkern.node.daemon.fair_turns import HALF_LIFE_S, TURN_S, FairTurns, Usage
+from kvkern.node.daemon.fair_turns import TURN_S, FairTurns
 
 REQUEST_S = 0.0001
 
@@ -36,7 +36,7 @@ class Loop:
 class Client:
     def __init__(self, loop: Loop, name: str, cost_s: float = REQUEST_S, pid: int = 1) -> None:
         self.loop, self.name, self.cost_s, self.pid = loop, name, cost_s, pid
-        self.usage, self.queued, self.left = loop.turns.begin(pid), False, 0
+        self.turns_end_s, self.queued, self.left = loop.turns.begin(pid), False, 0
 
     def ask(self, requests: int = 1) -> None:
         self.left += requests
@@ -82,6 +82,12 @@ def test_a_new_client_waits_for_one_turn_of_thirty_floods(loop: Loop) -> None:
     for _ in range(50):
         loop.once()
     honest = Client(loop, "honest")
+    honest.ask()
+    while "honest" not in loop.done:  # its first turn is behind those who wait already
+        loop.once()
+    assert loop.done.index("honest") < 31 * (TURN_S / REQUEST_S + 1) + 50 * 3 + 30 * 3
+    for _ in range(100):
+        loop.once()
     for _ in range(100):  # it asks for less than a thirtieth of the thread
         before = len(loop.done)
         honest.ask()
@@ -92,8 +98,22 @@ def test_a_new_client_waits_for_one_turn_of_thirty_floods(loop: Loop) -> None:
             loop.once()
 
 
+def test_a_steady_client_comes_before_thirty_new_floods(loop: Loop) -> None:
+    """What it has used before, while the thread was free, does not count against it."""
+    honest = Client(loop, "honest")
+    for _ in range(1000):
+        honest.ask()
+        loop.now_s += 0.02
+    for _ in range(30):
+        Client(loop, "flood").ask(1000)
+    loop.done.clear()
+    honest.ask()
+    loop.run()
+    assert loop.done.index("honest") <= TURN_S / REQUEST_S + 1
+
+
 def test_who_always_asks_does_not_starve(loop: Loop) -> None:
-    """Its usage is what counts, so those who come again and again have their turn and no more."""
+    """Those who come again and again have their turn and no more."""
     flood, others = Client(loop, "flood"), [Client(loop, "other") for _ in range(3)]
     flood.ask(1000)
     for _ in range(400):
@@ -106,38 +126,35 @@ def test_who_always_asks_does_not_starve(loop: Loop) -> None:
 def test_many_who_ask_for_little_are_not_all_served_at_once(loop: Loop) -> None:
     """Thirty busy clients that each send one request at a time do not come before a client that was calm."""
     busy, calm = [Client(loop, f"busy {number}") for number in range(30)], Client(loop, "calm")
-    for _ in range(20):
-        for client in busy:
-            client.ask()
-        loop.once()
-    loop.run()
-    loop.done.clear()
-    for client in busy:
-        client.ask()
     calm.ask()
-    loop.run()
-    assert loop.done.index("calm") <= (fair_turns.AT_ONCE_S + TURN_S) / REQUEST_S + 2
+    for _ in range(200):
+        for client in busy:  # each sends its next request when it has been answered
+            if not client.left:
+                client.ask()
+        loop.once()
+    before = len(loop.done)
+    calm.ask()
+    while "calm" not in loop.done[before:]:
+        loop.once()
+    assert len(loop.done) - before <= TURN_S / REQUEST_S + 2
 
 
 def test_who_hangs_up_and_comes_again_does_not_begin_anew(loop: Loop) -> None:
     flood = Client(loop, "flood", pid=7)
     flood.ask(1000)
     loop.run()
-    loop.turns.end(7, flood.usage)
+    loop.turns.end(7, flood.turns_end_s)
+    stays = Client(loop, "stays", pid=9)
+    stays.ask(1000)
+    loop.once()
     again, other = Client(loop, "again", pid=7), Client(loop, "other", pid=8)
-    assert again.usage.at(loop.now_s) == pytest.approx(flood.usage.at(loop.now_s))
-    assert other.usage.at(loop.now_s) == 0
-    loop.now_s += 100 * HALF_LIFE_S
-    assert Client(loop, "late", pid=7).usage.at(loop.now_s) < 1e-9
-
-
-def test_usage_fades() -> None:
-    usage = Usage(0.0, 5.0)
-    usage.add(1.0, 5.0)
-    usage.add(1.0, 5.0 + HALF_LIFE_S)
-    assert usage.at(5.0 + HALF_LIFE_S) == pytest.approx(1.5)
-    assert usage.at(5.0 + 2 * HALF_LIFE_S) == pytest.approx(0.75)
-    assert usage.at(5e6) == 0
+    loop.turns.end(7, again.turns_end_s + 50 * TURN_S)
+    again = Client(loop, "again", pid=7)
+    assert again.turns_end_s >= other.turns_end_s + 45 * TURN_S
+    for client in (again, other):
+        client.ask(20)
+    loop.run()
+    assert loop.done.index("other") < loop.done.index("again")
 
 
 def test_a_fault_in_a_turn_does_not_stop_the_others(loop: Loop) -> None:
