@@ -13,18 +13,23 @@ Without the right to list, S3 answers "forbidden" for an object that is not ther
 A body comes in pieces. obstore joins them, and this module copies the body into the caller's memory, on a thread. Bodies are
 sent unsigned, which saves a SHA-256: TLS protects them on the way, and the tier verifies the checksums of all it reads.
 obstore repeats a request a few times within seconds. If it still fails, the object is UNKNOWN or None, and no further request
-is begun. Requests that are not done at the end of a call are cancelled. A cancelled PUT may read the caller's memory for a
+is begun. A server that sends far more than it was asked for ends the calls under way (received_bytes.py): obstore has no limit
+for bodies. Requests that are not done at the end of a call are cancelled. A cancelled PUT may read the caller's memory for a
 few moments more, so the call waits until every memoryview that it gave away is released.
+
+A certificate that does not verify is an error by name, and nothing is sent. http is used only if the endpoint's URL says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
@@ -34,6 +39,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from ...errors import ConfigError
 from .base import Got, Parts, RemoteError, checked_answers, checked_get_answers, value_name
 from .blocking_calls import BlockingCalls, wait_until
+from .received_bytes import ReceiveGuard
 from .url import RemoteUrl
 
 _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "60s"}  # http only if the endpoint's URL says so
@@ -48,6 +54,15 @@ _MISCONFIGURED = (
     *_NO_BUCKET, "InvalidBucketName", "InvalidAccessKeyId", "SignatureDoesNotMatch", "PermanentRedirect",
     "AuthorizationHeaderMalformed", "incorrectly configured region",
 )  # fmt: skip
+_CERTIFICATE = re.compile(
+    r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)"
+)  # in obstore's dump of an error
+_MEANING = {
+    "Expired": "it has expired", "NotValidYet": "it is not valid yet", "UnknownIssuer": "no trusted authority has signed it",
+    "NotValidForName": "it is for another name", "NotValidForNameContext": "it is for another name", "Revoked": "it is revoked",
+    "CaUsedAsEndEntity": "it is signed by its own key",
+}  # fmt: skip
+_NO_TLS = "InvalidContentType"  # the answer to a handshake was no TLS
 _FULL = ("QuotaExceeded", "StorageFull", "507 Insufficient Storage")
 
 
@@ -68,7 +83,22 @@ def make(url: RemoteUrl) -> ObjectStore:
         raise ConfigError(
             f"{url} cannot be used: {_short_message(error)}. Correct the URL's options or the environment"
         ) from error
-    return ObjectStore(str(url), store, url.integer("concurrency", 64, 1, 1024), bulk_delete=url.scheme == "s3")
+    return ObjectStore(
+        str(url),
+        store,
+        url.integer("concurrency", 64, 1, 1024),
+        _port(url.text("endpoint")),
+        bulk_delete=url.scheme == "s3",
+    )
+
+
+def _port(endpoint: str) -> int:
+    """Return the port of an endpoint's URL."""
+    try:
+        parts = urlsplit(endpoint)
+        return parts.port or (80 if parts.scheme == "http" else 443)
+    except ValueError:
+        return 443  # obstore has its own word for a URL that is none
 
 
 def _s3(url: RemoteUrl, **common: object) -> Any:
@@ -110,6 +140,7 @@ class ObjectStore:
         url: str,
         store: Any,  # S3Store, GCSStore or AzureStore of obstore
         concurrency: int,  # requests at a time; separately for reads, writes and questions
+        port: int,  # of the server
         bulk_delete: bool,
     ) -> None:
         self._url = url
@@ -119,15 +150,17 @@ class ObjectStore:
         self._reads, self._writes = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency)
         self._questions = asyncio.Semaphore(concurrency)  # a question does not wait for reads, nor a read for questions
         self._copiers = BlockingCalls(_COPY_THREADS, "objects-copy")
+        self._guard = ReceiveGuard(port)
 
     async def open(self) -> None:
         try:
-            await asyncio.wait_for(self._probe(), _OPEN_S)
-        except TimeoutError as error:
-            raise RemoteError(
-                f"{self._url} gave no answer in {_OPEN_S:.0f} s. Check the endpoint and the network"
-            ) from error
+            await self._probe_within(_OPEN_S)
         except _FAULTS as error:
+            if _CERTIFICATE.search(str(error)):
+                raise ConfigError(
+                    f"{self._url} cannot be used: {_short_message(error)}. Give the server a certificate that is valid for the "
+                    f"endpoint's host, or name the authority that signed it in SSL_CERT_FILE"
+                ) from error
             refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
             if refused or any(word in str(error) for word in _MISCONFIGURED):
                 raise ConfigError(
@@ -135,6 +168,25 @@ class ObjectStore:
                     f"and their rights to get, put, list and delete"
                 ) from error
             raise RemoteError(f"{self._url}: {_short_message(error)}") from error
+
+    async def _probe_within(self, timeout_s: float) -> None:
+        tasks = [asyncio.ensure_future(self._probe())]
+        with self._guard.watched(tasks, requests=3, asked_nbytes=0):
+            try:
+                _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            finally:
+                await _cancel_and_wait(tasks)
+            if self._guard.has_tripped(tasks):
+                raise self._too_much()
+        if late:
+            raise RemoteError(f"{self._url} gave no answer in {timeout_s:.0f} s. Check the endpoint and the network")
+        tasks[0].result()
+
+    def _too_much(self) -> RemoteError:
+        return RemoteError(
+            f"{self._url}: the server sends far more than it was asked for; its calls were ended. Check that the endpoint is "
+            f"an object store"
+        )
 
     async def _probe(self) -> None:
         name = value_name(b"") + "probe"
@@ -176,7 +228,9 @@ class ObjectStore:
                 if got[row] == Got.MISS:
                     end = min(end, row)
 
-        return checked_get_answers(got, await self._for_each_row(len(keys), read, self._reads, timeout_s))
+        asked_nbytes = sum(len(part) for parts in into for part in parts)
+        errors = await self._for_each_row(len(keys), read, self._reads, timeout_s, asked_nbytes)
+        return checked_get_answers(got, errors)
 
     async def put(self, keys: Sequence[bytes], values: Sequence[Parts], timeout_s: float) -> list[bool | None]:
         taken: list[bool | None] = [None] * len(keys)
@@ -240,6 +294,7 @@ class ObjectStore:
         call: Callable[[int], Awaitable[None]],
         limit: asyncio.Semaphore,
         timeout_s: float,
+        asked_nbytes: int = 0,  # of all bodies that are to come
     ) -> list[RemoteError]:
         """Run `call` for each row, in order, many at a time, until one fails. Returns when none is under way any more."""
         rows = deque(range(count))
@@ -257,11 +312,12 @@ class ObjectStore:
         tasks = [asyncio.ensure_future(work()) for _ in range(min(count, self._concurrency))]
         if not tasks:
             return []
-        try:
-            _, late = await asyncio.wait(tasks, timeout=timeout_s)
-        finally:
-            await _cancel_and_wait(tasks)
-        errors = []
+        with self._guard.watched(tasks, count, asked_nbytes):
+            try:
+                _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            finally:
+                await _cancel_and_wait(tasks)
+            errors = [self._too_much()] if self._guard.has_tripped(tasks) else []
         for error in [task.exception() for task in tasks if not task.cancelled()]:
             if isinstance(error, RemoteError):
                 errors.append(error)
@@ -274,7 +330,11 @@ class ObjectStore:
 
 def _short_message(error: BaseException) -> str:
     """Return the first paragraph of an error of obstore, without its dump of the request."""
-    return " ".join(str(error).partition("\n\nDebug source")[0].split())[:400] or type(error).__name__
+    whole = str(error)
+    said = " ".join(whole.partition("\n\nDebug source")[0].split())[:400] or type(error).__name__
+    if found := _CERTIFICATE.search(whole):
+        return f"the server's certificate does not verify: {_MEANING.get(found[1], found[1])} ({said})"
+    return f"the server does not speak TLS ({said})" if _NO_TLS in whole else said
 
 
 def _copy_parts(body: memoryview, into: Parts) -> None:

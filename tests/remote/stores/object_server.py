@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,10 @@ class ObjectServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []  # methods, in order
         self.faults: list[tuple[str, int, str]] = []  # (method, status, code): its next request gets this answer
@@ -41,6 +44,9 @@ class ObjectServer(ThreadingHTTPServer):
                     del self.faults[row]
                     return status, code
         return None
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients that break off are a part of the tests."""
 
     def __exit__(self, *args: object) -> None:
         self.shutdown()

@@ -125,15 +125,18 @@ def redis_cluster(folder: Path, count: int = 3) -> Iterator[RedisCluster]:
 
 
 def make_certificates(folder: Path, host: str = "127.0.0.1") -> None:
-    """Make `ca.crt`, `server.crt` and `server.key` that it signed for an address, and `other.crt`, which signed nothing."""
+    """Make `ca.crt`, `server.crt` and `server.key` that it signed for an address, and `other.crt`, which signed nothing.
+
+    `expired.crt` is like `server.crt` and has expired; `own.crt` is signed by its own key.
+    """
     openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-ca -keyout ca.key -out ca.crt")
     openssl(folder, "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other -keyout other.key -out other.crt")
     openssl(folder, "req -newkey rsa:2048 -nodes -subj /CN=server -keyout server.key -out server.csr")
+    openssl(folder, f"req -x509 -key server.key -days 2 -subj /CN=server -addext subjectAltName=IP:{host} -out own.crt")
     (folder / "names").write_text(f"subjectAltName=IP:{host}\n")
-    openssl(
-        folder,
-        "x509 -req -days 2 -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -extfile names -out server.crt",
-    )
+    for days, name in ((2, "server"), (-1, "expired")):
+        sign = f"x509 -req -days {days} -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -extfile names"
+        openssl(folder, f"{sign} -out {name}.crt")
 
 
 def openssl(folder: Path, arguments: str) -> None:
