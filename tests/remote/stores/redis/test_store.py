@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,17 @@ import pytest
 from kvkern.errors import ConfigError
 from kvkern.remote.stores.base import RemoteError, value_name
 from tests.remote.required_servers import free_port, need
-from tests.remote.stores.conformance import HIT, MISS, UNKNOWN, WRONG_SIZE, Bench, Conformance, MakeStore, key_of
+from tests.remote.stores.conformance import (
+    HIT,
+    MISS,
+    TIMEOUT_S,
+    UNKNOWN,
+    WRONG_SIZE,
+    Bench,
+    Conformance,
+    MakeStore,
+    key_of,
+)
 from tests.remote.stores.redis.servers import (
     LATE_S,
     Proxy,
@@ -376,6 +387,31 @@ def test_certificates_that_do_not_verify(tls: RedisServer, files: str, server: R
     assert "TLS handshake with" in refused(f"rediss://{at}?ca_file={folder}/names")
     with bench_of(f"rediss://{at}?{ours}&verify=no") as bench:
         assert bench.put([key_of(1)], bench.values()[:1]) == [True]
+
+
+@pytest.mark.parametrize(
+    ("certificate", "why"), [("expired", "certificate has expired"), ("own", "self-signed certificate")]
+)
+def test_certificates_that_prove_nothing(folder: Path, tls: RedisServer, certificate: str, why: str) -> None:
+    """An error by name at the start, a miss by name later, and no command is sent, above all no password."""
+    with redis_server(
+        folder, "--tls-cert-file", f"{folder}/{certificate}.crt", "--tls-key-file", f"{folder}/server.key",
+        "--tls-ca-cert-file", f"{folder}/ca.crt", "--tls-auth-clients", "no", tls=True,
+    ) as server:  # fmt: skip
+        url = f"rediss://me:hush@127.0.0.1:{server.port}?ca_file={folder}/ca.crt"
+        message = refused(url)
+        assert f"The certificate of 127.0.0.1:{server.port} does not verify ({why}" in message
+        assert "ca_file=PATH" in message
+
+        async def later() -> None:
+            store = store_of(url)
+            with pytest.raises(RemoteError, match=re.escape(why)):
+                await store.exists([key_of(1)], TIMEOUT_S)
+            await store.close()
+
+        asyncio.run(later())
+        with server.client(ssl=True, ssl_cert_reqs="none") as client:
+            assert "cmdstat_auth" not in client.info("commandstats")
 
 
 def test_tls_on_one_side_only(monkeypatch: pytest.MonkeyPatch, server: RedisServer, tls: RedisServer) -> None:
