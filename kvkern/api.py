@@ -445,6 +445,7 @@ def open_cache(
             timeout_s=config.connect_s,
             prefault=config.prefault,
             daemon_uid=config.daemon_uid,
+            dump_arena=config.dump_arena,
         )
         cache, arena, close = client, client.arena, client.close
         client.describe_namespace(namespace.root, namespace.public_fields())

@@ -111,6 +111,7 @@ class KvkernSpec(shim.OffloadingSpec):
             timeout_s=self.options.connect_s,
             prefault=self.options.prefault,
             daemon_uid=self.options.daemon_uid,
+            dump_arena=self.options.dump_arena,
         )
 
     @property

@@ -24,11 +24,12 @@ class AdminClient:
         self,
         path: Path,
         daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
+        timeout_s: float | None = None,  # how long each answer may take; None: TIMEOUT_S
     ) -> None:
         self._daemon_uid = daemon_uid
         self._path = framing.checked_socket_path(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(TIMEOUT_S)
+        self._socket.settimeout(TIMEOUT_S if timeout_s is None else timeout_s)
         self._splitter = framing.FrameSplitter()
         self._bodies: list[bytes] = []  # of received frames, not yet decoded
 

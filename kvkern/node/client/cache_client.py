@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from ...tiers.base import ChunkShape, Lease, Reservation, prefix_length
 from ...tiers.slot_headers import begin_slots
 from .. import framing
 from .. import protocol as p
+from .first_connection import connect_first
 from .leases import NodeLease, NodeReservation, lease_of
 from .reconnecting_link import ReconnectingLink
 
@@ -95,25 +95,16 @@ class NodeClient:
         timeout_s: float = 60.0,
         prefault: bool = True,
         daemon_uid: int = -1,
+        dump_arena: bool = False,
     ) -> NodeClient:
-        """Connect. Wait at most `timeout_s` for the daemon and its arena.
+        """Connect. Wait at most `timeout_s` for a sign of the daemon, and for the arena as long as the daemon answers.
 
-        Raises ConfigError if no daemon answers, or the daemon refuses or is another user's.
+        Raises ConfigError if no daemon answers, or the daemon refuses or is another user's. With `dump_arena` core dumps of
+        this process hold the arena.
         """
         client = cls(framing.checked_socket_path(path), engine, geometry, index, patience_s, daemon_uid)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                client._link.connect(prefault, max(0.1, deadline - time.monotonic()))
-                break
-            except OSError as error:
-                if isinstance(error, PermissionError) or time.monotonic() > deadline:
-                    client._link.close()
-                    raise framing.connect_error(path, error) from error
-                time.sleep(0.1)
-            except BaseException:
-                client._link.close()
-                raise
+        client._link.dump_arena = dump_arena
+        connect_first(client._link, prefault, timeout_s)
         client._link.start()
         return client
 

@@ -52,7 +52,8 @@ class ReconnectingLink:
         daemon_uid: int = -1,  # a user that may serve, beside root and this process's own; negative: none
     ) -> None:
         self.path = path
-        self._daemon_uid = daemon_uid
+        self.daemon_uid = daemon_uid
+        self.dump_arena = False  # core dumps of this process hold the arena; set it before `connect`
         self.lock = threading.Condition()
         self.connected = False
         self.arena: Arena | None = None  # set by the first connection, and never replaced
@@ -126,12 +127,13 @@ class ReconnectingLink:
         try:
             sock.settimeout(CONNECT_S)
             sock.connect(str(self.path))
-            serving_uid = check_daemon(sock, self.path, self._daemon_uid)
+            serving_uid = check_daemon(sock, self.path, self.daemon_uid)
             sock.settimeout(welcome_s)
             send_hello(sock, self._hello)
             splitter = framing.FrameSplitter()
             welcome, descriptor, rest = _receive_welcome(sock, splitter)
-            self._keep_arena(_attach_arena(welcome, descriptor, serving_uid, prefault and self.arena is None))
+            prefault = prefault and self.arena is None
+            self._keep_arena(_attach_arena(welcome, descriptor, serving_uid, prefault, self.dump_arena))
             sock.setblocking(False)
         except BaseException:
             sock.close()
@@ -331,7 +333,7 @@ def send_hello(sock: socket.socket, hello: p.Hello) -> None:
         sock.sendall(framing.encode(hello))
 
 
-def _attach_arena(welcome: p.Welcome, descriptor: int, serving_uid: int, prefault: bool) -> Arena:
+def _attach_arena(welcome: p.Welcome, descriptor: int, serving_uid: int, prefault: bool, dump: bool) -> Arena:
     """Map the arena. Takes over the descriptor."""
     geometry = welcome.geometry
     assert geometry is not None
@@ -340,6 +342,5 @@ def _attach_arena(welcome: p.Welcome, descriptor: int, serving_uid: int, prefaul
     except BaseException:
         os.close(descriptor)
         raise
-    return attach_descriptor(
-        descriptor, ArenaSpec(geometry.to_slots(), welcome.num_slots), Path(welcome.path), prefault
-    )
+    spec = ArenaSpec(geometry.to_slots(), welcome.num_slots)
+    return attach_descriptor(descriptor, spec, Path(welcome.path), prefault, dump)

@@ -101,3 +101,11 @@ def restore_size(arena: Arena) -> None:
         arena.restore()
     except ArenaError as error:
         logger.error("kvkern: %s", error)
+
+
+def allocated_nbytes(path: Path) -> int:
+    """Return how many bytes of the arena have pages, also while it is being made. 0 if there is no file."""
+    try:
+        return path.lstat().st_blocks * 512
+    except OSError:
+        return 0

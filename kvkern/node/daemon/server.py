@@ -37,7 +37,7 @@ from ...tiers.slot_headers import load_checksums
 from .. import framing
 from .. import protocol as p
 from .admission import Admission, Users, connections_within_file_limit
-from .arena_file import claimed_arena_path, restore_size, spec_of_earlier, taking_over
+from .arena_file import allocated_nbytes, claimed_arena_path, restore_size, spec_of_earlier, taking_over
 from .client_connection import ClientConnection
 from .fair_turns import FairTurns
 from .listener import Listener
@@ -462,6 +462,7 @@ class Server:
         row: Row = {
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
+            "arena_nbytes": allocated_nbytes(self._arena_path),
         }  # fmt: skip
         if self.sessions is not None:
             row |= self.sessions.usage()

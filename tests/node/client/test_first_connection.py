@@ -1,0 +1,90 @@
+"""An engine that starts while its daemon makes a large arena waits as long as the daemon answers somebody."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kvkern.arena.file import Arena
+from kvkern.arena.room import allocate
+from kvkern.errors import ConfigError
+from kvkern.node import protocol as p
+from kvkern.node.client import first_connection
+from kvkern.node.client.admin_client import AdminClient
+from kvkern.node.client.cache_client import NodeClient
+from kvkern.node.daemon.server import NodeConfig
+from tests.node.conftest import GEOMETRY, eventually, hits, served, store
+from tests.support import chain_keys
+
+
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Arenas have their pages, and are not finished before this is set."""
+    go = threading.Event()
+
+    def slow(*args: object) -> None:
+        allocate(*args)  # type: ignore[arg-type]
+        assert go.wait(60)
+
+    monkeypatch.setattr("kvkern.arena.file.allocate", slow)
+    yield go
+    go.set()
+
+
+def open_client(path: Path, engine: str) -> NodeClient:
+    return NodeClient.open(path, engine, GEOMETRY, timeout_s=0.1, patience_s=30)
+
+
+def test_engines_wait_for_an_arena_that_is_being_made(
+    folder: Path, tmp_path: Path, go: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first engine's Hello makes the daemon make it. The second engine's patience is as short. Operators are answered."""
+    monkeypatch.setattr(first_connection, "PROBE_S", 0.1)
+    monkeypatch.setattr(first_connection, "ANSWERS_S", 30.0)
+    config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path)
+    with caplog.at_level(logging.INFO, "kvkern"), served(config), ThreadPoolExecutor(2) as threads:
+        opened = [threads.submit(open_client, folder / "s", engine) for engine in ("one", "two")]
+        eventually(lambda: caplog.text.count("is making its arena, 1020 KiB so far; waiting") >= 6, "six looks at it")
+        assert not any(client.done() for client in opened)
+        with AdminClient(folder / "s") as operator:
+            (row,) = operator.ask(p.Stat(1))
+        assert row["arena_nbytes"] == 1020 << 10
+        go.set()
+        with closing(opened[0].result(30)) as one, closing(opened[1].result(30)) as two:
+            assert store(one, chain_keys("a", 3)) == 3
+            assert hits(two, chain_keys("a", 3)) == 3
+
+
+def test_a_daemon_that_answers_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts connections, and that is no sign."""
+    monkeypatch.setattr(first_connection, "PROBE_S", 0.1)
+    monkeypatch.setattr(first_connection, "ANSWERS_S", 0.1)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(folder / "s"))
+        sock.listen()
+        with pytest.raises(ConfigError, match=r"is there but does not answer \(timed out\)"):
+            open_client(folder / "s", "e")
+
+
+@pytest.mark.parametrize("dump", [False, True])
+def test_a_core_dump_of_an_engine_leaves_the_arena_out(folder: Path, tmp_path: Path, dump: bool) -> None:
+    with (
+        served(NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, dump_arena=dump)) as server,
+        closing(NodeClient.open(folder / "s", "e", GEOMETRY, dump_arena=dump)) as client,
+    ):
+        assert server._arena is not None
+        for arena in (client.arena, server._arena):
+            assert dumped(arena) == dump
+
+
+def dumped(arena: Arena) -> bool:
+    """Return True if core dumps of this process hold the mapping."""
+    _, _, rest = Path("/proc/self/smaps").read_text().partition(f"\n{arena.bytes.ctypes.data:x}-")
+    return "dd" not in rest.partition("\nVmFlags: ")[2].partition("\n")[0].split()
