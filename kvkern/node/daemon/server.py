@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from ...arena.file import Arena, ArenaSpec, create_or_attach
-from ...arena.folder import arena_folder
 from ...arena.process_identity import process_alive
 from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, open_remote_store
@@ -83,9 +82,8 @@ class NodeConfig:
             persist_mode(self.remote.persist, self.policy)
         if self.policy_state is not None:
             checked_output_file(self.policy_state, "policy_state")
-        for users in (self.uids, self.gids, self.operator_uids, self.operator_gids):
-            for number in users:
-                checked_number(number, "the number of a user or group", 0, MAX_UID)
+        for number in self.uids | self.gids | self.operator_uids | self.operator_gids:
+            checked_number(number, "the number of a user or group", 0, MAX_UID)
         if not checked_path(self.arena_dir, "arena_dir").is_dir():
             raise ConfigError(
                 f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or give another folder"
@@ -94,13 +92,8 @@ class NodeConfig:
             raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")
 
     @property
-    def arena_path(self) -> Path:
-        """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
-        return arena_folder(self.arena_dir) / self.arena_name
-
-    @property
     def arena_name(self) -> str:
-        """Name of the arena's file in its folder."""
+        """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
         return f"kvkern-node-{os.getuid()}-{self.name}"
 
 
