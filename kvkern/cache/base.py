@@ -124,7 +124,7 @@ class BackingTier(Protocol):
         """Replace `lease` by a lease that also has the chunks that the store adds."""
 
     def note_prefill(self, tokens_s: float, client: int = 0) -> None:
-        """Tell the tier how many tokens/s an engine prefills. `client` is its number; 0: the only one."""
+        """Tell the tier how many tokens/s an engine prefills; 0: unknown. `client` is its number; 0: the only one."""
 
     def forget_client(self, client: int) -> None:
         """Tell the tier that a client is gone."""

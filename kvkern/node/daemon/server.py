@@ -399,8 +399,7 @@ class Server:
         elif isinstance(request, p.GiveBack):
             state.give_back(session, request.slots)
         elif isinstance(request, p.Finish):
-            if request.prefill_tokens_s:
-                state.cache.note_prefill(request.prefill_tokens_s, session.number)
+            state.cache.note_prefill(request.prefill_tokens_s, session.number)
             if request.request:
                 state.cache.finish(p.to_use(request, session.number))
                 self._send_recorded(request)
@@ -432,11 +431,7 @@ class Server:
         self, state: Sessions, connection: ClientConnection, session: Session, request: p.Acquire, lease: Lease
     ) -> None:
         number, lease = state.lend(session, lease)
-        rows: list[int] = []
-        if not request.prefix:
-            at = {key: row for row, key in enumerate(framing.split_keys(request.keys))}
-            rows = [at[key] for key in lease.keys]
-        slots, fingerprints = state.describe_slots(lease)
+        rows, slots, fingerprints = state.places(lease, [] if request.prefix else framing.split_keys(request.keys))
         connection.send(p.Acquired(request.id, number, rows, slots, fingerprints))
 
     def _send_recorded(self, ended: p.Finish) -> None:

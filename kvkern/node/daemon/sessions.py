@@ -295,10 +295,15 @@ class Sessions:
         session.leases[self._next_lease] = lease
         return self._next_lease, lease
 
-    def describe_slots(self, lease: Lease) -> tuple[bytes, bytes]:
-        """Return the lease's slots and the fingerprints of their headers, as Acquired carries them."""
+    def places(self, lease: Lease, asked: Sequence[bytes]) -> tuple[list[int], bytes, bytes]:
+        """Return what Acquired says of a lease: rows of `asked`, slots, and fingerprints of their headers.
+
+        Without `asked` there are no rows: the lease holds the first keys that were asked for, in their order.
+        """
+        row_of = {key: row for row, key in enumerate(asked)}
         slots = np.array(lease.slots, dtype="<u4")
-        return slots.tobytes(), self.cache.records.fingerprints[slots].tobytes()
+        rows = [row_of[key] for key in lease.keys] if asked else []
+        return rows, slots.tobytes(), self.cache.records.fingerprints[slots].tobytes()
 
     def release(self, session: Session, numbers: Iterable[int]) -> None:
         """End leases of this session. Numbers that it does not hold are ignored."""
@@ -307,7 +312,7 @@ class Sessions:
                 self.cache.release(lease)
 
     def limit(self, session: Session) -> int:
-        """Return how many granted slots a client may hold: see shares.py. At least one, and none if it only copies."""
+        """Return how many granted slots a client may hold: see shares.py. For a writer at least one."""
         return self.shares().limit(session)
 
     def shares(self) -> Shares:

@@ -2,7 +2,7 @@
 
     all clients   may hold one slot in GRANTED_SHARE, or one in EMPTY_SHARE of those without a chunk if that is more
     a user        has an even share of that
-    a writer      has an even share of its user's. What its own process holds in quarantine counts
+    a writer      has an even share of its user's, at least one slot. What its own process has in quarantine counts
     beyond that   a user may be granted, quarantine included, half of the slots that hold no chunk, and MOST_SHARES shares of
                   one slot in GRANTED_SHARE: these *extra* slots may cost chunks. Then it gets no more
 
@@ -74,16 +74,13 @@ class Shares:
 
     def limit(self, session: Writer) -> int:
         """Return how many granted slots a session may hold; for a writer at least one."""
-        return max(1, self._exact_limit(session)) if session.writer else 0
+        return max(1, self._share // max(1, self._writers[session.uid])) if session.writer else 0
 
     def room(self, session: Writer) -> tuple[int, int]:
         """Return how many more slots a session may be granted now, and how many of these are not extra."""
         if not session.writer:
             return 0, 0
-        limit = self._exact_limit(session) if self._left_by[session.process] else self.limit(session)
+        mine = self.limit(session) - len(session.granted) - self._left_by[session.process]
         free = max(0, self._free_share - self._plain[session.uid])
         extra = max(0, self._extra_share - self._extra[session.uid])
-        return max(0, min(limit - len(session.granted), free + extra)), free
-
-    def _exact_limit(self, session: Writer) -> int:
-        return self._share // max(1, self._writers[session.uid]) - self._left_by[session.process]
+        return max(0, min(mine, free + extra)), free
