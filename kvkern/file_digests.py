@@ -21,6 +21,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from .errors import ConfigError
+from .regular_files import open_regular, write_regular
 
 SETTLE_S = 2.0  # coarser than the clock of any file system in use
 CLOCKS_APART_S = 3600.0
@@ -80,10 +81,10 @@ class FileDigests:
     ) -> bytes:
         """Return the 32-byte digest of the file's present content.
 
-        Raises OSError if it cannot be read, and ConfigError if others write it all the while.
+        Raises OSError if it is no regular file or cannot be read, and ConfigError if others write it all the while.
         """
         for _ in range(_ATTEMPTS):
-            with path.open("rb") as handle:
+            with os.fdopen(open_regular(path, follow_links=True), "rb") as handle:  # hubs keep weights behind links
                 before = Signature.of(os.fstat(handle.fileno()))
                 if (found := self._find(path, before)) is not None:
                     return found
@@ -106,13 +107,8 @@ class FileDigests:
         self._side_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         known = _read_side_file(self._side_file) | self._known
         files = {path: [signature, digest.hex()] for path, (signature, digest) in known.items() if os.path.exists(path)}
-        temporary = self._side_file.with_name(f"{self._side_file.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps({"version": SIDE_FILE_VERSION, "files": files}, indent=1))
-            temporary.chmod(0o600)
-            temporary.replace(self._side_file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = json.dumps({"version": SIDE_FILE_VERSION, "files": files}, indent=1).encode()
+        write_regular(self._side_file, content, suffix=str(os.getpid()))
         self._changed = False
 
     def _find(self, path: Path, signature: Signature) -> bytes | None:
@@ -150,7 +146,7 @@ class FileDigests:
 def _read_side_file(path: Path) -> dict[str, tuple[str, bytes]]:
     """Return path -> (signature, digest). Empty if there is no side file, others may write it, or it is none of kvkern's."""
     try:
-        with path.open("rb") as handle:
+        with os.fdopen(open_regular(path), "rb") as handle:
             status = os.fstat(handle.fileno())
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return {}

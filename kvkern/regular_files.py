@@ -73,13 +73,13 @@ def read_regular(path: StrPath, most_nbytes: int, *, follow_links: bool = False)
     return content
 
 
-def write_regular(path: Path, content: bytes, mode: int = 0o600, *, sync: bool = False) -> None:
+def write_regular(path: Path, content: bytes, mode: int = 0o600, *, suffix: str = "new", sync: bool = False) -> None:
     """Replace a file in one step, by a new file of this mode: a reader gets the old content or the new one.
 
-    A link under this name is replaced, not followed. Raises OSError; nothing is left behind then. Callers that write the
-    same path at the same time need a lock.
+    The new file is `.NAME.SUFFIX` first: callers that write at the same time need different suffixes or a lock. A link under
+    either name is replaced, not followed. Raises OSError; nothing is left behind then.
     """
-    new = path.with_name(f".{path.name}.new")
+    new = path.with_name(f".{path.name}.{suffix}")
     try:
         new.unlink(missing_ok=True)  # of a process that was killed
         with os.fdopen(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -106,6 +107,41 @@ def test_a_broken_side_file_is_none(file: Path, tmp_path: Path, content: str) ->
     digests.digest(file)
     digests.save()
     assert FileDigests(side).is_known(file)
+
+
+def test_what_another_user_put_in_the_place_of_a_file(file: Path, tmp_path: Path) -> None:
+    """A FIFO blocks nobody, and a side file behind a link is not believed."""
+    os.mkfifo(tmp_path / "fifo")
+    digests = FileDigests(tmp_path / "link.json")
+    with pytest.raises(OSError, match="it is a FIFO, not a regular file"):
+        digests.digest(tmp_path / "fifo")
+    assert not FileDigests(tmp_path / "fifo").is_known(file)
+    others = FileDigests(tmp_path / "others.json")
+    others.digest(file)
+    others.save()
+    (tmp_path / "link.json").symlink_to("others.json")
+    assert not FileDigests(tmp_path / "link.json").is_known(file)
+    (tmp_path / "weights").symlink_to(file)  # as hubs keep them
+    assert digests.digest(tmp_path / "weights") == blake3(b"abc").digest()
+    digests.save()
+    assert FileDigests(tmp_path / "link.json").is_known(file)
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("set_by_s", [-86_400.0, 86_400.0])
+def test_a_wall_clock_that_is_set(file: Path, set_by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day: a file that changes is read again."""
+    monkeypatch.setattr(file_digests, "CLOCKS_APART_S", 3600.0)
+    digests = Counting()
+    digests.digest(file)
+    real = time.time
+    monkeypatch.setattr(file_digests.time, "time", lambda: real() + set_by_s)
+    assert digests.digest(file) == blake3(b"abc").digest()
+    file.write_bytes(b"abd")
+    assert digests.digest(file) == blake3(b"abd").digest()
+    monkeypatch.setattr(file_digests.time, "time", real)
+    file.write_bytes(b"abe")
+    assert digests.digest(file) == blake3(b"abe").digest()
 
 
 def test_files_that_are_gone_leave_the_side_file(file: Path, tmp_path: Path) -> None:

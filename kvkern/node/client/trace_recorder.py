@@ -1,8 +1,9 @@
 """`kvkern record`: writes the requests of a daemon's engines as a trace that `kvkern replay` reads.
 
 A request is reported when it ends, but the trace is in order of arrival. So a request is held back for HOLD_S: by then the
-requests that arrived before it have most likely ended. Keys become numbers in the order in which they first occur, so a
-trace shows which prompts begin alike and nothing else about them.
+requests that arrived before it have most likely ended. Arrivals are counted by this process's monotonic clock, so a wall clock
+that is set meanwhile neither holds requests back nor reorders them. Keys become numbers in the order in which they first occur,
+so a trace shows which prompts begin alike and nothing else about them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .. import protocol as p
 from .admin_client import AdminClient
 
 HOLD_S = 600.0  # a request that takes longer may be written behind requests that arrived later
+MAX_AGE_S = 3600.0  # no request takes longer: if one seems to, the wall clock was set just then
 MAX_HELD = 100_000  # requests held back
 MAX_CHUNKS = 10_000_000  # distinct chunks that are numbered, at some 120 bytes each
 _STOP_NAMES = {stop: name for name, stop in STOPS.items()}
@@ -101,6 +103,12 @@ class TraceWriter:
         return line
 
 
+def on_steady_clock(request: p.Recorded) -> p.Recorded:
+    """Return a request that came just now, with its arrival by this process's monotonic clock."""
+    age_s = min(max(0.0, time.time() - request.arrived_s), MAX_AGE_S)
+    return msgspec.structs.replace(request, arrived_s=time.monotonic() - age_s)
+
+
 def record(
     socket: Path,
     out: Path,
@@ -125,8 +133,8 @@ def record(
         with AdminClient(socket, daemon_uid) as daemon, TraceWriter(out) as writer:
             for request in daemon.recorded_requests():
                 if request is not None:
-                    writer.add(request)
-                writer.write_due(time.time())
+                    writer.add(on_steady_clock(request))
+                writer.write_due(time.monotonic())
                 if stopped:
                     return writer, "a signal ended it"
                 if time.monotonic() >= end_s:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from ...policy import make_model
+from ...regular_files import NotRegularError, open_regular, write_regular
 
 if TYPE_CHECKING:
     from ...policy.grit_model import GritModel
@@ -57,6 +58,8 @@ class PolicyStateFile:
                 self.model.load(data)
                 logger.info("kvkern: the policy starts with the statistics in %s", self._path)
             _write(self._path, self.model.dump())
+        except NotRegularError as error:
+            raise ConfigError(f"policy state {self._path}: {error.strerror}") from error
         except OSError as error:
             raise ConfigError(
                 f"policy state {self._path}: {error.strerror}; create the folder, or give another --policy-state"
@@ -99,7 +102,7 @@ class PolicyStateFile:
 def _read(path: Path) -> bytes:
     """Return the file's bytes; empty if there is no file. Raises OSError; ConfigError if the file is too large."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             data = file.read(MAX_NBYTES + 1)
     except FileNotFoundError:
         return b""
@@ -112,12 +115,4 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace the file in one step: a process that reads or copies it gets the old or the new one. Raises OSError."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    write_regular(path, data, 0o666, sync=True)  # less the umask; it holds statistics only

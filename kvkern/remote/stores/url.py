@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ...config import parse_nbytes, reject_unknown, variable
 from ...errors import ConfigError
+from ...regular_files import read_regular
 
+_PASSWORD_NBYTES = 64 << 10  # the largest password_file
 EXAMPLES = "redis://host:6379, mooncake://host:50051, file:///path or s3://bucket"
 
 
@@ -136,7 +137,7 @@ def _password_of_variable(name: str) -> str:
 
 def _password_of_file(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return read_regular(path, _PASSWORD_NBYTES, follow_links=True).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The password_file {path} of the remote URL cannot be read: {error}. Give a readable file"

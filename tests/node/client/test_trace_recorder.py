@@ -41,6 +41,31 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
+@pytest.mark.parametrize("set_by_s", [-86_400.0, 86_400.0])
+def test_a_wall_clock_that_is_set(tmp_path: Path, set_by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a day, and back: the order and the times of the requests stay, and none is held back."""
+    wall_s, steady_s = 1e9, 500.0
+    monkeypatch.setattr(trace_recorder.time, "time", lambda: wall_s)
+    monkeypatch.setattr(trace_recorder.time, "monotonic", lambda: steady_s)
+    with TraceWriter(tmp_path / "t.jsonl") as writer:
+        for number, jump_s in enumerate((0.0, set_by_s, -set_by_s)):
+            wall_s += jump_s + 10.0
+            steady_s += 10.0
+            writer.add(trace_recorder.on_steady_clock(recorded(wall_s - 2.0, A[: number + 1])))
+        writer.write_due(steady_s + HOLD_S)
+        assert writer._held == []
+    assert [(line["timestamp"], len(line["hash_ids"])) for line in lines_of(tmp_path / "t.jsonl")] == [
+        (0, 1), (10_000, 2), (20_000, 3),
+    ]  # fmt: skip
+
+
+def test_a_wall_clock_that_is_set_while_a_request_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for set_by_s, age_s in ((86_400.0, trace_recorder.MAX_AGE_S), (-86_400.0, 0.0)):
+        monkeypatch.setattr(trace_recorder.time, "time", lambda set_by_s=set_by_s: 1e9 + set_by_s)
+        monkeypatch.setattr(trace_recorder.time, "monotonic", lambda: 90_000.0)
+        assert trace_recorder.on_steady_clock(recorded(1e9 - 1, A)).arrived_s == 90_000.0 - age_s
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
 def test_lines_are_in_the_order_of_arrival(tmp_path: Path, name: str) -> None:
     with TraceWriter(tmp_path / name) as writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -119,8 +120,28 @@ def test_a_file_that_cannot_be_written_is_an_error_at_start(folder: Path, tmp_pa
     with pytest.raises(ConfigError, match="create the folder"):
         asyncio.run(Server(replace(config, policy_state=tmp_path / "gone" / "state")).run())
     (tmp_path / "state").mkdir()
-    with pytest.raises(ConfigError, match="state: Is a directory"):
+    with pytest.raises(ConfigError, match="which is a folder"):
         asyncio.run(Server(replace(config, policy_state=tmp_path / "state")).run())
+
+
+@pytest.mark.parametrize("plant", ["fifo", "link"])
+def test_what_another_user_put_in_its_place(tmp_path: Path, plant: str) -> None:
+    """Nothing blocks, and nothing is read or written through a link."""
+    others = tmp_path / "others"
+    others.write_bytes(b"theirs")
+    if plant == "fifo":
+        os.mkfifo(tmp_path / "state")
+    else:
+        (tmp_path / "state").symlink_to(others)
+    kind = {"fifo": "a FIFO", "link": "a symbolic link"}[plant]
+    with pytest.raises(ConfigError, match=f"policy state {tmp_path}/state: it is {kind}, not a regular file"):
+        PolicyStateFile("grit", tmp_path / "state").load()
+    (tmp_path / "state").unlink()
+    (tmp_path / ".state.new").symlink_to(others)
+    PolicyStateFile("grit", tmp_path / "state").load()
+    assert events_in(tmp_path / "state") == 0.0
+    assert others.read_bytes() == b"theirs"
+    assert not (tmp_path / ".state.new").exists()
 
 
 def test_two_daemons_do_not_have_the_same_file(make_daemon: MakeDaemon, tmp_path: Path) -> None:

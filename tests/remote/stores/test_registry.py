@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +57,9 @@ def test_a_password_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "p").write_text("hush\n")
     url = RemoteUrl.parse(f"redis://h?password_file={tmp_path}/p")
     assert (url.password, dict(url.options)) == ("hush", {})
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match=r"password_file .* cannot be read: .*it is a FIFO, not a regular file"):
+        RemoteUrl.parse(f"redis://h?password_file={tmp_path}/fifo")
     with pytest.raises(ConfigError, match=r"password_file .* cannot be read: .*No such file"):
         RemoteUrl.parse(f"redis://h?password_file={tmp_path}/q")
 
