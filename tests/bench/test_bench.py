@@ -100,14 +100,28 @@ def test_paged_copy(tmp_path: Path) -> None:
     assert files_left("copy|memcpy") == set()
 
 
+FLOODED = ("flooded_unread", "flooded_read")
+
+
 @pytest.mark.slow
 def test_node(tmp_path: Path) -> None:
     result, printed = run_quick("node", tmp_path)
     rows = {row["case"]: row for row in result["rows"]}
-    assert list(rows) == ["together", "lookup", "echo", "acquire", "acquire_copying", "load", "store", "memory"]
+    assert list(rows) == [
+        "together",
+        "lookup",
+        "echo",
+        "acquire",
+        "acquire_copying",
+        *FLOODED,
+        "load",
+        "store",
+        "memory",
+    ]
     assert rows["together"]["clients"] == 8
     assert rows["together"]["stored_chunks"] == rows["together"]["found_chunks"] == 8 * 128
-    for case, clients in (("lookup", 1), ("echo", 8), ("acquire", 8), ("acquire_copying", 8)):
+    cases = {"lookup": 1, "echo": 8, "acquire": 8, "acquire_copying": 8} | dict.fromkeys(FLOODED, 1)
+    for case, clients in cases.items():
         assert (rows[case]["clients"], rows[case]["chunks"]) == (clients, 128)
         assert 0 < rows[case]["p50_us"] <= rows[case]["p99_us"]
     assert rows["acquire_copying"]["gb_s"] > 0
