@@ -19,6 +19,8 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link",
 }  # fmt: skip
 
+_ALWAYS = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
 StrPath = str | os.PathLike[str]
 
 
@@ -42,18 +44,24 @@ def open_regular(
 
     Raises NotRegularError if something else has this name, and the other OSErrors of the system.
     """
+    return open_with_status(path, flags, mode, follow_links=follow_links, dir_fd=dir_fd)[0]
+
+
+def open_with_status(
+    path: StrPath, flags: int, mode: int = 0o600, *, follow_links: bool = False, dir_fd: int | None = None
+) -> tuple[int, os.stat_result]:
+    """Like `open_regular`, and return the file's status too."""
     follow = 0 if follow_links else os.O_NOFOLLOW
     try:
-        fd = os.open(
-            path, flags & ~os.O_TRUNC | follow | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, mode, dir_fd=dir_fd
-        )
+        fd = os.open(path, flags & ~os.O_TRUNC | follow | _ALWAYS, mode, dir_fd=dir_fd)
     except OSError as error:
         kind = _kind_of(path, follow_links, dir_fd) if error.errno in _OF_A_KIND else None
         if kind is None:
             raise
         raise NotRegularError(kind, path) from error
     try:
-        kind = _kind(os.fstat(fd).st_mode)
+        status = os.fstat(fd)
+        kind = _kind(status.st_mode)
         if kind is not None:
             raise NotRegularError(kind, path)
         if flags & os.O_TRUNC:
@@ -61,7 +69,7 @@ def open_regular(
     except OSError:
         os.close(fd)
         raise
-    return fd
+    return fd, status
 
 
 def read_regular(path: StrPath, most_nbytes: int, *, follow_links: bool = False) -> bytes:

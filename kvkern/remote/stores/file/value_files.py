@@ -24,11 +24,11 @@ from secrets import token_hex
 import numpy as np
 
 from ....errors import ConfigError
-from ....regular_files import NotRegularError, open_regular
+from ....regular_files import NotRegularError, open_with_status
 from ..base import Got, Parts, value_name
 from .capacity import REFRESH_S
 from .clock import FileSystemClock
-from .folders import LinkedFolderError, open_folder, who_else_may_write
+from .folders import LinkedFolderError, open_folder, open_inner_folder, who_else_may_write
 
 logger = logging.getLogger("kvkern")
 
@@ -117,13 +117,14 @@ class ValueFolder:
     def touch(self, name: str, nbytes: int) -> bool:
         """Note that a value of this size is used. Returns False if there is none."""
         try:
-            fd = self._open(name, 0)
+            opened = self._open(name, 0)
         except (FileNotFoundError, PermissionError):
             return False
-        if fd is None:
+        if opened is None:
             return False
+        fd, found = opened
         try:
-            if os.fstat(fd).st_size != nbytes:
+            if found.st_size != nbytes:
                 return False
             _touch(fd)
             return True
@@ -203,13 +204,13 @@ class ValueFolder:
         nbytes = len(into[0]) + len(into[1])
         direct = self._direct_flag(into)
         try:
-            fd = self._open(name, direct)
+            opened = self._open(name, direct)
         except FileNotFoundError:
             return Got.MISS
-        if fd is None:
+        if opened is None:
             return Got.MISS
+        fd, found = opened
         try:
-            found = os.fstat(fd)
             # Through the page cache, reading the header alone makes the kernel read ahead while it copies.
             if found.st_size != nbytes or _move_all(os.preadv, fd, into, together=bool(direct)) != nbytes:
                 return Got.WRONG_SIZE
@@ -220,13 +221,13 @@ class ValueFolder:
         finally:
             os.close(fd)
 
-    def _open(self, name: str, direct: int) -> int | None:
-        """Open a value to read it. Returns None if what has its name is no value. Raises OSError."""
+    def _open(self, name: str, direct: int) -> tuple[int, os.stat_result] | None:
+        """Open a value to read it, with its status. Returns None if what has its name is no value. Raises OSError."""
         directory, _, file = name.rpartition("/")
         try:
-            folder = open_folder(self._root, directory)
+            folder = open_inner_folder(self._root, directory)
             try:
-                fd = open_regular(file, os.O_RDONLY | direct, dir_fd=folder)
+                fd, found = open_with_status(file, os.O_RDONLY | direct, dir_fd=folder)
             finally:
                 os.close(folder)
         except LinkedFolderError:
@@ -238,12 +239,11 @@ class ValueFolder:
         except BlockingIOError:
             self._say(name, "another process holds a lease of the file")
             return None
-        found = os.fstat(fd)
         if not self._is_trusted(found):
             os.close(fd)
             self._say(name, f"it belongs to the user {found.st_uid}, to whom the folder gives no rights")
             return None
-        return fd
+        return fd, found
 
     def _is_trusted(self, found: os.stat_result) -> bool:
         """Return True if a file was written by someone to whom the directory gives rights."""
