@@ -5,7 +5,7 @@ Every client of a daemon maps the arena and can write all of it. A mapping of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import pytest
 import kvkern
 from kvkern.api import PagedCache
 from kvkern.arena.file import Arena, read_spec
-from kvkern.arena.slots import MAX_GENERATION, SlotState, seal
-from kvkern.kernels.checksum import checksum
+from kvkern.arena.slots import MAX_GENERATION, SlotState
 from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.policy.persist_modes import Persist
 from kvkern.tiers.base import Reservation
 from kvkern.tiers.slot_headers import begin_slots
-from tests.node.conftest import Daemon, MakeClient, eventually, hits, store, write_payload
+from tests.node.conftest import Daemon, MakeClient, eventually, hits, reseal, store, write_payload
 from tests.remote.nodes import A, node
 from tests.remote.stores.memory import MemoryStore
 from tests.small_cache import CHUNK, ELSEWHERE, PER_CHUNK, TABLE, TOKENS, blocks_of, make_tensors, same
@@ -38,18 +37,6 @@ def open_cache(daemon: Daemon, seed: int = 0) -> tuple[PagedCache, list[Any]]:
         socket=str(daemon.socket), threads=1,
     )  # fmt: skip
     return cache, tensors
-
-
-def reseal(arena: Arena, slots: Sequence[int]) -> None:
-    """Overwrite the payload of complete slots, and put checksums into their headers with which it verifies."""
-    headers = arena.headers
-    for slot in slots:
-        part, begin = arena.parts(0)[slot], 0
-        part[:64] ^= 0xFF
-        sealed = seal(headers["key"][slot : slot + 1], headers["generation"][slot : slot + 1])
-        for plane, nbytes in enumerate(headers["plane_nbytes"][slot, 0].tolist()):
-            headers["checksum"][slot, 0, plane] = np.uint64(checksum(part[begin : begin + nbytes])) ^ sealed[0]
-            begin += nbytes
 
 
 def ready_slots(arena: Arena) -> list[int]:

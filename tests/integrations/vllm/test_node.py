@@ -22,7 +22,7 @@ from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.trace_recorder import TraceWriter
 from tests.integrations.vllm.engine import TOOL_CALL_TOKEN, Engine, Reply, prompt
-from tests.node.conftest import ROOT, Daemon, eventually
+from tests.node.conftest import ROOT, Daemon, eventually, reseal
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 IDLE = {"leases": 0, "quarantined_leases": 0, "quarantined_slots": 0}
@@ -156,8 +156,10 @@ def test_a_killed_daemon_is_a_miss_and_a_restarted_one_serves_what_was_stored(
     eventually(lambda: idle(daemon), "an idle daemon")
 
 
-def test_a_spoiled_chunk_of_the_node_is_computed_again(node_engine: Engine, daemon: Daemon) -> None:
-    text = prompt(700, 106)
+@pytest.mark.parametrize("forged", [False, True], ids=["a_bit", "with_its_checksums"])
+def test_a_spoiled_chunk_of_the_node_is_computed_again(node_engine: Engine, daemon: Daemon, forged: bool) -> None:
+    """Also if checksums that fit the other bytes are put into its header: the daemon has told what they were."""
+    text = prompt(700, 116 + forged)
     known = daemon.ask(p.List(1, b"", 1000))
     first = node_engine.one(text)
     node_engine.reset_native()
@@ -165,7 +167,10 @@ def test_a_spoiled_chunk_of_the_node_is_computed_again(node_engine: Engine, daem
     (spoiled,) = [
         row for row in daemon.ask(p.List(1, b"", 1000)) if row["position"] == 5 and row["key"] not in before_keys
     ]
-    node_engine.cache.arena.parts(0)[spoiled["slot"], 99] ^= 1
+    if forged:
+        reseal(node_engine.cache.arena, [spoiled["slot"]])
+    else:
+        node_engine.cache.arena.parts(0)[spoiled["slot"], 99] ^= 1
     before = node_engine.cache.counters.bad_chunks
     again = node_engine.one(text)
     assert (again.tokens, again.cached_tokens) == (first.tokens, 0)
