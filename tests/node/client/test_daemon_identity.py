@@ -134,9 +134,9 @@ def test_the_arenas_mode(tmp_path: Path, mode: int) -> None:
 
 
 def test_the_arenas_owner_and_kind(tmp_path: Path) -> None:
-    with tempfile.TemporaryFile(dir=tmp_path) as file:
-        with pytest.raises(ArenaError, match=f"it belongs to uid {os.getuid()}, but uid 7001 serves on the socket"):
-            check_arena(file.fileno(), tmp_path / "a", 7001)
+    wrong = f"it belongs to uid {os.getuid()}, but uid 7001 serves on the socket"
+    with tempfile.TemporaryFile(dir=tmp_path) as file, pytest.raises(ArenaError, match=wrong):
+        check_arena(file.fileno(), tmp_path / "a", 7001)
     read, write = os.pipe()
     try:
         assert stat.S_ISFIFO(os.fstat(read).st_mode)
