@@ -298,3 +298,25 @@ def test_a_password_is_never_printed(folder: Path, tmp_path: Path) -> None:
     assert "hush" not in repr(config)
     with pytest.raises(ConfigError, match="persist"):
         replace(config, remote=replace(remote, persist="some"))
+
+
+def test_fifos_in_the_place_of_values_cost_only_those_values(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """No thread of the daemon waits for their other ends: it serves all others, counts no fault, and hears SIGTERM."""
+    path = tmp_path / "store"
+    options = ["--remote", f"file://{path}?threads=2", "--persist", "all"]
+    one, two = (make_daemon(options=["--name", name, *options]) for name in ("one", "two"))
+    with closing(one.start().client()) as client:
+        for chain in (A, B):
+            eventually(lambda chain=chain: store(client, chain) == 6 or hits(client, chain) == 6, "slots")
+        eventually(lambda: len(list(path.glob("kvkern1/??/????????*"))) == 12, "that all values are written")
+    for key in A:
+        value = path / "kvkern1" / key.hex()[:2] / key.hex()
+        value.unlink()
+        os.mkfifo(value)
+    with closing(two.start().client()) as client:
+        assert hits(client, A) == 0
+        assert hits(client, B) == 6
+        assert hits(client, A) == 0
+        row = two.stat()
+        assert (row["remote_works"], row["remote_failures"], row["remote_bad_chunks"]) == (1, 0, 0)
+    assert two.stop() == one.stop() == 0
