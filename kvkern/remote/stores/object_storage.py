@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,6 +119,9 @@ def _gs(url: RemoteUrl, **common: object) -> Any:
             f"{url} has a user and a password, which gs:// does not use. Give service_account=PATH, or leave the "
             f"credentials to the environment"
         )
+    account = url.text("service_account")
+    if account and not Path(account).is_file():  # the library would wait for the other end of a FIFO
+        raise ConfigError(f"service_account of {url} is {account!r}, which is not a file. Name the account's JSON")
     names = {"service_account": "service_account", "endpoint": "base_url"}
     return GCSStore(url.host, **{to: url.text(name) for name, to in names.items() if url.text(name)}, **common)
 
