@@ -124,7 +124,8 @@ def bench(server: ObjectServer, obstore_alone: None) -> Iterator[Bench]:
     ("s3://b?regin=x", "unknown key 'regin'.*did you mean 'region'"), ("gs://b?region=x", "unknown key 'region'"),
     ("gs://me:p@b", "has a user and a password, which gs:// does not use"), ("az://b?region=x", "unknown key 'region'"),
     ("s3://b?concurrency=0", "concurrency of s3://b is '0'"), ("s3://b?virtual_hosted=1", "virtual_hosted of s3://b is '1'"),
-    ("az://b", "az://b cannot be used: .*[Aa]ccount"), ("gs://b?service_account=/no/such", "service_account of gs://b is '/no/such', which is not a file"),
+    ("az://b", "az://b cannot be used: .*[Aa]ccount"),
+    ("gs://b?service_account=/no/such", "service_account of gs://b is '/no/such', which is not a file"),
     ("gs://b?service_account=/dev/null", "service_account of gs://b is '/dev/null', which is not a file"),
 ])  # fmt: skip
 def test_urls_that_are_none(url: str, message: str) -> None:
