@@ -140,7 +140,15 @@ def _demo(options: Options, plan: Plan | None, clock: PhaseClock) -> int:
 
 def _check(options: Options) -> None:
     """Check the options before the demo takes minutes. Raises ConfigError."""
-    checked_folder(options.workdir, "workdir", make=True)
+    workdir = checked_folder(options.workdir, "workdir", make=True)
+    if workdir.is_dir() and not os.access(workdir, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"workdir is {str(workdir)!r}, in which uid {os.getuid()} can make no files; give another folder"
+        )
+    if workdir == default_workdir() and workdir.is_dir() and workdir.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{workdir} belongs to uid {workdir.stat().st_uid}, who has taken the name of this user's workdir; give --workdir"
+        )
     if options.model is not None:
         checked_folder(options.model, "model")
     for name, out in (("json", options.json_path), ("chart", options.chart_path)):

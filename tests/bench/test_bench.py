@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvkern.arena.folder import arena_folder
 from tests.remote.required_servers import need
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +31,20 @@ def run_quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]
     return json.loads(out.read_text()), done.stdout
 
 
-LEFT_BEFORE = frozenset(os.listdir("/dev/shm"))  # by runs that were killed
+def names_in_shared_memory() -> set[str]:
+    """Return the names of all files in /dev/shm, and in the folder of this user's arenas there."""
+    folder = arena_folder(Path("/dev/shm"))
+    with suppress(FileNotFoundError):
+        return {*os.listdir("/dev/shm"), *os.listdir(folder)}
+    return set(os.listdir("/dev/shm"))
+
+
+LEFT_BEFORE = frozenset(names_in_shared_memory())  # by runs that were killed
 
 
 def files_left(own: str) -> set[str]:
     """Return the files that a bench left in /dev/shm. `own` matches its arenas' names, because other benches may be running."""
-    names = set(os.listdir("/dev/shm")) - LEFT_BEFORE
+    names = names_in_shared_memory() - LEFT_BEFORE
     return {name for name in names if re.match(rf"kvkern-{os.getuid()}-bench-(?:{own})", name)}
 
 

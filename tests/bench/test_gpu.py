@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.bench.test_bench import names_in_shared_memory
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 MARK = "pytest.mark." + "gpu"
@@ -76,7 +78,7 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     charts = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert charts == ["gpu_copy.svg", "gpu_interference.svg", "gpu_paths.svg"]
     assert all("NO MEASUREMENT" in (tmp_path / "plots" / name).read_text() for name in charts)
-    assert not [n for n in os.listdir("/dev/shm") if n.startswith(f"kvkern-{os.getuid()}-bench-gpu")]
+    assert not [n for n in names_in_shared_memory() if n.startswith(f"kvkern-{os.getuid()}-bench-gpu")]
 
 
 def check_rows(rows: dict[str, list[dict[str, Any]]]) -> None:

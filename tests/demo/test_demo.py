@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -412,3 +413,20 @@ def test_messages_survive_the_pipe_bit_for_bit() -> None:
     assert messages.decode_event(messages.encode(answer)) == answer
     assert messages.decode_job(messages.encode(job)) == job
     assert messages.encode(answer).count(b"\n") == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: only root can make a folder of another user")
+def test_a_workdir_that_another_user_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All users share the folder of temporary files. What the demo builds and logs does not go to whoever took the name."""
+    workdir = tmp_path / "kvkern-demo-0"
+    workdir.mkdir()
+    os.chown(workdir, 7002, 7002)
+    monkeypatch.setattr(run, "default_workdir", lambda: workdir)
+    model_folder(tmp_path)
+    assert run.demo(run.Options(model=tmp_path, workdir=workdir), PLAN) == run.EXIT_NOT_READY
+    assert (
+        "belongs to uid 7002, who has taken the name of this user's workdir; give --workdir" in capsys.readouterr().out
+    )
+    assert list(workdir.iterdir()) == []
