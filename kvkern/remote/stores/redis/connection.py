@@ -20,12 +20,12 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis import Connection, SSLConnection, UnixDomainSocketConnection, exceptions
+from redis import Connection, UnixDomainSocketConnection, exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -193,6 +193,25 @@ def _without_first(pieces: Sequence[memoryview], nbytes: int) -> list[memoryview
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM format, read for every connection, so that certificates may be renewed while kvkern runs."""
+
+    ca_file: str  # the authorities that may sign the server's certificate; empty: the system's
+    cert_file: str  # the client's certificate; empty: none
+    key_file: str  # its key; empty: in `cert_file`
+    verify: bool  # False: any certificate will do
+
+    def wrapped(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
+        """Return the socket with TLS. The handshake as a whole ends within the socket's timeout. Raises OSError."""
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if not self.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.cert_file:
+            context.load_cert_chain(self.cert_file, self.key_file or None)
+        return context.wrap_socket(sock, server_hostname=host)
+
+
+@dataclass(frozen=True, slots=True)
 class Dialer:
     """How to reach and log in to the servers of a store."""
 
@@ -200,7 +219,7 @@ class Dialer:
     password: str = field(default="", repr=False)
     database: int = 0
     socket_path: str = ""  # a Unix socket, used for every address
-    tls: Mapping[str, Any] | None = None  # arguments of redis.SSLConnection
+    tls: Tls | None = None
     _dialled: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet, repr=False, compare=False)  # connections
     _interrupted: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)  # of `_dialled`
@@ -211,12 +230,18 @@ class Dialer:
             raise RemoteError("the store is being closed: no call is made now")
         try:
             connection = self._connection(address, deadline)
-            with self._lock:
-                self._dialled.add(connection)
-            connection._sock = (
-                connection._connect()
-            )  # without what redis-py says first: its waits have no common deadline
+        except (OSError, ValueError) as error:
+            raise self.failure(address, error) from error
+        with self._lock:
+            self._dialled.add(connection)
+        try:
+            # Without what redis-py says first: its waits have no common deadline.
+            sock = connection._sock = connection._connect()  # set, so that `disconnect` closes it
+            if self.tls is not None:
+                sock.settimeout(seconds_left(deadline))
+                connection._sock = self.tls.wrapped(sock, address[0])
         except (exceptions.RedisError, OSError, ValueError) as error:
+            connection.disconnect()
             raise self.failure(address, error) from error
         return connection
 
@@ -238,17 +263,17 @@ class Dialer:
     def _connection(self, address: Address, deadline: float) -> Any:
         seconds = seconds_left(deadline)
         options: dict[str, Any] = {
-            "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": seconds / 2,  # of the TLS handshake as a whole
+            "protocol": 2, "retry": Retry(NoBackoff(), 0), "socket_timeout": seconds,
         }  # fmt: skip
         if self.socket_path:
             return UnixDomainSocketConnection(path=self.socket_path, **options, socket_connect_timeout=seconds)
         host, port = address
         addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)  # each address gets a share of the time
         options |= {
-            "host": host, "port": port, "socket_connect_timeout": seconds / (1 if self.tls is None else 2) / len(addresses),
+            "host": host, "port": port, "socket_connect_timeout": seconds / len(addresses),
             "socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE,
         }  # fmt: skip
-        return Connection(**options) if self.tls is None else SSLConnection(**options, **self.tls)
+        return Connection(**options)
 
     def failure(self, address: Address, error: BaseException) -> RemoteError:
         """Make the error for a connection that could not be opened."""
@@ -276,7 +301,7 @@ class Dialer:
             return "" if late else ". If it wants TLS, say rediss:// or valkeys://"
         if late:
             return ". If it does not speak TLS, say redis:// or valkey://"
-        return "" if self.tls["ssl_certfile"] else ". If it wants a client certificate, give cert_file and key_file"
+        return "" if self.tls.cert_file else ". If it wants a client certificate, give cert_file and key_file"
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:

@@ -41,7 +41,7 @@ from ..base import Got, Parts, RemoteError, RemoteStore, value_name
 from ..blocking_calls import BlockingCalls
 from ..url import RemoteUrl
 from .batch import WINDOW_NBYTES, AskBatch, ConnectionShare, GetBatch, KeyBatch, PutBatch
-from .connection import Address, Dialer, RefusedError
+from .connection import Address, Dialer, RefusedError, Tls
 from .servers import Cluster, OneServer, RedisServer, RedisServers
 
 _PORT = 6379
@@ -217,16 +217,11 @@ def _database(url: RemoteUrl, cluster: bool) -> int:
     return int(text)
 
 
-def _tls(url: RemoteUrl) -> dict[str, Any]:
+def _tls(url: RemoteUrl) -> Tls:
     files = {name: url.text(name) for name in ("ca_file", "cert_file", "key_file")}
     for name, path in files.items():
         if path and not Path(path).is_file():
             raise ConfigError(f"{name} of {url} is {path!r}, which is not a file. Name a file in PEM format")
     if files["key_file"] and not files["cert_file"]:
         raise ConfigError(f"{url} has key_file but no cert_file. Give both or neither")
-    verify = url.flag("verify", True)
-    return {
-        "ssl_cert_reqs": "required" if verify else "none", "ssl_check_hostname": verify,
-        "ssl_ca_certs": files["ca_file"] or None, "ssl_certfile": files["cert_file"] or None,
-        "ssl_keyfile": files["key_file"] or None,
-    }  # fmt: skip
+    return Tls(**files, verify=url.flag("verify", True))

@@ -414,6 +414,16 @@ def test_certificates_that_prove_nothing(folder: Path, tls: RedisServer, certifi
             assert "cmdstat_auth" not in client.info("commandstats")
 
 
+def test_only_the_named_authority_counts(tls: RedisServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the system beside it."""
+    monkeypatch.setenv("SSL_CERT_FILE", f"{folder}/ca.crt")
+    ours = f"cert_file={folder}/server.crt&key_file={folder}/server.key"
+    url = f"rediss://me:se%40cret@127.0.0.1:{tls.port}?{ours}"
+    with bench_of(url) as bench:
+        assert bench.put([key_of(1)], bench.values()[:1]) == [True]
+    assert "does not verify" in refused(f"{url}&ca_file={folder}/other.crt")
+
+
 def test_tls_on_one_side_only(monkeypatch: pytest.MonkeyPatch, server: RedisServer, tls: RedisServer) -> None:
     monkeypatch.setattr("kvkern.remote.stores.redis.store._OPEN_S", 0.3)
     for url, says in {
