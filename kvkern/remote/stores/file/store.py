@@ -16,7 +16,8 @@ sync       fdatasync before the rename. Without it, a power cut or kernel crash 
            For the others the tier verifies checksums: such a value is a miss and is deleted. It never gives wrong bytes.
 scan_s     the least time between two scans; after a long scan the next one waits twenty times as long as it took
 
-Only the owner may read the files (0600). If the directory itself gives rights to its group, its files do too. If a file
+Only the owner may read the files (0600). If the directory itself gives rights to its group, its files do too. No link below
+the directory is followed, and no file of a user without rights there is read (folders.py, value_files.py). If a file
 system hangs, as a hard NFS mount does when its server is gone, it holds the threads and the call beyond the timeout.
 Mount such file systems `soft`.
 """
