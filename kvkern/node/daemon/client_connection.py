@@ -28,6 +28,7 @@ from .sessions import MAX_NAMESPACES, Session
 logger = logging.getLogger("kvkern")
 
 HELLO_S = 5.0  # a connection that has not sent Hello by then is closed
+MAX_OPENING_S = 0.01  # what a client is charged at most for being let in
 REQUEST_S = 10.0  # how long a request may take to arrive, from its first byte to its last
 STALLED_S = 30.0  # a client that has not read a byte of its waiting answers for so long is gone
 MAX_HELLO_NBYTES = 4096  # of the first frame
@@ -126,17 +127,20 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the session."""
-        self._transport = None
+        began_s, self._transport = time.perf_counter(), None
         self._forget_unread()
-        if self in self._owner.connections:
-            self._owner.connections.discard(self)
-            self._owner.admission.leave(self.peer)
-            self._owner.turns.end(self.peer.pid, self.turns_end_s)
         if self._hello_deadline is not None:
             self._hello_deadline.cancel()
-        if self.session is not None:
-            self._owner.end_session(self.session)
-            self.session = None
+        try:
+            if self.session is not None:
+                self._owner.end_session(self.session)
+                self.session = None
+        finally:
+            if self in self._owner.connections:
+                self._owner.connections.discard(self)
+                self._owner.admission.leave(self.peer)
+                self._owner.turns.charge(self, time.perf_counter() - began_s)
+                self._owner.turns.end(self.peer.pid, self.turns_end_s)
 
     # -- what the daemon calls -----------------------------------------------------------------------------------------
 
@@ -284,13 +288,15 @@ class ClientConnection(asyncio.Protocol):
 
     async def _open(self, hello: p.Hello) -> None:
         """Open the session. Requests that arrive meanwhile wait."""
-        done = False
+        done, began_s = False, time.perf_counter()
         try:
             self.session = await self._owner.open_session(self, hello)
             done = True
         except (KvkernError, OSError) as error:
             self.refuse(str(error))
         finally:
+            # The time to make the arena is not the thread's, so not all of it counts.
+            self._owner.turns.charge(self, min(time.perf_counter() - began_s, MAX_OPENING_S))
             self._opening = None  # asyncio reports a failed task as soon as nothing refers to it
             if not done:  # an unexpected error, which asyncio logs
                 self.refuse("the daemon failed while it let this client in; its log says why")

@@ -62,6 +62,10 @@ class FairTurns:
         """A connection has ended."""
         self._ended.put(pid, max(turns_end_s, self._ended.get(pid, 0.0)))
 
+    def charge(self, worker: Worker, seconds: float) -> None:
+        """Count time that the thread spent on a client outside its turns, for example to let it in or to end its session."""
+        worker.turns_end_s = max(self._start_s - CREDIT_S, worker.turns_end_s) + seconds
+
     def ask(self, worker: Worker) -> None:
         """Give the client a turn, now or soon. Call it when the client has something to do."""
         if worker.queued:

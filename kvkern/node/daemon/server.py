@@ -114,6 +114,7 @@ class Server:
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
         self._stopping = asyncio.Event()
         self._draining = False
+        self._limits_changed, self._limits_told_s = False, 0.0  # a writer has come, and not all are told yet
         self._unused_store: StoreThread | None = None  # the opened store, until there is an arena
         self._remote: RemoteTier | None = None
         self._waiting: dict[Future[Lease], tuple[ClientConnection, int]] = {}  # acquires that wait for the remote store
@@ -177,6 +178,7 @@ class Server:
     def _sweep(self) -> None:
         if self.sessions is not None:
             self.sessions.sweep()
+            self._send_new_limits(self.sessions)
             self._send_changes()
             self._policy_state.save_when_due()
 
@@ -248,13 +250,21 @@ class Server:
         writer = hello.index and hello.geometry is not None
         session = self.sessions.attach(process, hello.engine, writer, uid)
         if session.writer:
-            self._send_limits(other for other in self.sessions.sessions.values() if other.writer)
+            self._limits_changed = True
+            self._send_new_limits(self.sessions)
         try:
             self._send_welcome(connection, hello, self.sessions, self._arena)
         except BaseException:
             self.end_session(session)
             raise
         return session
+
+    def _send_new_limits(self, state: Sessions) -> None:
+        """Tell all writers that another has come: at once, but not again before the next sweep, however many come."""
+        writers = [session for session in state.sessions.values() if session.writer]
+        if self._limits_changed and time.monotonic() - self._limits_told_s >= SWEEP_S / 2:
+            self._limits_changed, self._limits_told_s = False, time.monotonic() if writers[1:] else 0.0
+            self._send_limits(writers)
 
     def _send_limits(self, sessions: Iterable[Session]) -> None:
         """Tell writers how many slots they may hold, now that it is less. They give back their stock above it."""
@@ -436,8 +446,7 @@ class Server:
 
     def _send_recorded(self, ended: p.Finish) -> None:
         """Send a request that has ended to the clients that record."""
-        listeners = [connection for connection in self.connections if connection.wants_requests]
-        if not listeners:
+        if not (listeners := [connection for connection in self.connections if connection.wants_requests]):
             return
         recorded = p.Recorded(
             time.time() - ended.age_s, ended.keys, ended.prompt_tokens, ended.output_tokens, ended.stop, ended.session

@@ -136,6 +136,7 @@ class Sessions:
         self._next_session = self._next_lease = 0
         # every process that a named engine with a session ever had
         self._engine_processes: dict[Team, set[Process]] = {}
+        self._recorded: set[Process] = set()  # those that the arena lists
         self._settled: set[Team] = set()  # engines that have no transfer from before this daemon under way
         self._limited = self._quotas.smallest_nbytes() is not None
         if self._limited:
@@ -180,8 +181,9 @@ class Sessions:
 
     def attach(self, process: Process, engine: str, writer: bool, uid: int = 0) -> Session:
         """Open a session for a client. Raises ArenaError if too many processes use the arena."""
-        self.sweep()
-        if len(self._processes() | {process}) > MAX_PROCESSES:
+        if self._is_full(process):
+            self.sweep()
+        if self._is_full(process):
             raise ArenaError(
                 f"{MAX_PROCESSES} processes use this cache already, the limit; end some, or run another daemon"
             )
@@ -194,8 +196,12 @@ class Sessions:
             for held in self.quarantines:
                 if held.holder is None:
                     held.processes.discard(process)
-        self._record_processes()
+        if process not in self._recorded:
+            self._record_processes()
         return session
+
+    def _is_full(self, process: Process) -> bool:
+        return process not in self._recorded and len(self._processes() | {process}) > MAX_PROCESSES
 
     def detach(self, session: Session) -> None:
         """End a session. What it held is freed when no process can be using it any more."""
@@ -203,7 +209,8 @@ class Sessions:
         self.cache.forget_client(session.number)
         team = session.team
         same = [other for other in self.sessions.values() if other.team == team]
-        if session.leases or session.granted:
+        held_any = bool(session.leases or session.granted)
+        if held_any:
             later = [other for other in same if other.process == session.process and other.number > session.number]
             processes = self._mates(session)
             if session.engine and any(other.settled for other in later):
@@ -218,8 +225,8 @@ class Sessions:
             self._settled.discard(team)
         if team is not None and not same:
             self._engine_processes.pop(team, None)
-        self.sweep()
-        self._record_processes()
+        if held_any or any(session.process in held.processes for held in self.quarantines):
+            self.sweep()  # else the next regular sweep is soon enough: to connect and hang up must cost others little
 
     def settle(self, session: Session) -> None:
         """The transfers that the engine began on earlier connections have ended. End the quarantines of its process."""
@@ -242,7 +249,10 @@ class Sessions:
         return {session.process} | known
 
     def sweep(self) -> None:
-        """End quarantines past their deadline or whose processes are gone. Then apply quotas. Call it regularly."""
+        """End quarantines past their deadline or whose processes are gone. Then apply quotas. Call it regularly.
+
+        A process that has left stays in the arena's list until then. The next daemon sees by itself that it is gone.
+        """
         now, kept = self._clock(), []
         watched = [*self._engine_processes.values(), *(held.processes for held in self.quarantines)]
         gone = {process for process in set().union(*watched) if not self._alive(*process)}
@@ -258,6 +268,8 @@ class Sessions:
                 self.cache.release(lease)
             self.cache.give_back(held.slots)
         self.quarantines = kept
+        if self._recorded != self._processes():
+            self._record_processes()
         for namespace in self.cache.take_grown_namespaces() if self._limited else ():
             if (limit := self._slot_limit(namespace)) is not None:
                 self.cache.trim(namespace, limit)
@@ -464,6 +476,7 @@ class Sessions:
         A process keeps its row, so a kill of this daemon between two writes hides no other process.
         """
         rows, new = self.arena.processes, self._processes()
+        self._recorded = set(new)
         for row, process in enumerate(rows.tolist()):
             if process in new:
                 new.discard(process)

@@ -310,6 +310,7 @@ def test_a_process_keeps_its_row(world: World) -> None:
     world.engine((100, 1), "z")
     assert world.arena.processes.tolist()[:2] == rows[:2]
     world.kill((300, 1))
+    world.sessions.sweep()
     assert world.arena.processes.tolist()[:3] == [(0, 0), *rows[1:2], (100, 1)]
 
 
