@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 
 import pytest
 
+from kvkern.errors import ConfigError
 from kvkern.node import framing
 from kvkern.node import protocol as p
 from tests.node.conftest import PATIENCE_S, SIZES, Daemon, MakeDaemon, Peer, eventually, store
@@ -142,6 +143,13 @@ def test_a_daemon_with_few_open_files(make_daemon: MakeDaemon) -> None:
     with other_user(daemon.socket, code, uid=0) as crowd:
         assert said(crowd) == ["72 connections are open already, the limit; close some, or run another daemon"]
         assert daemon.alive
+
+    def all_are_gone() -> bool:
+        with suppress(ConfigError):  # the daemon has not seen yet that they are
+            return bool(daemon.stat()["connections"] == 1)
+        return False
+
+    eventually(all_are_gone)
     with closing(daemon.client()) as client:
         assert store(client, chain_keys("a", 3)) == 3
 
