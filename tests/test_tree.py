@@ -100,3 +100,15 @@ def test_texts_name_only_files_that_exist() -> None:
         if found not in ends and "NAME" not in found
     ]
     assert not stale, "these files have moved or are gone:\n" + "\n".join(stale)
+
+
+def test_tests_that_documents_name_exist() -> None:
+    """`tests/NAME.py::test_x`, and `::test_y` behind it, which is of the same file."""
+    missing = []
+    for name, text in committed_text():
+        path = ""
+        for file, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(test_\w+))?`", text) if name.endswith(".md") else ():
+            path = file or path
+            if test and not re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE):
+                missing.append(f"{name}: {path}::{test}")
+    assert not missing, "no such tests:\n" + "\n".join(missing)
