@@ -191,7 +191,7 @@ def create_or_attach(
                         if os.fstat(fd).st_size == 0:
                             memory = _create(fd, spec, path, prefault, dump, progress)
                         else:
-                            if repair:
+                            if repair and os.pread(fd, len(_FILE_MAGIC), 0) == _FILE_MAGIC:  # else it is no arena
                                 _repair(fd, spec, path)
                             memory = _attach(fd, spec, path, prefault, dump)
                             _leave_earlier_boot(Arena(spec, path, fd, memory))
