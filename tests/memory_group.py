@@ -41,5 +41,7 @@ def memory_group(nbytes: int) -> Iterator[MemoryGroup]:
         if path.exists():
             path.rmdir()
         pytest.skip(f"this process may not make a memory group in {parent}: {error.strerror}")
-    yield MemoryGroup(path, path / limit, path / used)
-    path.rmdir()
+    try:
+        yield MemoryGroup(path, path / limit, path / used)
+    finally:
+        path.rmdir()

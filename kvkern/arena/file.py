@@ -105,6 +105,8 @@ class Arena:
         self.spec = spec
         self.path = path
         self._fd = fd
+        # Some file systems count fewer blocks than they have reserved, because they compress.
+        self._uncounted_nbytes = missing_nbytes(fd, spec.nbytes)
         # [num_slots] structured view of every slot's header; all processes share it
         self.headers = self._starts(spec.geometry.dtype, memory)
         # [num_slots] views of the first bytes of the headers: V104, see SlotGeometry.identities, and V152 of slots.HEAD
@@ -147,8 +149,12 @@ class Arena:
         return found.st_dev, found.st_ino
 
     def has_its_size(self) -> bool:
-        """Return False if a process that has the file open has changed its size. A page that is cut off is a SIGBUS."""
-        return os.fstat(self._fd).st_size == self.spec.nbytes
+        """Return False if a process that has the file open has changed its size, or pages of it are not there any more.
+
+        A page that is cut off is a SIGBUS.
+        """
+        whole = os.fstat(self._fd).st_size == self.spec.nbytes
+        return whole and missing_nbytes(self._fd, self.spec.nbytes) <= self._uncounted_nbytes
 
     def restore(self) -> None:
         """Give the file its size and its pages back, and say so. Raises ArenaError if there is no room."""
@@ -297,9 +303,10 @@ def read_spec(path: Path) -> ArenaSpec | None:
 
 
 def is_whole(path: Path, spec: ArenaSpec) -> bool:
-    """Return True if the file has the size of its spec. Raises ArenaError if it cannot be examined."""
+    """Return True if the file has the size of its spec and no holes. Raises ArenaError if it cannot be examined."""
     with faults_of(path, "opened"):
-        return path.lstat().st_size == spec.nbytes
+        found = path.lstat()
+        return found.st_size == spec.nbytes <= found.st_blocks * 512
 
 
 def is_broken_arena(path: Path) -> bool:

@@ -19,9 +19,10 @@ from msgspec import Struct
 
 from ..errors import ConfigError
 from ..keys import KEY_NBYTES
-from .protocol import VERSION, Acquired, Granted, ProtocolError, Publish, Request, Response
+from .protocol import MAX_KEYS, VERSION, Acquired, Changed, Granted, ProtocolError, Publish, Request, Response
 
 MAX_FRAME_NBYTES = 4 << 20
+PAGE_KEYS = MAX_KEYS // 2  # at most so many keys gained, and as many lost, in one Changed
 MAX_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
 _LENGTH = struct.Struct("<I")
 _EQUAL_LENGTHS: dict[type, tuple[str, ...]] = {  # fields that hold one element per slot
@@ -157,6 +158,13 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
 def split_keys(joined: bytes) -> list[bytes]:
     """Cut one byte string into keys."""
     return [joined[at : at + KEY_NBYTES] for at in range(0, len(joined), KEY_NBYTES)]
+
+
+def changed_frames(added: Sequence[bytes], removed: Sequence[bytes], fresh: bool = False) -> Iterator[bytes]:
+    """Yield the frames of the Changed that carry these keys. With `fresh` the first one empties the client's replica."""
+    for begin in range(0, max(int(fresh), len(added), len(removed)), PAGE_KEYS):
+        page = slice(begin, begin + PAGE_KEYS)
+        yield encode(Changed(join_keys(added[page]), join_keys(removed[page]), fresh and begin == 0))
 
 
 def checked_socket_path(path: Path) -> Path:

@@ -29,7 +29,7 @@ OPERATORS_SHARE = 8  # one connection in 8, the last ones, is kept for operators
 USER_SHARE = 2  # a user who is no operator has at most one connection in 2
 MAX_UNREAD_NBYTES = 64 << 20  # of requests that have arrived and wait, of all connections of a user
 MAX_UNSENT_NBYTES = 256 << 20  # of answers that wait to be read, of all connections of a user
-OTHER_FILES = 128  # open files that the daemon needs beside its connections: arena, locks, a remote store
+OTHER_FILES = 128  # open files that the daemon needs beside its connections: arena, locks, a store of few connections
 
 
 @dataclass(frozen=True, slots=True)

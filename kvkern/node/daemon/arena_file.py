@@ -6,6 +6,7 @@ put it, and moves it then. A file that is no whole arena any more is removed or 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import stat
@@ -49,10 +50,18 @@ def _move_earlier(earlier: Path, path: Path) -> None:
     except OSError:
         return
     mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
-    if earlier != path and mine and not os.path.lexists(path):
-        with exclusive_lock(earlier, _OPTIONS):
+    if earlier == path or not mine:
+        return
+    if os.path.lexists(path):
+        logger.warning("kvkern: %s was left by an earlier version of kvkern and is not used; remove it", earlier)
+        return
+    with exclusive_lock(earlier, _OPTIONS):
+        try:
             earlier.rename(path)
-        logger.info("kvkern: moved the arena %s to %s, a folder that no other user can write", earlier, path)
+        except OSError as error:
+            logger.warning("kvkern: %s cannot be moved to %s (%s) and is not used; remove it", earlier, path, error)
+        else:
+            logger.info("kvkern: moved the arena %s to %s, a folder that no other user can write", earlier, path)
 
 
 def spec_of_earlier(path: Path) -> ArenaSpec | None:
@@ -95,12 +104,31 @@ def taking_over(path: Path, spec: ArenaSpec, capacity_nbytes: int) -> Iterator[N
         )  # fmt: skip
 
 
-def restore_size(arena: Arena) -> None:
-    """Give an arena whose file a client has cut its size back. Logs why it cannot; the caller tries again later."""
-    try:
-        arena.restore()
-    except ArenaError as error:
-        logger.error("kvkern: %s", error)
+class SizeWatch:
+    """Gives an arena whose file a client has cut its size and its pages back, on a thread, one attempt at a time."""
+
+    def __init__(self) -> None:
+        self._attempt: asyncio.Future[None] | None = None
+        self._said = ""  # why the last attempt has failed
+
+    def look(self, arena: Arena) -> None:
+        """Begin an attempt if one is needed and none is under way. Call it regularly, from the event loop."""
+        if (self._attempt is None or self._attempt.done()) and not arena.has_its_size():
+            self._attempt = asyncio.get_running_loop().run_in_executor(None, self._restore, arena)
+
+    async def end(self) -> None:
+        """Wait for an attempt that is under way. Call it before the arena is closed."""
+        if self._attempt is not None:
+            await self._attempt
+
+    def _restore(self, arena: Arena) -> None:
+        try:
+            arena.restore()
+            self._said = ""
+        except ArenaError as error:
+            if str(error) != self._said:  # the same reason is not said four times a second
+                logger.error("kvkern: %s", error)
+            self._said = str(error)
 
 
 def allocated_nbytes(path: Path) -> int:

@@ -1,7 +1,8 @@
 """What only operators may ask of a daemon, and the rows that answer them.
 
 every client    Stat, List: they show no more than the arena, which engines read anyway
-engines         Clear of a namespace that the engine has described, as it must after a change of weights
+engines         Clear of a namespace that the engine has described, as it must after a change of weights. Any other of its
+                clears forgets nothing and is no reason to hang up: an engine of many tenants may not know its oldest any more
 operators       Clear of any namespace or of everything, Evict, and Record, which shows the requests of all engines
 """
 

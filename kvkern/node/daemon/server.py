@@ -36,7 +36,7 @@ from ...tiers.slot_headers import load_checksums
 from .. import framing
 from .. import protocol as p
 from .admission import Admission, Users, connections_within_file_limit
-from .arena_file import allocated_nbytes, claimed_arena_path, restore_size, spec_of_earlier, taking_over
+from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of_earlier, taking_over
 from .client_connection import ClientConnection
 from .fair_turns import FairTurns
 from .listener import Listener
@@ -49,7 +49,6 @@ logger = logging.getLogger("kvkern")
 
 SWEEP_S = 0.25  # between two looks at clients, quarantine and slow requests
 MAX_UID = 2**32 - 2
-PAGE_KEYS = p.MAX_KEYS // 2  # at most so many keys gained, and as many lost, in one Changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +108,7 @@ class Server:
         self.bad_frames = 0
         self._started_s = time.monotonic()
         self._arena: Arena | None = None
+        self._size_watch = SizeWatch()
         self._arena_path = config.arena_dir / config.arena_name  # until `run` has found the folder
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
@@ -156,8 +156,8 @@ class Server:
                     # Each in a callback of its own: asyncio logs a fault in it, and the daemon goes on.
                     for look in (self._watch_clients, self._say_working, self._sweep):
                         self.loop.call_soon(look)
-                    if self._arena is not None and not self._arena.has_its_size():
-                        await asyncio.to_thread(restore_size, self._arena)
+                    if self._arena is not None:
+                        self._size_watch.look(self._arena)
             finally:
                 listener.close()
                 self.config.socket.unlink(missing_ok=True)
@@ -200,6 +200,7 @@ class Server:
         async with self._arena_lock:  # the arena may still be being made for an engine that was let in just before
             await asyncio.to_thread(self._end_remote, max(0.0, deadline - time.monotonic()))
             await self._policy_state.close()
+            await self._size_watch.end()
             if self._arena is not None:
                 self._arena.close()
 
@@ -290,8 +291,8 @@ class Server:
         if hello.index:
             self._send_changes()
             connection.wants_index = True
-            for fresh, keys in _index_pages(sessions.cache.all_keys()):
-                connection.send(p.Changed(keys, b"", fresh))
+            for frame in framing.changed_frames(sessions.cache.all_keys(), [], fresh=True):
+                connection.send_frame(frame)
 
     def end_session(self, session: Session) -> None:
         """The client is gone. What it held goes into quarantine or is freed."""
@@ -370,7 +371,11 @@ class Server:
         """Carry out a request and answer it. Raises ProtocolError if this client may not send it."""
         state = self.sessions
         if not connection.operator and (reason := why_refused(request, connection.described)):
-            connection.refuse(reason)
+            if isinstance(request, p.Clear) and session.writer:
+                logger.warning("kvkern: nothing was cleared for client pid %d: %s", connection.peer.pid, reason)
+                connection.send(p.Answer(request.id, [{"chunks": 0}]))
+            else:
+                connection.refuse(reason)
             return
         if isinstance(request, p.Hello):
             raise p.ProtocolError("the client sent Hello twice; open another connection")
@@ -474,18 +479,10 @@ class Server:
         changes = self.sessions.cache.take_changes()
         if not changes.ready:
             return
-        added, removed = changes.added, changes.removed
-        for begin in range(0, max(len(added), len(removed)), PAGE_KEYS):
-            page = slice(begin, begin + PAGE_KEYS)
-            frame = framing.encode(p.Changed(framing.join_keys(added[page]), framing.join_keys(removed[page])))
+        for frame in framing.changed_frames(changes.added, changes.removed):
             for connection in list(self.connections):
                 if connection.wants_index:
                     connection.send_frame(frame)
-
-
-def _index_pages(keys: list[bytes]) -> list[tuple[bool, bytes]]:
-    """Return (fresh, joined keys) for each Changed that carries the whole index. Only the first is fresh."""
-    return [(at == 0, framing.join_keys(keys[at : at + PAGE_KEYS])) for at in range(0, max(1, len(keys)), PAGE_KEYS)]
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:

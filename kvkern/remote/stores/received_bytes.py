@@ -38,7 +38,8 @@ class ReceiveGuard:
     def __init__(self, port: int) -> None:
         self._received = _ReceivedBytes(port)
         self._calls: list[Collection[asyncio.Task[None]]] = []
-        self._allowed_nbytes = 0  # that all calls since the guard was last idle may receive together
+        self._allowed_nbytes = 0  # that the calls under way may receive together
+        self._ended_nbytes = 0  # that calls might have received which have ended since the last look
         self._watching: asyncio.Task[None] | None = None
         self._tripped: list[Collection[asyncio.Task[None]]] = []  # calls that were cancelled
 
@@ -46,8 +47,9 @@ class ReceiveGuard:
     def watched(self, tasks: Collection[asyncio.Task[None]], requests: int, asked_nbytes: int) -> Iterator[None]:
         """Cancel the tasks if too much comes while the block runs. Then `has_tripped` is true for them."""
         if not self._calls:
-            self._allowed_nbytes = SLACK_NBYTES
-        self._allowed_nbytes += 2 * asked_nbytes + REQUEST_NBYTES * requests
+            self._ended_nbytes = 0
+        allowed_nbytes = 2 * asked_nbytes + REQUEST_NBYTES * requests
+        self._allowed_nbytes += allowed_nbytes
         self._calls.append(tasks)
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
@@ -56,6 +58,8 @@ class ReceiveGuard:
         finally:
             self._calls = [call for call in self._calls if call is not tasks]
             self._tripped = [call for call in self._tripped if call is not tasks]
+            self._allowed_nbytes -= allowed_nbytes
+            self._ended_nbytes += allowed_nbytes
             if not self._calls:
                 self._watching.cancel()
                 self._watching = None
@@ -71,7 +75,9 @@ class ReceiveGuard:
         while True:
             await asyncio.sleep(max(LOOK_S, 20 * took_s))
             began_s = time.perf_counter()
-            too_much = self._received.nbytes() > self._allowed_nbytes
+            too_much = self._received.nbytes() > SLACK_NBYTES + self._allowed_nbytes + self._ended_nbytes
+            self._received.forget(1 << 62 if too_much else self._ended_nbytes)
+            self._ended_nbytes = 0
             took_s = time.perf_counter() - began_s
             if too_much:
                 self._tripped = list(self._calls)
@@ -95,19 +101,33 @@ class _ReceivedBytes:
         self.nbytes()
         self._nbytes = 0
 
+    def forget(self, nbytes: int) -> None:
+        """Count so many bytes less, at most those that were counted: they are settled."""
+        self._nbytes -= min(nbytes, self._nbytes)
+
     def nbytes(self) -> int:
-        """Return the bytes since `restart`."""
+        """Return the bytes since `restart`, without those that were forgotten."""
         seen: dict[int, int] = {}
-        for name in _open_files():
+        if (names := _open_files()) is None:
+            return self._nbytes
+        for name in names:
             with suppress(OSError):  # closed meanwhile
                 if stat.S_ISSOCK((found := os.fstat(int(name))).st_mode) and found.st_ino not in self._others:
+                    if (before := self._seen.get(found.st_ino)) is not None:
+                        seen[found.st_ino] = before  # if it cannot be looked at now, nothing more has come
                     self._look(int(name), seen)
         self._nbytes += sum(count - self._seen.get(inode, 0) for inode, count in seen.items())
         self._seen = seen
         return self._nbytes
 
     def _look(self, fd: int, seen: dict[int, int]) -> None:
-        with socket.socket(fileno=os.dup(fd)) as sock:  # of our own: the library may close its descriptor meanwhile
+        own = os.dup(fd)  # the library may close its descriptor meanwhile
+        try:
+            sock = socket.socket(fileno=own)
+        except OSError:
+            os.close(own)
+            raise
+        with sock:
             inode = os.fstat(sock.fileno()).st_ino
             if sock.family not in _INET or sock.type != socket.SOCK_STREAM or sock.getpeername()[1] != self._port:
                 self._others.add(inode)
@@ -120,8 +140,8 @@ class _ReceivedBytes:
             seen[inode] = _RECEIVED.unpack(said)[0] - waiting[0]
 
 
-def _open_files() -> list[str]:
+def _open_files() -> list[str] | None:
     try:
         return os.listdir("/proc/self/fd")
     except OSError:  # a sandbox without /proc, or no descriptor left: nothing is watched now
-        return []
+        return None

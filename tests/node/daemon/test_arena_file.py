@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
 import stat
@@ -17,7 +19,7 @@ from kvkern.arena.file import ArenaSpec, create_or_attach
 from kvkern.arena.slots import PAGE
 from kvkern.errors import ConfigError
 from kvkern.node.daemon import arena_file
-from kvkern.node.daemon.arena_file import claimed_arena_path, taking_over
+from kvkern.node.daemon.arena_file import SizeWatch, _move_earlier, claimed_arena_path, taking_over
 from tests.arena.test_room import small_tmpfs
 from tests.node.conftest import GEOMETRY, Daemon, MakeClient, MakeDaemon, eventually, hits, read_verified, store
 from tests.support import chain_keys
@@ -183,18 +185,61 @@ def test_an_arena_that_is_cut_under_a_daemon(daemon: Daemon, make_client: MakeCl
     assert daemon.stat()["pid"] == pid
 
 
-def test_an_arena_that_cannot_be_repaired_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("size", [PAGE, SPEC.nbytes])
+def test_an_arena_that_cannot_be_repaired_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
     """Its pages were given to somebody else. A daemon that cannot start would be worse than one with an empty cache."""
     needs_root()
     with small_tmpfs(tmp_path, "2m") as folder:
         path = folder / NAME
         create_or_attach(SPEC, path).close()
         os.truncate(path, PAGE)
+        os.truncate(path, size)  # of the right size it has holes, as kvkern's arenas without prefault once had
         (folder / "other").write_bytes(bytes(3 << 19))
         with caplog.at_level(logging.WARNING, "kvkern"), taking_over(path, SPEC, 1 << 20):
             create_or_attach(SPEC, path, repair=True)
         assert "not whole and cannot be repaired (the arena needs" in caplog.text
         assert not path.exists()
+
+
+def test_a_repair_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There is no room for the pages now. Why is said once."""
+    needs_root()
+    with small_tmpfs(tmp_path, "2m") as folder, closing(create_or_attach(SPEC, folder / NAME)) as arena:
+        watch, other = SizeWatch(), folder / "other"
+        os.truncate(folder / NAME, PAGE)
+        other.write_bytes(bytes(3 << 19))
+
+        async def look() -> None:
+            watch.look(arena)
+            await watch.end()
+
+        for _ in range(3):
+            asyncio.run(look())
+            assert not arena.has_its_size()
+        assert [line.levelname for line in caplog.records].count("ERROR") == 1
+        other.unlink()
+        asyncio.run(look())
+        assert arena.has_its_size()
+
+
+def test_what_an_earlier_version_left_and_cannot_be_moved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, path = tmp_path / "earlier", tmp_path / "path"
+    earlier.write_bytes(b"")
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        _move_earlier(earlier, path)
+    path.write_bytes(b"")
+    _move_earlier(earlier, path)
+    assert caplog.text.count(f"{earlier}") == caplog.text.count("is not used; remove it") == 2
+    assert earlier.exists()
 
 
 def test_an_arena_that_others_could_open(make_daemon: MakeDaemon, tmp_path: Path) -> None:

@@ -247,6 +247,22 @@ def test_an_engine_clears_its_own_namespace(shared: Daemon) -> None:
             eventually(cleared)
 
 
+def test_a_clear_of_a_namespace_that_was_not_described(shared: Daemon) -> None:
+    """It forgets nothing, and the engine stays connected: one of many tenants does not know its oldest any more."""
+    code = """
+peer = Peer(path)
+peer.greet(index=True)
+peer.say(p.Clear(1, bytes(32)), p.Stat(2))
+while not isinstance(answer := peer.hear(), p.Answer): pass
+print(answer.rows)
+while not isinstance(answer := peer.hear(), p.Answer): pass
+print(answer.id)
+"""
+    with other_user(shared.socket, code) as engine:
+        assert said(engine) == ["[{'chunks': 0}]", "2"]
+    assert "nothing was cleared" in shared.log
+
+
 def test_settle_under_the_name_of_another_users_engine(shared: Daemon) -> None:
     """What the engine held stays in quarantine: another user's engine is another engine, whatever its name."""
     code = """

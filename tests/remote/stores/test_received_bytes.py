@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,6 +61,27 @@ def test_what_was_read_from_the_port_counts(line: Line) -> None:
     assert received.nbytes() == 5700
 
 
+def test_a_moment_without_descriptors(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a connection received before is not counted anew."""
+    ours, theirs = line.connect()
+    received = _ReceivedBytes(line.port)
+    received.restart()
+    theirs.sendall(bytes(5000))
+    read(ours, 5000)
+    assert received.nbytes() == 5000
+
+    def none_left(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for module, name, fault in ((received_bytes, "_open_files", lambda: None), (os, "dup", none_left)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fault)
+            assert received.nbytes() == 5000
+        assert received.nbytes() == 5000
+    received.forget(4000)
+    assert received.nbytes() == 1000
+
+
 @pytest.mark.parametrize("fault", ["no /proc", "no count"])
 def test_where_nothing_can_be_counted(line: Line, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = line.connect()
@@ -71,6 +94,22 @@ def test_where_nothing_can_be_counted(line: Line, fault: str, monkeypatch: pytes
     theirs.sendall(bytes(5000))
     read(ours, 5000)
     assert received.nbytes() == 0
+
+
+def test_calls_that_have_ended_allow_nothing_more(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other calls overlap without a pause."""
+    monkeypatch.setattr(received_bytes, "LOOK_S", 0.001)
+
+    async def main() -> None:
+        guard = ReceiveGuard(line.port)
+        with guard.watched([], 1, 1000):
+            for _ in range(5):
+                with guard.watched([], 64, 1 << 30):
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert guard._allowed_nbytes + guard._ended_nbytes == 2 * 1000 + received_bytes.REQUEST_NBYTES
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("over", [False, True])
