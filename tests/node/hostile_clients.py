@@ -1,4 +1,6 @@
-"""What hostile clients do to a daemon. Each function is one kind: `kind(socket, rng, until)` does it until that time.
+"""What hostile clients do to a daemon. Each function is one kind: `kind(socket, rng, until, count)` does it until that time.
+
+It calls `count` whenever it has got through with what it does.
 
     silent         connect as often as possible and say nothing
     half_frames    announce frames of 4 MiB and send all but their last byte
@@ -44,7 +46,8 @@ SIZES = p.Geometry.from_slots(GEOMETRY)
 CONNECTIONS = 40  # of each kind at a time
 _PR_SET_NAME = 15
 
-Kind = Callable[[Path, random.Random, float], None]
+Count = Callable[[], None]
+Kind = Callable[[Path, random.Random, float, Count], None]
 
 
 def _connected(path: Path, sent: bytes) -> socket.socket:
@@ -60,37 +63,39 @@ def _connected(path: Path, sent: bytes) -> socket.socket:
     return sock
 
 
-def _hold(path: Path, sent: bytes, count: int, until: float) -> None:
-    """Keep `count` connections open for some seconds after `sent`, again and again."""
+def _hold(path: Path, sent: bytes, connections: int, until: float, count: Count) -> None:
+    """Keep some connections open for some seconds after `sent`, again and again."""
     while time.time() < until:
         with ExitStack() as held:
-            for _ in range(count):
+            for _ in range(connections):
                 with suppress(OSError):
                     held.enter_context(_connected(path, sent))
+                    count()
             time.sleep(max(0.0, min(2.0, until - time.time())))
 
 
-def silent(path: Path, rng: random.Random, until: float) -> None:
-    _hold(path, b"", 512, until)
+def silent(path: Path, rng: random.Random, until: float, count: Count) -> None:
+    _hold(path, b"", 512, until, count)
 
 
-def half_frames(path: Path, rng: random.Random, until: float) -> None:
+def half_frames(path: Path, rng: random.Random, until: float, count: Count) -> None:
     hello = framing.encode(p.Hello(p.VERSION, "half", SIZES))
     half = struct.pack("<I", framing.MAX_FRAME_NBYTES) + bytes(framing.MAX_FRAME_NBYTES - 1)
     while time.time() < until:
-        _hold(path, rng.choice([b"", hello]) + half, CONNECTIONS, min(until, time.time() + 3))
+        _hold(path, rng.choice([b"", hello]) + half, CONNECTIONS, min(until, time.time() + 3), count)
 
 
-def grant_flood(path: Path, rng: random.Random, until: float) -> None:
+def grant_flood(path: Path, rng: random.Random, until: float, count: Count) -> None:
     while time.time() < until:
         with suppress(OSError, EOFError, KvkernError), Peer(path) as peer:
             peer.greet(GEOMETRY, engine=f"flood-{rng.randrange(4)}")
             peer.say(p.Grant(1, p.MAX_SLOTS))
             while not isinstance(peer.hear(), p.Granted):
                 continue
+            count()
 
 
-def unread(path: Path, rng: random.Random, until: float) -> None:
+def unread(path: Path, rng: random.Random, until: float, count: Count) -> None:
     hello = framing.encode(p.Hello(p.VERSION, "unread", SIZES))
     asked = [
         framing.encode(p.Acquire(1, rng.randbytes(32 * 200), False)),
@@ -98,24 +103,25 @@ def unread(path: Path, rng: random.Random, until: float) -> None:
         framing.encode(p.Stat(1)),
     ]
     while time.time() < until:
-        _hold(
-            path, hello + b"".join(rng.choice(asked) * 50 for _ in range(60)), CONNECTIONS, min(until, time.time() + 3)
-        )
+        sent = hello + b"".join(rng.choice(asked) * 50 for _ in range(60))
+        _hold(path, sent, CONNECTIONS, min(until, time.time() + 3), count)
 
 
-def noise(path: Path, rng: random.Random, until: float) -> None:
+def noise(path: Path, rng: random.Random, until: float, count: Count) -> None:
     fuzzer.GEOMETRY = SIZES
     while time.time() < until:
         with suppress(OSError):
             fuzzer.speak(path, rng)
+            count()
 
 
-def storm(path: Path, rng: random.Random, until: float) -> None:
+def storm(path: Path, rng: random.Random, until: float, count: Count) -> None:
     names = [b"1" + "é".encode() * 7 + b"\xc3", b"\xff\xfe) R 1 (", b"kvkern", b"a\n1"]
     while time.time() < until:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, rng.choice(names), 0, 0, 0)
         with suppress(OSError):
             _connected(path, framing.encode(p.Hello(p.VERSION, "storm", SIZES, index=True))).close()
+            count()
 
 
 def _client(path: Path, engine: str, until: float) -> NodeClient | None:
@@ -149,16 +155,17 @@ def _scribble(arena: Arena, rng: random.Random) -> None:
         arena.processes[rng.randrange(len(arena.processes))] = (rng.choice([1, 2, 1 << 63]), rng.randrange(1 << 40))
 
 
-def scribbler(path: Path, rng: random.Random, until: float) -> None:
+def scribbler(path: Path, rng: random.Random, until: float, count: Count) -> None:
     if (client := _client(path, "scribbler", until)) is None:
         return
     with closing(client):
         while time.time() < until:
             _scribble(client.arena, rng)
+            count()
             time.sleep(0.2)
 
 
-def scanner(path: Path, rng: random.Random, until: float) -> None:
+def scanner(path: Path, rng: random.Random, until: float, count: Count) -> None:
     if (client := _client(path, "scanner", until)) is None:
         return
     with closing(client):
@@ -166,11 +173,12 @@ def scanner(path: Path, rng: random.Random, until: float) -> None:
             chain = [rng.randbytes(32) for _ in range(16)]
             held: Reservation = client.reserve(chain, chain, SHAPE)
             write_payload(client.arena, held, seed=rng.randrange(100))
-            client.commit(held)
+            if client.commit(held):
+                count()
             time.sleep(0.01)
 
 
-def operator(path: Path, rng: random.Random, until: float) -> None:
+def operator(path: Path, rng: random.Random, until: float, count: Count) -> None:
     asked: list[Callable[[], p.Request]] = [
         lambda: p.Clear(1, None), lambda: p.Clear(1, SHAPE.namespace), lambda: p.Evict(1, rng.randbytes(1)), p.Record,
         p.Settle, lambda: p.Finish(b"", 1, 0.0, 1e9, 0),
@@ -180,6 +188,7 @@ def operator(path: Path, rng: random.Random, until: float) -> None:
             peer.greet(rng.choice([None, GEOMETRY]), engine=f"honest-{rng.randrange(8)}")
             peer.say(rng.choice(asked)(), p.Stat(1))
             peer.hear()
+            count()
         time.sleep(0.01)
 
 
