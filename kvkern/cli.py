@@ -166,7 +166,7 @@ def serve(
 
     from .config import parse_nbytes
     from .node.daemon import server
-    from .node.daemon.sessions import Quotas
+    from .node.daemon.quotas import Quotas
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
     with _exit_on_bad_input():

@@ -50,6 +50,7 @@ _SEATS_AT, _MAX_SEATS = 1024, 1024
 _PROCESSES_AT, MAX_PROCESSES = 2048, 128
 _PROCESS = np.dtype([("pid", "<u8"), ("start", "<u8")])
 _LOCK_WAIT_S = 600.0
+LOCKED_S = 1.0  # how long a daemon waits for the locks of its own arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,10 @@ class Arena:
         whole = os.fstat(self._fd).st_size == self.spec.nbytes
         return whole and missing_nbytes(self._fd, self.spec.nbytes) <= self._uncounted_nbytes
 
+    def renew_header(self) -> None:
+        """Write what the file's header says of the arena again. Any process that maps the file may have changed it."""
+        _write_header(self.bytes, self.spec)
+
     def restore(self) -> None:
         """Give the file its size and its pages back, and say so. Raises ArenaError if there is no room."""
         with faults_of(self.path, "repaired", self.spec.nbytes):
@@ -189,6 +194,15 @@ def create_or_attach(
             try:
                 check_owner(fd, path)
                 _close_to_others(fd, path)
+                if repair and not _take_locks(fd):
+                    # A daemon has the name for itself. So whoever holds a lock has the descriptor from an earlier one.
+                    logger.warning(
+                        "kvkern: %s is locked by a process that an earlier daemon had let in. It is removed, and a new one is "
+                        "made", path,
+                    )  # fmt: skip
+                    path.unlink(missing_ok=True)
+                    os.close(fd)
+                    continue
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 with _record_lock(fd, path):
                     if still_named(
@@ -265,10 +279,13 @@ def _take_seat(memory: npt.NDArray[np.uint8], seat: int, path: Path) -> None:
 
 
 def attach_descriptor(fd: int, spec: ArenaSpec, path: Path, prefault: bool = True, dump: bool = False) -> Arena:
-    """Map an arena whose descriptor another process passed. The arena owns `fd` from now on. Raises ArenaError."""
+    """Map an arena whose descriptor another process passed. The arena owns `fd` from now on. Raises ArenaError.
+
+    Whoever passed it has said what it is. The file's own header counts for nothing: every process that maps it can write it.
+    """
     try:
         with faults_of(path, "opened", spec.nbytes):
-            return Arena(spec, path, fd, _attach(fd, spec, path, prefault, dump))
+            return Arena(spec, path, fd, _map_whole(fd, spec, path, prefault, dump))
     except BaseException:
         os.close(fd)
         raise
@@ -345,6 +362,20 @@ def _repair(fd: int, spec: ArenaSpec, path: Path) -> None:
     reserve(fd, spec.nbytes, path)
 
 
+def _take_locks(fd: int) -> bool:
+    """Return False if one of the file's two locks is still held by others after LOCKED_S."""
+    deadline = time.monotonic() + LOCKED_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0))
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+
+
 @contextmanager
 def _record_lock(fd: int, path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file. It excludes other open files, also of this process.
@@ -383,14 +414,18 @@ def _create(
         remove_if_empty(path.parent)
         os.ftruncate(fd, 0)
         raise
-    geometry = spec.geometry
     memory[_BOOT_AT : _BOOT_AT + _BOOT_NBYTES] = np.frombuffer(boot_id(), np.uint8)
+    _write_header(memory, spec)
+    return memory
+
+
+def _write_header(memory: npt.NDArray[np.uint8], spec: ArenaSpec) -> None:
+    geometry = spec.geometry
     _FILE_HEADER.pack_into(
         memory.data, 0,
         _FILE_MAGIC, _FILE_VERSION, 0, spec.num_slots, geometry.part_nbytes, geometry.max_planes, geometry.world_size,
         spec.identity,
     )  # fmt: skip
-    return memory
 
 
 def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool, dump: bool) -> npt.NDArray[np.uint8]:
@@ -408,6 +443,10 @@ def _attach(fd: int, spec: ArenaSpec, path: Path, prefault: bool, dump: bool) ->
         raise ArenaError(
             f"arena {path} has another {differ}: found {found}, expected {spec}; use the same options in all processes"
         )
+    return _map_whole(fd, spec, path, prefault, dump)
+
+
+def _map_whole(fd: int, spec: ArenaSpec, path: Path, prefault: bool, dump: bool) -> npt.NDArray[np.uint8]:
     if (nbytes := os.fstat(fd).st_size) != spec.nbytes:
         raise ArenaError(
             f"arena {path} is not whole: it has {nbytes} bytes instead of {spec.nbytes}, because a process that has it open "

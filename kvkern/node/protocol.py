@@ -22,6 +22,7 @@ VERSION = 4
 MAX_KEYS = 65_536  # in one message
 MAX_SLOTS = 65_536
 MAX_ROWS = 1000  # in one Answer
+MAX_SUMS = 1 << 16  # checksums in a slot's header: planes of all ranks
 MAX_AGE_S = 1e7  # age of a request at its end
 MAX_SPEED = 1e7  # prefill speed, tokens/s; no engine computes faster
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
@@ -61,7 +62,12 @@ class Geometry(Struct, array_like=True, forbid_unknown_fields=True):
         return cls(geometry.part_nbytes, geometry.max_planes, geometry.world_size)
 
     def to_slots(self) -> SlotGeometry:
-        """Return the slot geometry."""
+        """Return the slot geometry. Raises ProtocolError if its headers would be absurdly large."""
+        if self.max_planes * self.world_size > MAX_SUMS:
+            raise ProtocolError(
+                f"{self.max_planes} planes of {self.world_size} ranks are more than {MAX_SUMS} checksums in a header; "
+                f"use fewer ranks or layers per cache"
+            )
         return SlotGeometry(self.part_nbytes, self.max_planes, self.world_size)
 
 

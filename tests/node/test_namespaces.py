@@ -6,7 +6,8 @@ import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.assemble import build_cache
-from kvkern.node.daemon.sessions import MAX_REMEMBERED_ENGINES, Quotas, Session, Sessions
+from kvkern.node.daemon.quotas import Quotas
+from kvkern.node.daemon.sessions import MAX_REMEMBERED_ENGINES, Session, Sessions
 from tests.node.conftest import publish_one_by_one
 from tests.support import chain_keys, key
 

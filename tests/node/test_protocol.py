@@ -425,3 +425,9 @@ def test_paths_of_sockets_are_short() -> None:
         framing.checked_socket_path(Path("/" + "x" * 107))
     with pytest.raises(ConfigError, match="107 bytes"):
         framing.checked_socket_path(Path("/" + "ö" * 54))
+
+
+def test_headers_have_a_limit() -> None:
+    assert p.Geometry(1, 1 << 16, 1).to_slots().max_planes == 1 << 16
+    with pytest.raises(p.ProtocolError, match="65536 planes of 2 ranks are more than 65536 checksums in a header"):
+        p.Geometry(1, 1 << 16, 2).to_slots()

@@ -10,7 +10,8 @@ import numpy as np
 from kvkern.arena.file import Arena
 from kvkern.arena.process_identity import process_start
 from kvkern.assemble import build_cache
-from kvkern.node.daemon.sessions import Quotas, Session, Sessions
+from kvkern.node.daemon.quotas import Quotas
+from kvkern.node.daemon.sessions import Session, Sessions
 from kvkern.tiers.base import ChunkShape, Lease
 from kvkern.tiers.slot_headers import begin_slots
 from tests.node.conftest import ARENA_SLOTS, publish_one_by_one, write_payload

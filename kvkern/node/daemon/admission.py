@@ -15,6 +15,7 @@ import resource
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ...config import format_nbytes
@@ -29,6 +30,7 @@ OPERATORS_SHARE = 8  # one connection in 8, the last ones, is kept for operators
 USER_SHARE = 2  # a user who is no operator has at most one connection in 2
 MAX_UNREAD_NBYTES = 64 << 20  # of requests that have arrived and wait, of all connections of a user
 MAX_UNSENT_NBYTES = 256 << 20  # of answers that wait to be read, of all connections of a user
+IN_FLIGHT = 1 << 19  # descriptors of the arena that clients may leave unreceived, if this process may have so many
 OTHER_FILES = 128  # open files that the daemon needs beside its connections: arena, locks, a store of few connections
 
 
@@ -71,6 +73,7 @@ class Admission:
     def __init__(self, engines: Users, operators: Users, max_connections: int = 0) -> None:
         self.max_connections = max_connections or MAX_CONNECTIONS
         self._engines, self._operators = engines, operators
+        self._unmapped = unmapped_uid()
         self._own = Users(frozenset({0, os.getuid()}))
         self._connections: Counter[int] = Counter()  # by uid
         self._unread: Counter[int] = Counter()  # bytes, by uid
@@ -87,6 +90,11 @@ class Admission:
 
     def refusal(self, peer: Peer) -> str:
         """Return why the peer may not connect now, and what to do; empty if it may."""
+        if peer.uid == self._unmapped:
+            return (
+                f"uid {peer.uid} stands for all users that the daemon's user namespace does not know, so nobody can tell who "
+                f"this is; run the engine and the daemon in the same user namespace"
+            )
         operator = self.is_operator(peer)
         if not operator and not self._engines.include(peer):
             return (
@@ -154,6 +162,17 @@ def _clients_of(uid: int, clients: Collection[Client]) -> Iterator[Client]:
     return (client for client in clients if client.peer.uid == uid)
 
 
+def unmapped_uid(proc: Path = Path("/proc")) -> int:
+    """Return the uid that stands for users outside this process's user namespace. -1: it knows all users."""
+    try:
+        known = [line.split() for line in (proc / "self/uid_map").read_text().splitlines()]
+        if known in ([], [["0", "0", "4294967295"]]):
+            return -1
+        return int((proc / "sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return -1
+
+
 def connections_within_file_limit() -> int:
     """Raise this process's limit on open files as far as it needs and may. Return how many connections fit below it.
 
@@ -161,8 +180,11 @@ def connections_within_file_limit() -> int:
     """
     needed = MAX_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    # The same limit holds for descriptors that were sent and are not received yet, of all daemons of this user. A client
+    # may leave them there, so the more the better.
+    wanted = IN_FLIGHT if hard == resource.RLIM_INFINITY else min(IN_FLIGHT, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return MAX_CONNECTIONS

@@ -112,8 +112,13 @@ class SizeWatch:
         self._said = ""  # why the last attempt has failed
 
     def look(self, arena: Arena) -> None:
-        """Begin an attempt if one is needed and none is under way. Call it regularly, from the event loop."""
-        if (self._attempt is None or self._attempt.done()) and not arena.has_its_size():
+        """Begin an attempt if one is needed and none is under way. Call it regularly, from the event loop.
+
+        Also writes the file's header again: any client can change it, and the next daemon reads it.
+        """
+        if arena.has_its_size():
+            arena.renew_header()
+        elif self._attempt is None or self._attempt.done():
             self._attempt = asyncio.get_running_loop().run_in_executor(None, self._restore, arena)
 
     async def end(self) -> None:

@@ -42,7 +42,8 @@ from .fair_turns import FairTurns
 from .listener import Listener
 from .operator_requests import Row, rows, why_refused
 from .policy_state_file import PolicyStateFile
-from .sessions import Quotas, Session, Sessions
+from .quotas import Quotas
+from .sessions import Session, Sessions
 from .socket_path import exclusive_lock, listening_socket
 
 logger = logging.getLogger("kvkern")

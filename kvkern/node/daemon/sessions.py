@@ -11,12 +11,12 @@ daemon lost  -> the next daemon adopts the arena and serves its chunks at once. 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -27,14 +27,18 @@ from ...cache.manager import Cache
 from ...errors import ArenaError
 from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
+from ..protocol import MAX_KEYS
 from . import shares
 from .arena_holders import maps_arena
+from .quotas import Quotas
 from .shares import Process, Shares
 
 RESTART_PIN_S = 30.0
 MAX_NAMESPACES = 4096  # descriptions that are kept; those used longest ago are forgotten
 MAX_REMEMBERED_ENGINES = 128  # engines per namespace that are known to have described it
 MAX_LEASES = 4096  # per session; an engine holds one or a few for each waiting request
+LEASED_SHARE = 16  # a user may have each slot on lease so often, on average
+USER_SHARE = 2  # a user has at most one place for a process in 2; root and the daemon's own user may have all
 
 Team = tuple[int, str]  # the processes of an engine: its user and its name
 
@@ -87,31 +91,6 @@ class NamespaceInfo:
     engines: set[Team] = field(default_factory=set)  # engines that described it, and were warned if there was a reason
 
 
-@dataclass(frozen=True, slots=True)
-class Quotas:
-    """Limits on the bytes of the arena that a namespace may hold."""
-
-    models: Mapping[str, int] = field(default_factory=dict)  # by model name; `*` and `?` match
-    tenant: int | None = None  # for every namespace that has a salt
-    fair: bool = False  # evict from the largest namespace first, also without quotas
-
-    @property
-    def shares(self) -> bool:
-        """Return True if every namespace has an eviction policy of its own."""
-        return self.fair or bool(self.models) or self.tenant is not None
-
-    def limit_nbytes(self, fields: Mapping[str, str]) -> int | None:
-        """Return the bytes that a namespace with these fields may hold; None: no limit."""
-        limits = [nbytes for pattern, nbytes in self.models.items() if fnmatchcase(fields.get("model", ""), pattern)]
-        if self.tenant is not None and "salt" in fields:
-            limits.append(self.tenant)
-        return min(limits, default=None)
-
-    def smallest_nbytes(self) -> int | None:
-        """Return the smallest of all quotas: the limit of a namespace that nobody has described. None: no quotas."""
-        return min([*self.models.values(), *([] if self.tenant is None else [self.tenant])], default=None)
-
-
 class Sessions:
     """The daemon's state over one arena. Use it from one thread."""
 
@@ -136,6 +115,9 @@ class Sessions:
         self._next_session = self._next_lease = 0
         # every process that a named engine with a session ever had
         self._engine_processes: dict[Team, set[Process]] = {}
+        self._leased: Counter[int | None] = (
+            Counter()
+        )  # slots on lease, in quarantine too, each as often as it is, by uid
         self._recorded: set[Process] = set()  # those that the arena lists
         self._settled: set[Team] = set()  # engines that have no transfer from before this daemon under way
         self._limited = self._quotas.smallest_nbytes() is not None
@@ -163,9 +145,11 @@ class Sessions:
         self.quarantines.append(maybe_read)
         most = max(1, self.arena.spec.num_slots // shares.GRANTED_SHARE)
         surplus = sorted(adopted.unfinished)[most:]  # no client could hold so many in a full arena
-        for owner in set(adopted.unfinished.values()):
-            slots = {slot for slot, writer in adopted.unfinished.items() if writer == owner}
-            holders = survivors | ({owner} if may_hold(owner) else set())
+        left_by: dict[Process | None, set[int]] = {}  # None: owners that hold nothing any more, whoever they were
+        for slot, owner in adopted.unfinished.items():
+            left_by.setdefault(owner if may_hold(owner) else None, set()).add(slot)
+        for holder, slots in left_by.items():
+            holders = survivors | ({holder} if holder is not None else set())
             unseen = {process for process in holders if seen[process] is None}
             for held, until in ((slots.difference(surplus), float("inf")), (slots.intersection(surplus), deadline)):
                 self.quarantines.append(
@@ -181,12 +165,10 @@ class Sessions:
 
     def attach(self, process: Process, engine: str, writer: bool, uid: int = 0) -> Session:
         """Open a session for a client. Raises ArenaError if too many processes use the arena."""
-        if self._is_full(process):
+        if self._no_place(process, uid):
             self.sweep()
-        if self._is_full(process):
-            raise ArenaError(
-                f"{MAX_PROCESSES} processes use this cache already, the limit; end some, or run another daemon"
-            )
+        if reason := self._no_place(process, uid):
+            raise ArenaError(f"{reason}; end some, or run another daemon")
         self._next_session += 1
         session = Session(self._next_session, process, engine, writer, uid)
         self.sessions[session.number] = session
@@ -200,8 +182,15 @@ class Sessions:
             self._record_processes()
         return session
 
-    def _is_full(self, process: Process) -> bool:
-        return process not in self._recorded and len(self._processes() | {process}) > MAX_PROCESSES
+    def _no_place(self, process: Process, uid: int) -> str:
+        """Return why another process may not use the arena; empty if it may. The daemon's user and root keep some places."""
+        if process in self._recorded:
+            return ""
+        if len(self._processes() | {process}) > MAX_PROCESSES:
+            return f"{MAX_PROCESSES} processes use this cache already, the limit"
+        if uid in (0, os.getuid()) or len(self._processes(uid) | {process}) <= MAX_PROCESSES // USER_SHARE:
+            return ""
+        return f"{MAX_PROCESSES // USER_SHARE} processes of uid {uid} use this cache already, the limit of a user"
 
     def detach(self, session: Session) -> None:
         """End a session. What it held is freed when no process can be using it any more."""
@@ -265,6 +254,7 @@ class Sessions:
                 kept.append(held)
                 continue
             for lease in held.leases:
+                self._leased[held.uid] -= len(lease.slots)
                 self.cache.release(lease)
             self.cache.give_back(held.slots)
         self.quarantines = kept
@@ -298,13 +288,17 @@ class Sessions:
     def lend(self, session: Session, lease: Lease) -> tuple[int, Lease]:
         """Give a lease to a session. Returns (number of the lease, lease).
 
-        An empty lease has number 0 and needs no release. If the session has ended, the lease is released.
+        An empty lease has number 0 and needs no release. If the session has ended, the lease is released. So it is if its
+        user would have more than LEASED_SHARE times all slots and MAX_KEYS on lease, or if it names a chunk repeatedly.
         """
-        if not lease.slots or session.number not in self.sessions:
+        slots, most = len(lease.slots), self.arena.spec.num_slots
+        too_many = slots > most or self._leased[session.uid] + slots > LEASED_SHARE * most + MAX_KEYS
+        if not slots or too_many or session.number not in self.sessions:
             self.cache.release(lease)
             return 0, NO_LEASE
         self._next_lease += 1
         session.leases[self._next_lease] = lease
+        self._leased[session.uid] += slots
         return self._next_lease, lease
 
     def places(self, lease: Lease, asked: Sequence[bytes]) -> tuple[list[int], bytes, bytes]:
@@ -321,6 +315,7 @@ class Sessions:
         """End leases of this session. Numbers that it does not hold are ignored."""
         for number in numbers:
             if (lease := session.leases.pop(number, None)) is not None:
+                self._leased[session.uid] -= len(lease.slots)
                 self.cache.release(lease)
 
     def limit(self, session: Session) -> int:
@@ -465,10 +460,13 @@ class Sessions:
             "namespaces": len(self.namespaces),
         }
 
-    def _processes(self) -> set[Process]:
-        """Return the processes that may be using the arena."""
-        connected = {session.process for session in self.sessions.values()}
-        return connected.union(*self._engine_processes.values(), *(held.processes for held in self.quarantines))
+    def _processes(self, uid: int | None = None) -> set[Process]:
+        """Return the processes that may be using the arena: of all users, or of one."""
+        return set().union(
+            (session.process for session in self.sessions.values() if uid in (None, session.uid)),
+            *(processes for team, processes in self._engine_processes.items() if uid in (None, team[0])),
+            *(held.processes for held in self.quarantines if uid in (None, held.uid)),
+        )
 
     def _record_processes(self) -> None:
         """Write the processes that may be using the arena into it, for the next daemon.

@@ -116,9 +116,7 @@ def test_a_small_pool_and_a_slow_store(
 ) -> None:
     need("redis", program="redis-server", module="redis")
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    monkeypatch.setattr(
-        CostModel, "note_prefill", lambda self, _speed: setattr(self, "prefill_tokens_s", PREFILL_TOKENS_S)
-    )
+    monkeypatch.setattr(CostModel, "note_prefill", lambda self, *_: setattr(self, "prefill_tokens_s", PREFILL_TOKENS_S))
     options: dict[str, Any] = {"num_gpu_blocks_override": POOL_BLOCKS, "max_model_len": MODEL_TOKENS}
     if kind == "ngram":  # it asks for blocks ahead of the tokens
         options["speculative_config"] = {

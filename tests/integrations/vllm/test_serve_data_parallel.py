@@ -8,7 +8,7 @@ import pytest
 
 from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.server import Server, build_served_model, transfer_config
-from tests.node.conftest import Daemon
+from tests.node.conftest import Daemon, eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,9 +29,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, daemon: Daemon) -> Iterator
         yield running
 
 
-def test_ranks_share_chunks(server: Server) -> None:
-    text = prompt(300, 1)
+def stored(daemon: Daemon) -> int:
+    return int(daemon.stat()["stored_chunks"])
+
+
+def test_ranks_share_chunks(server: Server, daemon: Daemon) -> None:
+    text, before = prompt(300, 1), stored(daemon)
     computed = server.one(text, rank=0)
+    eventually(lambda: stored(daemon) == before + 9, "the store, which ends after the reply")
     native = server.one(text, rank=0)
     hit = server.one(text, rank=1)
     assert (computed.cached_tokens, native.cached_tokens, hit.cached_tokens) == (0, 288, 288)
@@ -43,6 +48,7 @@ def test_ranks_share_chunks(server: Server) -> None:
     assert sum(served.values()) == 9
     back = prompt(300, 3)
     computed = server.one(back, rank=1)
+    eventually(lambda: stored(daemon) == before + 18, "the store")
     hit = server.one(back, rank=0)
     assert (computed.cached_tokens, hit.cached_tokens) == (0, 288)
     assert (hit.tokens, hit.logprobs) == (computed.tokens, computed.logprobs)

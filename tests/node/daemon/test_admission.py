@@ -13,7 +13,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.node.daemon import admission
-from kvkern.node.daemon.admission import Admission, Users, connections_within_file_limit
+from kvkern.node.daemon.admission import Admission, Users, connections_within_file_limit, unmapped_uid
 from kvkern.node.peer_credentials import Peer, peer_of
 from tests.node.conftest import ROOT
 
@@ -97,17 +97,38 @@ def test_the_groups_are_those_of_the_moment_of_connecting() -> None:
     subprocess.run([sys.executable, "-c", MANY_GROUPS], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(
+    ("uid_map", "found"),
+    [("0 0 4294967295", -1), ("", -1), (None, -1), ("65534 1000 1", 4711), ("0 100000 65536\n70000 0 1", 4711)],
+)
+def test_users_that_a_namespace_does_not_know(tmp_path: Path, uid_map: str | None, found: int) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "sys/kernel").mkdir(parents=True)
+    (tmp_path / "sys/kernel/overflowuid").write_text("4711\n")
+    if uid_map is not None:
+        (tmp_path / "self/uid_map").write_text(uid_map)
+    assert unmapped_uid(tmp_path) == found
+
+
+def test_all_users_that_a_namespace_does_not_know_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the daemon has the same uid: then every stranger would be its own user."""
+    monkeypatch.setattr(admission, "unmapped_uid", os.getuid)
+    assert "in the same user namespace" in Admission(ENGINES, OPERATORS).refusal(Peer(1, os.getuid(), 0))
+
+
 # -- open files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "raised_to", "connections"),
     [
-        (1024, 4096, None, 512),
+        (1024, 4096, 4096, 512),
+        (1024, 1 << 20, 1 << 19, 512),
+        (1 << 20, 1 << 20, None, 512),
         (640, 640, None, 512),
-        (256, 4096, 640, 512),
+        (256, 4096, 4096, 512),
         (256, 640, 640, 512),
-        (256, resource.RLIM_INFINITY, 640, 512),
+        (256, resource.RLIM_INFINITY, 1 << 19, 512),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 512),
         (256, 600, 600, 472),
         (300, 300, 300, 172),

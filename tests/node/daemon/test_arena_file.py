@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import os
 import stat
+import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvkern.arena.file import ArenaSpec, create_or_attach
+from kvkern.arena import file as arena_module
+from kvkern.arena.file import ArenaSpec, create_or_attach, read_spec
 from kvkern.arena.slots import PAGE
-from kvkern.errors import ConfigError
+from kvkern.errors import ArenaError, ConfigError
 from kvkern.node.daemon import arena_file
 from kvkern.node.daemon.arena_file import SizeWatch, _move_earlier, claimed_arena_path, taking_over
 from tests.arena.test_room import small_tmpfs
@@ -183,6 +186,54 @@ def test_an_arena_that_is_cut_under_a_daemon(daemon: Daemon, make_client: MakeCl
     assert store(client, keys) == 3
     assert hits(client, keys) == 3
     assert daemon.stat()["pid"] == pid
+
+
+def descriptor_of_earlier(path: Path) -> int:
+    """Make an arena that nobody maps any more. Return a descriptor of it."""
+    with closing(create_or_attach(SPEC, path)) as arena:
+        return arena.descriptor()
+
+
+@pytest.mark.parametrize("kind", ["flock", "record lock"])
+def test_an_arena_that_an_earlier_client_has_locked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A daemon has the name for itself, so it need not wait. It makes a new arena."""
+    monkeypatch.setattr(arena_module, "LOCKED_S", 0.05)
+    path = tmp_path / NAME
+    fd = descriptor_of_earlier(path)
+    try:
+        if kind == "flock":
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0))
+        with closing(create_or_attach(SPEC, path, repair=True)) as arena:
+            assert not os.path.samestat(os.fstat(fd), path.stat())
+            assert arena.file_id() == (path.stat().st_dev, path.stat().st_ino)
+    finally:
+        os.close(fd)
+    assert "is locked by a process that an earlier daemon had let in" in caplog.text
+
+
+@pytest.mark.parametrize("at", [0, 8, 30, 60])
+def test_a_header_of_the_file_that_a_client_has_changed(daemon: Daemon, make_client: MakeClient, at: int) -> None:
+    """Magic, version, sizes, identity. New engines get the arena, and the next daemon finds it."""
+    client = make_client()
+    assert store(client, chain_keys("a", 3)) == 3
+    client.arena.bytes[at] ^= 0x40
+    with closing(daemon.client("other")) as other:
+        assert hits(other, chain_keys("a", 3)) == 3
+
+    def is_right() -> bool:
+        with suppress(ArenaError):  # another version
+            return read_spec(client.arena.path) == SPEC
+        return False
+
+    eventually(is_right, "the header is right again")
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: client.connected)
+    assert hits(client, chain_keys("a", 3)) == 3
 
 
 @pytest.mark.parametrize("size", [PAGE, SPEC.nbytes])

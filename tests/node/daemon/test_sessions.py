@@ -10,7 +10,8 @@ import pytest
 from kvkern.arena.file import MAX_PROCESSES
 from kvkern.arena.slots import SlotState
 from kvkern.errors import ArenaError
-from kvkern.node.daemon.sessions import MAX_LEASES, RESTART_PIN_S
+from kvkern.node.daemon import sessions as sessions_module
+from kvkern.node.daemon.sessions import LEASED_SHARE, MAX_LEASES, RESTART_PIN_S
 from kvkern.tiers.base import Reservation
 from tests.node.conftest import write_payload
 from tests.node.daemon.world import EMPTY_MOST, ENGINE, MOST, OTHER, SLOTS, WORKER, World
@@ -288,6 +289,46 @@ def test_too_many_processes_are_refused(world: World) -> None:
     world.kill((1001, 1))
     world.engine((9999, 1), "late")
     assert (9999, 1) in world.recorded()
+
+
+def test_a_user_gets_half_of_the_places(world: World) -> None:
+    """Root and the daemon's own user get the rest."""
+    for number in range(MAX_PROCESSES // 2):
+        world.engine((1000 + number, 1), f"e{number}", uid=7001)
+    with pytest.raises(
+        ArenaError, match="64 processes of uid 7001 use this cache already, the limit of a user; end some"
+    ):
+        world.engine((9999, 1), "late", uid=7001)
+    world.engine((1000, 1), "again", uid=7001)
+    world.engine((9999, 1), "late")
+    world.kill((1001, 1))
+    world.engine((9998, 1), "later", uid=7001)
+
+
+def test_a_users_leases_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sum, also of what it has left in quarantine."""
+    monkeypatch.setattr(sessions_module, "MAX_KEYS", 0)
+    engine, chain = world.engine(uid=7001), chain_keys("a", 4)
+    world.put(engine, "a", 4)
+    numbers = [world.sessions.acquire(engine, chain, prefix=True)[0] for _ in range(LEASED_SHARE * SLOTS // 4 + 1)]
+    assert numbers.index(0) == LEASED_SHARE * SLOTS // 4
+    world.sessions.detach(engine)
+    other = world.engine(OTHER, "o", uid=7001)
+    assert world.sessions.acquire(other, chain, prefix=True)[0] == 0
+    assert world.sessions.acquire(world.engine((300, 1), "x"), chain, prefix=True)[0]
+    world.dead.add(ENGINE)
+    world.sessions.sweep()
+    number, _ = world.sessions.acquire(other, chain, prefix=True)
+    assert number
+    world.sessions.release(other, [number])
+    assert world.sessions._leased[7001] == 0
+
+
+def test_a_chunk_that_is_asked_for_many_times(world: World) -> None:
+    engine = world.engine()
+    world.put(engine, "a", 1)
+    assert world.sessions.acquire(engine, chain_keys("a", 1) * (SLOTS + 1), prefix=True)[0] == 0
+    assert world.held() == {}
 
 
 def test_processes_in_quarantine_count(world: World) -> None:

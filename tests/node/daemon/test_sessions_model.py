@@ -271,7 +271,7 @@ class Walk(RuleBasedStateMachine):
     @rule(pick=picks, chain=chains)
     def begin_some(self, pick: int, chain: list[bytes]) -> None:
         right = self.right(pick, read=False, of_session=False)
-        if right is not None and not right.keys and len(chain) >= len(right.slots):
+        if right is not None and right.generations and not right.keys and len(chain) >= len(right.slots):
             self.begin(right, chain)
 
     def begin(self, right: Right, chain: Sequence[bytes]) -> None:

@@ -112,7 +112,7 @@ def test_a_link_to_another_drive_is_an_error_at_the_start(store_path: Path, tmp_
 def test_a_store_may_be_named_by_a_link(store_path: Path, tmp_path: Path) -> None:
     (tmp_path / "drive").mkdir(mode=0o700)
     store_path.symlink_to(tmp_path / "drive")
-    bench = Bench(makes(store_path, f"capacity={4 * VALUE}"), payload_nbytes=8192)
+    bench = Bench(makes(store_path, f"capacity={4 * VALUE}&threads=1"), payload_nbytes=8192)
     assert bench.put([key_of(i) for i in range(8)], bench.values()) == [True] * 8
     assert nbytes_in(tmp_path / "drive") == 4 * VALUE
     bench.close()
