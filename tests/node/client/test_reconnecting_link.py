@@ -138,7 +138,7 @@ def test_the_arenas_descriptor_is_not_inherited(fake: FakeDaemon) -> None:
         ([p.Welcome(p.VERSION, 1)], "answers Hello with Welcome and no arena"),
         ([framing.encode(p.Stat(1))], "no message"),
         ([b"\xff" * 8], "a frame has 4294967295 bytes, at most 4194304 are allowed"),
-        ([p.Welcome(p.VERSION, 1, p.Geometry(256, 2, 1), 19, "x")], "another geometry"),
+        ([p.Welcome(p.VERSION, 1, p.Geometry(256, 2, 1), 19, "x")], "x is not whole: it has"),
         ([p.Welcome(p.VERSION, 1, SIZES, 20, "x"), p.Refused("late")], "the daemon on .* refuses: late"),
     ],
 )  # fmt: skip
