@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from pathlib import Path
 
 from .errors import ConfigError
+from .regular_files import kind_of
 
 MAX_PART_NBYTES, MAX_PATH_NBYTES = 255, 4095  # of Linux
+_NOTHING = "not there"
 _SHOWN = 100  # characters of a value that a message shows
 
 
@@ -42,8 +43,8 @@ def checked_input_file(path: Path | str, name: str) -> Path:
     """Return the path of a file that exists. Links are followed."""
     checked = checked_path(path, name)
     kind = _kind(checked, name)
-    if kind != "file":
-        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a file")
+    if kind != "a file":
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {kind}; give a file")
     return checked
 
 
@@ -51,17 +52,15 @@ def checked_output_file(path: Path | str, name: str) -> Path:
     """Return the path of a file that can be written, or made, as far as that is known before it is tried."""
     checked = checked_path(path, name)
     kind = _kind(checked, name)
-    if kind not in ("file", "nothing"):
-        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a file to write")
+    if kind not in ("a file", _NOTHING):
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {kind}; give a file to write")
     if not checked.name:
         raise ConfigError(f"{name} is {_shown(str(path))}, which names no file; give a file to write")
     for folder in checked.absolute().parents:
-        if (kind := _kind(folder, name)) == "folder":
+        if (kind := _kind(folder, name)) == "a folder":
             break
-        if kind != "nothing":
-            raise ConfigError(
-                f"{name} is {_shown(str(path))}, but {_shown(str(folder))} is {_article(kind)}, no folder"
-            )
+        if kind != _NOTHING:
+            raise ConfigError(f"{name} is {_shown(str(path))}, but {_shown(str(folder))} is {kind}, no folder")
     return checked
 
 
@@ -69,10 +68,10 @@ def checked_folder(path: Path | str, name: str, *, make: bool = False) -> Path:
     """Return the path of a folder that exists, or with `make` that exists or can be made."""
     checked = checked_path(path, name)
     kind = _kind(checked, name)
-    if kind == "nothing" and make:
+    if kind == _NOTHING and make:
         return checked_output_file(checked, name)
-    if kind != "folder":
-        raise ConfigError(f"{name} is {_shown(str(path))}, which is {_article(kind)}; give a folder")
+    if kind != "a folder":
+        raise ConfigError(f"{name} is {_shown(str(path))}, which is {kind}; give a folder")
     return checked
 
 
@@ -84,19 +83,14 @@ def checked_number(value: float, name: str, least: float, most: float) -> float:
 
 
 def _kind(path: Path, name: str) -> str:
-    """Return `file`, `folder`, `nothing`, or what else is at a path."""
+    """Return what is at a path: as `kind_of` says, _NOTHING, or a broken link. Links are followed."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "broken link" if path.is_symlink() else "nothing"
+        return "a broken link" if path.is_symlink() else _NOTHING
     except OSError as error:
         raise ConfigError(f"{name} is {_shown(str(path))}, which cannot be used: {error.strerror}") from error
-    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
-
-
-def _article(kind: str) -> str:
-    return "not there" if kind == "nothing" else f"a {kind}"
+    return kind_of(mode)
 
 
 def _shown(text: str) -> str:

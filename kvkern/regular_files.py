@@ -15,8 +15,8 @@ import stat
 from pathlib import Path
 
 _KINDS = {
-    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link",
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
 
 _ALWAYS = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -55,15 +55,14 @@ def open_with_status(
     try:
         fd = os.open(path, flags & ~os.O_TRUNC | follow | _ALWAYS, mode, dir_fd=dir_fd)
     except OSError as error:
-        kind = _kind_of(path, follow_links, dir_fd) if error.errno in _OF_A_KIND else None
-        if kind is None:
+        mode = _mode(path, follow_links, dir_fd) if error.errno in _OF_A_KIND else stat.S_IFREG
+        if stat.S_ISREG(mode):
             raise
-        raise NotRegularError(kind, path) from error
+        raise NotRegularError(kind_of(mode), path) from error
     try:
         status = os.fstat(fd)
-        kind = _kind(status.st_mode)
-        if kind is not None:
-            raise NotRegularError(kind, path)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotRegularError(kind_of(status.st_mode), path)
         if flags & os.O_TRUNC:
             os.ftruncate(fd, 0)
     except OSError:
@@ -105,13 +104,14 @@ _OF_A_KIND = {  # errors of an open that finds no regular file; EINVAL: a folder
 }  # fmt: skip
 
 
-def _kind_of(path: StrPath, follow_links: bool, dir_fd: int | None) -> str | None:
+def kind_of(mode: int) -> str:
+    """Return what a file with this `st_mode` is, for a message: "a folder" and the like."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def _mode(path: StrPath, follow_links: bool, dir_fd: int | None) -> int:
+    """Return the `st_mode` of a path. If it cannot be known, that of a regular file."""
     try:
-        return _kind(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_links).st_mode)
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=follow_links).st_mode
     except OSError:
-        return None
-
-
-def _kind(mode: int) -> str | None:
-    """Return what a file is, or None if it is a regular one."""
-    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something else")
+        return stat.S_IFREG

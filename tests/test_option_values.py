@@ -52,8 +52,8 @@ def test_what_is_at_a_path(tmp_path: Path) -> None:
         "none": [checked_output_file, make], "none/none": [checked_output_file, make], ".": [checked_folder, make],
     }  # fmt: skip
     names = {
-        "pipe": "a pipe",
-        "to_pipe": "a pipe",
+        "pipe": "a FIFO",
+        "to_pipe": "a FIFO",
         "dangling": "a broken link",
         "loop": "cannot be used: Too many levels",
     }

@@ -368,12 +368,17 @@ def _take_locks(fd: int) -> bool:
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0))
+            _set_record_lock(fd, fcntl.F_WRLCK)
             return True
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
+
+
+def _set_record_lock(fd: int, kind: int) -> None:
+    """Take or end the lock of the header page. Raises BlockingIOError or PermissionError if another process has it."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, PAGE, 0))
 
 
 @contextmanager
@@ -382,11 +387,10 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
 
     It is independent of the flock that shows that the file is in use.
     """
-    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, PAGE, 0)
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+            _set_record_lock(fd, fcntl.F_WRLCK)
             break
         except (BlockingIOError, PermissionError) as error:  # another process holds it: EAGAIN or EACCES
             if time.monotonic() > deadline:
@@ -398,7 +402,7 @@ def _record_lock(fd: int, path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, PAGE, 0))
+        _set_record_lock(fd, fcntl.F_UNLCK)
 
 
 def _create(

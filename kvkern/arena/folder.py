@@ -20,13 +20,9 @@ from secrets import token_hex
 
 from ..config import user_cache_dir
 from ..errors import ArenaError
-from ..regular_files import open_regular, read_regular
+from ..regular_files import kind_of, open_regular, read_regular
 
-_KINDS = {
-    stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket",
-}  # fmt: skip
 _SUFFIX = re.compile("[0-9a-f]{16}")
-_ATTEMPTS = 8  # to find or make a folder while other processes make and remove it
 
 
 def arena_prefix(uid: int) -> str:
@@ -56,15 +52,6 @@ def arena_folder(directory: Path) -> Path:
             f"{'the folder of the arenas cannot be made: ' if not suffix else ''}{taken(noted if suffix else plain)}"
         )
     return noted
-
-
-def make_arena_folder(directory: Path) -> Path:
-    """Return `arena_folder(directory)`, and make it if it does not exist. Raises ArenaError and OSError."""
-    for _ in range(_ATTEMPTS):
-        folder = arena_folder(directory)
-        if folder == directory or make_private_folder(folder):
-            return folder
-    raise ArenaError(taken(folder))
 
 
 def make_private_folder(folder: Path) -> bool:
@@ -137,11 +124,11 @@ def taken(path: Path) -> str:
         return (
             f"{path} cannot be examined: {error.strerror}; set arena_dir (kvkern serve --arena-dir) to another folder"
         )
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "device")
+    kind = kind_of(found.st_mode)
     if found.st_uid == os.getuid():
-        return f"{path} is a {kind}; remove it, or set arena_dir (kvkern serve --arena-dir) to another folder"
+        return f"{path} is {kind}; remove it, or set arena_dir (kvkern serve --arena-dir) to another folder"
     return (
-        f"{path} is a {kind} of uid {found.st_uid}, but this process is uid {os.getuid()}: another user has taken the name. "
+        f"{path} is {kind} of uid {found.st_uid}, but this process is uid {os.getuid()}: another user has taken the name. "
         f"Have its owner or root remove it, or set arena_dir (kvkern serve --arena-dir) to a folder that only uid "
         f"{os.getuid()} can write, such as one that `mkdir -m 700` makes"
     )

@@ -23,7 +23,7 @@ from .protocol import MAX_KEYS, VERSION, Acquired, Changed, Granted, ProtocolErr
 
 MAX_FRAME_NBYTES = 4 << 20
 PAGE_KEYS = MAX_KEYS // 2  # at most so many keys gained, and as many lost, in one Changed
-MAX_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
+MAX_SOCKET_PATH_NBYTES = 107  # Linux's limit for the path of a Unix socket
 _LENGTH = struct.Struct("<I")
 _EQUAL_LENGTHS: dict[type, tuple[str, ...]] = {  # fields that hold one element per slot
     Publish: ("slots", "generations", "keys"), Granted: ("slots", "generations"), Acquired: ("slots", "fingerprints"),
@@ -171,9 +171,10 @@ def checked_socket_path(path: Path) -> Path:
     """Return `path` if Linux allows it for a Unix socket. Raises ConfigError if it is too long."""
     if not path.name or "\0" in path.name:
         raise ConfigError(f"socket path {str(path)!r} names no socket; give a path such as /run/kvkern.sock")
-    if (nbytes := len(os.fsencode(path))) > MAX_PATH_NBYTES:
+    if (nbytes := len(os.fsencode(path))) > MAX_SOCKET_PATH_NBYTES:
         raise ConfigError(
-            f"socket path {str(path)!r} has {nbytes} bytes, longer than the {MAX_PATH_NBYTES} bytes Linux allows; shorten it"
+            f"socket path {str(path)!r} has {nbytes} bytes, longer than the {MAX_SOCKET_PATH_NBYTES} bytes Linux allows; "
+            f"shorten it"
         )
     return path
 

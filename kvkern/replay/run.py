@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import ConfigError
 from ..measurement_json import write_json
-from ..option_values import checked_output_file
+from ..option_values import checked_input_file, checked_output_file
 from ..policy.persist_modes import Costs
 from . import report
 from .grid import MIN, Cell, Result, capacity_chunks, checked_policies, run_grid
@@ -88,8 +88,7 @@ def _selected_modes(policy: str, persist: str) -> list[str]:
 def _check_paths(traces: Sequence[Path], json_path: Path | None, plot_path: Path | None) -> None:
     """Check the paths before the replay, which may take minutes. Raises ConfigError."""
     for path in traces:
-        if not path.is_file():
-            raise ConfigError(f"trace {path} is not a file; give .jsonl or .jsonl.gz files in the Mooncake format")
+        checked_input_file(path, "a trace")
     names = [trace_name(path) for path in traces]
     for name in names:
         if names.count(name) > 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvkern.arena.file import create_or_attach
-from kvkern.arena.folder import arena_folder, arena_prefix, is_private_folder, make_arena_folder, sweep_stale
+from kvkern.arena.folder import arena_folder, arena_prefix, is_private_folder, make_private_folder, sweep_stale
 from kvkern.arena.slots import SlotGeometry
 from kvkern.assemble import open_arena
 from kvkern.config import Config
@@ -48,9 +48,17 @@ def bind_socket(path: Path) -> None:
 PLANTS: dict[str, Callable[[Path], object]] = {
     "folder": lambda path: path.mkdir(0o700), "open folder": lambda path: (path.mkdir(), path.chmod(0o1777)),
     "file": lambda path: path.touch(0o600), "open file": lambda path: (path.touch(), path.chmod(0o666)),
-    "pipe": lambda path: (os.mkfifo(path), path.chmod(0o666)), "socket": bind_socket,
-    "link to a folder": lambda path: path.symlink_to("/tmp"), "dangling link": lambda path: path.symlink_to("/nowhere/x"),
+    "FIFO": lambda path: (os.mkfifo(path), path.chmod(0o666)), "socket": bind_socket,
+    "link to a folder": lambda path: path.symlink_to("/tmp"),
+    "dangling symbolic link": lambda path: path.symlink_to("/nowhere/x"),
 }  # fmt: skip
+
+
+def make_arena_folder(directory: Path) -> Path:
+    """Do what the creator of an arena does with the folder."""
+    folder = arena_folder(directory)
+    assert folder == directory or make_private_folder(folder)
+    return folder
 
 
 def test_a_folder_of_this_user_is_used_as_it_is(tmp_path: Path) -> None:
@@ -119,7 +127,7 @@ def test_another_user_has_taken_the_name(shm: Path, plant: str) -> None:
     assert os.listdir(shm) == []
 
 
-@pytest.mark.parametrize("plant", ["folder", "pipe"])
+@pytest.mark.parametrize("plant", ["folder", "FIFO"])
 def test_without_a_place_for_a_note_the_owner_is_named(shm: Path, monkeypatch: pytest.MonkeyPatch, plant: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
     as_user(ATTACKER, lambda: void(PLANTS[plant](shm / f"kvkern-{VICTIM}")))
@@ -185,12 +193,12 @@ def test_a_folder_that_cannot_be_listed(shm: Path) -> None:
     assert os.listdir(shm) == []
 
 
-@pytest.mark.parametrize("plant", ["folder", "file", "open file", "pipe", "dangling link"])
+@pytest.mark.parametrize("plant", ["folder", "file", "open file", "FIFO", "dangling symbolic link"])
 def test_an_arena_whose_name_is_taken(shm: Path, plant: str) -> None:
     """Only in a folder that is given by name and belongs to somebody else. The message names the owner; nothing is opened."""
     planted = shm / "arena"
     as_user(ATTACKER, lambda: void(PLANTS[plant](planted)))
-    kind = plant.split()[-1]
+    kind = plant.removeprefix("open ").removeprefix("dangling ")
 
     def fail() -> None:
         with pytest.raises(

@@ -54,7 +54,7 @@ FAULTS = {
     "no folder": (ENOENT, r"No such file or directory \(it takes 104 KiB\); make the folder"),
     "the folder is a file": (ENOTDIR, "Not a directory .*; make the folder"),
     "a folder has its name": (EISDIR, ".* is a folder; remove it, or set arena_dir"),
-    "a link has its name": (ELOOP, ".* is a link; remove it, or set arena_dir"),
+    "a link has its name": (ELOOP, ".* is a symbolic link; remove it, or set arena_dir"),
 }
 
 

@@ -223,7 +223,7 @@ def test_errors_of_the_command(tmp_path: Path, more: list[str], message: str) ->
     assert message in done.output
     gone = CliRunner().invoke(app, ["replay", str(tmp_path / "none.jsonl")])
     assert gone.exit_code == 2
-    assert "is not a file" in gone.output
+    assert "which is not there; give a file" in gone.output
 
 
 def test_a_bad_trace_ends_the_command_among_workers(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
 from ..protocol import MAX_KEYS
 from . import shares
+from .admission import USER_SHARE
 from .arena_holders import maps_arena
 from .quotas import Quotas
 from .shares import Process, Shares
@@ -38,7 +39,6 @@ MAX_NAMESPACES = 4096  # descriptions that are kept; those used longest ago are 
 MAX_REMEMBERED_ENGINES = 128  # engines per namespace that are known to have described it
 MAX_LEASES = 4096  # per session; an engine holds one or a few for each waiting request
 LEASED_SHARE = 16  # a user may have each slot on lease so often, on average
-USER_SHARE = 2  # a user has at most one place for a process in 2; root and the daemon's own user may have all
 
 Team = tuple[int, str]  # the processes of an engine: its user and its name
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from tests.remote.stores.threaded_server import ThreadedServer
+
 MIB = 1 << 20
 _ZEROS = bytes(MIB)
 
@@ -20,19 +22,16 @@ def memory_nbytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class HostileServer:
+class HostileServer(ThreadedServer):
     """Talks to every client on a port of 127.0.0.1, each in a thread. Use it as a context manager."""
 
     def __init__(self, talk: Talk) -> None:
+        super().__init__()
         self.ended = threading.Event()
         self.most_nbytes = 0  # the most memory that this process has taken while something was poured
         self._before_nbytes = memory_nbytes()
         self._talk = talk
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        self.start()
 
     def drip(self, sock: socket.socket, text: bytes, seconds: float = 60.0) -> None:
         """Send a byte after the other, again and again, so that something comes all the time."""
@@ -54,22 +53,10 @@ class HostileServer:
 
     def __exit__(self, *error: object) -> None:
         self.ended.set()
-        for sock in (self._listener, *self._sockets):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        for thread in self._threads:
-            thread.join()
+        self.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            self._sockets.append(client)
-            self._threads.append(threading.Thread(target=self._serve, args=(client,)))
-            self._threads[-1].start()
+    def _welcome(self, client: socket.socket) -> None:
+        self._run(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
         with suppress(OSError):

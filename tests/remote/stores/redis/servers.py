@@ -8,7 +8,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +23,7 @@ from kvkern.remote.stores.registry import make_store
 from kvkern.remote.stores.url import RemoteUrl
 from tests.remote.required_servers import answers, free_port, running
 from tests.remote.stores.conformance import Bench, MakeStore
+from tests.remote.stores.threaded_server import ThreadedServer
 
 NUM_SLOTS = 16384
 LATE_S = 1.0  # how much later than its timeout a call may end on a busy machine
@@ -144,21 +144,18 @@ def openssl(folder: Path, arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-class Proxy:
+class Proxy(ThreadedServer):
     """A proxy between a client and a server: replies pass until it is told to break the next ones."""
 
     def __init__(self, port: int) -> None:
+        super().__init__()
         self.connections = 0
         self._to = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
         self._left: int | None = None  # bytes of replies that still pass; None: all
         self._then = b""  # sent behind them
         self._cut = False  # the connection ends then; False: it stays, silent
         self._once = False  # later replies pass again
-        self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        self.start()
 
     def break_after(self, nbytes: int, then: bytes = b"", cut: bool = False, once: bool = False) -> None:
         """Let replies pass for `nbytes` more, counted over all connections."""
@@ -168,27 +165,12 @@ class Proxy:
         """Let everything pass again, on new connections."""
         self._left = None
 
-    def close(self) -> None:
-        for sock in (self._listener, *self._sockets):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        for thread in self._threads:
-            thread.join()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._to))
-            self.connections += 1
-            self._sockets += [client, server]
-            for target, ends in ((self._requests, (client, server)), (self._replies, (server, client))):
-                thread = threading.Thread(target=target, args=ends)
-                self._threads.append(thread)
-                thread.start()
+    def _welcome(self, client: socket.socket) -> None:
+        server = socket.create_connection(("127.0.0.1", self._to))
+        self.connections += 1
+        self._sockets.append(server)
+        self._run(self._requests, client, server)
+        self._run(self._replies, server, client)
 
     def _requests(self, client: socket.socket, server: socket.socket) -> None:
         with suppress(OSError):
