@@ -23,7 +23,7 @@ from kvkern.cli import app
 from kvkern.demo import engine_process, model, preconditions, sizing
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.daemon import server
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from tests.node.conftest import served
 
 LIMIT_S = 60  # of one call; a call that waits for something waits for ever

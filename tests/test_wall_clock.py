@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from tests.import_graph import MODULES
 from tests.node import conftest
 from tests.node.conftest import GEOMETRY, eventually, hits, served, store

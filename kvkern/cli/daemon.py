@@ -67,11 +67,12 @@ def serve(
 
     from ..config import parse_nbytes
     from ..node.daemon import server
+    from ..node.daemon.node_config import NodeConfig
     from ..node.daemon.quotas import Quotas
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
     with exit_on_bad_input():
-        config = server.NodeConfig(
+        config = NodeConfig(
             socket=socket.absolute(),
             capacity_nbytes=parse_nbytes(capacity),
             name=name,

@@ -27,7 +27,8 @@ from kvkern.node import protocol as p
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import Server
 from kvkern.node.daemon.sessions import Session, Sessions
 from kvkern.policy import load_policy
 from kvkern.tiers.base import ChunkShape, Lease, Reservation

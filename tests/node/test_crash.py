@@ -40,7 +40,8 @@ from kvkern.kernels.paged_copy_numba import checksum_planes
 from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig, serve
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import serve
 from kvkern.tiers.base import ChunkShape, Lease
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -21,7 +21,8 @@ from kvkern.errors import ConfigError
 from kvkern.node.client import reconnecting_link
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import server as server_module
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import Server
 from kvkern.policy.base import Use
 from kvkern.remote import cost_model
 from kvkern.remote.stores import registry

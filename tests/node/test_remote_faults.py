@@ -18,7 +18,8 @@ import pytest
 
 from kvkern.cache.base import RequestEnd
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import Server
 from kvkern.policy.base import Use
 from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, read_verified, store
 from tests.remote.fault_proxy import FaultProxy, Redis, flips, redis_behind_proxy

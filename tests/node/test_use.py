@@ -13,7 +13,8 @@ from kvkern import assemble
 from kvkern.errors import ConfigError
 from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import Server
 from kvkern.policy.base import Keys, Stop, Use
 from kvkern.policy.lru import LRU
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, Peer, eventually, served, store, write_payload

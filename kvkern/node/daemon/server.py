@@ -10,26 +10,22 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
+from ... import __version__
 from ...arena.file import Arena, ArenaSpec, create_or_attach
 from ...arena.process_identity import process_alive
 from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
-from ...config import DEFAULT_POLICY, RemoteConfig
 from ...errors import ArenaError, ConfigError
-from ...option_values import checked_number, checked_output_file, checked_path
-from ...policy import checked_policy, load_policy
-from ...policy.persist_modes import persist_mode
+from ...policy import load_policy
 from ...remote.store_thread import StoreThread
-from ...remote.stores.url import RemoteUrl
 from ...remote.tier import RemoteTier
 from ...tiers.base import Lease
 from ...tiers.slot_headers import load_checksums
@@ -40,61 +36,15 @@ from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of
 from .client_connection import ClientConnection
 from .fair_turns import FairTurns
 from .listener import Listener
+from .node_config import NodeConfig
 from .operator_requests import Row, rows, why_refused
 from .policy_state_file import PolicyStateFile
-from .quotas import Quotas
 from .sessions import Session, Sessions
 from .socket_path import exclusive_lock, listening_socket
 
 logger = logging.getLogger("kvkern")
 
 SWEEP_S = 0.25  # between two looks at clients, quarantine and slow requests
-MAX_UID = 2**32 - 2
-
-
-@dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """The settings of a daemon. Raises ConfigError if one of them is wrong."""
-
-    socket: Path
-    capacity_nbytes: int
-    name: str = "default"  # of the trust domain; part of the arena's file name
-    arena_dir: Path = Path("/dev/shm")
-    prefault: bool = True
-    dump_arena: bool = False  # core dumps of the daemon hold the arena
-    uids: frozenset[int] = frozenset()  # users that may connect, beside root and the daemon's own
-    gids: frozenset[int] = frozenset()  # groups whose members may connect
-    operator_uids: frozenset[int] = frozenset()  # users that may clear, evict and record, beside the same two
-    operator_gids: frozenset[int] = frozenset()  # groups whose members may
-    quotas: Quotas = field(default_factory=Quotas)
-    policy: str = DEFAULT_POLICY  # eviction policy
-    policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
-    remote: RemoteConfig | None = None  # a store that nodes share
-    drain_s: float = 5.0  # time after SIGTERM for transfers under way and for writes that wait for the store
-
-    def __post_init__(self) -> None:
-        if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
-            raise ConfigError(f"name is {self.name!r}; use up to 64 letters, digits, '-' and '_'")
-        framing.checked_socket_path(self.socket)
-        checked_policy(self.policy)
-        if self.remote is not None:
-            RemoteUrl.parse(self.remote.url)
-            persist_mode(self.remote.persist, self.policy)
-        if self.policy_state is not None:
-            checked_output_file(self.policy_state, "policy_state")
-        for number in self.uids | self.gids | self.operator_uids | self.operator_gids:
-            checked_number(number, "the number of a user or group", 0, MAX_UID)
-        if not checked_path(self.arena_dir, "arena_dir").is_dir():
-            raise ConfigError(
-                f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or give another folder"
-            )
-        if not 0 <= self.drain_s <= 3600:
-            raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")
-
-    @property
-    def arena_name(self) -> str:
-        """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
-        return f"kvkern-node-{os.getuid()}-{self.name}"
 
 
 class Server:
@@ -102,6 +52,7 @@ class Server:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
+        self.daemon_id = secrets.token_hex(16)  # of this start; the socket and the HTTP ports show the same one
         self.connections: set[ClientConnection] = set()
         self.admission = Admission(Users(config.uids, config.gids), Users(config.operator_uids, config.operator_gids))
         self.turns = FairTurns(lambda turn: self.loop.call_soon(turn))
@@ -463,6 +414,7 @@ class Server:
 
     def _stat(self) -> Row:
         row: Row = {
+            "daemon": self.daemon_id, "name": self.config.name, "version": __version__,
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
             "arena_nbytes": allocated_nbytes(self._arena_path),

@@ -17,7 +17,7 @@ import pytest
 from kvkern.config import RemoteConfig
 from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from kvkern.remote.cost_model import CostModel
 from tests.integrations.vllm.engine import BLOCK_TOKENS, Engine, prompt
 from tests.node import conftest as node

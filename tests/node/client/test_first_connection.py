@@ -19,7 +19,7 @@ from kvkern.node import protocol as p
 from kvkern.node.client import first_connection
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from tests.node.conftest import GEOMETRY, eventually, hits, served, store
 from tests.support import chain_keys
 

@@ -22,7 +22,7 @@ from kvkern.node.client import trace_recorder
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.client.trace_recorder import HOLD_S, TraceWriter
 from kvkern.node.daemon import client_connection
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from kvkern.policy.base import Stop, Use
 from kvkern.replay.trace import read_trace
 from tests.node.conftest import GEOMETRY, ROOT, Daemon, MakeClient, Peer, eventually, served

@@ -21,7 +21,7 @@ from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import admission, client_connection
 from kvkern.node.daemon import server as server_module
-from kvkern.node.daemon.server import NodeConfig
+from kvkern.node.daemon.node_config import NodeConfig
 from tests.node.conftest import (
     GEOMETRY,
     ROOT,

@@ -15,8 +15,9 @@ from kvkern.arena.slots import SlotGeometry
 from kvkern.errors import ConfigError
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import policy_state_file
+from kvkern.node.daemon.node_config import NodeConfig
 from kvkern.node.daemon.policy_state_file import MAX_NBYTES, PolicyStateFile
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.server import Server
 from kvkern.policy.base import Use
 from kvkern.policy.grit_model import GritModel
 from tests.node.conftest import GEOMETRY, Daemon, MakeDaemon, eventually, served, store

@@ -18,7 +18,8 @@ from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon import server as server_module
-from kvkern.node.daemon.server import NodeConfig, Server
+from kvkern.node.daemon.node_config import NodeConfig
+from kvkern.node.daemon.server import Server
 from tests.node.conftest import (
     GEOMETRY,
     ROOT,
