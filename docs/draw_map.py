@@ -90,6 +90,19 @@ def direct(components: dict[str, set[str]]) -> dict[str, set[str]]:
     }
 
 
+def rows(boxes: list[Box]) -> list[dict[int, Box]]:
+    """Rows of boxes that do not point at each other, each by its column. Boxes with a column of their own come first."""
+    found: list[dict[int, Box]] = []
+    for box in sorted(boxes, key=lambda b: b.name not in COLUMN):
+        columns = [COLUMN[box.name]] if box.name in COLUMN else list(range(COLUMNS))
+        free = [(row, c) for row in found for c in columns if c not in row]
+        if free:
+            free[0][0][free[0][1]] = box
+        else:
+            found.append({columns[0]: box})
+    return found
+
+
 def place(components: dict[str, set[str]]) -> tuple[dict[str, Box], list[tuple[int, float, float]], float]:
     """(boxes with their places, (level, top, bottom) of each level, height of the picture)."""
     arrows = direct(components)
@@ -99,17 +112,15 @@ def place(components: dict[str, set[str]]) -> tuple[dict[str, Box], list[tuple[i
         top = y
         names = [n for n in LEVELS if LEVELS[n] == level]
         for depth in sorted({depth_in_level(n, components) for n in names}, reverse=True):
-            row = [boxes[n] for n in names if depth_in_level(n, components) == depth]
-            free = [c for c in range(COLUMNS) if c not in {COLUMN.get(box.name) for box in row}]
-            for box in row:
-                path, sentence, modules = contents(box.name)
-                columns = int((BOX - 2 * PAD) / CHAR)
-                box.lines = [("path", path)]
-                box.lines += [("what", line) for line in textwrap.wrap(sentence, columns)]
-                box.lines += [("files", line) for line in textwrap.wrap(modules, columns)]
-                column = COLUMN[box.name] if box.name in COLUMN else free.pop(0)
-                box.x, box.y = LEFT + column * (BOX + GAP), y
-            y += max(box.height for box in row) + ROW_GAP
+            for row in rows([boxes[n] for n in names if depth_in_level(n, components) == depth]):
+                for column, box in row.items():
+                    path, sentence, modules = contents(box.name)
+                    columns = int((BOX - 2 * PAD) / CHAR)
+                    box.lines = [("path", path)]
+                    box.lines += [("what", line) for line in textwrap.wrap(sentence, columns)]
+                    box.lines += [("files", line) for line in textwrap.wrap(modules, columns)]
+                    box.x, box.y = LEFT + column * (BOX + GAP), y
+                y += max(box.height for box in row.values()) + ROW_GAP
         levels.append((level, top, y - ROW_GAP))
         y += LEVEL_GAP - ROW_GAP + 24
     return boxes, levels, y

@@ -119,10 +119,9 @@ def open_remote_store(config: RemoteConfig) -> StoreThread | None:
     if not opened.open_failure:
         return opened
     logger.warning(
-        "kvkern: the remote store %s does not answer (%s); until it answers, every lookup in it is a miss. Check the store "
-        "and the URL in `remote`",
-        url,
-        opened.open_failure,
+        "kvkern: the remote store %(remote)s does not answer (%(error)s); until it answers, every lookup in it is a miss. "
+        "Check the store and the URL in `remote`",
+        {"event": "remote_not_open", "remote": url, "error": opened.open_failure},
     )
     opened.close()
     return None
@@ -216,8 +215,8 @@ def _build_gpu_copier(
     from .transfer.gpu.stopwatch import Stopwatch
 
     logger.warning(
-        "kvkern: the KV cache is on %s. This path was tested without a GPU and has not run on one yet. Compare answers with "
-        "and without kvkern before you rely on it, see docs/gpu.md", name,
+        "kvkern: the KV cache is on %(device)s. This path was tested without a GPU and has not run on one yet. Compare answers "
+        "with and without kvkern before you rely on it, see docs/gpu.md", {"event": "gpu_untested", "device": name},
     )  # fmt: skip
     try:
         device = _cuda_device(name)

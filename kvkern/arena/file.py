@@ -197,8 +197,9 @@ def create_or_attach(
                 if repair and not _take_locks(fd):
                     # A daemon has the name for itself. So whoever holds a lock has the descriptor from an earlier one.
                     logger.warning(
-                        "kvkern: %s is locked by a process that an earlier daemon had let in. It is removed, and a new one is "
-                        "made", path,
+                        "kvkern: %(path)s is locked by a process that an earlier daemon had let in. It is removed, "
+                        "and a new one is "
+                        "made", {"event": "locked_arena_removed", "path": path},
                     )  # fmt: skip
                     path.unlink(missing_ok=True)
                     os.close(fd)
@@ -239,8 +240,9 @@ def _close_to_others(fd: int, path: Path) -> None:
     if mode & 0o077:
         os.fchmod(fd, 0o600)
         logger.warning(
-            "kvkern: %s had the mode %04o, so other users could open it; it is 0600 now. Who had it open keeps it: to be "
-            "sure, end all processes that use it and remove it", path, mode,
+            "kvkern: %(path)s had the mode %(mode)04o, so other users could open it; it is 0600 now. Who had it "
+            "open keeps it: to "
+            "be sure, end all processes that use it and remove it", {"event": "arena_was_open", "path": path, "mode": mode},
         )  # fmt: skip
 
 
@@ -252,7 +254,10 @@ def _leave_earlier_boot(arena: Arena) -> None:
         arena.processes[:] = (0, 0)
         arena.headers["owner_pid"][:] = 0
         arena.headers["owner_start"][:] = 0
-        logger.info("kvkern: %s is of an earlier boot: no process that it names is waited for", arena.path)
+        logger.info(
+            "kvkern: %(path)s is of an earlier boot: no process that it names is waited for",
+            {"event": "arena_of_earlier_boot", "path": arena.path},
+        )
     memory[_BOOT_AT : _BOOT_AT + _BOOT_NBYTES] = np.frombuffer(boot, np.uint8)
 
 
@@ -355,8 +360,10 @@ def _repair(fd: int, spec: ArenaSpec, path: Path) -> None:
     os.ftruncate(fd, spec.nbytes)
     if found != spec.nbytes:
         logger.warning(
-            "kvkern: %s had %s instead of %s: a process that has it open has changed its size. It has its size again; the "
-            "chunks that were cut off are gone", path, format_nbytes(found), format_nbytes(spec.nbytes),
+            "kvkern: %(path)s had %(found)s instead of %(size)s: a process that has it open has changed its size. "
+            "It has its size "
+            "again; the chunks that were cut off are gone",
+            {"event": "arena_was_cut", "path": path, "found": format_nbytes(found), "size": format_nbytes(spec.nbytes)},
         )  # fmt: skip
     check_room(lost, path)
     reserve(fd, spec.nbytes, path)

@@ -22,7 +22,7 @@ from ..tiers.base import ChunkShape, Lease, Reservation
 logger = logging.getLogger("kvkern")
 
 FAULT_LINE = (  # of the log, for a kind of exception
-    "kvkern: %s in the cache; this call was answered as a miss. Further errors of this kind are only counted (`faults`). "
+    "kvkern: %(kind)s in the cache; this call was answered as a miss. Further errors of this kind are only counted (`faults`). "
     "Please report this as a bug, with the traceback"
 )
 
@@ -152,7 +152,7 @@ class Faults:
             kind = type(error).__name__
             if kind not in self._logged:
                 self._logged.add(kind)
-                logger.exception(FAULT_LINE, kind)
+                logger.exception(FAULT_LINE, {"event": "fault", "kind": kind})
 
 
 def completed(value: T) -> Future[T]:

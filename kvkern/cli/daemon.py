@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import DEFAULT_POLICY
+from ..observability import logs
+from ..observability.logs import LogFormat
 from ..policy import POLICIES
 from .arguments import DEFAULT_SOCKET, Socket, exit_on_bad_input, path_option
 
@@ -61,16 +63,17 @@ def serve(
     remote_timeout: Annotated[float, typer.Option(help="Seconds that one call to the remote store may take.")] = 10.0,
     drain: Annotated[float, typer.Option(help="Seconds for open transfers and writes after SIGTERM.")] = 5.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log clients that connect and disconnect.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="How the log is written: text, or one JSON object per line.")
+    ] = "text",
 ) -> None:
     """Run the node's cache: one daemon for all engines of the node. Ends on SIGTERM; keeps its arena for the next start."""
-    import logging
-
     from ..config import parse_nbytes
     from ..node.daemon import server
     from ..node.daemon.node_config import NodeConfig
     from ..node.daemon.quotas import Quotas
 
-    logging.basicConfig(format="%(message)s", level=logging.INFO if verbose else logging.WARNING)
+    logs.set_up(log_format, verbose)
     with exit_on_bad_input():
         config = NodeConfig(
             socket=socket.absolute(),

@@ -56,15 +56,15 @@ class CircuitBreaker:
     def succeeded(self) -> None:
         """Report that a call has worked."""
         if self._until is not None:
-            logger.warning("kvkern: remote %s works again", self._name)
+            logger.warning("kvkern: remote %(remote)s works again", {"event": "remote_back", "remote": self._name})
         self._failures, self._pause_s, self._until, self._trying = 0, FIRST_PAUSE_S, None, False
 
     def partly_answered(self) -> None:
         """Report that a call was soon answered for some of its keys: one server of many has failed."""
         if self._trying:
             logger.warning(
-                "kvkern: remote %s works again, but not for all keys: one of its servers fails. Check its servers",
-                self._name,
+                "kvkern: remote %(remote)s works again, but not for all keys: one of its servers fails. Check its servers",
+                {"event": "remote_partly_back", "remote": self._name},
             )
             self._until, self._trying = None, False
 
@@ -77,10 +77,10 @@ class CircuitBreaker:
             return
         if self._until is None:
             logger.warning(
-                "kvkern: remote %s fails (%s). Every lookup there is a miss until it works again. Check the store and the "
-                "network",
-                self._name,
-                why,
+                "kvkern: remote %(remote)s fails (%(error)s). Every lookup there is a miss until it works again. "
+                "Check the store "
+                "and the network",
+                {"event": "remote_fails", "remote": self._name, "error": why},
             )
         self._trying = False
         self._until = self._clock() + self._pause_s * (1 + self._draw()) / 2

@@ -101,7 +101,9 @@ class PrefixReader:
                     await self._fetch(request, request.missing())
                 except RemoteError as error:
                     # `StoreCalls` has counted it, and the breaker logs it.
-                    logger.debug("kvkern: a remote read failed: %s", error)
+                    logger.debug(
+                        "kvkern: a remote read failed: %(error)s", {"event": "remote_read_failed", "error": error}
+                    )
         finally:
             with self._lock:
                 self.num_waiting -= 1
@@ -291,8 +293,15 @@ class PrefixReader:
         if spoiled:
             self._counters.remote_bad_chunks += len(spoiled)
             logger.warning(
-                "kvkern: %d of %d chunks from the remote store did not verify; they count as misses and are deleted there. "
-                "If this goes on, check the store's disks, memory and network", len(spoiled), len(keys),
+                "kvkern: %(chunks)d of %(all_chunks)d chunks from the remote store did not verify; they count as "
+                "misses and are "
+                "deleted there. If this goes on, check the store's disks, memory and network",
+                {
+                    "event": "remote_chunks_bad",
+                    "chunks": len(spoiled),
+                    "all_chunks": len(keys),
+                    "request": request.use.request,
+                },
             )  # fmt: skip
             await self._delete([keys[row] for row in spoiled])
         unbroken = next((count for count, row in enumerate(good) if count != row), len(good))
@@ -302,4 +311,7 @@ class PrefixReader:
         try:
             await self._calls.delete(keys)
         except RemoteError as error:
-            logger.debug("kvkern: spoiled chunks stay in the remote store: %s", error)  # the other chunks are good
+            logger.debug(  # the other chunks are good
+                "kvkern: spoiled chunks stay in the remote store: %(error)s",
+                {"event": "remote_not_deleted", "error": error},
+            )

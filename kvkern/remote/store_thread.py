@@ -59,7 +59,10 @@ class StoreThread:
         try:
             self.run(self.store.close())
         except RemoteError as error:
-            logger.debug("kvkern: a remote store was not closed properly: %s", error)
+            logger.debug(
+                "kvkern: a remote store was not closed properly: %(error)s",
+                {"event": "remote_not_closed", "error": error},
+            )
         finally:
             self.stop()
 

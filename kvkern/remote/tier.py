@@ -259,8 +259,14 @@ class RemoteTier:
             bad = at[~good]
             self._arena.mark_bad(bad)  # a cached chunk is dropped and counted with the lease of this write
             logger.warning(
-                "kvkern: %d of %d chunks are not written to the remote store: %s Check who may use this cache",
-                len(bad), len(keys), self._cache.records.describe_bad(bad.tolist()),
+                "kvkern: %(chunks)d of %(all_chunks)d chunks are not written to the remote store: %(why)s Check who "
+                "may use this cache",
+                {
+                    "event": "remote_write_refused",
+                    "chunks": len(bad),
+                    "all_chunks": len(keys),
+                    "why": self._cache.records.describe_bad(bad.tolist()),
+                },
             )  # fmt: skip
             keys = [key for key, ok in zip(keys, good.tolist(), strict=True) if ok]
         if not keys:

@@ -425,7 +425,7 @@ def test_kill_9_at_any_point() -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, f"seed {seed}, {kills} kills:\n{errors[-8000:]}"
-    assert FAULT_LINE.partition("%s")[2] not in errors, f"seed {seed}, {kills} kills:\n{errors[-8000:]}"
+    assert FAULT_LINE.partition("%(kind)s")[2] not in errors, f"seed {seed}, {kills} kills:\n{errors[-8000:]}"
     done = json.loads(out)
     print(f"seed {seed}: {done}")
     assert done["daemon"] + done["engine"] + done["worker"] >= kills

@@ -28,7 +28,7 @@ from . import shim
 from .adapter_names import AdapterNames
 from .lookup_counts import LookupCounts
 from .metric_definitions import ReportedCounters
-from .notices import Notices
+from .notices import Notices, log_failed_load, log_load_without_hit, log_stores_nothing
 from .prefill_speed import PrefillSpeed
 from .request_hints import with_hints
 from .request_state import KvGroup, RequestState
@@ -185,12 +185,8 @@ class KvkernManager(shim.OffloadingManager):
                 GroupChunks.from_places(chain, [place_of[key] for key in chain]) for chain in by_group.values()
             )
         else:  # the worker cannot pair chunks that were no hit, and reports a failed load
-            shim.logger.error(
-                "kvkern: vLLM asked to load %d chunks, but %d of them were no hit. The request is computed instead. Please "
-                "report this as a bug.",
-                sum(map(len, by_group.values())),
-                sum(key not in place_of for chain in by_group.values() for key in chain),
-            )
+            asked = [key for chain in by_group.values() for key in chain]
+            log_load_without_hit(req_context.req_id, len(asked), sum(key not in place_of for key in asked))
             groups = tuple(GroupChunks.from_lists((), ()) for _ in by_group)
         ticket = self._tickets.open(state.leases)
         served = sum(len(group.slots) for group in groups)
@@ -315,7 +311,7 @@ class KvkernManager(shim.OffloadingManager):
         """Store nothing more until the next reset, because KV in vLLM's own blocks may be wrong. Loads go on."""
         if not self._stores_nothing:
             self._stores_nothing = True
-            shim.logger.warning("kvkern: from now on this engine stores nothing: %s.", reason)
+            log_stores_nothing(reason)
 
     def note_failed_load(self, req_id: str) -> None:
         """Let the request be computed without another load, after a load that did not verify.
@@ -323,6 +319,7 @@ class KvkernManager(shim.OffloadingManager):
         vLLM keeps counting the failed load's blocks as reserved, so a second load of a prompt above half the KV
         pool would wait for itself forever.
         """
+        log_failed_load(req_id)
         self._counts.fail_load(req_id)
         if (state := self._requests.get(req_id)) is not None:
             state.load_failed, state.has_loaded = True, False

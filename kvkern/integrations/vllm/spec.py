@@ -102,7 +102,10 @@ class KvkernSpec(shim.OffloadingSpec):
         return arena, arena.close
 
     def _connect(self, index: bool) -> NodeClient:
-        shim.logger.info("kvkern: connecting to the node's daemon on %s", self.options.socket)
+        shim.logger.info(
+            "kvkern: connecting to the node's daemon on %(socket)s",
+            {"event": "daemon_connecting", "socket": self.options.socket},
+        )
         return NodeClient.open(
             Path(self.options.socket),
             self._name,

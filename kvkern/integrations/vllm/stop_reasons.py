@@ -53,9 +53,9 @@ def tool_call_ids(vllm_config: shim.VllmConfig) -> frozenset[int]:
         tokenizer = msgspec.json.decode(path.read_bytes(), type=_Tokenizer)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         shim.logger.info(
-            "kvkern: %s cannot be read: %s. Tool calls are not recognised; repair the file if the model has a token for them.",
-            path,
-            error,
+            "kvkern: %(path)s cannot be read: %(error)s. Tool calls are not recognised; repair the file if the model has a "
+            "token for them.",
+            {"event": "tool_calls_unknown", "path": path, "error": error},
         )
         return frozenset()
     return frozenset(token.id for token in tokenizer.added_tokens if token.content in TOOL_CALL_TOKENS)

@@ -57,10 +57,9 @@ def warn_of_untested(version: str, logger: Logger) -> None:
     """Log a warning if no test has run with this release. Call it once per engine."""
     if not is_known(version):
         logger.warning(
-            "kvkern: vLLM %s is newer than the releases that this kvkern was tested with (%s). Its interfaces passed the "
-            "self-test. Compare some replies with an engine without kvkern, or install a newer kvkern.",
-            version,
-            known_range(),
+            "kvkern: vLLM %(version)s is newer than the releases that this kvkern was tested with (%(tested)s). Its interfaces "
+            "passed the self-test. Compare some replies with an engine without kvkern, or install a newer kvkern.",
+            {"event": "vllm_untested", "version": version, "tested": known_range()},
         )
 
 

@@ -69,10 +69,10 @@ class KvkernWorker(shim.OffloadingWorker):
             job = self._jobs.pop(job_id)
             if job.error is not None:
                 shim.logger.error(
-                    "kvkern: transfer job %d failed: %s. A load is computed instead, a store is dropped. Please report this "
-                    "as a bug.",
-                    job_id,
-                    job.error,
+                    "kvkern: transfer job %(job)d failed: %(error)s. A load is computed instead, a store is "
+                    "dropped. Please report "
+                    "this as a bug.",
+                    {"event": "transfer_failed", "job": job_id, "error": job.error},
                 )
             if job_id in self._loads:
                 self._loads.discard(job_id)

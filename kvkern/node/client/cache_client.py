@@ -453,7 +453,7 @@ class NodeClient:
             self._replica.update(framing.split_keys(response.added))
             self._replica.difference_update(framing.split_keys(response.removed))
         elif isinstance(response, p.Described) and response.warning:
-            logger.warning("kvkern: %s", response.warning)
+            logger.warning("kvkern: %(warning)s", {"event": "namespace_differs", "warning": response.warning})
         elif isinstance(response, p.Granted):
             self._keep_within(response.limit)
         elif isinstance(response, p.Draining):

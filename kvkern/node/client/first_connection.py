@@ -40,7 +40,8 @@ def connect_first(
         except OSError as error:
             if isinstance(error, TimeoutError) and (made := _made_nbytes(link)) is not None:
                 logger.info(
-                    "kvkern: the daemon on %s is making its arena, %s so far; waiting", link.path, format_nbytes(made)
+                    "kvkern: the daemon on %(socket)s is making its arena, %(made)s so far; waiting",
+                    {"event": "daemon_makes_arena", "socket": link.path, "made": format_nbytes(made)},
                 )
                 deadline = time.monotonic() + timeout_s
             elif isinstance(error, PermissionError) or time.monotonic() > deadline:

@@ -174,7 +174,10 @@ class ReconnectingLink:
             try:
                 if self._socket is None:
                     self.connect(prefault=False)
-                    logger.warning("kvkern: connected to the daemon on %s again", self.path)
+                    logger.warning(
+                        "kvkern: connected to the daemon on %(socket)s again",
+                        {"event": "daemon_back", "socket": self.path},
+                    )
                     since = time.monotonic()
                 self._exchange()
             except (OSError, KvkernError) as error:
@@ -182,14 +185,14 @@ class ReconnectingLink:
                     delay, last_warning = BACKOFF_S[0], ""  # the connection held for a while: begin anew
                 if self.connected and not self._closing:
                     logger.warning(
-                        "kvkern: lost the daemon on %s: %s. Every lookup is a miss until it is back. If it stays away, see its "
-                        "log and start `kvkern serve` again",
-                        self.path,
-                        error,
+                        "kvkern: lost the daemon on %(socket)s: %(error)s. Every lookup is a miss until it is back. "
+                        "If it stays "
+                        "away, see its log and start `kvkern serve` again",
+                        {"event": "daemon_lost", "socket": self.path, "error": error},
                     )
                 elif isinstance(error, KvkernError) and str(error) != last_warning:
                     last_warning = str(error)
-                    logger.warning("kvkern: %s", last_warning)
+                    logger.warning("kvkern: %(error)s", {"event": "daemon_refuses", "error": last_warning})
                 self._disconnect()
                 self._pause(delay * (0.5 + random.random()))
                 delay = min(2 * delay, BACKOFF_S[1])
@@ -258,8 +261,8 @@ class ReconnectingLink:
             self._on_message(response)
         elif isinstance(response, p.Draining):
             logger.info(
-                "kvkern: the daemon on %s is ending. Every lookup is a miss until `kvkern serve` runs there again",
-                self.path,
+                "kvkern: the daemon on %(socket)s is ending. Every lookup is a miss until `kvkern serve` runs there again",
+                {"event": "daemon_ends", "socket": self.path},
             )
             self._on_message(response)
         elif isinstance(response, p.Refused):

@@ -193,7 +193,8 @@ def connections_within_file_limit() -> int:
     if fit < MIN_CONNECTIONS:
         raise ConfigError(f"the limit on open files is {soft}, too few for a daemon; {remedy}")
     logger.warning(
-        "kvkern: the limit on open files is %d, so at most %d clients can connect, not %d; to have all, %s",
-        soft, fit, MAX_CONNECTIONS, remedy,
+        "kvkern: the limit on open files is %(limit)d, so at most %(fit)d clients can connect, not %(most)d; to "
+        "have all, %(remedy)s",
+        {"event": "few_open_files", "limit": soft, "fit": fit, "most": MAX_CONNECTIONS, "remedy": remedy},
     )  # fmt: skip
     return fit

@@ -53,15 +53,24 @@ def _move_earlier(earlier: Path, path: Path) -> None:
     if earlier == path or not mine:
         return
     if os.path.lexists(path):
-        logger.warning("kvkern: %s was left by an earlier version of kvkern and is not used; remove it", earlier)
+        logger.warning(
+            "kvkern: %(path)s was left by an earlier version of kvkern and is not used; remove it",
+            {"event": "earlier_arena_left", "path": earlier},
+        )
         return
     with exclusive_lock(earlier, _OPTIONS):
         try:
             earlier.rename(path)
         except OSError as error:
-            logger.warning("kvkern: %s cannot be moved to %s (%s) and is not used; remove it", earlier, path, error)
+            logger.warning(
+                "kvkern: %(path)s cannot be moved to %(to)s (%(error)s) and is not used; remove it",
+                {"event": "earlier_arena_not_moved", "path": earlier, "to": path, "error": error},
+            )
         else:
-            logger.info("kvkern: moved the arena %s to %s, a folder that no other user can write", earlier, path)
+            logger.info(
+                "kvkern: moved the arena %(path)s to %(to)s, a folder that no other user can write",
+                {"event": "earlier_arena_moved", "path": earlier, "to": path},
+            )
 
 
 def spec_of_earlier(path: Path) -> ArenaSpec | None:
@@ -72,8 +81,9 @@ def spec_of_earlier(path: Path) -> ArenaSpec | None:
     spec = read_spec(path)
     if spec is None and is_broken_arena(path):
         logger.warning(
-            "kvkern: %s is no whole arena: its daemon was killed while it made it, or a client has cut it. It is removed, and "
-            "the next engine gets a new one", path,
+            "kvkern: %(path)s is no whole arena: its daemon was killed while it made it, or a client has cut it. It "
+            "is removed, "
+            "and the next engine gets a new one", {"event": "broken_arena_removed", "path": path},
         )  # fmt: skip
         path.unlink(missing_ok=True)
     return spec
@@ -92,15 +102,23 @@ def taking_over(path: Path, spec: ArenaSpec, capacity_nbytes: int) -> Iterator[N
         if whole:
             raise
         logger.warning(
-            "kvkern: %s is not whole and cannot be repaired (%s). It is removed, and the next engine gets a new one",
-            path, error,
+            "kvkern: %(path)s is not whole and cannot be repaired (%(error)s). It is removed, and the next engine "
+            "gets a new one",
+            {"event": "arena_beyond_repair", "path": path, "error": error},
         )  # fmt: skip
         path.unlink(missing_ok=True)
         return
     if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
         logger.warning(
-            "kvkern: %s has %s and keeps this size, though the capacity is %s now; to change the size, end the daemon and "
-            "remove the file", path, format_nbytes(spec.nbytes), format_nbytes(capacity_nbytes),
+            "kvkern: %(path)s has %(size)s and keeps this size, though the capacity is %(capacity)s now; to change "
+            "the size, end "
+            "the daemon and remove the file",
+            {
+                "event": "arena_keeps_size",
+                "path": path,
+                "size": format_nbytes(spec.nbytes),
+                "capacity": format_nbytes(capacity_nbytes),
+            },
         )  # fmt: skip
 
 
@@ -132,7 +150,7 @@ class SizeWatch:
             self._said = ""
         except ArenaError as error:
             if str(error) != self._said:  # the same reason is not said four times a second
-                logger.error("kvkern: %s", error)
+                logger.error("kvkern: %(error)s", {"event": "arena_not_repaired", "error": error})
             self._said = str(error)
 
 

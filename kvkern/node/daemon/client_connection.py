@@ -222,7 +222,10 @@ class ClientConnection(asyncio.Protocol):
     def close(self, why: str) -> None:
         """Hang up. The client has LINGER_S to read what is queued. `why` ends the log line that begins with the client."""
         if self._transport is not None:
-            logger.info("kvkern: client pid %d uid %d %s", self.peer.pid, self.peer.uid, why)
+            logger.info(
+                "kvkern: client pid %(pid)d uid %(uid)d %(why)s",
+                {"event": "client_left", "pid": self.peer.pid, "uid": self.peer.uid, "why": why},
+            )
             transport, self._transport = self._transport, None
             self._forget_unread()
             if transport.get_write_buffer_size() > MAX_UNSENT_NBYTES:

@@ -56,7 +56,8 @@ class Listener:
                 return
             except OSError as error:
                 logger.error(
-                    "kvkern: no client can connect: %s; raise the limit on open files (ulimit -n)", error.strerror
+                    "kvkern: no client can connect: %(error)s; raise the limit on open files (ulimit -n)",
+                    {"event": "no_client_can_connect", "error": error.strerror},
                 )
                 self._loop.remove_reader(self._socket)
                 self._loop.call_later(PAUSE_S, self._listen)
@@ -74,7 +75,7 @@ class Listener:
         except OSError as error:
             refusal = f"the daemon cannot find out who this client is ({error.strerror}); try again"
         if refusal:
-            logger.info("kvkern: a client was refused: %s", refusal)
+            logger.info("kvkern: a client was refused: %(why)s", {"event": "client_refused", "why": refusal})
             with sock, contextlib.suppress(OSError):
                 sock.send(framing.encode(p.Refused(refusal)))
             return

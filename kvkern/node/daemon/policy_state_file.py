@@ -56,7 +56,10 @@ class PolicyStateFile:
             data = _read(self._path)
             if data:
                 self.model.load(data)
-                logger.info("kvkern: the policy starts with the statistics in %s", self._path)
+                logger.info(
+                    "kvkern: the policy starts with the statistics in %(path)s",
+                    {"event": "policy_state_read", "path": self._path},
+                )
             _write(self._path, self.model.dump())
         except NotRegularError as error:
             raise ConfigError(f"policy state {self._path}: {error.strerror}") from error
@@ -92,9 +95,10 @@ class PolicyStateFile:
         except OSError as error:
             if not self._failing:
                 logger.warning(
-                    "kvkern: policy state %s cannot be written (%s) and is tried again every %.0f s; make room on its disk, or "
-                    "make the folder writable",
-                    self._path, error.strerror, SAVE_S,
+                    "kvkern: policy state %(path)s cannot be written (%(error)s) and is tried again every "
+                    "%(every_s).0f s; make room "
+                    "on its disk, or make the folder writable",
+                    {"event": "policy_state_not_written", "path": self._path, "error": error.strerror, "every_s": SAVE_S},
                 )  # fmt: skip
             self._failing = True
 

@@ -99,7 +99,7 @@ class Server:
             listener = Listener(
                 listening_socket(self.config.socket), self.admission, lambda *who: ClientConnection(self, *who)
             )
-            logger.info("kvkern: serving on %s", self.config.socket)
+            logger.info("kvkern: serving on %(socket)s", {"event": "serving", "socket": self.config.socket})
             ready()
             try:
                 while not self._stopping.is_set():
@@ -305,7 +305,10 @@ class Server:
         sessions = Sessions(cache, arena, quotas=self.config.quotas)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
-            logger.info("kvkern: %d chunks of %s are served again; %d did not verify and are freed", ready, path, torn)
+            logger.info(
+                "kvkern: %(chunks)d chunks of %(path)s are served again; %(torn)d did not verify and are freed",
+                {"event": "arena_served_again", "chunks": ready, "path": path, "torn": torn},
+            )
         sessions.cache.track_changes()
         self._arena, self.sessions = arena, sessions
 
@@ -324,7 +327,10 @@ class Server:
         state = self.sessions
         if not connection.operator and (reason := why_refused(request, connection.described)):
             if isinstance(request, p.Clear) and session.writer:
-                logger.warning("kvkern: nothing was cleared for client pid %d: %s", connection.peer.pid, reason)
+                logger.warning(
+                    "kvkern: nothing was cleared for client pid %(pid)d: %(why)s",
+                    {"event": "not_cleared", "pid": connection.peer.pid, "why": reason, "request": request.id},
+                )
                 connection.send(p.Answer(request.id, [{"chunks": 0}]))
             else:
                 connection.refuse(reason)

@@ -183,10 +183,12 @@ def load_or_calibrate(
             else:
                 table = found or start
                 logger.warning(
-                    "kvkern: another process still measures its GPU after %.0f s, so this start uses estimates. A later start "
-                    "measures this GPU.", wait_s,
+                    "kvkern: another process still measures its GPU after %(waited_s).0f s, so this start uses "
+                    "estimates. A later "
+                    "start measures this GPU.", {"event": "gpu_not_measured", "waited_s": wait_s},
                 )  # fmt: skip
-    logger.info("kvkern: %s\n%s", identity, table_text(table))
+    for row in (str(identity), *table_text(table).splitlines()):
+        logger.info("kvkern: %(row)s", {"event": "gpu_calibration", "row": row})
     return table
 
 
@@ -196,12 +198,20 @@ def _measured(
 ) -> Calibration:  # fmt: skip
     device, begin = make(), clock()
     table = calibrate(device, start, budget_s, clock)
-    logger.info("kvkern: measured the link of %s in %.0f ms", identity, (clock() - begin) * 1e3)
+    logger.info(
+        "kvkern: measured the link of %(device)s in %(ms).0f ms",
+        {"event": "gpu_measured", "device": identity, "ms": (clock() - begin) * 1e3},
+    )
     if left := unmeasured(table):
         logger.warning(
-            "kvkern: the calibration did not measure everything well within %.0f ms, so estimates are used for: %s. Delete %s "
-            "to measure again at the next start.",
-            budget_s * 1e3, ", ".join(left), calibration_file.path_of(identity, folder),
+            "kvkern: the calibration did not measure everything well within %(budget_ms).0f ms, so estimates are used for: "
+            "%(estimated)s. Delete %(path)s to measure again at the next start.",
+            {
+                "event": "gpu_partly_measured",
+                "budget_ms": budget_s * 1e3,
+                "estimated": ", ".join(left),
+                "path": calibration_file.path_of(identity, folder),
+            },
         )  # fmt: skip
     for direction in Direction:
         tried = tuple(name for d, name in map(str.split, left) if d == direction)

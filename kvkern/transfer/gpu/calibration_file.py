@@ -126,7 +126,10 @@ def load(device: DeviceId, seeds: Calibration, folder: Path, warn: bool = True) 
             return replace(seeds, d2h=found.d2h, h2d=found.h2d)
         why = f"it is version {found.version} of {found.device}; expected version {VERSION} of {device}"
     if warn:
-        logger.warning("kvkern: the calibration file %s is ignored: %s. The device is measured again.", path, why)
+        logger.warning(
+            "kvkern: the calibration file %(path)s is ignored: %(why)s. The device is measured again.",
+            {"event": "calibration_ignored", "path": path, "why": why},
+        )
     return None
 
 
@@ -146,6 +149,6 @@ def save(device: DeviceId, table: Calibration, folder: Path) -> None:
             raise
     except OSError as error:
         logger.warning(
-            "kvkern: the calibration was not saved in %s: %s. The next start measures again; make the folder writable to keep "
-            "the result.", path.parent, error,
+            "kvkern: the calibration was not saved in %(folder)s: %(error)s. The next start measures again; make the folder "
+            "writable to keep the result.", {"event": "calibration_not_saved", "folder": path.parent, "error": error},
         )  # fmt: skip

@@ -105,8 +105,8 @@ class DmaSlotMover:
             self._stream.close()
         except DeviceError as error:
             logger.warning(
-                "kvkern: the stream between HBM and DRAM cannot be destroyed: %s. It is freed when this process ends.",
-                error,
+                "kvkern: the stream between HBM and DRAM cannot be destroyed: %(error)s. It is freed when this process ends.",
+                {"event": "hbm_stream_not_destroyed", "error": error},
             )
 
     def _attach(self) -> None:

@@ -88,14 +88,18 @@ class PinnedArena:
             try:
                 self._device.attach()
             except DeviceError as error:
-                logger.warning("kvkern: this thread cannot use the GPU, so the arena may stay registered: %s", error)
+                logger.warning(
+                    "kvkern: this thread cannot use the GPU, so the arena may stay registered: %(error)s",
+                    {"event": "arena_stays_registered", "error": error},
+                )
         while self._registered:
             try:
                 self._device.unregister(self._registered.pop())
             except DeviceError as error:
                 logger.warning(
-                    "kvkern: a region of the arena cannot be unregistered: %s. It stays registered until this process ends.",
-                    error,
+                    "kvkern: a region of the arena cannot be unregistered: %(error)s. It stays registered until "
+                    "this process ends.",
+                    {"event": "region_stays_registered", "error": error},
                 )
 
 

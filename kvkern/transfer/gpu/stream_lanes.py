@@ -156,9 +156,8 @@ class Lane(ABC):
                 stream.close()
             except DeviceError as error:
                 logger.warning(
-                    "kvkern: a stream of the %s lane cannot be destroyed: %s. It is freed when this process ends.",
-                    self.name,
-                    error,
+                    "kvkern: a stream of the %(lane)s lane cannot be destroyed: %(error)s. It is freed when this process ends.",
+                    {"event": "stream_not_destroyed", "lane": self.name, "error": error},
                 )
 
     def submit(self, pieces: Sequence[Piece], executor: Executor) -> None:

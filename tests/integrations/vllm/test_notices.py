@@ -84,7 +84,7 @@ def test_a_lost_daemon_is_no_full_cache(monkeypatch: pytest.MonkeyPatch, usage: 
             return {"slots": 57, **usage}
 
     said: list[str] = []
-    monkeypatch.setattr(shim.logger, "warning", lambda line, *values: said.append(line % values))
+    monkeypatch.setattr(shim.logger, "warning", lambda line, values: said.append(line % values))
     cache: Any = FakeCache()
     Notices(cache, 16).note_dropped(3)
     assert len(said) == lines

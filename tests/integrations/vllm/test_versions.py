@@ -56,7 +56,7 @@ def test_a_newer_release_that_fits_is_taken_with_one_warning(
     importlib.reload(shim)
     derived.refuse_unfit()
     lines: list[str] = []  # a handler would be lost: vLLM sets up its loggers anew
-    monkeypatch.setattr(shim.logger, "warning", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(shim.logger, "warning", lambda line, values: lines.append(line % values))
     with Engine(llama) as engine:
         first, _, hit = engine.three_ways(prompt(300, 7))
         assert (hit.cached_tokens, hit.tokens) == (288, first.tokens)

@@ -261,11 +261,18 @@ class FileStore:
         room = space.room_nbytes()
         if room < space.capacity_nbytes and not self._said_too_little:
             logger.warning(
-                "kvkern: file://%s has a capacity of %s%s, but its disk has room for %s: others use the rest, and %s stay free "
-                "for them. kvkern keeps to that room. Make room, lower the capacity, or give another directory",
-                self._root, format_nbytes(space.capacity_nbytes),
-                "" if self._capacity_nbytes else " (half of the file system)",
-                format_nbytes(room), format_nbytes(self._disk.kept_nbytes()),
+                "kvkern: file://%(folder)s has a capacity of %(capacity)s%(of_what)s, but its disk has room for "
+                "%(room)s: others use "
+                "the rest, and %(kept)s stay free for them. kvkern keeps to that room. Make room, lower the capacity, or give "
+                "another directory",
+                {
+                    "event": "store_disk_small",
+                    "folder": self._root,
+                    "capacity": format_nbytes(space.capacity_nbytes),
+                    "of_what": "" if self._capacity_nbytes else " (half of the file system)",
+                    "room": format_nbytes(room),
+                    "kept": format_nbytes(self._disk.kept_nbytes()),
+                },
             )  # fmt: skip
         self._said_too_little = room < space.capacity_nbytes
 

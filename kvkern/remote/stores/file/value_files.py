@@ -254,9 +254,10 @@ class ValueFolder:
         if why not in self._told and len(self._told) < _MAX_TOLD:
             self._told.add(why)
             logger.warning(
-                "kvkern: %s/%s is in the place of a value: %s. It counts as absent. The same of other values is not told. "
-                "Find out who may write to the folder",
-                self._root, name, why,
+                "kvkern: %(folder)s/%(name)s is in the place of a value: %(why)s. It counts as absent. The same of "
+                "other values is "
+                "not told. Find out who may write to the folder",
+                {"event": "value_in_the_way", "folder": self._root, "name": name, "why": why},
             )  # fmt: skip
 
     def _direct_flag(self, parts: Parts) -> int:
@@ -314,9 +315,10 @@ class ValueFolder:
             )
         for sentence in who_else_may_write(self._root, own_uid):
             logger.warning(
-                "kvkern: file://%s: %s. Who can write there can replace values by others that verify, and engines load them. "
-                "Give a folder of this user's own (chmod 700), or of a group that shares it (chmod 2770)",
-                self._root, sentence,
+                "kvkern: file://%(folder)s: %(why)s. Who can write there can replace values by others that verify, "
+                "and engines load "
+                "them. Give a folder of this user's own (chmod 700), or of a group that shares it (chmod 2770)",
+                {"event": "store_folder_open", "folder": self._root, "why": sentence},
             )  # fmt: skip
         self.clock.measure()
         disk = os.statvfs(self._root)
