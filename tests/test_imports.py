@@ -50,7 +50,7 @@ CYCLES_ALLOWED: frozenset[frozenset[str]] = (
     frozenset()
 )  # modules that import each other, lazily or not; each with its reason
 BROAD_EXCEPT_ALLOWED = {"kvkern/cache/base.py"}  # the one place where a fault becomes a miss
-ENVIRON_ALLOWED = ("kvkern/config.py", "kernels/target.py", "kvkern/demo/", "kvkern/integrations/")
+ENVIRON_ALLOWED = ("kvkern/config/environment.py", "kernels/target.py", "kvkern/demo/", "kvkern/integrations/")
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MAX_LINES = 500
 
