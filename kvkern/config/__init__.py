@@ -8,7 +8,7 @@ environment.py   the environment; only it and the code that starts engines read 
 sizes.py         8GiB and 8GB
 """
 
-from .engine import MAX_THREADS, Config, RemoteConfig
+from .engine import MAX_THREADS, Config, RemoteConfig, checked_log_format, host_and_port
 from .environment import launched_processes, nvtx_requested, user_cache_dir, variable
 from .names import reject_unknown
 from .options import DEFAULT_POLICY
@@ -20,7 +20,9 @@ __all__ = [
     "MAX_THREADS",
     "Config",
     "RemoteConfig",
+    "checked_log_format",
     "format_nbytes",
+    "host_and_port",
     "launched_processes",
     "nvtx_requested",
     "parse_nbytes",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..observability.logs import FORMATS, LogFormat
 from ..option_values import checked_path
 from ..policy import checked_policy
 from ..policy.persist_modes import checked_persist
@@ -76,6 +77,7 @@ class Config:
     rpc_endpoint: str = ""  # HOST:PORT of the daemon's RPC, which must be that of `socket`; empty: not compared
     metrics_port: int = 0  # vLLM: port on which /metrics is served a second time; 0: none
     published_metrics: bool = False  # vLLM: export the names vllm:cache_service_* too
+    log_format: LogFormat = "text"  # of kvkern's lines in the engine's log
 
     def __post_init__(self) -> None:
         for name, value, low, high, what in (
@@ -94,6 +96,7 @@ class Config:
             )
         if self.rpc_endpoint:
             host_and_port(self.rpc_endpoint, "rpc_endpoint")
+        checked_log_format(self.log_format)
         checked_policy(self.policy)
         if self.remote_config is None and self.persist:
             raise ConfigError(
@@ -196,6 +199,14 @@ def _exclusion(name: str, setting: Setting, socket: Setting, where: str) -> str:
     if name == "hbm":
         return f"{begin}: the node's other engines cannot read this engine's HBM; leave one out"
     return f"{begin}: the daemon has its own {name}; leave it out here, and set it with `kvkern serve {BY_NAME[name].flag}`"
+
+
+def checked_log_format(text: str) -> LogFormat:
+    """Return the format of that name. Raises ConfigError if there is none."""
+    for known in FORMATS:
+        if text == known:
+            return known
+    raise ConfigError(f"log_format is {text!r}; expected one of {', '.join(FORMATS)}")
 
 
 def host_and_port(text: str, name: str) -> tuple[str, int]:

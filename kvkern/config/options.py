@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..observability.logs import FORMATS
 from ..policy import POLICIES
 from ..policy.persist_modes import Persist
 from .environment import PREFIX
@@ -192,6 +193,14 @@ OPTIONS = (
            engine=True, daemon=True, default=10.0, unit="seconds"),
     Option("drain", Kind.FLOAT, "Time for open transfers and writes after SIGTERM.", daemon=True, default=5.0, unit="seconds"),
     Option("verbose", Kind.BOOL, "Log clients that connect and disconnect.", daemon=True, default=False),
+    Option(
+        "log_format",
+        Kind.TEXT,
+        f"How kvkern's lines of the log are written: {' or '.join(FORMATS)}, one JSON object per line.",
+        engine=True,
+        daemon=True,
+        default="text",
+    ),
 )  # fmt: skip
 BY_NAME = {option.name: option for option in OPTIONS}
 BY_VARIABLE = {option.variable: option for option in OPTIONS}

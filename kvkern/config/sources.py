@@ -148,10 +148,16 @@ def in_force(settings: Settings, reader: Reader) -> Settings:
 
 
 def converted(settings: Settings) -> dict[str, Any]:
-    """Return the values that the frozen objects take. Raises ConfigError, which names the value and its source."""
-    values = {}
+    """Return the values that the frozen objects take; None for an option that has no default.
+
+    Raises ConfigError, which names the value and its source.
+    """
+    values: dict[str, Any] = {}
     for name, setting in settings.items():
         origin = setting.origin
+        if setting.value is None and origin.rank is Rank.DEFAULT:
+            values[name] = None
+            continue
         explained = name if origin.rank is Rank.OPTION else f"{name} in {origin.where}"
         values[name] = BY_NAME[name].convert(setting.value, origin.where, explained)
     return values
@@ -165,7 +171,8 @@ def sources_named(settings: Settings) -> Iterator[None]:
     except ConfigError as error:
         text = str(error)
         first = re.match(r"[\w-]+", text)
-        setting = settings.get(first[0].replace("-", "_")) if first else None
+        name = first[0].replace("-", "_").removesuffix("_nbytes") if first else ""
+        setting = settings.get(name) or settings.get(name.removesuffix("_s"))
         if setting is None or setting.origin.rank is Rank.OPTION or setting.origin.name in text:
             raise
-        raise ConfigError(f"{text} ({first[0] if first else ''} comes from {setting.origin.where})") from error
+        raise ConfigError(f"{text} ({name} comes from {setting.origin.where})") from error

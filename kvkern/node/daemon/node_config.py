@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ...config import DEFAULT_POLICY, RemoteConfig
+from ...config import DEFAULT_POLICY, RemoteConfig, checked_log_format, parse_nbytes
+from ...config.options import Reader
+from ...config.sources import Settings, converted, in_force, sources_named
 from ...errors import ConfigError
+from ...observability.logs import LogFormat
 from ...option_values import checked_number, checked_output_file, checked_path
 from ...policy import checked_policy
 from ...policy.persist_modes import persist_mode
@@ -37,6 +42,8 @@ class NodeConfig:
     policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
     remote: RemoteConfig | None = None  # a store that nodes share
     drain_s: float = 5.0  # time after SIGTERM for transfers under way and for writes that wait for the store
+    verbose: bool = False  # log clients that connect and disconnect
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum() or len(self.name) > 64:
@@ -57,7 +64,58 @@ class NodeConfig:
         if not 0 <= self.drain_s <= 3600:
             raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> NodeConfig:
+        """Make the object of what the user has set, see kvkern.config.sources. Raises ConfigError, which names the source."""
+        if "capacity" not in settings:
+            raise ConfigError(
+                "no capacity: give --capacity, the variable KVKERN_CAPACITY or `capacity` in the file, for example 8GiB"
+            )
+        values = converted(in_force(settings, Reader.DAEMON))
+        quotas = Quotas(
+            models=dict(_parse_quota(text) for text in values["quota"] or ()),
+            tenant=values["tenant_quota"],
+            fair=values["fair"],
+        )
+        with sources_named(settings):
+            return cls(
+                socket=checked_path(values["socket"], "socket").absolute(),
+                capacity_nbytes=values["capacity"],
+                name=values["name"],
+                arena_dir=values["arena_dir"],
+                prefault=values["prefault"],
+                dump_arena=values["dump_arena"],
+                uids=frozenset(values["allow_uid"] or ()),
+                gids=frozenset(values["allow_gid"] or ()),
+                operator_uids=frozenset(values["operator_uid"] or ()),
+                operator_gids=frozenset(values["operator_gid"] or ()),
+                quotas=quotas,
+                policy=values["policy"],
+                policy_state=None if values["policy_state"] is None else values["policy_state"].absolute(),
+                remote=_remote_config(values),
+                drain_s=values["drain"],
+                verbose=values["verbose"],
+                log_format=checked_log_format(values["log_format"]),
+            )
+
     @property
     def arena_name(self) -> str:
         """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
         return f"kvkern-node-{os.getuid()}-{self.name}"
+
+
+def _remote_config(values: Mapping[str, Any]) -> RemoteConfig | None:
+    if not values["remote"]:
+        if values["persist"]:
+            raise ConfigError(
+                f"persist is {values['persist']!r}, but there is no --remote to write to; give --remote, or leave --persist out"
+            )
+        return None
+    return RemoteConfig(values["remote"], values["persist"] or "", values["remote_queue"], values["remote_timeout"])
+
+
+def _parse_quota(text: str) -> tuple[str, int]:
+    model, equals, size = text.rpartition("=")
+    if not model or not equals:
+        raise ConfigError(f"quota is {text!r}; expected MODEL=SIZE, for example 'llama-*=8GiB'")
+    return model, parse_nbytes(size, f"quota of {model}")
