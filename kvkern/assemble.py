@@ -18,6 +18,7 @@ from .arena.slots import SlotGeometry
 from .cache.manager import Cache
 from .config import DEFAULT_POLICY, Config, RemoteConfig, format_nbytes, user_cache_dir
 from .errors import LayoutError, UnsupportedError
+from .metrics import CacheCounters, CacheObserver, Meter
 from .policy import policy_factory
 from .policy.namespace_shares import NamespaceShares
 from .policy.persist_modes import persist_mode
@@ -60,6 +61,8 @@ def build_cache(
     shares: bool = False,
     policy: str = DEFAULT_POLICY,
     model: GritModel | None = None,  # what the policy has learned, see policy.make_model; None: nothing yet
+    counters: CacheCounters | None = None,  # of an earlier cache that this one replaces; None: all start at 0
+    observer: CacheObserver | None = None,
 ) -> Cache:
     """Build the manager of the arena. An arena has one manager, and only the manager allocates, evicts and publishes.
 
@@ -67,11 +70,16 @@ def build_cache(
     for an unknown policy.
     """
     make = policy_factory(policy, arena.spec.num_slots, model)
-    return Cache(DramTier(arena, NamespaceShares(make) if shares else make()))
+    return Cache(DramTier(arena, NamespaceShares(make) if shares else make()), counters=counters, observer=observer)
 
 
 def attach_remote_tier(
-    cache: Cache, arena: Arena, config: RemoteConfig | None, policy: str, opened: StoreThread | None = None
+    cache: Cache,
+    arena: Arena,
+    config: RemoteConfig | None,
+    policy: str,
+    opened: StoreThread | None = None,
+    meter: Meter | None = None,  # measures every call to the store
 ) -> RemoteTier | None:
     """Put a remote store behind the cache. Returns None if `config` is None: then there is no remote store.
 
@@ -80,14 +88,16 @@ def attach_remote_tier(
     """
     if config is None:
         return None
+    from .remote.observed_store import observed_store
     from .remote.stores.registry import make_store
     from .remote.stores.url import RemoteUrl
     from .remote.tier import RemoteTier
 
     url = RemoteUrl.parse(config.url)
     mode = persist_mode(config.persist, policy)
+    store = make_store(url) if opened is None else opened.store
     tier = RemoteTier(
-        make_store(url) if opened is None else opened.store,
+        store if meter is None else observed_store(store, meter),
         str(url),
         arena,
         cache,

@@ -1,12 +1,13 @@
-"""Counters of one cache. They are plain integers under the cache's lock. Exporters read `snapshot()`.
+"""Counters of one cache, and what observers of it are told. Knows no exporter.
 
-`hit_ratio` is at most 1.
+The counters are plain integers under the cache's lock. Exporters read `snapshot()`. `hit_ratio` is at most 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from .bounded_dict import BoundedDict
 
@@ -24,6 +25,7 @@ class CacheCounters:
     dropped_chunks: int = 0  # not written, because no slot was free and none could be evicted
     declined_chunks: int = 0  # not written, because the policy holds every cached chunk to be worth more
     evicted_chunks: int = 0
+    trimmed_chunks: int = 0  # of the evicted, those of a namespace above its quota
     bad_chunks: int = 0  # failed their checksum, so counted as a miss
     cleared_chunks: int = 0
     remote_lookup_chunks: int = 0  # not in DRAM, so looked up in the remote store
@@ -64,3 +66,48 @@ class CountedRequests:
         before = self._counted.get((request, keys[0]), 0)
         self._counted.put((request, keys[0]), max(before, len(keys)))
         return max(0, len(keys) - before)
+
+
+class Meter(Protocol):
+    """Takes counts and measurements, by the names of observability/catalogue.py. Thread-safe; never blocks, never raises."""
+
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        """Increase a counter."""
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Count a value in a histogram."""
+
+
+class CacheObserver(Protocol):
+    """Is told what a cache counts, and for whom. Thread-safe; never blocks, never raises. Called once a request, not a chunk."""
+
+    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+        """So many chunks had this event, "lookup", "hit" or "stored", in the tier "dram" or "remote".
+
+        `namespace` is a root, or empty if it is not known. `client` is the number of a daemon's client.
+        """
+
+    def not_loaded(self, reason: str, request: int, chunks: int) -> None:
+        """So many chunks that were looked up were not given to their request (0: its number is not known)."""
+
+    def prefill(self, tokens_s: float, client: int) -> None:
+        """An engine computes so many prompt tokens per second; 0: the client is gone."""
+
+
+class Unobserved:
+    """The observer and the meter of a cache that nobody watches."""
+
+    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+        """See CacheObserver."""
+
+    def not_loaded(self, reason: str, request: int, chunks: int) -> None:
+        """See CacheObserver."""
+
+    def prefill(self, tokens_s: float, client: int) -> None:
+        """See CacheObserver."""
+
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        """See Meter."""
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """See Meter."""

@@ -36,6 +36,7 @@ LEVELS = {
     "kvkern.tiers": 2,
     "kvkern.remote": 2,
     "kvkern.cache": 3,
+    "kvkern.observability.tracing": 4,
     "kvkern.assemble": 4,
     "kvkern.node": 4,
     "kvkern.api": 4,

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from ..metrics import CacheCounters, CountedRequests
+from ..metrics import CacheCounters, CacheObserver, CountedRequests, Unobserved
 from ..policy.base import Use
 from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
 from ..tiers.dram import DramTier
@@ -35,16 +35,19 @@ class Cache:
         self,
         dram: DramTier,
         clock: Callable[[], float] = time.monotonic,  # seconds; sets the time of every use, whatever its caller says
+        counters: CacheCounters | None = None,  # of an earlier cache that this one replaces; None: all start at 0
+        observer: CacheObserver | None = None,
     ) -> None:
         self._dram = dram
         self._clock = clock
+        self.observer: CacheObserver = observer or Unobserved()
         self._lock = threading.Lock()
         self._late_leases: deque[Lease] = deque()  # leases to end at the next call, see release_later
         self._remote: BackingTier | None = None
         self._grown_namespaces: set[bytes] | None = (
             None  # namespaces that may be above their quotas; None: there are no quotas
         )
-        self.counters = CacheCounters()
+        self.counters = counters or CacheCounters()
         self._counted = CountedRequests()
         self.faults = Faults(self.counters)
 
@@ -79,8 +82,13 @@ class Cache:
             if not use.counts_itself:
                 new = self._counted.num_new(use.request, keys)
                 asked = set(keys[len(keys) - new :])
+                hits = sum(key in asked for key in lease.keys)
                 self.counters.lookup_chunks += new
-                self.counters.hit_chunks += sum(key in asked for key in lease.keys)
+                self.counters.hit_chunks += hits
+                self.observer.counted("lookup", "dram", use.namespace, use.client, new)
+                self.observer.counted("hit", "dram", use.namespace, use.client, hits)
+                if self._remote is None:
+                    self.observer.not_loaded("not_found", use.request, new - hits)
                 use = replace(use, counts_itself=not new)
             return lease, use
         return NO_LEASE, use
@@ -124,11 +132,14 @@ class Cache:
 
     def note_prefill(self, tokens_s: float, client: int = 0) -> None:
         """See ChunkCache. `client` is the number of a daemon's client."""
+        if tokens_s > 0:
+            self.observer.prefill(tokens_s, client)
         if self._remote is not None:
             self._remote.note_prefill(tokens_s, client)
 
     def forget_client(self, client: int) -> None:
         """Forget what a daemon's client that is gone has noted."""
+        self.observer.prefill(0.0, client)
         if self._remote is not None:
             self._remote.forget_client(client)
 
@@ -163,6 +174,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             stored = self._dram.commit(reservation)
             self.counters.stored_chunks += stored
+            self.observer.counted("stored", "dram", b"", 0, stored)
             self.counters.failed_chunks += len(reservation.slots) - stored
             return stored
         return 0
@@ -262,6 +274,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             published = self._dram.publish(reservation, namespace, self._timed(use), writer=writer)
             self.counters.stored_chunks += sum(published)
+            self.observer.counted("stored", "dram", namespace, use.client if use is not None else 0, sum(published))
             self.counters.failed_chunks += len(published) - sum(published)
             return published
         return [False] * len(reservation.slots)
@@ -281,6 +294,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             evicted, above = self._dram.trim(namespace, limit)
             self.counters.evicted_chunks += evicted
+            self.counters.trimmed_chunks += evicted
             if above and self._grown_namespaces is not None:
                 self._grown_namespaces.add(namespace)
 
@@ -330,6 +344,16 @@ class Cache:
         """Return the number of slots and of free slots. The others are READY or being written."""
         with self._lock:
             return {"slots": self._dram.num_slots, "free_slots": self._dram.num_free}
+
+    def num_ready(self) -> int:
+        """Return how many chunks are cached."""
+        with self._lock:
+            return self._dram.num_ready
+
+    def namespaces_of(self, slots: range) -> list[bytes]:
+        """Return the namespace roots of the cached chunks in these slots."""
+        with self._lock:
+            return self._dram.namespaces_of(slots)
 
     @property
     def num_unused(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from ..metrics import CacheObserver
 from ..policy.base import Use
 from ..tiers.base import Lease, Reservation
 from ..tiers.slot_records import SlotRecords
@@ -13,6 +14,8 @@ from ..tiers.slot_records import SlotRecords
 
 class CacheSide(Protocol):
     """The cache, as the remote tier uses it. Thread-safe."""
+
+    observer: CacheObserver
 
     @property
     def records(self) -> SlotRecords:

@@ -81,17 +81,26 @@ class PrefixReader:
         else:
             request.chunk_tokens = self._chunk_tokens.get(request.use.namespace) or self._latest_chunk_tokens()
         with self._lock:
-            if not missing or not request.use.namespace or self.num_waiting >= MAX_WAITING:
+            if not missing:
                 return False
-            new = min(missing, self._counted.num_new(request.use.request, request.keys))
+            new = request.num_new = min(missing, self._counted.num_new(request.use.request, request.keys))
+            if not request.use.namespace or self.num_waiting >= MAX_WAITING:
+                return self._refused(request, "unasked" if request.use.namespace else "not_found")
             self._counters.remote_lookup_chunks += new
-            if not self._store_works() or (request.prefix and self._presence.is_absent(request.keys[len(lease.keys)])):
-                return False
+            self._cache.observer.counted("lookup", "remote", request.use.namespace, request.use.client, new)
+            if not self._store_works():
+                return self._refused(request, "store_failed")
+            if request.prefix and self._presence.is_absent(request.keys[len(lease.keys)]):
+                return self._refused(request, "not_found")
             if self._calls.stalled or not self._costs.worth_asking(missing, request.chunk_tokens, request.use.client):
                 self._counters.remote_unasked_chunks += new
-                return False
+                return self._refused(request, "unasked")
             self.num_waiting += 1
         return True
+
+    def _refused(self, request: WaitingRequest, why: str) -> bool:
+        self._cache.observer.not_loaded(why, request.use.request, request.num_new)
+        return False
 
     async def serve(self, request: WaitingRequest) -> None:
         """Answer the request within its wait limits, with the chunks that have come by then."""
@@ -100,6 +109,7 @@ class PrefixReader:
                 try:
                     await self._fetch(request, request.missing())
                 except RemoteError as error:
+                    request.why_not = "store_failed"
                     # `StoreCalls` has counted it, and the breaker logs it.
                     logger.debug(
                         "kvkern: a remote read failed: %(error)s", {"event": "remote_read_failed", "error": error}
@@ -108,7 +118,14 @@ class PrefixReader:
             with self._lock:
                 self.num_waiting -= 1
             request.stop_timer()
-            request.reply()
+            self._answer(request)
+
+    def _answer(self, request: WaitingRequest) -> None:
+        """Answer the request. Tell the observer what it has not got, and why."""
+        request.reply()
+        why = "late" if request.timed_out and request.why_not == "not_found" else request.why_not
+        missing = max(0, request.num_new - request.num_answered)
+        self._cache.observer.not_loaded(why, request.use.request, missing)
 
     async def _fetch(self, request: WaitingRequest, keys: list[bytes]) -> None:
         """Bring as many of `keys` as possible, in their order; with `prefix` without a gap."""
@@ -132,6 +149,8 @@ class PrefixReader:
             mine = there[: next((i for i, key in enumerate(there) if key in self._being_read), len(there))]
             worth = self._costs.chunks_worth_reading(len(mine), request.chunk_tokens, request.use.client)
             self._counters.remote_gated_chunks += len(mine) - worth
+            if worth < len(mine):
+                request.why_not = "gated"
             if not worth or not await self._read_windows(request, mine[:worth]):
                 return
             if worth == len(there) or worth < len(mine) or not request.prefix:
@@ -144,6 +163,9 @@ class PrefixReader:
         if not found.keys:
             return keys
         request.leases.append(found)
+        if not request.use.counts_itself:
+            use = request.use
+            self._cache.observer.counted("hit", "dram", use.namespace, use.client, len(found.keys))
         got = set(found.keys)
         return keys[len(found.keys) :] if request.prefix else [key for key in keys if key not in got]
 
@@ -231,6 +253,7 @@ class PrefixReader:
             return 0
         self._presence.note_found(read.keys)
         self._counters.remote_hit_chunks += len(read.keys)
+        self._cache.observer.counted("hit", "remote", request.use.namespace, request.use.client, len(read.keys))
         self._counters.remote_late_chunks += len(read.keys) * (not request.is_waiting())
         lease = self._cache.promote(
             read, request.use.namespace, request.use, whole and request.is_waiting(), request.prefix
@@ -292,6 +315,7 @@ class PrefixReader:
             self._presence.note_absent(keys[got.index(Got.MISS)])  # the store may not have looked for keys behind it
         if spoiled:
             self._counters.remote_bad_chunks += len(spoiled)
+            request.why_not = "failed_verification"
             logger.warning(
                 "kvkern: %(chunks)d of %(all_chunks)d chunks from the remote store did not verify; they count as "
                 "misses and are "

@@ -14,6 +14,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -274,6 +275,9 @@ class RemoteTier:
         began = time.monotonic()
         taken = await self._calls.put(keys, values)
         written = [key for key, ok in zip(keys, taken, strict=True) if ok]
+        namespaces = self._cache.records.rows["namespace"]
+        for namespace, count in Counter(bytes(namespaces[slots[key]]) for key in written).items():
+            self._cache.observer.counted("stored", "remote", namespace, 0, count)
         self.presence.note_written(written)
         if written:
             self.costs.note_write(len(written), time.monotonic() - began)

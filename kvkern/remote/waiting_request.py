@@ -19,11 +19,15 @@ class WaitingRequest:
     prefix: bool
     leases: list[Lease]  # what it has got so far; first what DRAM had
     chunk_tokens: int = 0  # 0: not known yet
+    num_new: int = 0  # of the chunks that DRAM lacked, those that count: its earlier questions have not counted them
+    why_not: str = "not_found"  # why it gets no more than it has so far, a reason of observability/catalogue.py
     answer: Future[Lease] = field(default_factory=Future)
     question_s: float = (
         0.0  # spent on its questions so far; reads for other requests in between can make it ask several times
     )
     read_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # its reads go one at a time, in order
+    num_answered: int = 0  # chunks of the answer beyond the first lease
+    timed_out: bool = False  # answered because waiting longer was not worth it
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
@@ -37,9 +41,13 @@ class WaitingRequest:
         """Answer it `seconds` from now, whatever limit was set before. Answers at once if `seconds` is 0 or less."""
         self.stop_timer()
         if seconds > 0:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self.reply)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
         else:
-            self.reply()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.timed_out = self.timed_out or self.is_waiting()
+        self.reply()
 
     def stop_timer(self) -> None:
         """Drop the limit of `wait_at_most`."""
@@ -51,6 +59,7 @@ class WaitingRequest:
         """Answer it with all leases it has. Does nothing if it is answered already."""
         if not self.answer.done():
             keys = tuple(key for lease in self.leases for key in lease.keys)
+            self.num_answered = len(keys) - len(self.leases[0].keys)
             self.answer.set_result(Lease(keys, tuple(slot for lease in self.leases for slot in lease.slots)))
 
     def missing(self) -> list[bytes]:

@@ -71,6 +71,16 @@ class DramTier:
         """Number of free slots."""
         return len(self._free)
 
+    @property
+    def num_ready(self) -> int:
+        """Number of READY slots whose chunks can be found."""
+        return len(self._index)
+
+    def namespaces_of(self, slots: range) -> list[bytes]:
+        """Return the namespace roots of the READY chunks in these slots."""
+        ready = [slot for slot in slots if self._state[slot] is SlotState.READY]
+        return [bytes(name) for name in self.records.rows["namespace"][ready]]
+
     def contains(self, keys: Keys) -> int:
         """Return the length of the longest READY prefix of `keys`. No side effect."""
         return prefix_length(keys, self._index)

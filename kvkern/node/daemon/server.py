@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 
@@ -24,6 +24,8 @@ from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, open_remote_store
 from ...cache.manager import Cache
 from ...errors import ArenaError, ConfigError
+from ...metrics import CacheCounters
+from ...observability.daemon_meter import DaemonMeter
 from ...policy import load_policy
 from ...remote.store_thread import StoreThread
 from ...remote.tier import RemoteTier
@@ -36,7 +38,9 @@ from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of
 from .client_connection import ClientConnection
 from .fair_turns import FairTurns
 from .listener import Listener
+from .namespace_sizes import NamespaceSizes
 from .node_config import NodeConfig
+from .observed_sessions import ObservedSessions
 from .operator_requests import Row, rows, why_refused
 from .policy_state_file import PolicyStateFile
 from .sessions import Session, Sessions
@@ -58,9 +62,11 @@ class Server:
         self.turns = FairTurns(lambda turn: self.loop.call_soon(turn))
         self.sessions: Sessions | None = None  # None: there is no arena yet; the first engine decides the slot size
         self.bad_frames = 0
-        self._started_s = time.monotonic()
+        self.meter, self.counters = DaemonMeter(), CacheCounters()  # they outlive an arena: no counter goes back
+        self._started_s, self._started_at_s = time.monotonic(), time.time()
         self._arena: Arena | None = None
         self._size_watch = SizeWatch()
+        self._sizes = NamespaceSizes()
         self._arena_path = config.arena_dir / config.arena_name  # until `run` has found the folder
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
@@ -133,6 +139,7 @@ class Server:
             self._send_new_limits(self.sessions)
             self._send_changes()
             self._policy_state.save_when_due()
+            self._sizes.step(self.sessions.arena.spec.num_slots, self.sessions.cache.namespaces_of)
 
     def stop(self) -> None:
         """End gracefully: let no new clients in, and give transfers under way `drain_s` to finish."""
@@ -260,6 +267,7 @@ class Server:
                 self._arena.path.unlink(missing_ok=True)
                 self._arena.close()
                 self._arena = self.sessions = None
+                self._sizes.reset()
             if self._arena is None:
                 await self._make_arena(ArenaSpec.for_capacity(wanted, self.config.capacity_nbytes))
             found = self._arena.spec.geometry if self._arena is not None else wanted
@@ -300,9 +308,9 @@ class Server:
         cache, path = await asyncio.to_thread(self._build_cache, arena), self._arena_path
         store, self._unused_store = self._unused_store, None
         self._remote = await asyncio.to_thread(
-            attach_remote_tier, cache, arena, self.config.remote, self.config.policy, store
+            attach_remote_tier, cache, arena, self.config.remote, self.config.policy, store, self.meter
         )
-        sessions = Sessions(cache, arena, quotas=self.config.quotas)
+        sessions = ObservedSessions(cache, arena, self.config.quotas, self.meter)
         ready, torn = await asyncio.to_thread(sessions.adopt)
         if ready or torn:
             logger.info(
@@ -316,7 +324,9 @@ class Server:
         """Build the manager over the arena. What the policy learned in an earlier arena counts here too."""
         if self._policy_state.model is None:
             self._policy_state.load()
-        cache = build_cache(arena, self.config.quotas.shares, self.config.policy, self._policy_state.model)
+        cache = build_cache(
+            arena, self.config.quotas.shares, self.config.policy, self._policy_state.model, self.counters, self.meter
+        )
         self._policy_state.model_lock = cache.locked
         return cache
 
@@ -338,7 +348,7 @@ class Server:
         if isinstance(request, p.Hello):
             raise p.ProtocolError("the client sent Hello twice; open another connection")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            answer = p.Answer(request.id, rows(session, request, state, self._stat))
+            answer = p.Answer(request.id, rows(session, request, state, self.stat))
             self._send_changes()  # before the answer, because a client may store again what it has cleared
             connection.send(answer)
         elif isinstance(request, p.Record):
@@ -418,18 +428,24 @@ class Server:
         for connection in listeners:
             connection.send_frame(frame)
 
-    def _stat(self) -> Row:
+    def stat(self) -> Row:
+        """Return the row that answers Stat."""
         row: Row = {
             "daemon": self.daemon_id, "name": self.config.name, "version": __version__,
+            "policy": self.config.policy, "started_s": self._started_at_s,
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
-            "arena_nbytes": allocated_nbytes(self._arena_path),
+            "arena_nbytes": allocated_nbytes(self._arena_path), "waiting_acquires": len(self._waiting),
         }  # fmt: skip
         if self.sessions is not None:
             row |= self.sessions.usage()
         if self._remote is not None:
             row |= self._remote.usage()
         return row
+
+    def namespace_chunks(self) -> Mapping[bytes, int]:
+        """Return the number of cached chunks of each namespace root, as of the last count."""
+        return self._sizes.chunks
 
     def _send_changes(self) -> None:
         """Send every client with an index what the index has gained and lost since the last call."""

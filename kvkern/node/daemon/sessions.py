@@ -451,7 +451,7 @@ class Sessions:
             **self.cache.counters.snapshot(),
             **self.cache.usage(),
             "slot_nbytes": self.arena.spec.geometry.slot_nbytes,
-            "chunks": len(self.cache.all_keys()),
+            "chunks": self.cache.num_ready(),
             "sessions": len(self.sessions),
             "leases": sum(len(session.leases) for session in self.sessions.values()),
             "granted_slots": sum(len(session.granted) for session in self.sessions.values()),

@@ -1,0 +1,66 @@
+"""A daemon's sessions, measured: how long engines wait for answers, and what they say of their namespaces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from ...arena.file import Arena
+from ...cache.manager import Cache
+from ...observability.daemon_meter import DaemonMeter
+from ...policy.base import Use
+from ...tiers.base import Lease, Reservation
+from .quotas import Quotas
+from .sessions import Session, Sessions
+
+
+class ObservedSessions(Sessions):
+    """`Sessions` that tell a meter of each request, in addition to what the cache tells it."""
+
+    def __init__(self, cache: Cache, arena: Arena, quotas: Quotas, meter: DaemonMeter) -> None:
+        super().__init__(cache, arena, quotas=quotas)
+        self._meter = meter
+        meter.slot_nbytes = arena.spec.geometry.slot_nbytes
+
+    def acquire_soon(
+        self, session: Session, keys: Sequence[bytes], prefix: bool, use: Use | None = None
+    ) -> Future[Lease]:
+        """See Sessions. Measures the look-up, and the time until the lease is there."""
+        began = time.perf_counter()
+        found = super().acquire_soon(session, keys, prefix, use)
+        seconds = time.perf_counter() - began
+        self._meter.observe("lookup_seconds", seconds)
+        if found.done():
+            self._meter.observe("acquire_seconds", seconds)
+        else:
+            found.add_done_callback(lambda _: self._meter.observe("acquire_seconds", time.perf_counter() - began))
+        return found
+
+    def grant(self, session: Session, count: int) -> Reservation:
+        """See Sessions. Counts the slots that were not granted."""
+        granted = super().grant(session, count)
+        if short := count - len(granted.slots):
+            self._meter.add("ungranted_slots", short)
+        return granted
+
+    def publish(
+        self,
+        session: Session,
+        namespace: bytes,
+        slots: Sequence[int],
+        generations: Sequence[int],
+        keys: Sequence[bytes],
+        chain: Sequence[bytes],
+        use: Use | None = None,
+    ) -> list[bool]:
+        """See Sessions. Measures it."""
+        began = time.perf_counter()
+        done = super().publish(session, namespace, slots, generations, keys, chain, use)
+        self._meter.observe("publish_seconds", time.perf_counter() - began)
+        return done
+
+    def describe(self, session: Session, root: bytes, fields: dict[str, str]) -> str:
+        """See Sessions. The meter learns the namespace's model, tenant and tokens per chunk."""
+        self._meter.describe(root, fields, session.number)
+        return super().describe(session, root, fields)
