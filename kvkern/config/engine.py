@@ -78,6 +78,7 @@ class Config:
     metrics_port: int = 0  # vLLM: port on which /metrics is served a second time; 0: none
     published_metrics: bool = False  # vLLM: export the names vllm:cache_service_* too
     log_format: LogFormat = "text"  # of kvkern's lines in the engine's log
+    tracing: bool = False  # OpenTelemetry spans of lookups, loads and stores, see observability.tracing
 
     def __post_init__(self) -> None:
         for name, value, low, high, what in (

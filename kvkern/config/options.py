@@ -191,6 +191,14 @@ OPTIONS = (
            engine=True, daemon=True, default="256MiB", unit="bytes"),
     Option("remote_timeout", Kind.FLOAT, "How long one call to the remote store may take.",
            engine=True, daemon=True, default=10.0, unit="seconds"),
+    Option("metrics", Kind.TEXT, "IP:PORT on which the daemon serves /metrics for Prometheus and a page for people, such as "
+           "127.0.0.1:8080, or :8080 for all interfaces.", daemon=True),
+    Option("metrics_token_file", Kind.PATH, "File with the token that all of `metrics` but health then needs.", daemon=True),
+    Option("rpc", Kind.TEXT, "IP:PORT on which the daemon tells its health and figures over HTTP, such as 0.0.0.0:9600.",
+           daemon=True),
+    Option("rpc_token_file", Kind.PATH, "File with the token that all of `rpc` but health then needs.", daemon=True),
+    Option("http_host", Kind.TEXTS, "Another host name under which a browser of this machine may ask `metrics` and `rpc`.",
+           daemon=True),
     Option("drain", Kind.FLOAT, "Time for open transfers and writes after SIGTERM.", daemon=True, default=5.0, unit="seconds"),
     Option("verbose", Kind.BOOL, "Log clients that connect and disconnect.", daemon=True, default=False),
     Option(
@@ -201,6 +209,8 @@ OPTIONS = (
         daemon=True,
         default="text",
     ),
+    Option("tracing", Kind.BOOL, "OpenTelemetry spans of lookups, loads and stores; needs the extra `tracing`.",
+           engine=True, default=False),
 )  # fmt: skip
 BY_NAME = {option.name: option for option in OPTIONS}
 BY_VARIABLE = {option.variable: option for option in OPTIONS}

@@ -33,8 +33,9 @@ class Rank(enum.IntEnum):
 
     DEFAULT = 0
     FILE = 1
-    VARIABLE = 2
-    OPTION = 3
+    PUBLISHED = 2  # a variable of published.py
+    VARIABLE = 3
+    OPTION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,17 @@ class Origin:
     """Where a value came from."""
 
     rank: Rank
-    name: str = ""  # OPTION: what holds the options; VARIABLE: its name; FILE: "PATH line N"
+    name: str = ""  # OPTION: what holds the options; a variable's name; FILE: "PATH line N"
 
     @property
     def where(self) -> str:
         """For messages: "threads in ... is"."""
-        return f"the variable {self.name}" if self.rank is Rank.VARIABLE else self.name
+        return f"the variable {self.name}" if self.rank in (Rank.PUBLISHED, Rank.VARIABLE) else self.name
 
     def __str__(self) -> str:
-        return self.rank.name.lower() + (f" {self.name}" if self.rank in (Rank.VARIABLE, Rank.FILE) else "")
+        if self.rank in (Rank.DEFAULT, Rank.OPTION):
+            return self.rank.name.lower()
+        return f"file {self.name}" if self.rank is Rank.FILE else f"variable {self.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What vLLM calls in each of its processes before it reads its options: the entry point `vllm.general_plugins`.
 
 It registers the connector's name, so that `"kv_connector": "KvkernConnector"` is enough, also inside MultiConnector, whose
-front end knows connectors by name alone. And it keeps the passwords of remote stores out of vLLM's log. It imports nothing of
-the adapter: every vLLM of this environment calls it, whether it uses kvkern or not.
+front end knows connectors by name alone. It lets the published deployment's variables switch the cache on
+(vllm_variables.py). And it keeps the passwords of remote stores out of vLLM's log. It imports nothing of the adapter: every
+vLLM of this environment calls it, whether it uses kvkern or not.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from functools import wraps
 from typing import Any
 
 from ..remote.stores.url import hide_password
-
-CONNECTOR = "KvkernConnector"
-MODULE = "kvkern.integrations.vllm"
+from .vllm_variables import CONNECTOR, MODULE, wrap_engine_args
 
 
 def register() -> None:
@@ -24,6 +23,7 @@ def register() -> None:
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, MODULE, CONNECTOR)
+    wrap_engine_args()
     original = KVTransferConfig.__repr__
     if getattr(original, "hides_passwords", False):
         return

@@ -16,6 +16,7 @@ from .content_names import ContentNames
 from .manager import KvkernManager
 from .namespace import namespace_of, resolve_weights
 from .options import (
+    fill_chunk_size,
     fill_defaults,
     is_outer,
     parse_options,
@@ -55,6 +56,7 @@ class KvkernConnector(shim.OffloadingConnector):
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
         refuse_unshareable(options, vllm_config)
         refuse_data_parallel(options, vllm_config)
+        fill_chunk_size(vllm_config, kv_cache_config, options)
         handed_over = shim.handed_over_groups(kv_cache_config)
         offload = shim.build_offloading_config(vllm_config, kv_cache_config)
         refuse_divided_states(handed_over, offload.cache.blocks_per_chunk)

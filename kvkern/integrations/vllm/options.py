@@ -8,11 +8,10 @@ from typing import Any
 from ...config import Config, format_nbytes, reject_unknown
 from ...errors import ConfigError, UnsupportedError
 from ...remote.stores.url import hide_password
-from ..vllm_plugin import CONNECTOR, MODULE
+from ..vllm_variables import CONNECTOR, MODULE, OPTIONS_KEY, refuse_chunk_size
 from . import shim
 from .worker import SYNC_LOADS
 
-OPTIONS_KEY = "kvkern"
 SPEC_NAME = "KvkernSpec"
 INSTANCE_KEY = "instance"  # names this start of the engine; `fill_defaults` sets it, users do not
 SYNC_LOAD_KEY = "sync_load_budget_bytes"  # vLLM 0.33; 0 switches synchronous loads off
@@ -40,17 +39,20 @@ def kv_transfer_config(
 
 
 def parse_options(extra_config: Any) -> Config:
-    """Parse `kv_connector_extra_config["kvkern"]`. Raises ConfigError for unknown keys and values out of range."""
+    """Parse `kv_connector_extra_config["kvkern"]`, and what KVKERN_* variables and the configuration file add to it.
+
+    Raises ConfigError for unknown keys and values out of range.
+    """
     refuse_sync_loads(extra_config.get(SYNC_LOAD_KEY, 0))
     given = {key: value for key, value in extra_config.items() if key != INSTANCE_KEY}
     reject_unknown(given, _VLLM_KEYS | {OPTIONS_KEY}, "kv_connector_extra_config")
-    options = extra_config.get(OPTIONS_KEY)
+    options = extra_config.get(OPTIONS_KEY, {})
     if not isinstance(options, dict):
         raise ConfigError(
             f"kv_connector_extra_config[{OPTIONS_KEY!r}] is no object. Give it one, such as "
             f'{{"kvkern": {{"capacity": "8GiB"}}}} or {{"kvkern": {{"socket": "/run/kvkern.sock"}}}}'
         )
-    config = Config.parse(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
+    config = Config.resolve(options, f"kv_connector_extra_config[{OPTIONS_KEY!r}]")
     if hide_password(config.remote) != config.remote:
         shim.logger.warning_once(
             "kvkern: the URL in `remote` contains a password, and whoever lists this host's processes can read it. Take it out "
@@ -68,6 +70,26 @@ def parse_options(extra_config: Any) -> Config:
             f"one of them."
         )
     return config
+
+
+def fill_chunk_size(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheConfig, config: Config) -> None:
+    """Say in vLLM's own option how many blocks make a chunk of `chunk_tokens`. Idempotent.
+
+    A `blocks_per_chunk` or `block_size` that the user has written counts instead. Raises ConfigError if a chunk would be no
+    whole number of blocks.
+    """
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    if not config.chunk_tokens or "blocks_per_chunk" in extra or "block_size" in extra:
+        return
+    sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"chunk_tokens is {config.chunk_tokens}, but the KV groups of this model have blocks of {sorted(sizes)} tokens. "
+            f"Leave chunk_tokens out (and unset the variable that sets it), and set blocks_per_chunk if you need to"
+        )
+    for block_tokens in sizes:
+        refuse_chunk_size(config.chunk_tokens, block_tokens, "chunk_tokens")
+        extra["blocks_per_chunk"] = config.chunk_tokens // block_tokens
 
 
 def refuse_sync_loads(
