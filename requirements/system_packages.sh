@@ -3,7 +3,7 @@
 # password. Where it cannot install them it prints one line that names them; what needs them is then skipped or says so. Ends with
 # status 0 in any case.
 #
-#   requirements/system_packages.sh [PACKAGE...]     the packages named, too, such as make and git
+#   requirements/system_packages.sh [PACKAGE...]     the packages named, too: those whose command is missing, such as make
 #
 # INSTALL=no: only name what is missing.
 set -uo pipefail
@@ -46,7 +46,8 @@ fi
 
 echo "set-up: installing system packages: ${missing[*]}"
 log=$(mktemp)
-apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$@" >> "$log" 2>&1; }
+# RUNLEVEL=1: Debian's packages start their services at installation, unless this is the runlevel.
+apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -o DPkg::Lock::Timeout=120 "$@" >> "$log" 2>&1; }
 apt update
 if ! apt install -y --no-install-recommends "${missing[@]}"; then
   wanted=("${missing[@]}") missing=()

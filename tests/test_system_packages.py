@@ -129,5 +129,14 @@ def test_one_package_that_the_archive_lacks(machine: Machine) -> None:
 
 def test_make_and_ci_use_it() -> None:
     name = SCRIPT.relative_to(ROOT).as_posix()
-    assert (ROOT / "Makefile").read_text().count(name) == 2  # set-up, and the targets that need more than that
-    assert name in (ROOT / ".ci" / "run").read_text()
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert makefile.count(name) == 3  # set-up, the targets that need more than that, and the tests
+    assert makefile.count(f"{name} prometheus chromium") == 1  # the demo needs neither
+    assert f"{name} make git prometheus chromium" in ci
+
+
+def test_what_is_installed_starts_no_service(machine: Machine) -> None:
+    machine.stub("apt-get", f'echo "level $RUNLEVEL" >> {machine.calls}')
+    machine.run("prometheus", "chromium")
+    assert machine.installed() == ["prometheus chromium"]
+    assert "level 1" in machine.calls.read_text()

@@ -1,4 +1,4 @@
-"""Logs what an operator has to know of a running cache: states, not events, and what became of a request. Scheduler's thread."""
+"""Logs what an operator has to know: states of the cache, not events, and what became of a request. Scheduler's thread."""
 
 from __future__ import annotations
 

@@ -17,10 +17,11 @@ from ...kernels.checksum import ROW_NBYTES
 from ...kernels.layout import from_pages
 from ...kernels.paged_tensors import PagedTensors
 from ...node.client.cache_client import NodeClient
+from ...observability.logs import set_up_engine
 from . import shim
 from .manager import KvkernManager
 from .metric_definitions import metric_definitions
-from .options import INSTANCE_KEY, OPTIONS_KEY, parse_options
+from .options import INSTANCE_KEY, parse_options
 from .request_state import KvGroup
 from .worker import KvkernWorker
 
@@ -34,6 +35,7 @@ class KvkernSpec(shim.OffloadingSpec):
     def __init__(self, config: shim.OffloadingConfig) -> None:
         super().__init__(config)
         self.options = parse_options(config.extra_config)
+        set_up_engine(self.options.log_format)
         if "offload_prompt_only" not in config.extra_config:
             self.offload_prompt_only = not self.options.store_replies
         if config.worker_kv_bytes_per_block <= 0:
@@ -46,8 +48,8 @@ class KvkernSpec(shim.OffloadingSpec):
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
         """Return the counters that vLLM exports for kvkern."""
-        options = extra_config.get(OPTIONS_KEY) or {}  # `parse_options` refuses wrong ones
-        return metric_definitions(daemon="socket" in options, remote="remote" in options)
+        options = parse_options(extra_config)
+        return metric_definitions(daemon=bool(options.socket), remote=bool(options.remote))
 
     @property
     def geometry(self) -> SlotGeometry:
@@ -66,6 +68,10 @@ class KvkernSpec(shim.OffloadingSpec):
             )
             for group in self.config.groups
         ]
+        if self.options.tracing:
+            from .traced_manager import TracedManager
+
+            return TracedManager(self._open_cache(), groups)
         return KvkernManager(self._open_cache(), groups)
 
     def get_worker(self, kv_caches: shim.CanonicalKVCaches) -> KvkernWorker:
@@ -82,6 +88,10 @@ class KvkernSpec(shim.OffloadingSpec):
         arena, close = self._open_arena()
         rank = self.config.parallel.rank
         transfer = build_copier(self.options, arena, groups, rank, self.blocks_per_chunk)
+        if self.options.tracing:
+            from ...observability.tracing import traced_copier
+
+            transfer = traced_copier(transfer)
         return KvkernWorker(transfer, self.blocks_per_chunk, close)
 
     def _open_cache(self) -> ChunkCache:

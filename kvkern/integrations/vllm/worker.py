@@ -12,6 +12,7 @@ from ...transfer.base import Copier, Job
 from . import shim
 from .adapter_loads import AdapterLoads
 from .transfer_metadata import SlotSpec, pair_blocks_with_slots
+from .worker_report import Transfer
 
 SYNC_LOADS = (
     "vLLM computes with the blocks of a synchronous load in the same step, and ignores that the load failed its checksum. "
@@ -29,6 +30,7 @@ class KvkernWorker(shim.OffloadingWorker):
         self._jobs: dict[int, Job] = {}
         self._loads: set[int] = set()
         self._failed: set[int] = set()
+        self._transfers: list[Transfer] = []
         self._refused: set[int] = set()  # loads under an adapter whose content is another one here
         self.adapters: AdapterLoads | None = None  # set if the engine serves LoRA
 
@@ -69,11 +71,12 @@ class KvkernWorker(shim.OffloadingWorker):
             job = self._jobs.pop(job_id)
             if job.error is not None:
                 shim.logger.error(
-                    "kvkern: transfer job %(job)d failed: %(error)s. A load is computed instead, a store is "
-                    "dropped. Please report "
-                    "this as a bug.",
+                    "kvkern: transfer job %(job)d failed: %(error)s. A load is computed instead, a store is dropped. Please "
+                    "report this as a bug.",
                     {"event": "transfer_failed", "job": job_id, "error": job.error},
                 )
+            if job.nbytes:
+                self._transfers.append((job_id in self._loads, job.nbytes, job.seconds))
             if job_id in self._loads:
                 self._loads.discard(job_id)
                 if job_id in self._refused or not job.ok.all():
@@ -86,6 +89,11 @@ class KvkernWorker(shim.OffloadingWorker):
         """Return the finished load jobs whose blocks hold nothing usable. Each is returned once."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def take_transfers(self) -> list[Transfer]:
+        """Return the transfers that have ended. Each is returned once."""
+        ended, self._transfers = self._transfers, []
+        return ended
 
     def wait_for_loads(self, seconds: float) -> None:
         """Block until the running loads have ended, for at most `seconds`. Meanwhile the copy threads get the CPU."""

@@ -1,0 +1,62 @@
+"""What mkdocs does for this site beside its own: pages from files outside docs/, links to them, nothing from elsewhere.
+
+README.md, CONTRIBUTING.md, SECURITY.md and LICENSE stand at the root, where forges look for them. On the site README.md is the
+front page, the others are pages, and links to any of them lead there. mkdocs calls these functions by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {
+    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "reporting.md", "LICENSE": "license.txt",
+}  # fmt: skip
+_LINK = re.compile(r"(\]\()([^)\s#]+)")
+_LOADS = re.compile(  # what a browser fetches by itself, from another host
+    r"""<(?:script|img|iframe|source|video|audio|link(?![^>]*rel="?canonical))\b[^>]*?\s(?:src|href)=["']?(?:https?:)?//[^"'\s>]+"""
+    r"""|@import\s*["'(]+(?:https?:)?//[^"')]+|url\(\s*["']?(?:https?:)?//[^"')]+""",
+    re.IGNORECASE,
+)
+_FETCHED = (
+    "https://unpkg.com/"  # the theme's script: of diagrams that no page has, and for browsers without ResizeObserver
+)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages from the root."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=site_links((ROOT / source).read_text(encoding="utf-8"))))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let links of docs/ to files at the root lead to their pages."""
+    return site_links(markdown)
+
+
+def site_links(markdown: str) -> str:
+    """Return the text with links as they are on the site: docs/x.md is x.md, ../README.md is index.md."""
+
+    def on_site(match: re.Match[str]) -> str:
+        target = match[2].removeprefix("../").removeprefix("docs/")
+        return match[1] + PAGES.get(target, target if match[2].startswith("docs/") else match[2])
+
+    return _LINK.sub(on_site, markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Take out the addresses from which the theme's script would fetch others, and refuse pages that load from elsewhere."""
+    site = Path(config.site_dir)
+    for script in site.rglob("*.js"):
+        text = script.read_text(encoding="utf-8")
+        if _FETCHED in text:
+            script.write_text(text.replace(_FETCHED, "about:blank#"), encoding="utf-8")
+    for page in (*site.rglob("*.html"), *site.rglob("*.css")):
+        if found := _LOADS.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.relative_to(site)} loads something from elsewhere: {found[0][:200]}")
