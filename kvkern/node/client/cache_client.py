@@ -96,23 +96,31 @@ class NodeClient:
         prefault: bool = True,
         daemon_uid: int = -1,
         dump_arena: bool = False,
+        required: bool = True,
     ) -> NodeClient:
         """Connect. Wait at most `timeout_s` for a sign of the daemon, and for the arena as long as the daemon answers.
 
         Raises ConfigError if no daemon answers, or the daemon refuses or is another user's. With `dump_arena` core dumps of
-        this process hold the arena.
+        this process hold the arena. If no daemon answers and none is `required`, the client connects when there is one.
+        Until then everything is a miss, and it has no arena.
         """
         client = cls(framing.checked_socket_path(path), engine, geometry, index, patience_s, daemon_uid)
-        client._link.dump_arena = dump_arena
-        connect_first(client._link, prefault, timeout_s)
+        client._link.dump_arena, client._link.prefault = dump_arena, prefault
+        connect_first(client._link, prefault, timeout_s, required)
         client._link.start()
         return client
 
     @property
     def arena(self) -> Arena:
-        """The shared memory. It stays the same for the client's whole life."""
+        """The shared memory. It stays the same for the client's whole life. Only a client that has connected has one."""
         assert self._link.arena is not None
         return self._link.arena
+
+    def wait_for_arena(self, timeout_s: float) -> Arena | None:
+        """Return the arena as soon as the client has connected for the first time, or None after `timeout_s` without one."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._link.arena is not None, timeout_s)
+            return self._link.arena
 
     @property
     def shared(self) -> bool:
@@ -336,8 +344,9 @@ class NodeClient:
     def usage(self) -> dict[str, int]:
         """Return the arena's slots, unused granted slots, chunks in the replica, the limit of granted slots, `connected`."""
         with self._lock:
+            slots = 0 if self._link.arena is None else self.arena.spec.num_slots
             return {
-                "slots": self.arena.spec.num_slots, "stock_slots": len(self._stock), "known_chunks": len(self._replica),
+                "slots": slots, "stock_slots": len(self._stock), "known_chunks": len(self._replica),
                 "limit_slots": self._limit if self.connected else 0, "connected": int(self.connected),
             }  # fmt: skip
 

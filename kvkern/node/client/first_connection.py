@@ -2,7 +2,8 @@
 
 no answer for PROBE_S   -> ask the daemon for its counters, on a connection of its own
 it tells them           -> it is at work: wait on, and log how far it is
-it does not             -> give up when it has given no sign for the time that the engine grants
+it does not             -> give up when it has given no sign for the time that the engine grants: an error, or the engine
+                           goes on without a cache and the link connects later
 """
 
 from __future__ import annotations
@@ -21,37 +22,64 @@ logger = logging.getLogger("kvkern")
 
 PROBE_S = 10.0  # how long a connection waits for the arena until the daemon is asked
 ANSWERS_S = 2.0  # how long the daemon may take to answer then
+LINE_S = 10.0  # between two lines of the log while no daemon answers
 
 
 def connect_first(
     link: ReconnectingLink,
     prefault: bool,
     timeout_s: float,  # how long the daemon may give no sign
-) -> None:
-    """Connect, before the link's thread is started.
+    required: bool = True,  # False: go on without a daemon
+) -> bool:
+    """Connect, before the link's thread is started. Returns False if no daemon answers and none is `required`.
 
-    Closes the link and raises ConfigError if no daemon answers, or KvkernError if it refuses.
+    Otherwise closes the link and raises ConfigError if no daemon answers, or KvkernError if it refuses.
     """
-    deadline = time.monotonic() + timeout_s
+    begin = time.monotonic()
+    deadline, next_line_s = begin + timeout_s, begin + LINE_S
     while True:
         try:
             left_s = deadline - time.monotonic()
-            return link.connect(prefault, max(0.1, min(left_s, PROBE_S)))
+            link.connect(prefault, max(0.1, min(left_s, PROBE_S)))
+            return True
         except OSError as error:
+            now = time.monotonic()
             if isinstance(error, TimeoutError) and (made := _made_nbytes(link)) is not None:
                 logger.info(
                     "kvkern: the daemon on %(socket)s is making its arena, %(made)s so far; waiting",
                     {"event": "daemon_makes_arena", "socket": link.path, "made": format_nbytes(made)},
                 )
                 deadline = time.monotonic() + timeout_s
-            elif isinstance(error, PermissionError) or time.monotonic() > deadline:
+            elif now > deadline and not required and not isinstance(error, PermissionError):
+                logger.warning(
+                    "kvkern: no daemon answers on %(socket)s (%(error)s) after %(waited)d s. The engine goes on without a "
+                    "cache, and connects by itself when `kvkern serve` runs there",
+                    {"event": "daemon_missing", "socket": link.path, "error": _reason(error), "waited": now - begin},
+                )
+                return False
+            elif isinstance(error, PermissionError) or now > deadline:
                 link.close()
                 raise framing.connect_error(link.path, error) from error
             else:
+                if now >= next_line_s:
+                    next_line_s = now + LINE_S
+                    logger.warning(
+                        "kvkern: no daemon answers on %(socket)s yet (%(error)s); waiting for it, at most %(left)d s more",
+                        {
+                            "event": "daemon_awaited",
+                            "socket": link.path,
+                            "error": _reason(error),
+                            "left": deadline - now,
+                        },
+                    )
                 time.sleep(0.1)
         except BaseException:
             link.close()
             raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _made_nbytes(link: ReconnectingLink) -> int | None:

@@ -40,7 +40,10 @@ OnAnswer = Callable[[p.Response | None], None]  # called once, under the lock; N
 
 
 class ReconnectingLink:
-    """Thread-safe. Call `connect` until it succeeds, then `start`; `close` ends it. Call (locked) methods with `lock` held."""
+    """Thread-safe. Call `connect` until it succeeds or you give up, then `start`; `close` ends it.
+
+    Call (locked) methods with `lock` held.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,9 @@ class ReconnectingLink:
         self.path = path
         self.daemon_uid = daemon_uid
         self.dump_arena = False  # core dumps of this process hold the arena; set it before `connect`
+        self.prefault = (
+            False  # touch the arena's pages, if the thread makes the first connection; set it before `start`
+        )
         self.lock = threading.Condition()
         self.connected = False
         self.arena: Arena | None = None  # set by the first connection, and never replaced
@@ -73,7 +79,7 @@ class ReconnectingLink:
         self._thread = threading.Thread(target=self._run, name="kvkern-node", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Call it once, after the first successful `connect`."""
+        """Start the thread, which connects as often as it must. Call it once."""
         self._thread.start()
 
     def close(self) -> None:
@@ -143,6 +149,7 @@ class ReconnectingLink:
             self._on_connected()
             for body in rest:
                 self._dispatch(framing.decode_response(body))
+            self.lock.notify_all()
 
     def _keep_arena(self, arena: Arena) -> None:
         """Keep the first arena. Raises ArenaError if a later one is another file."""
@@ -173,10 +180,11 @@ class ReconnectingLink:
         while not self._closing:
             try:
                 if self._socket is None:
-                    self.connect(prefault=False)
+                    first = self.arena is None
+                    self.connect(self.prefault)
                     logger.warning(
-                        "kvkern: connected to the daemon on %(socket)s again",
-                        {"event": "daemon_back", "socket": self.path},
+                        "kvkern: connected to the daemon on %(socket)s" + ("" if first else " again"),
+                        {"event": "daemon_found" if first else "daemon_back", "socket": self.path},
                     )
                     since = time.monotonic()
                 self._exchange()
