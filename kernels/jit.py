@@ -89,10 +89,10 @@ def _warn_once(why: str) -> None:
     if not _warned:
         _warned = True
         logger.warning(
-            "kvkern: compiles in memory, which every start repeats for up to half a minute: numba's cache %s. Set "
+            "kvkern: compiles in memory, which every start repeats for up to half a minute: numba's cache %(why)s. Set "
             "NUMBA_CACHE_DIR to a folder that can be written and survives restarts, or run `python -m kvkern.doctor.warm` as "
             "the owner of the installation",
-            why,
+            {"event": "compiles_in_memory", "why": why},
         )
 
 

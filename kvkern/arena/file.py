@@ -198,8 +198,7 @@ def create_or_attach(
                     # A daemon has the name for itself. So whoever holds a lock has the descriptor from an earlier one.
                     logger.warning(
                         "kvkern: %(path)s is locked by a process that an earlier daemon had let in. It is removed, "
-                        "and a new one is "
-                        "made", {"event": "locked_arena_removed", "path": path},
+                        "and a new one is made", {"event": "locked_arena_removed", "path": path},
                     )  # fmt: skip
                     path.unlink(missing_ok=True)
                     os.close(fd)
@@ -240,9 +239,9 @@ def _close_to_others(fd: int, path: Path) -> None:
     if mode & 0o077:
         os.fchmod(fd, 0o600)
         logger.warning(
-            "kvkern: %(path)s had the mode %(mode)04o, so other users could open it; it is 0600 now. Who had it "
-            "open keeps it: to "
-            "be sure, end all processes that use it and remove it", {"event": "arena_was_open", "path": path, "mode": mode},
+            "kvkern: %(path)s had the mode %(mode)04o, so other users could open it; it is 0600 now. Who had it open "
+            "keeps it: to be sure, end all processes that use it and remove it",
+            {"event": "arena_was_open", "path": path, "mode": mode},
         )  # fmt: skip
 
 
@@ -360,9 +359,8 @@ def _repair(fd: int, spec: ArenaSpec, path: Path) -> None:
     os.ftruncate(fd, spec.nbytes)
     if found != spec.nbytes:
         logger.warning(
-            "kvkern: %(path)s had %(found)s instead of %(size)s: a process that has it open has changed its size. "
-            "It has its size "
-            "again; the chunks that were cut off are gone",
+            "kvkern: %(path)s had %(found)s instead of %(size)s: a process that has it open has changed its size. It "
+            "has its size again; the chunks that were cut off are gone",
             {"event": "arena_was_cut", "path": path, "found": format_nbytes(found), "size": format_nbytes(spec.nbytes)},
         )  # fmt: skip
     check_room(lost, path)

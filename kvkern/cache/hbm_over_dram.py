@@ -354,9 +354,8 @@ class HbmCache:
                     self._make_room()
             except KvkernError as error:  # no caller waits for this thread
                 logger.warning(
-                    "kvkern: some chunks were not moved between HBM and DRAM: %(error)s. Chunks that are not in "
-                    "DRAM are computed "
-                    "again. Leave the option `hbm` out if this happens again",
+                    "kvkern: some chunks were not moved between HBM and DRAM: %(error)s. Chunks that are not in DRAM "
+                    "are computed again. Leave the option `hbm` out if this happens again",
                     {"event": "hbm_chunks_lost", "error": error},
                 )
                 with self._lock:

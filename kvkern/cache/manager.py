@@ -377,9 +377,8 @@ class Cache:
         """Drop the chunks that the reader marked BAD, then end the lease. Returns their number."""
         if bad := self._dram.bad_slots(lease):
             logger.warning(
-                "kvkern: %(chunks)d chunk(s) failed verification and are dropped: %(why)s If it happens again, "
-                "check the host's "
-                "memory, and who may use this cache",
+                "kvkern: %(chunks)d chunk(s) failed verification and are dropped: %(why)s If it happens again, check "
+                "the host's memory, and who may use this cache",
                 {"event": "chunks_bad", "chunks": len(bad), "why": self._dram.records.describe_bad(bad)},
             )  # fmt: skip
             self.counters.bad_chunks += self._dram.drop_bad(lease)

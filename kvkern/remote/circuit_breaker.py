@@ -78,8 +78,7 @@ class CircuitBreaker:
         if self._until is None:
             logger.warning(
                 "kvkern: remote %(remote)s fails (%(error)s). Every lookup there is a miss until it works again. "
-                "Check the store "
-                "and the network",
+                "Check the store and the network",
                 {"event": "remote_fails", "remote": self._name, "error": why},
             )
         self._trying = False

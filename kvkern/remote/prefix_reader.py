@@ -318,8 +318,7 @@ class PrefixReader:
             request.why_not = "failed_verification"
             logger.warning(
                 "kvkern: %(chunks)d of %(all_chunks)d chunks from the remote store did not verify; they count as "
-                "misses and are "
-                "deleted there. If this goes on, check the store's disks, memory and network",
+                "misses and are deleted there. If this goes on, check the store's disks, memory and network",
                 {
                     "event": "remote_chunks_bad",
                     "chunks": len(spoiled),

@@ -29,8 +29,7 @@ def make_span(asked: bool) -> Span:
     if torch.version.cuda is None:
         logger.warning(
             "kvkern: KVKERN_NVTX is set, but torch %(torch)s is built without CUDA, so there are no NVTX ranges. "
-            "Install a torch "
-            "built for CUDA, or unset KVKERN_NVTX.", {"event": "nvtx_without_cuda", "torch": torch.__version__},
+            "Install a torch built for CUDA, or unset KVKERN_NVTX.", {"event": "nvtx_without_cuda", "torch": torch.__version__},
         )  # fmt: skip
         return lambda name: _NOTHING
     ranges: Span = torch.cuda.nvtx.range

@@ -152,10 +152,9 @@ class AdapterLoads:
         digest = self._digests.digest(request)
         if before is None or before != digest:
             shim.logger.warning(
-                "kvkern: the content of LoRA adapter %(adapter)r cannot be known: %(path)r is no local folder, or "
-                "its files changed "
-                "while vLLM read them. Requests with this adapter are computed without the cache. Give the path of a local "
-                "folder, and load the adapter when its files are complete.",
+                "kvkern: the content of LoRA adapter %(adapter)r cannot be known: %(path)r is no local folder, or its "
+                "files changed while vLLM read them. Requests with this adapter are computed without the cache. Give "
+                "the path of a local folder, and load the adapter when its files are complete.",
                 {"event": "adapter_unknown", "adapter": request.lora_name, "path": request.lora_path},
             )
             return adapter, None

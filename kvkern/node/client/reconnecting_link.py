@@ -194,8 +194,7 @@ class ReconnectingLink:
                 if self.connected and not self._closing:
                     logger.warning(
                         "kvkern: lost the daemon on %(socket)s: %(error)s. Every lookup is a miss until it is back. "
-                        "If it stays "
-                        "away, see its log and start `kvkern serve` again",
+                        "If it stays away, see its log and start `kvkern serve` again",
                         {"event": "daemon_lost", "socket": self.path, "error": error},
                     )
                 elif isinstance(error, KvkernError) and str(error) != last_warning:

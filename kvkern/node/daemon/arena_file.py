@@ -82,8 +82,7 @@ def spec_of_earlier(path: Path) -> ArenaSpec | None:
     if spec is None and is_broken_arena(path):
         logger.warning(
             "kvkern: %(path)s is no whole arena: its daemon was killed while it made it, or a client has cut it. It "
-            "is removed, "
-            "and the next engine gets a new one", {"event": "broken_arena_removed", "path": path},
+            "is removed, and the next engine gets a new one", {"event": "broken_arena_removed", "path": path},
         )  # fmt: skip
         path.unlink(missing_ok=True)
     return spec
@@ -111,8 +110,7 @@ def taking_over(path: Path, spec: ArenaSpec, capacity_nbytes: int) -> Iterator[N
     if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
         logger.warning(
             "kvkern: %(path)s has %(size)s and keeps this size, though the capacity is %(capacity)s now; to change "
-            "the size, end "
-            "the daemon and remove the file",
+            "the size, end the daemon and remove the file",
             {
                 "event": "arena_keeps_size",
                 "path": path,

@@ -96,8 +96,7 @@ class PolicyStateFile:
             if not self._failing:
                 logger.warning(
                     "kvkern: policy state %(path)s cannot be written (%(error)s) and is tried again every "
-                    "%(every_s).0f s; make room "
-                    "on its disk, or make the folder writable",
+                    "%(every_s).0f s; make room on its disk, or make the folder writable",
                     {"event": "policy_state_not_written", "path": self._path, "error": error.strerror, "every_s": SAVE_S},
                 )  # fmt: skip
             self._failing = True

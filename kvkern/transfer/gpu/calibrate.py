@@ -184,8 +184,7 @@ def load_or_calibrate(
                 table = found or start
                 logger.warning(
                     "kvkern: another process still measures its GPU after %(waited_s).0f s, so this start uses "
-                    "estimates. A later "
-                    "start measures this GPU.", {"event": "gpu_not_measured", "waited_s": wait_s},
+                    "estimates. A later start measures this GPU.", {"event": "gpu_not_measured", "waited_s": wait_s},
                 )  # fmt: skip
     for row in (str(identity), *table_text(table).splitlines()):
         logger.info("kvkern: %(row)s", {"event": "gpu_calibration", "row": row})

@@ -262,9 +262,8 @@ class FileStore:
         if room < space.capacity_nbytes and not self._said_too_little:
             logger.warning(
                 "kvkern: file://%(folder)s has a capacity of %(capacity)s%(of_what)s, but its disk has room for "
-                "%(room)s: others use "
-                "the rest, and %(kept)s stay free for them. kvkern keeps to that room. Make room, lower the capacity, or give "
-                "another directory",
+                "%(room)s: others use the rest, and %(kept)s stay free for them. kvkern keeps to that room. Make "
+                "room, lower the capacity, or give another directory",
                 {
                     "event": "store_disk_small",
                     "folder": self._root,

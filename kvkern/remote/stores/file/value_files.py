@@ -255,8 +255,7 @@ class ValueFolder:
             self._told.add(why)
             logger.warning(
                 "kvkern: %(folder)s/%(name)s is in the place of a value: %(why)s. It counts as absent. The same of "
-                "other values is "
-                "not told. Find out who may write to the folder",
+                "other values is not told. Find out who may write to the folder",
                 {"event": "value_in_the_way", "folder": self._root, "name": name, "why": why},
             )  # fmt: skip
 
@@ -316,8 +315,8 @@ class ValueFolder:
         for sentence in who_else_may_write(self._root, own_uid):
             logger.warning(
                 "kvkern: file://%(folder)s: %(why)s. Who can write there can replace values by others that verify, "
-                "and engines load "
-                "them. Give a folder of this user's own (chmod 700), or of a group that shares it (chmod 2770)",
+                "and engines load them. Give a folder of this user's own (chmod 700), or of a group that shares it "
+                "(chmod 2770)",
                 {"event": "store_folder_open", "folder": self._root, "why": sentence},
             )  # fmt: skip
         self.clock.measure()
