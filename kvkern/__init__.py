@@ -9,13 +9,14 @@ The package imports each name at its first use, so `import kvkern` loads neither
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import VERSION as __version__
+
 if TYPE_CHECKING:
     from .api import Match, PagedCache, open_cache
     from .errors import ArenaError, ConfigError, KvkernError, LayoutError, UnsupportedError
     from .kernels import layout
     from .keys import Namespace, weights_fingerprint
 
-__version__ = "0.1.0"
 __all__ = [
     "ArenaError",
     "ConfigError",

@@ -26,6 +26,7 @@ LEVELS = {
     "kvkern.regular_files": 0,
     "kvkern.option_values": 0,
     "kvkern.file_digests": 0,
+    "kvkern.version": 0,
     "kvkern.observability": 0,
     "kvkern.keys": 1,
     "kvkern.policy": 1,

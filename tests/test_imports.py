@@ -40,6 +40,7 @@ TORCH_FREE = (
     "kvkern.regular_files",
     "kvkern.option_values",
     "kvkern.file_digests",
+    "kvkern.version",
     "kvkern.tiers",
     "kvkern.remote",
     "kvkern.node",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import typer
 
-from .. import __version__
-from . import daemon, measure, operators
+from ..version import VERSION
+from . import configuration, daemon, measure, operators
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for the KV cache of LLM engines.")
 
@@ -27,13 +27,14 @@ def _keep_subcommands() -> None:
 
 def version() -> None:
     """Print kvkern's version."""
-    typer.echo(__version__)
+    typer.echo(VERSION)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `kvkern --help`
     "version": version,
     "demo": measure.demo,
     "serve": daemon.serve,
+    "config": configuration.configuration,
     "stat": operators.stat,
     "ls": operators.list_chunks,
     "get": operators.get,

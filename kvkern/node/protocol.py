@@ -25,6 +25,9 @@ MAX_ROWS = 1000  # in one Answer
 MAX_SUMS = 1 << 16  # checksums in a slot's header: planes of all ranks
 MAX_AGE_S = 1e7  # age of a request at its end
 MAX_SPEED = 1e7  # prefill speed, tokens/s; no engine computes faster
+OVERVIEW = (
+    b"kvkern: overview"  # as the prefix of List: a row `overview`, which is JSON, instead of chunks; no key begins so
+)
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 
 Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -172,7 +175,7 @@ class Stat(_Message, tag=10):
 
 
 class List(_Message, tag=11):
-    """Ask for the chunks whose key starts with `prefix`, at most `limit`. Answered by Answer."""
+    """Ask for the chunks whose key starts with `prefix`, at most `limit`; or with OVERVIEW for that. Answered by Answer."""
 
     id: Id
     prefix: Annotated[bytes, Meta(max_length=KEY_NBYTES)]

@@ -173,12 +173,15 @@ def unmapped_uid(proc: Path = Path("/proc")) -> int:
         return -1
 
 
-def connections_within_file_limit() -> int:
+def connections_within_file_limit(
+    others: int = 0,  # files that other parts of the process may have open
+) -> int:
     """Raise this process's limit on open files as far as it needs and may. Return how many connections fit below it.
 
     Raises ConfigError if too few do.
     """
-    needed = MAX_CONNECTIONS + OTHER_FILES
+    others += OTHER_FILES
+    needed = MAX_CONNECTIONS + others
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The same limit holds for descriptors that were sent and are not received yet, of all daemons of this user. A client
     # may leave them there, so the more the better.
@@ -188,7 +191,7 @@ def connections_within_file_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return MAX_CONNECTIONS
-    fit = soft - OTHER_FILES
+    fit = soft - others
     remedy = f"raise it to {needed} (ulimit -n {needed}, LimitNOFILE={needed} in systemd)"
     if fit < MIN_CONNECTIONS:
         raise ConfigError(f"the limit on open files is {soft}, too few for a daemon; {remedy}")

@@ -18,6 +18,7 @@ from ...policy import checked_policy
 from ...policy.persist_modes import persist_mode
 from ...remote.stores.url import RemoteUrl
 from .. import framing
+from ..web.endpoint import Endpoint
 from .quotas import Quotas
 
 MAX_UID = 2**32 - 2
@@ -42,6 +43,8 @@ class NodeConfig:
     policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
     remote: RemoteConfig | None = None  # a store that nodes share
     drain_s: float = 5.0  # time after SIGTERM for transfers under way and for writes that wait for the store
+    metrics: Endpoint | None = None  # HTTP: metrics and the page; None: not served
+    rpc: Endpoint | None = None  # HTTP: health and figures; None: not served
     verbose: bool = False  # log clients that connect and disconnect
     log_format: LogFormat = "text"
 
@@ -94,6 +97,8 @@ class NodeConfig:
                 policy_state=None if values["policy_state"] is None else values["policy_state"].absolute(),
                 remote=_remote_config(values),
                 drain_s=values["drain"],
+                metrics=_endpoint(values, "metrics"),
+                rpc=_endpoint(values, "rpc"),
                 verbose=values["verbose"],
                 log_format=checked_log_format(values["log_format"]),
             )
@@ -102,6 +107,18 @@ class NodeConfig:
     def arena_name(self) -> str:
         """The arena's file: one per uid and trust domain. Embedded engines do not sweep files of this name."""
         return f"kvkern-node-{os.getuid()}-{self.name}"
+
+
+def _endpoint(values: Mapping[str, Any], name: str) -> Endpoint | None:
+    token_file = values[f"{name}_token_file"]
+    if not values[name]:
+        if token_file is not None:
+            raise ConfigError(
+                f"{name}_token_file is {str(token_file)!r}, but there is no --{name} that asks for the token; give --{name}, "
+                f"or leave it out"
+            )
+        return None
+    return Endpoint.parse(values[name], f"--{name}", token_file, tuple(values["http_host"] or ()))
 
 
 def _remote_config(values: Mapping[str, Any]) -> RemoteConfig | None:

@@ -9,6 +9,7 @@ operators       Clear of any namespace or of everything, Evict, and Record, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from itertools import islice
 
 from .. import protocol as p
 from .sessions import Session, Sessions
@@ -38,15 +39,25 @@ def rows(
     request: p.Stat | p.List | p.Evict | p.Clear,
     state: Sessions | None,  # None: there is no arena yet
     stat: Callable[[], Row],
+    overview: Callable[[], bytes],  # as JSON
 ) -> list[Row]:
     """Carry out a request and return the rows of its answer."""
     if isinstance(request, p.Stat):
         return [stat()]
+    if isinstance(request, p.List):
+        if request.prefix == p.OVERVIEW:
+            return [{"overview": overview().decode()}]
+        return chunk_rows(state, request.prefix, request.limit)
     if state is None:
-        return [] if isinstance(request, p.List) else [{"chunks": 0}]
+        return [{"chunks": 0}]
     if isinstance(request, p.Clear):
         return [{"chunks": state.clear(session, request.namespace, request.begun)}]
-    matching = [key for key in state.cache.all_keys() if key.startswith(request.prefix)]
-    if isinstance(request, p.List):
-        return [dict(row) for row in state.cache.describe_chunks(matching[: request.limit])]
-    return [{"chunks": state.cache.drop(matching)}]
+    return [{"chunks": state.cache.drop([key for key in state.cache.all_keys() if key.startswith(request.prefix)])}]
+
+
+def chunk_rows(state: Sessions | None, prefix: bytes, limit: int) -> list[Row]:
+    """Return rows of up to `limit` cached chunks whose key starts with `prefix`."""
+    if state is None:
+        return []
+    matching = (key for key in state.cache.all_keys() if key.startswith(prefix))
+    return [dict(row) for row in state.cache.describe_chunks(list(islice(matching, limit)))]

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 
-from ... import __version__
 from ...arena.file import Arena, ArenaSpec, create_or_attach
 from ...arena.process_identity import process_alive
 from ...arena.slots import SlotGeometry
@@ -31,8 +30,10 @@ from ...remote.store_thread import StoreThread
 from ...remote.tier import RemoteTier
 from ...tiers.base import Lease
 from ...tiers.slot_headers import load_checksums
+from ...version import VERSION
 from .. import framing
 from .. import protocol as p
+from ..web.start import http_files, serving_http
 from .admission import Admission, Users, connections_within_file_limit
 from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of_earlier, taking_over
 from .client_connection import ClientConnection
@@ -41,7 +42,8 @@ from .listener import Listener
 from .namespace_sizes import NamespaceSizes
 from .node_config import NodeConfig
 from .observed_sessions import ObservedSessions
-from .operator_requests import Row, rows, why_refused
+from .operator_requests import Row, chunk_rows, rows, why_refused
+from .overview import Overview
 from .policy_state_file import PolicyStateFile
 from .sessions import Session, Sessions
 from .socket_path import exclusive_lock, listening_socket
@@ -71,16 +73,22 @@ class Server:
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
         self._stopping = asyncio.Event()
-        self._draining = False
+        self._serving = self._draining = False
         self._limits_changed, self._limits_told_s = False, 0.0  # a writer has come, and not all are told yet
         self._unused_store: StoreThread | None = None  # the opened store, until there is an arena
         self._remote: RemoteTier | None = None
         self._waiting: dict[Future[Lease], tuple[ClientConnection, int]] = {}  # acquires that wait for the remote store
+        self.overview = Overview(self)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of the daemon's thread."""
         return asyncio.get_running_loop()
+
+    @property
+    def ready(self) -> bool:
+        """True while engines are let in at once: not before the start is over, while an arena is made, or at the end."""
+        return self._serving and not self._draining and not self._arena_lock.locked()
 
     # -- life ------------------------------------------------------------------------------------------------------------
 
@@ -89,10 +97,13 @@ class Server:
 
         Raises ConfigError or ArenaError if the socket, the policy state, the store or the arena cannot be used.
         """
-        with contextlib.ExitStack() as locks:
-            self.admission.max_connections = connections_within_file_limit()
+        async with contextlib.AsyncExitStack() as locks:
+            self.admission.max_connections = connections_within_file_limit(
+                http_files(self.config.metrics, self.config.rpc)
+            )
             locks.enter_context(exclusive_lock(self.config.socket, "--socket"))
             self._arena_path = locks.enter_context(claimed_arena_path(self.config.arena_dir, self.config.arena_name))
+            await locks.enter_async_context(serving_http(self))
             if self.config.policy_state is not None:
                 locks.enter_context(exclusive_lock(self.config.policy_state, "--policy-state"))
                 await asyncio.to_thread(self._policy_state.load)
@@ -106,13 +117,14 @@ class Server:
                 listening_socket(self.config.socket), self.admission, lambda *who: ClientConnection(self, *who)
             )
             logger.info("kvkern: serving on %(socket)s", {"event": "serving", "socket": self.config.socket})
+            self._serving = True
             ready()
             try:
                 while not self._stopping.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._stopping.wait(), SWEEP_S)
                     # Each in a callback of its own: asyncio logs a fault in it, and the daemon goes on.
-                    for look in (self._watch_clients, self._say_working, self._sweep):
+                    for look in (self._watch_clients, self._say_working, self._sweep, self.overview.tick):
                         self.loop.call_soon(look)
                     if self._arena is not None:
                         self._size_watch.look(self._arena)
@@ -348,7 +360,7 @@ class Server:
         if isinstance(request, p.Hello):
             raise p.ProtocolError("the client sent Hello twice; open another connection")
         if isinstance(request, p.Stat | p.List | p.Evict | p.Clear):
-            answer = p.Answer(request.id, rows(session, request, state, self.stat))
+            answer = p.Answer(request.id, rows(session, request, state, self.stat, self.overview.render))
             self._send_changes()  # before the answer, because a client may store again what it has cleared
             connection.send(answer)
         elif isinstance(request, p.Record):
@@ -414,6 +426,8 @@ class Server:
         self, state: Sessions, connection: ClientConnection, session: Session, request: p.Acquire, lease: Lease
     ) -> None:
         number, lease = state.lend(session, lease)
+        if request.prefix:
+            self.overview.hot.note(lease.keys)
         rows, slots, fingerprints = state.places(lease, [] if request.prefix else framing.split_keys(request.keys))
         connection.send(p.Acquired(request.id, number, rows, slots, fingerprints))
 
@@ -431,7 +445,7 @@ class Server:
     def stat(self) -> Row:
         """Return the row that answers Stat."""
         row: Row = {
-            "daemon": self.daemon_id, "name": self.config.name, "version": __version__,
+            "daemon": self.daemon_id, "name": self.config.name, "version": VERSION,
             "policy": self.config.policy, "started_s": self._started_at_s,
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
@@ -442,6 +456,10 @@ class Server:
         if self._remote is not None:
             row |= self._remote.usage()
         return row
+
+    def chunk_rows(self, prefix: bytes, limit: int) -> list[Row]:
+        """Return rows of up to `limit` cached chunks whose key starts with `prefix`."""
+        return chunk_rows(self.sessions, prefix, limit)
 
     def namespace_chunks(self) -> Mapping[bytes, int]:
         """Return the number of cached chunks of each namespace root, as of the last count."""
