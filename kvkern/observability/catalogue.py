@@ -61,6 +61,8 @@ REASONS = {  # why chunks or a request were not loaded
     "unasked": "the remote store was not asked: it is slow, or keeps other requests waiting",
     "store_failed": "the remote store fails",
     "failed_verification": "their checksum or header was wrong",
+    "no_daemon": "the engine is not connected to its daemon",
+    "not_used": "they were found, and vLLM took the tokens from elsewhere or computed them",
 }
 
 
@@ -167,6 +169,9 @@ CATALOGUE: tuple[Metric, ...] = (
            "store, and in an engine the way to the daemon and back.", daemon=(), engine=(), buckets=SECONDS),
     Metric("publish_seconds", _H, "seconds", "Time to publish the chunks of one store.", daemon=(), engine=(),
            buckets=SECONDS),
+    Metric("update_seconds", _H, "seconds", "From the reservation of a store's slots to its publication, the copy included.",
+           engine=(), buckets=SECONDS),
+    Metric("update_tokens", _H, "tokens", "Tokens of one store.", engine=(), buckets=TOKENS),
     Metric("load_seconds", _H, "seconds", "Time of one load in one worker, verification included.", engine=(),
            buckets=SECONDS),
     Metric("store_seconds", _H, "seconds", "Time of one store in one worker, checksums included.", engine=(),

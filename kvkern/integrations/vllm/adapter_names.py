@@ -12,26 +12,10 @@ from such blocks is cached only if the content has been the same since vLLM's ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import shim
 from .adapter_digest import AdapterDigests, AdapterUse, lora_settings
-
-
-@dataclass
-class AdapterWorkerMetadata(shim.OffloadingWorkerMetadata):
-    """What a worker reports after a step, with the adapters that it has loaded since the last report."""
-
-    adapters: dict[int, str | None] = field(default_factory=dict)  # number -> digest; None: not known
-
-    def aggregate(self, other: Any) -> AdapterWorkerMetadata:
-        """Merge two workers' reports. An adapter whose content differs between workers is not known."""
-        merged = super().aggregate(other)
-        adapters, others = dict(self.adapters), getattr(other, "adapters", {})
-        for adapter_id, digest in others.items():
-            adapters[adapter_id] = digest if adapters.get(adapter_id, digest) == digest else None
-        return AdapterWorkerMetadata(merged.completed_jobs, merged.transfer_stats, adapters)
 
 
 class AdapterNames:

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import shim
 from .adapter_loads import AdapterLoads, watch_adapters
-from .adapter_names import AdapterNames, AdapterWorkerMetadata
+from .adapter_names import AdapterNames
 from .content_names import ContentNames
 from .manager import KvkernManager
 from .namespace import namespace_of, resolve_weights
@@ -34,6 +34,7 @@ from .store_proof import StoreProof
 from .transfer_metadata import SlotSpec, StepMetadata
 from .versions import warn_of_untested
 from .worker import KvkernWorker
+from .worker_report import WorkerReport
 
 IDLE_WAIT_S = 0.005  # how long an engine with nothing to compute waits for a load before it polls again
 
@@ -130,12 +131,14 @@ class KvkernConnector(shim.OffloadingConnector):
         return shim.KVConnectorTransferResults(sending, receiving, failed)
 
     def build_connector_worker_meta(self) -> shim.OffloadingWorkerMetadata | None:
-        """Return what has happened since the last call, with the adapters that vLLM has loaded."""
+        """Return what has happened since the last call: each transfer, and the adapters that vLLM has loaded."""
         metadata = super().build_connector_worker_meta()
-        if self._adapters is None or not (news := self._adapters.take_news()):
+        news = self._adapters.take_news() if self._adapters is not None else {}
+        transfers = shim.worker_of(self).take_transfers()
+        if not news and not transfers:
             return metadata
         metadata = metadata or shim.OffloadingWorkerMetadata()
-        return AdapterWorkerMetadata(metadata.completed_jobs, metadata.transfer_stats, news)
+        return WorkerReport(metadata.completed_jobs, metadata.transfer_stats, news, transfers)
 
     def get_handshake_metadata(self) -> shim.KVConnectorHandshakeMetadata | None:
         """Report how this worker's layers pack their pages. Inside MultiConnector the handshake belongs to the others."""
@@ -165,6 +168,7 @@ class KvkernConnector(shim.OffloadingConnector):
         shim.drop_stale_state(self, request)
         self._manager.note_engine_hit(request.request_id, num_computed_tokens)
         found: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        self._manager.note_found(request.request_id, found[0] or 0)
         return found
 
     def request_finished_all_groups(
@@ -226,8 +230,10 @@ class KvkernConnector(shim.OffloadingConnector):
             self._manager.note_failed_load(req_id)
             shim.restart_stores(self, req_id)
         metadata = connector_output.kv_connector_worker_meta
-        if isinstance(metadata, AdapterWorkerMetadata):
+        if isinstance(metadata, WorkerReport):
             self._manager.note_adapters(metadata.adapters)
+            for moved in metadata.transfers:
+                self._manager.meter.note_transfer(*moved)
         if isinstance(metadata, shim.OffloadingWorkerMetadata):
             for job_id, count in metadata.completed_jobs.items():
                 if (transfer := self._transfers.get(job_id)) is not None:

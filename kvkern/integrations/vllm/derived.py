@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from . import shim
-from .adapter_names import AdapterWorkerMetadata
 from .connector import KvkernConnector
 from .contract import describe_vllm, differences
 from .manager import KvkernManager
@@ -12,9 +11,10 @@ from .spec import KvkernSpec
 from .transfer_metadata import SlotSpec, StepMetadata
 from .versions import is_known, refusal
 from .worker import KvkernWorker
+from .worker_report import WorkerReport
 
 DERIVED = (
-    AdapterWorkerMetadata, KvkernConnector, KvkernManager, KvkernSpec, KvkernWorker, PackingReport, SlotSpec, StepMetadata
+    KvkernConnector, KvkernManager, KvkernSpec, KvkernWorker, PackingReport, SlotSpec, StepMetadata, WorkerReport
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ...cache.base import ChunkCache
 from . import shim
+from .engine_meter import EngineMeter
 from .notices import Notices
 from .request_state import KvGroup, RequestState
 
@@ -25,6 +26,7 @@ class _Load:
     asked: int
     found: int
     loaded: int  # chunks of the load; 0 once it has failed
+    tokens: int  # of the load
 
 
 class LookupCounts:
@@ -32,6 +34,7 @@ class LookupCounts:
 
     def __init__(self, cache: ChunkCache, groups: Mapping[int, KvGroup], notices: Notices) -> None:
         self._cache = cache
+        self.meter = EngineMeter(cache.counters)
         self._notices = notices
         self._groups = groups
         self._loads: dict[int, _Load] = {}  # by ticket
@@ -39,14 +42,40 @@ class LookupCounts:
     def note_computed(self, state: RequestState, windowed: Collection[int]) -> None:
         """Count a request that is scheduled without a load. Call it before its leases end."""
         if asked := self._num_asked(state, windowed):
-            self._count(state.root, asked, _num_found(state), 0)
+            found = _num_found(state)
+            self._count(state.root, asked, found, 0)
+            self.meter.add("not_loaded_requests", 1, "not_used" if found else self._why_missing(state))
+
+    def note_scheduled(self, state: RequestState) -> None:
+        """Count the tokens of a request that is scheduled, and whether it has loaded any. Once a request."""
+        if not state.scheduled:
+            state.scheduled = True
+            self.count_tokens(state)
+            self.meter.add("requests", 1, "yes" if state.has_loaded else "no")
+
+    def count_tokens(self, state: RequestState) -> None:
+        """Count a request's prompt as looked up, in vLLM's own cache and then in kvkern's. Once a request."""
+        if state.counted or state.request is None:
+            return
+        state.counted, tokens = True, state.request.num_prompt_tokens
+        engine_tokens = min(tokens, state.engine_tokens)
+        self.meter.add("lookup_tokens", tokens, "vllm")
+        self.meter.add("hit_tokens", engine_tokens, "vllm")
+        self.meter.add("lookup_tokens", tokens - engine_tokens, "dram")
+
+    def _why_missing(self, state: RequestState) -> str:
+        """Return why the first chunk that the request asked for is not there."""
+        group_id, chain = next(iter(state.chains.items()))
+        first = min(state.engine_tokens // self._groups[group_id].chunk_tokens, len(chain) - 1)
+        return self.meter.why_missing(chain[first], state.use.request) if chain else "not_found"
 
     def begin_load(
         self, ticket: int, req_id: str, state: RequestState, windowed: Collection[int], num_chunks: int
     ) -> None:
         """Note a load of `num_chunks` chunks under the request's leases. Call it before they are handed over."""
         asked = max(num_chunks, self._num_asked(state, windowed))
-        self._loads[ticket] = _Load(req_id, state.root, asked, _num_found(state), num_chunks)
+        self._loads[ticket] = _Load(req_id, state.root, asked, _num_found(state), num_chunks, state.found_tokens)
+        self.count_tokens(state)
 
     def fail_load(self, req_id: str) -> None:
         """Note that the request's load failed in a worker: the engine computes all of it."""
@@ -57,7 +86,12 @@ class LookupCounts:
     def end_load(self, ticket: int, num_bad: int) -> None:
         """Count a load that has ended. One bad chunk, and the engine uses none of them."""
         if (load := self._loads.pop(ticket, None)) is not None:
-            self._count(load.root, load.asked, load.found, 0 if num_bad else load.loaded)
+            served = 0 if num_bad else load.loaded
+            self._count(load.root, load.asked, load.found, served)
+            if served:
+                self.meter.note_loaded(load.tokens)
+            else:
+                self.meter.add("not_loaded_requests", 1, "failed_verification")
 
     def _count(self, root: bytes, asked: int, found: int, served: int) -> None:
         self._cache.count_lookups(asked, served)

@@ -26,8 +26,9 @@ from ...policy.base import Use
 from ...tiers.base import ChunkShape, Lease, Reservation
 from . import shim
 from .adapter_names import AdapterNames
+from .engine_meter import EngineMeter
+from .first_tokens import FirstTokens
 from .lookup_counts import LookupCounts
-from .metric_definitions import ReportedCounters
 from .notices import Notices, log_failed_load, log_load_without_hit, log_stores_nothing
 from .prefill_speed import PrefillSpeed
 from .request_hints import with_hints
@@ -64,7 +65,13 @@ class KvkernManager(shim.OffloadingManager):
         self._num_requests = 0
         self.step = 0
         self.prefill = PrefillSpeed()
-        self._reported = ReportedCounters(cache.counters)
+        self._first_tokens = FirstTokens(self._requests)
+        self.meter = self._counts.meter
+
+    def watch(self, meter: EngineMeter) -> None:
+        """Count with this meter from now on. Call it before the first request."""
+        meter.prefill_tokens_s = lambda: self.prefill.tokens_per_s
+        self.meter = self._counts.meter = meter
 
     def bind(
         self,
@@ -111,12 +118,19 @@ class KvkernManager(shim.OffloadingManager):
     def note_engine_hit(self, req_id: str, engine_tokens: int) -> None:
         """Take the tokens that vLLM's own cache gives a request that is about to be scheduled."""
         state = self._requests.get(req_id)
+        if state is not None:
+            state.engine_tokens = engine_tokens
         if state is not None and state.adapter is not None and self._adapters is not None:
             since = self._adapters.since(state.adapter, self.step + 1, engine_tokens)
             if since is None:
                 self._rename(req_id, state, None)
             else:
                 state.adapter = replace(state.adapter, since_step=since)
+
+    def note_found(self, req_id: str, tokens: int) -> None:
+        """Take the tokens that vLLM is to load for a request that is about to be scheduled."""
+        if (state := self._requests.get(req_id)) is not None:
+            state.found_tokens = tokens
 
     def note_adapters(self, loaded: dict[int, str | None]) -> None:
         """Take the workers' report of the adapters that they have loaded: adapter number -> digest."""
@@ -224,6 +238,7 @@ class KvkernManager(shim.OffloadingManager):
         """Release the request's pins and drop its state. Its tickets live on until the workers are done."""
         state = self._requests.pop(req_context.req_id, None)
         if state is not None:
+            self._first_tokens.end(req_context.req_id, state, self.meter)
             self._release_pins(req_context.req_id, state)
             if state.request is not None and state.root:
                 self._report_end(state, state.request)
@@ -243,6 +258,10 @@ class KvkernManager(shim.OffloadingManager):
         for req_id in self._waiting.intersection(context.new_req_ids):
             self._counts.note_computed(self._requests[req_id], self._windowed)
             self._release_pins(req_id, self._requests[req_id])
+        for req_id in context.new_req_ids:
+            if (state := self._requests.get(req_id)) is not None and not state.scheduled:
+                self._counts.note_scheduled(state)
+                self._first_tokens.note_scheduled(req_id)
         for req_id in [r for r in self._waiting if self._pins_expired(self._requests[r])]:
             self._release_pins(req_id, self._requests[req_id])
         self._notices.log_due()
@@ -282,7 +301,8 @@ class KvkernManager(shim.OffloadingManager):
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
         """Return the counters' increase since the last call, or None if nothing changed."""
-        return self._reported.increase()
+        self._first_tokens.look(self.meter)
+        return self.meter.take()
 
     # -- called by the connector -------------------------------------------------------------------------------------
 
@@ -343,7 +363,7 @@ class KvkernManager(shim.OffloadingManager):
             group_id = shim.get_offload_group_idx(key)
             group = self._groups[group_id]
             tokens_per_hash = group.chunk_tokens // group.hashes_per_chunk
-            end_tokens = state.end_of.get(key) or _end_of_boundary(state.request, key, tokens_per_hash)
+            end_tokens = state.end_of.get(key) or state.end_of_boundary(key, tokens_per_hash)
             if self._proof.holds(state.request, key, end_tokens, tokens_per_hash):
                 proven.append(key)
             elif group_id not in self._windowed:
@@ -387,7 +407,7 @@ class KvkernManager(shim.OffloadingManager):
         """Start to acquire all cached chunks of this request."""
         self._name_new_chunks(state)
         for group_id, chain in state.chains.items():
-            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=_lookup_use(state))
+            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=state.lookup_use())
             state.pending_lookups.append((group_id, asked))
         state.pinned_at_step = self.step
         self._waiting.add(req_id)
@@ -409,7 +429,7 @@ class KvkernManager(shim.OffloadingManager):
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
         asked = state.boundary_lookups.get(key)
         if asked is None:
-            asked = self._cache.acquire_soon([self._chunk_key(state, key)], use=_lookup_use(state))
+            asked = self._cache.acquire_soon([self._chunk_key(state, key)], use=state.lookup_use())
             state.boundary_lookups[key] = asked
         if not asked.done():
             return shim.LookupResult.RETRY
@@ -443,7 +463,7 @@ class KvkernManager(shim.OffloadingManager):
 
     def _postpone(self, req_id: str, state: RequestState, keys: Collection[shim.OffloadKey]) -> bool:
         """Return True if these chunks wait for slots: the next step offers them again. False: store what has a slot."""
-        waits = bool(keys) and state.store_waits < STORE_STEPS and not _is_finished(state)
+        waits = bool(keys) and state.store_waits < STORE_STEPS and not state.is_finished
         if not waits or any(key not in state.end_of or self._is_handed_over(key) for key in keys):
             return False  # vLLM offers the state of a recurrent layer once
         state.store_waits += 1
@@ -465,6 +485,7 @@ class KvkernManager(shim.OffloadingManager):
         )
         reservation = self._cache.reserve(state.chains[group_id], wanted, shape, state.use)
         self._notices.note_dropped(reservation.dropped)
+        self.meter.note_reserved(reservation, wanted)
         if (reservation.dropped or reservation.declined) and group_id not in self._windowed:
             state.broken_groups.add(group_id)
         return reservation
@@ -473,21 +494,6 @@ class KvkernManager(shim.OffloadingManager):
     def _stores_no_more(state: RequestState, group_id: int) -> bool:
         """Return True if no further chunk of this request and group is stored."""
         return not state.root or state.predates_reset or group_id in state.broken_groups
-
-
-def _is_finished(state: RequestState) -> bool:
-    return state.request is not None and state.request.is_finished()
-
-
-def _lookup_use(state: RequestState) -> Use:
-    """Return what a lookup tells the cache. Without a namespace no remote store is asked. LookupCounts counts it."""
-    return replace(state.use, counts_itself=True, namespace=state.use.namespace if state.may_ask_store else b"")
-
-
-def _end_of_boundary(request: shim.Request, key: shim.OffloadKey, tokens_per_hash: int) -> int:
-    """Return the tokens at whose end a boundary inside a chunk lies. 0: the request has no such hash."""
-    name = key[: -len(shim.make_offload_key(b"", 0))]
-    return (request.block_hashes.index(name) + 1) * tokens_per_hash if name in request.block_hashes else 0
 
 
 def _release_result(cache: ChunkCache, asked: Future[Lease]) -> None:

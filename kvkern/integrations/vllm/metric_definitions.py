@@ -1,59 +1,36 @@
-"""The Prometheus counters that vLLM exports for kvkern: their names and what they count."""
+"""What vLLM exports for kvkern: the metrics of the catalogue that an engine has, in vLLM's own words."""
 
 from __future__ import annotations
 
-from ...metrics import CacheCounters
+from ...observability.catalogue import CATALOGUE, PUBLISHED, Kind, Metric, Needs
 from . import shim
 
 
-def metric_definitions(daemon: bool = False, remote: bool = True) -> dict[str, shim.OffloadingMetricMetadata]:
-    """Return the Prometheus counters of this adapter. vLLM has its own for bytes and seconds.
+def engine_metrics(daemon: bool = False, remote: bool = True, published: bool = False) -> list[Metric]:
+    """Return the metrics of an engine: none that a daemon keeps for all its engines, and none that would stay at 0 for ever.
 
-    Left out are counters that a daemon keeps for all its engines, and remote counters of an engine without a remote store.
+    `remote` says whether a remote store is configured. `published` adds the names of the published deployment.
     """
-    texts = {
-        "lookup_chunks": "KV chunks of scheduled requests that vLLM's own cache lacked.",
-        "hit_chunks": "Of those, chunks loaded and verified.",
-        "stored_chunks": "KV chunks stored.",
-        "failed_chunks": "KV chunks reserved but not written by every rank.",
-        "evicted_chunks": "KV chunks evicted to make room.",
-        "dropped_chunks": "KV chunks not stored because there was no room.",
-        "declined_chunks": "KV chunks not stored because every cached chunk is worth more.",
-        "bad_chunks": "KV chunks that failed verification and were dropped.",
-        "remote_lookup_chunks": "KV chunks looked for in the remote store.",
-        "remote_hit_chunks": "Of those, chunks read and verified.",
-        "remote_unasked_chunks": "KV chunks not asked for: the remote store is slow, or keeps other requests waiting.",
-        "remote_gated_chunks": "KV chunks not read from the remote store because computing them is faster.",
-        "remote_late_chunks": "KV chunks read from the remote store after their request had stopped waiting.",
-        "remote_bad_chunks": "KV chunks of the remote store that failed verification.",
-        "remote_written_chunks": "KV chunks written to the remote store.",
-        "remote_dropped_chunks": "KV chunks not written to the remote store: it has no room, or it failed.",
-        "remote_failures": "Calls to the remote store that failed.",
-        "faults": "Faults in the cache that were answered as a miss.",
+    needs = {
+        Needs.NOTHING: True,
+        Needs.OWN_CACHE: not daemon,
+        Needs.OWN_REMOTE: remote and not daemon,
+        Needs.DAEMON: daemon,
     }
-    elsewhere = {name for name in texts if name.startswith("remote_")} if daemon or not remote else set()
-    elsewhere |= {"evicted_chunks", "declined_chunks"} if daemon else set()
-    return {
-        f"kvkern:{name}": shim.OffloadingCounterMetadata(documentation=text)
-        for name, text in texts.items()
-        if name not in elsewhere
-    }
+    own = [metric for metric in CATALOGUE if metric.engine is not None and needs[metric.needs]]
+    return [*own, *(PUBLISHED if published else ())]
 
 
-class ReportedCounters:
-    """Remembers which part of the counters vLLM has been told of."""
+def metric_definitions(
+    daemon: bool = False, remote: bool = True, published: bool = False
+) -> dict[str, shim.OffloadingMetricMetadata]:
+    """Return the definitions that vLLM registers, by the name that vLLM is given."""
+    return {metric.vllm_name: _definition(metric) for metric in engine_metrics(daemon, remote, published)}
 
-    def __init__(self, counters: CacheCounters) -> None:
-        self._counters = counters
-        self._reported = counters.snapshot()
 
-    def increase(self) -> shim.OffloadingConnectorStats | None:
-        """Return the counters' increase since the last call, or None if nothing changed."""
-        now = self._counters.snapshot()
-        stats = shim.OffloadingConnectorStats()
-        for name in metric_definitions():
-            field = name.split(":", 1)[1]
-            if delta := now[field] - self._reported[field]:
-                stats.increase_counter(name, delta)
-        self._reported = now
-        return None if stats.is_empty() else stats
+def _definition(metric: Metric) -> shim.OffloadingMetricMetadata:
+    labels = metric.engine or ()
+    if metric.kind is Kind.HISTOGRAM:
+        return shim.OffloadingHistogramMetadata(documentation=metric.help, labelnames=labels, buckets=metric.buckets)
+    make = shim.OffloadingCounterMetadata if metric.kind is Kind.COUNTER else shim.OffloadingGaugeMetadata
+    return make(documentation=metric.help, labelnames=labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...policy.base import Use
 from ...tiers.base import Lease
@@ -44,6 +44,10 @@ class RequestState:
     boundary_lookups: dict[shim.OffloadKey, Future[Lease]] = field(default_factory=dict)  # chunks outside the chains
     pinned_at_step: int = -1  # -1: not looked up
     store_waits: int = 0
+    engine_tokens: int = 0  # that vLLM's own cache gave it when it was last about to be scheduled
+    found_tokens: int = 0  # that vLLM is to load for it, as of the same time
+    scheduled: bool = False
+    counted: bool = False  # its tokens are counted as looked up
     # False: the client's `kv_load_tiers` exclude this host's memory, through which every load goes, or all must be computed
     may_load: bool = True
     may_ask_store: bool = True  # False: they exclude remote stores
@@ -52,3 +56,18 @@ class RequestState:
     broken_groups: set[int] = field(
         default_factory=set
     )  # a chunk of the group is not stored: later ones are unreachable
+
+    @property
+    def is_finished(self) -> bool:
+        """True once vLLM has ended the request."""
+        return self.request is not None and self.request.is_finished()
+
+    def lookup_use(self) -> Use:
+        """Return what a lookup tells the cache. Without a namespace no remote store is asked. LookupCounts counts it."""
+        return replace(self.use, counts_itself=True, namespace=self.use.namespace if self.may_ask_store else b"")
+
+    def end_of_boundary(self, key: shim.OffloadKey, tokens_per_hash: int) -> int:
+        """Return the tokens at whose end a boundary inside a chunk lies. 0: the request has no such hash."""
+        hashes = self.request.block_hashes if self.request is not None else ()
+        name = key[: -len(shim.make_offload_key(b"", 0))]
+        return (hashes.index(name) + 1) * tokens_per_hash if name in hashes else 0

@@ -12,13 +12,16 @@ from ...arena.file import Arena
 from ...arena.slots import SlotGeometry
 from ...assemble import attach_remote_tier, build_cache, build_copier, open_arena
 from ...cache.base import ChunkCache
+from ...cache.observed import ObservedCache
 from ...errors import UnsupportedError
 from ...kernels.checksum import ROW_NBYTES
 from ...kernels.layout import from_pages
 from ...kernels.paged_tensors import PagedTensors
+from ...metrics import CacheCounters
 from ...node.client.cache_client import NodeClient
 from ...observability.logs import set_up_engine
 from . import shim
+from .engine_meter import EngineMeter
 from .manager import KvkernManager
 from .metric_definitions import metric_definitions
 from .options import INSTANCE_KEY, parse_options
@@ -49,7 +52,7 @@ class KvkernSpec(shim.OffloadingSpec):
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
         """Return the counters that vLLM exports for kvkern."""
         options = parse_options(extra_config)
-        return metric_definitions(daemon=bool(options.socket), remote=bool(options.remote))
+        return metric_definitions(bool(options.socket), bool(options.remote), options.published_metrics)
 
     @property
     def geometry(self) -> SlotGeometry:
@@ -68,11 +71,18 @@ class KvkernSpec(shim.OffloadingSpec):
             )
             for group in self.config.groups
         ]
+        cache, meter = self._open_cache(groups[0].chunk_tokens)
+        manager = self._manager_class(cache, groups)
+        manager.watch(meter)
+        return manager
+
+    @property
+    def _manager_class(self) -> type[KvkernManager]:
         if self.options.tracing:
             from .traced_manager import TracedManager
 
-            return TracedManager(self._open_cache(), groups)
-        return KvkernManager(self._open_cache(), groups)
+            return TracedManager
+        return KvkernManager
 
     def get_worker(self, kv_caches: shim.CanonicalKVCaches) -> KvkernWorker:
         """Build the worker side: one layout per KV group, proven by a round trip through vLLM's tensors."""
@@ -94,14 +104,24 @@ class KvkernSpec(shim.OffloadingSpec):
             transfer = traced_copier(transfer)
         return KvkernWorker(transfer, self.blocks_per_chunk, close)
 
-    def _open_cache(self) -> ChunkCache:
-        """Open the scheduler's cache: the node's daemon, or a cache over this engine's own arena."""
-        if self.options.socket:
-            return self._connect(index=True)
+    def _open_cache(self, chunk_tokens: int) -> tuple[ChunkCache, EngineMeter]:
+        """Open the scheduler's cache: the node's daemon, or a cache over this engine's own arena. Returns it measured."""
+        options, counters = self.options, CacheCounters()
+        meter = EngineMeter(
+            counters, bool(options.socket), bool(options.remote), options.published_metrics, chunk_tokens
+        )
+        if options.socket:
+            client = self._connect(index=True)
+            meter.watch(client.counters)
+            meter.usage = client.usage
+            return ObservedCache(client, meter), meter
         arena = self._open_own_arena(self.config.parallel.world_size)
-        cache = build_cache(arena, policy=self.options.policy)
-        attach_remote_tier(cache, arena, self.options.remote_config, self.options.policy)
-        return cache
+        cache = build_cache(arena, policy=options.policy, counters=counters, observer=meter)
+        meter.usage = lambda: {**cache.usage(), "ready_slots": cache.num_ready()}
+        remote = attach_remote_tier(cache, arena, options.remote_config, options.policy, meter=meter)
+        if remote is not None:
+            meter.remote_usage = remote.usage
+        return ObservedCache(cache, meter), meter
 
     def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
         """Return (a worker's arena, the function that closes it)."""

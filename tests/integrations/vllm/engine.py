@@ -153,8 +153,8 @@ class Engine:
 
     @property
     def cache(self) -> Any:
-        """The scheduler's kvkern cache."""
-        return self.scheduler.connector._manager._cache
+        """The scheduler's kvkern cache, without its meter."""
+        return self.scheduler.connector._manager._cache.inner
 
     @property
     def dram(self) -> Any:

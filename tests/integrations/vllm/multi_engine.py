@@ -47,7 +47,7 @@ class MultiEngine(Engine):
 
     @property
     def cache(self) -> Any:
-        return self.manager._cache
+        return self.manager._cache.inner
 
     def forget_other(self) -> None:
         """Delete all that the other connector holds, and let its loads succeed."""

@@ -14,7 +14,8 @@ from vllm.config.lora import LoRAConfig
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.adapter_digest import AdapterDigests, AdapterUse, lora_settings
 from kvkern.integrations.vllm.adapter_loads import AdapterLoads
-from kvkern.integrations.vllm.adapter_names import AdapterNames, AdapterWorkerMetadata
+from kvkern.integrations.vllm.adapter_names import AdapterNames
+from kvkern.integrations.vllm.worker_report import WorkerReport
 
 
 @pytest.fixture
@@ -255,8 +256,8 @@ def test_results_of_encoders_outlive_a_reset(folder: Path) -> None:
 
 def test_workers_that_disagree_know_nothing() -> None:
     first, second = (
-        AdapterWorkerMetadata({1: 1}, adapters={1: "x", 2: "y"}),
-        AdapterWorkerMetadata(adapters={1: "z", 3: "w"}),
+        WorkerReport({1: 1}, adapters={1: "x", 2: "y"}),
+        WorkerReport(adapters={1: "z", 3: "w"}),
     )
     merged = first.aggregate(second)
     assert merged.adapters == {1: None, 2: "y", 3: "w"}

@@ -15,6 +15,7 @@ from kvkern.integrations.vllm.request_state import KvGroup
 from kvkern.integrations.vllm.spec import KvkernSpec
 from kvkern.keys import Namespace
 from kvkern.metrics import CacheCounters
+from kvkern.observability.catalogue import PUBLISHED
 from kvkern.policy.base import Use
 from kvkern.policy.lru import LRU
 from kvkern.tiers.base import Lease
@@ -239,16 +240,21 @@ def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
     assert bench.cache.counters.declined_chunks == 1
 
 
-def test_only_own_counters_are_exported() -> None:
-    """And no counter that always stays at zero."""
+def test_only_own_metrics_are_exported() -> None:
+    """And none that always stays at zero."""
 
-    def names(**options: str) -> set[str]:
+    def names(**options: str | bool) -> set[str]:
         return set(KvkernSpec.build_metric_definitions({"spec_name": "KvkernSpec", "kvkern": options}))
 
     own, shared, stored = names(capacity="1GiB"), names(socket="/s"), names(capacity="1GiB", remote="file:///x")
-    assert {"kvkern:hit_chunks", "kvkern:bad_chunks", "kvkern:faults"} < shared < own < stored
-    assert own - shared == {"kvkern:evicted_chunks", "kvkern:declined_chunks"}
+    assert {"kvkern:hit_chunks", "kvkern:bad_chunks", "kvkern:faults"} < own & shared
+    assert own - shared == {"kvkern:evicted_chunks", "kvkern:declined_chunks", "kvkern:arena_slots"}
+    assert shared - own == {"kvkern:connected"}
     counted = CacheCounters().snapshot()
-    assert stored - own == {f"kvkern:{name}" for name in counted if name.startswith("remote_")}
-    assert stored == {f"kvkern:{name}" for name in counted} - {"kvkern:hit_ratio", "kvkern:cleared_chunks"}
-    assert set(KvkernSpec.build_metric_definitions({"kvkern": None})) == own  # `parse_options` refuses it
+    of_stores = {f"kvkern:{name}" for name in counted if name.startswith("remote_")}
+    assert of_stores < stored - own
+    not_exported = {"kvkern:hit_ratio", "kvkern:cleared_chunks", "kvkern:trimmed_chunks"}
+    assert {f"kvkern:{name}" for name in counted} - not_exported < stored
+    published = names(socket="/s", published_metrics=True) - shared
+    assert {metric.name for metric in PUBLISHED} == published
+    assert len(published) == 17

@@ -1,0 +1,29 @@
+"""What a worker reports after a step, beyond what vLLM's own connector reports: adapters, and each transfer by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import shim
+
+Transfer = tuple[bool, int, float]  # is it a load, bytes, seconds
+
+
+@dataclass
+class WorkerReport(shim.OffloadingWorkerMetadata):
+    """See OffloadingWorkerMetadata."""
+
+    adapters: dict[int, str | None] = field(
+        default_factory=dict
+    )  # loaded since the last report: number -> digest; None: not known
+    transfers: list[Transfer] = field(default_factory=list)  # ended since the last report
+
+    def aggregate(self, other: Any) -> WorkerReport:
+        """Merge two workers' reports. An adapter whose content differs between workers is not known."""
+        merged = super().aggregate(other)
+        adapters, others = dict(self.adapters), getattr(other, "adapters", {})
+        for adapter_id, digest in others.items():
+            adapters[adapter_id] = digest if adapters.get(adapter_id, digest) == digest else None
+        transfers = [*self.transfers, *getattr(other, "transfers", ())]
+        return WorkerReport(merged.completed_jobs, merged.transfer_stats, adapters, transfers)
