@@ -81,15 +81,17 @@ class Cache:
             lease = self._dram.acquire(keys, prefix, self._timed(use))
             if not use.counts_itself:
                 new = self._counted.num_new(use.request, keys)
-                asked = set(keys[len(keys) - new :])
-                hits = sum(key in asked for key in lease.keys)
+                hits = len(lease.keys)
+                if new < len(keys):
+                    hits = sum(map(set(keys[len(keys) - new :]).__contains__, lease.keys))
                 self.counters.lookup_chunks += new
                 self.counters.hit_chunks += hits
                 self.observer.counted("lookup", "dram", use.namespace, use.client, new)
                 self.observer.counted("hit", "dram", use.namespace, use.client, hits)
                 if self._remote is None:
                     self.observer.not_loaded("not_found", use.request, new - hits)
-                use = replace(use, counts_itself=not new)
+                if not new:
+                    use = replace(use, counts_itself=True)
             return lease, use
         return NO_LEASE, use
 

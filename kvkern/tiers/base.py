@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -88,8 +89,7 @@ class AdoptionResult:
 
 def prefix_length(keys: Keys, index: Container[bytes]) -> int:
     """Return how many of `keys`, from the first on and without a gap, are in `index`."""
-    hits = map(index.__contains__, keys)
-    return next((count for count, hit in enumerate(hits) if not hit), len(keys))
+    return sum(takewhile(bool, map(index.__contains__, keys)))
 
 
 class Outbox(Protocol):
