@@ -72,11 +72,6 @@ class Overview:
         if self._history.due(now_s):
             self._history.add(now_s, self._daemon.stat())
 
-    @property
-    def namespace_chunks(self) -> Mapping[bytes, int]:
-        """Number of cached chunks by namespace root, as of the last complete count."""
-        return self._sizes.chunks
-
     def render(self) -> bytes:
         """Return the overview as JSON. Everybody who asks within RENDERED_S gets the same bytes."""
         now_s = time.monotonic()

@@ -39,6 +39,7 @@ from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of
 from .client_connection import ClientConnection
 from .fair_turns import FairTurns
 from .listener import Listener
+from .namespace_sizes import NamespaceSizes
 from .node_config import NodeConfig
 from .observed_sessions import ObservedSessions
 from .operator_requests import Row, chunk_rows, rows, why_refused
@@ -67,6 +68,7 @@ class Server:
         self._started_s, self._started_at_s = time.monotonic(), time.time()
         self._arena: Arena | None = None
         self._size_watch = SizeWatch()
+        self._sizes = NamespaceSizes()
         self._arena_path = config.arena_dir / config.arena_name  # until `run` has found the folder
         self._policy_state = PolicyStateFile(config.policy, config.policy_state)
         self._arena_lock = asyncio.Lock()  # held while the arena is made or replaced
@@ -149,6 +151,7 @@ class Server:
             self._send_new_limits(self.sessions)
             self._send_changes()
             self._policy_state.save_when_due()
+            self._sizes.step(self.sessions.arena.spec.num_slots, self.sessions.cache.namespaces_of)
 
     def stop(self) -> None:
         """End gracefully: let no new clients in, and give transfers under way `drain_s` to finish."""
@@ -276,6 +279,7 @@ class Server:
                 self._arena.path.unlink(missing_ok=True)
                 self._arena.close()
                 self._arena = self.sessions = None
+                self._sizes.reset()
             if self._arena is None:
                 await self._make_arena(ArenaSpec.for_capacity(wanted, self.config.capacity_nbytes))
             found = self._arena.spec.geometry if self._arena is not None else wanted
@@ -459,7 +463,7 @@ class Server:
 
     def namespace_chunks(self) -> Mapping[bytes, int]:
         """Return the number of cached chunks of each namespace root, as of the last count."""
-        return self.overview.namespace_chunks
+        return self._sizes.chunks
 
     def _send_changes(self) -> None:
         """Send every client with an index what the index has gained and lost since the last call."""
