@@ -62,6 +62,8 @@ class History:
             name: [] for name in ("ago_s", "hit_ratio", "given", "stored", "remote_read", "remote_written", "used")
         }
         for (began_s, before, _), (ended_s, after, used) in pairwise(self._samples):
+            if now_s - ended_s > HOUR_S:
+                continue
             grown = {name: _growth(before[name], after[name]) for name in COUNTERS}
             looked_up, seconds = grown["lookup_chunks"], max(1e-3, ended_s - began_s)
             rate = chunk_nbytes / seconds

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -59,29 +59,33 @@ class Observed(Protocol):
 class Overview:
     """Call `tick` regularly and `hot.note` for each lease. All in the daemon's thread."""
 
-    def __init__(self, daemon: Observed) -> None:
-        self._daemon = daemon
+    def __init__(
+        self,
+        daemon: Observed,
+        clock: Callable[[], float] = time.monotonic,  # seconds
+    ) -> None:
+        self._daemon, self._clock = daemon, clock
         self._history = History()
         self._rendered, self._rendered_s = b"", float("-inf")
-        self.hot = HotPrefixes(time.monotonic())
+        self.hot = HotPrefixes(clock())
 
     def tick(self) -> None:
         """Take a sample when one is due."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         self.hot.turn(now_s)
         if self._history.due(now_s):
             self._history.add(now_s, self._daemon.stat())
 
     def render(self) -> bytes:
         """Return the overview as JSON. Everybody who asks within RENDERED_S gets the same bytes."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s - self._rendered_s >= RENDERED_S:
             self._rendered, self._rendered_s = msgspec.json.encode(self.describe()), now_s
         return self._rendered
 
     def describe(self) -> dict[str, Any]:
         """Return the overview."""
-        daemon, stat, now_s = self._daemon, self._daemon.stat(), time.monotonic()
+        daemon, stat, now_s = self._daemon, self._daemon.stat(), self._clock()
         state = daemon.sessions
         grown = self._history.grown(stat)
         geometry = None if state is None else state.arena.spec.geometry

@@ -43,7 +43,7 @@ async def serving(
             if endpoint is not None:
                 sock = sockets.enter_context(listening_socket(endpoint))
                 opened.append((replace(endpoint, port=sock.getsockname()[1]), sock))
-        pacer, events = Pacer(asyncio.get_running_loop()), Events(daemon.overview.render)
+        pacer, events = Pacer(asyncio.get_running_loop()), Events(lambda: daemon.overview.render())
         ports = []
         for endpoint, sock in opened:
             is_rpc = endpoint.option == "--rpc"
