@@ -27,7 +27,7 @@ MODULE = "kvkern.integrations.vllm"
 OPTIONS_KEY = "kvkern"
 REPLACED = "AIBrixOffloadingConnector"  # and what follows, such as V1Type3
 _CPU_BLOCK_TOKENS = 128  # vLLM's default on CPUs
-_LEAST_BLOCK_TOKENS = 16
+_CPU_BLOCK_UNIT = 32  # of which a block is a multiple there
 
 
 def wrap_engine_args() -> None:
@@ -135,7 +135,7 @@ def _choose_block_size(args: Any, chunk_tokens: int, log: Any) -> None:
     if args.block_size is not None or not current_platform.is_cpu() or not chunk_tokens % _CPU_BLOCK_TOKENS:
         return
     fitting = math.gcd(chunk_tokens, _CPU_BLOCK_TOKENS)
-    if fitting >= _LEAST_BLOCK_TOKENS:
+    if not fitting % _CPU_BLOCK_UNIT:
         args.block_size = fitting
         log.info(
             "kvkern: vLLM's block is set to %d tokens, so that a chunk of %d tokens is a whole number of blocks. Its default "
@@ -152,11 +152,20 @@ def refuse_chunk_size(
     name: str,  # of the option or variable
 ) -> None:
     """Raise ConfigError if a chunk is no whole number of blocks."""
-    if chunk_tokens % block_tokens:
-        raise ConfigError(
-            f"{name} is {chunk_tokens}, which is no multiple of vLLM's block size of {block_tokens} tokens. Set it to "
-            f"{-(-chunk_tokens // block_tokens) * block_tokens}, or start vLLM with a --block-size that divides {chunk_tokens}"
+    from vllm.platforms import current_platform
+
+    if not chunk_tokens % block_tokens:
+        return
+    fits = -(-chunk_tokens // block_tokens) * block_tokens
+    if current_platform.is_cpu() and chunk_tokens % _CPU_BLOCK_UNIT:
+        remedy = (
+            f"On CPUs vLLM's blocks are multiples of {_CPU_BLOCK_UNIT} tokens: set it to such a number, or to {fits}"
         )
+    else:
+        remedy = f"Set it to {fits}, or start vLLM with a --block-size that divides {chunk_tokens}"
+    raise ConfigError(
+        f"{name} is {chunk_tokens}, which is no multiple of vLLM's block size of {block_tokens} tokens. {remedy}"
+    )
 
 
 def _logger() -> Any:
