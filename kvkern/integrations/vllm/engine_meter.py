@@ -158,7 +158,10 @@ class EngineMeter:
             self._set_gauges(stats)
         if self._zeros:
             for metric, labels in self._zeros:  # so that a series exists before its first event
-                stats.increase_counter(metric.vllm_name, 0, labels)
+                if metric.kind is Kind.HISTOGRAM:
+                    shim.show_histogram(stats, metric.vllm_name, labels)
+                else:
+                    stats.increase_counter(metric.vllm_name, 0, labels)
             self._zeros = []
         counters, reported = self._counters, self._reported
         for name, vllm in self._fields:
@@ -211,5 +214,5 @@ class EngineMeter:
 
 
 def _known(metric: Metric) -> list[Labels]:
-    counts = metric.kind is Kind.COUNTER and metric.engine is not None
-    return list(series_known_before(metric, metric.engine or (), engine=True)) if counts else []
+    gauge = metric.kind is Kind.GAUGE
+    return [] if gauge else list(series_known_before(metric, metric.engine or (), engine=True))

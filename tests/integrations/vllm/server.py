@@ -143,7 +143,7 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Return every series of /metrics by its name with labels. Fails if a series appears twice."""
         found: dict[str, float] = {}
-        for line in self._metrics().splitlines():
+        for line in self.metrics_text().splitlines():
             if match := _SERIES.match(line):
                 assert match[1] not in found, f"{match[1]} appears twice"
                 found[match[1]] = float(match[2])
@@ -151,10 +151,11 @@ class Server:
 
     def counter(self, name: str) -> float:
         """Return the sum of a counter over all engines. A series appears with its first count, its description at once."""
-        assert f"# HELP {name}_total " in self._metrics(), f"/metrics has no {name}"
+        assert f"# HELP {name}_total " in self.metrics_text(), f"/metrics has no {name}"
         return sum(value for series, value in self.metrics().items() if series.partition("{")[0] == f"{name}_total")
 
-    def _metrics(self) -> str:
+    def metrics_text(self) -> str:
+        """Return /metrics."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             return str(answer.read().decode())
 

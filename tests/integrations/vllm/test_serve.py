@@ -10,7 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from kvkern.integrations.vllm.metric_definitions import engine_metrics
 from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.server import Server, build_served_model, transfer_config
 from tests.remote.required_servers import free_port
@@ -26,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     running = Server(
         build_served_model(folder / "model"),
-        transfer_config(capacity="64MiB", remote=f"redis://me:{SECRET}@127.0.0.1:1/0"),
+        transfer_config(capacity="64MiB", remote=f"redis://me:{SECRET}@127.0.0.1:1/0", published_metrics=True),
         folder / "log",
         "--kv-events-config",
         json.dumps({"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{free_port()}"}),
@@ -96,6 +98,46 @@ def test_a_request_loads_from_the_tiers_that_it_names(server: Server, tiers: Any
     reply = server.one(text, kv_transfer_params={"kv_load_tiers": tiers})
     assert reply.cached_tokens == cached
     assert reply.tokens == computed.tokens
+
+
+def test_metrics_are_those_of_the_catalogue_and_count_a_load(server: Server) -> None:
+    text = prompt(300, 7)
+
+    def total(name: str, *labels: str) -> float:
+        found = [v for series, v in server.metrics().items() if series.partition("{")[0] == name]
+        of = [
+            v
+            for series, v in server.metrics().items()
+            if series.startswith(name + "{") and all(x in series for x in labels)
+        ]
+        assert found, name
+        return sum(of)
+
+    watched = (
+        ("kvkern:lookup_tokens_total", 'tier="vllm"'), ("kvkern:hit_tokens_total", 'tier="dram"'),
+        ("kvkern:loaded_tokens_total",), ("kvkern:load_seconds_count",), ("kvkern:load_bytes_per_second_count",),
+        ("kvkern:requests_total", 'loaded="yes"'), ("kvkern:first_token_seconds_count", 'loaded="yes"'),
+        ("kvkern:not_loaded_requests_total", 'reason="store_failed"'), ("kvkern:stored_tokens_total",),
+        ("vllm:cache_service_time_load_seconds_count",),
+    )  # fmt: skip
+    server.one(text)
+    server.reset()
+    before = [total(*series) for series in watched]
+    assert server.one(text).cached_tokens == 288
+    for _ in range(100):  # the front end hears of a load in a later step
+        grown = [total(*series) - old for series, old in zip(watched, before, strict=True)]
+        if grown[4] and grown[6]:
+            break
+        server.one(prompt(40, 8))
+    assert grown[1] == grown[2] == 288
+    assert grown[0] >= 300
+    assert grown[3] == grown[4] == grown[5] == grown[6] == grown[9] == 1
+    known = {metric.vllm_name: metric for metric in engine_metrics(published=True)}
+    text_now = server.metrics_text()
+    families = {f.name: f for f in text_string_to_metric_families(text_now)}
+    ours = {n for n in families if n.startswith(("kvkern:", "vllm:cache_service_")) and not n.endswith("_created")}
+    assert ours == set(known)
+    assert all(families[name].type == metric.kind.value for name, metric in known.items())
 
 
 def test_what_clients_send_does_not_end_the_engine(server: Server) -> None:
