@@ -30,7 +30,7 @@ from kvkern.node.daemon.quotas import Quotas  # noqa: E402
 from kvkern.node.web.endpoint import Endpoint  # noqa: E402
 from kvkern.tiers.base import ChunkShape  # noqa: E402
 from tests.node.conftest import served  # noqa: E402
-from tests.node.web.free_port import free_port  # noqa: E402
+from tests.remote.required_servers import free_port  # noqa: E402
 from tests.support import chain_keys, key  # noqa: E402
 
 SPEED, SECONDS = 150.0, 26.0
@@ -52,7 +52,9 @@ def engine(socket: Path, number: int, until_s: float) -> None:
     while (now_s := time.monotonic()) < until_s:
         load = 0.55 + 0.45 * math.sin(5 * (now_s - began_s) / SECONDS + number)
         topic = min(int(rng.expovariate(0.35)), 40)
-        chain = chain_keys((number % len(MODELS), "system", topic), chunks) + chain_keys(("turn", rng.randrange(400)), 12)
+        chain = chain_keys((number % len(MODELS), "system", topic), chunks) + chain_keys(
+            ("turn", rng.randrange(400)), 12
+        )
         lease = client.acquire(chain)
         found = len(lease.keys)
         time.sleep(rng.uniform(0.004, 0.012) / max(0.08, load))
