@@ -183,6 +183,14 @@ def _cuda_device(name: str) -> CudaDevice:
     return CudaDevice(torch.device(name))
 
 
+def choose_device(name: str) -> None:
+    """Make a GPU the present one of the calling thread. Does nothing for a CPU."""
+    if name.startswith("cuda"):
+        import torch
+
+        torch.cuda.set_device(torch.device(name))
+
+
 def build_copier(
     config: Config, arena: Arena, groups: Sequence[PagedTensors], rank: int, blocks_per_chunk: int
 ) -> Copier:

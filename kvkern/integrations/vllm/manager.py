@@ -61,9 +61,9 @@ class KvkernManager(shim.OffloadingManager):
         self._proof: Proof | None = None
         self._adapters: AdapterNames | None = None
         self._stores_nothing = False  # see stop_storing
+        self.absent_workers: set[int] = set()  # ranks without a copier yet: requests are not cached
         self._tickets = Tickets()
-        self._num_requests = 0
-        self.step = 0
+        self._num_requests = self.step = 0
         self.prefill = PrefillSpeed()
         self._first_tokens = FirstTokens(self._requests)
         self.meter = self._counts.meter
@@ -110,7 +110,7 @@ class KvkernManager(shim.OffloadingManager):
     def _set_root(self, state: RequestState, request: shim.Request) -> None:
         """Set the root under which the request is cached. Empty if it computes something whose content is not known."""
         digest = state.adapter.digest if state.adapter is not None else None
-        known = state.named and (request.lora_request is None or digest is not None)
+        known = state.named and not self.absent_workers and (request.lora_request is None or digest is not None)
         state.root = self._root_of(request.cache_salt, digest) if known else b""
         private = self._bound_tenants.private
         state.use = replace(state.use, namespace=b"" if private else state.root)  # empty: no remote store is asked

@@ -23,6 +23,7 @@ class PackingReport(shim.KVConnectorHandshakeMetadata):
     """What one worker reports."""
 
     packing: str
+    absent_rank: int = -1  # this worker's, if it has no copier yet, because no daemon answered at its start
 
 
 def packing_of_worker(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheConfig) -> str:
@@ -52,6 +53,12 @@ def agreed_packing(reports: Iterable[object]) -> str | None:
             f"on equal devices, or run the engine without kvkern."
         )
     return next(iter(found), None)
+
+
+def absent_ranks(reports: Iterable[object]) -> set[int]:
+    """Return the workers that have no copier yet."""
+    found = {report.absent_rank for report in reports if isinstance(report, PackingReport)}
+    return found - {-1}
 
 
 def _packing_of_cpu(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheConfig) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from ...arena.file import Arena
 from ...arena.slots import SlotGeometry
-from ...assemble import attach_remote_tier, build_cache, build_copier, open_arena
+from ...assemble import attach_remote_tier, build_cache, build_copier, choose_device, open_arena
 from ...cache.base import ChunkCache
 from ...cache.observed import ObservedCache
 from ...errors import UnsupportedError
@@ -20,13 +20,17 @@ from ...kernels.paged_tensors import PagedTensors
 from ...metrics import CacheCounters
 from ...node.client.cache_client import NodeClient
 from ...observability.logs import set_up_engine
+from ...transfer.base import Copier
 from . import shim
 from .engine_meter import EngineMeter
+from .late_start import NoCopier
 from .manager import KvkernManager
 from .metric_definitions import metric_definitions
 from .options import INSTANCE_KEY, parse_options
 from .request_state import KvGroup
 from .worker import KvkernWorker
+
+SCHEDULER_WAIT_S = 10  # the workers have waited for the daemon already
 
 
 class KvkernSpec(shim.OffloadingSpec):
@@ -95,14 +99,26 @@ class KvkernSpec(shim.OffloadingSpec):
         for group, refs in zip(self.config.groups, kv_caches.group_data_refs, strict=True):
             pages = [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
             groups.append(PagedTensors.bind(from_pages(pages, group.tokens_per_block), pages))
-        arena, close = self._open_arena()
-        rank = self.config.parallel.rank
-        transfer = build_copier(self.options, arena, groups, rank, self.blocks_per_chunk)
+        build = partial(self._build_copier, groups)
+        if not self.options.socket:
+            arena = self._open_own_arena(self.config.parallel.rank)
+            return KvkernWorker(build(arena), self.blocks_per_chunk, arena.close)
+        client = self._connect(index=False, wait_s=self.options.connect_s)
+        if (found := client.wait_for_arena(0)) is not None:
+            return KvkernWorker(build(found), self.blocks_per_chunk, client.close)
+        worker = KvkernWorker(NoCopier(), self.blocks_per_chunk, client.close)
+        worker.start_late(client, build)
+        return worker
+
+    def _build_copier(self, groups: list[PagedTensors], arena: Arena) -> Copier:
+        """Build the copier of this rank and prove it. In a thread that has not used the GPU yet it chooses the GPU."""
+        choose_device(groups[0].device)
+        transfer = build_copier(self.options, arena, groups, self.config.parallel.rank, self.blocks_per_chunk)
         if self.options.tracing:
             from ...observability.tracing import traced_copier
 
             transfer = traced_copier(transfer)
-        return KvkernWorker(transfer, self.blocks_per_chunk, close)
+        return transfer
 
     def _open_cache(self, chunk_tokens: int) -> tuple[ChunkCache, EngineMeter]:
         """Open the scheduler's cache: the node's daemon, or a cache over this engine's own arena. Returns it measured."""
@@ -111,7 +127,7 @@ class KvkernSpec(shim.OffloadingSpec):
             counters, bool(options.socket), bool(options.remote), options.published_metrics, chunk_tokens
         )
         if options.socket:
-            client = self._connect(index=True)
+            client = self._connect(index=True, wait_s=min(options.connect_s, SCHEDULER_WAIT_S))
             meter.watch(client.counters)
             meter.usage = client.usage
             return ObservedCache(client, meter), meter
@@ -123,15 +139,8 @@ class KvkernSpec(shim.OffloadingSpec):
             meter.remote_usage = remote.usage
         return ObservedCache(cache, meter), meter
 
-    def _open_arena(self) -> tuple[Arena, Callable[[], None]]:
-        """Return (a worker's arena, the function that closes it)."""
-        if self.options.socket:
-            client = self._connect(index=False)
-            return client.arena, client.close
-        arena = self._open_own_arena(self.config.parallel.rank)
-        return arena, arena.close
-
-    def _connect(self, index: bool) -> NodeClient:
+    def _connect(self, index: bool, wait_s: float) -> NodeClient:
+        """Connect to the daemon. If none answers, the client connects later: the engine serves without a cache until then."""
         shim.logger.info(
             "kvkern: connecting to the node's daemon on %(socket)s",
             {"event": "daemon_connecting", "socket": self.options.socket},
@@ -141,10 +150,11 @@ class KvkernSpec(shim.OffloadingSpec):
             self._name,
             self.geometry,
             index=index,
-            timeout_s=self.options.connect_s,
+            timeout_s=wait_s,
             prefault=self.options.prefault,
             daemon_uid=self.options.daemon_uid,
             dump_arena=self.options.dump_arena,
+            required=False,
         )
 
     @property

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...arena.file import Arena
 from ...errors import UnsupportedError
+from ...node.client.cache_client import NodeClient
 from ...transfer.base import Copier, Job
 from . import shim
 from .adapter_loads import AdapterLoads
+from .late_start import LateStart, NoCopier
 from .transfer_metadata import SlotSpec, pair_blocks_with_slots
 from .worker_report import Transfer
 
@@ -23,8 +26,10 @@ SYNC_LOADS = (
 class KvkernWorker(shim.OffloadingWorker):
     """Runs jobs on the copier's threads. A load that does not verify is reported as failed and never raises."""
 
-    def __init__(self, transfer: Copier, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, transfer: Copier | NoCopier, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
         self._transfer = transfer
+        self._late: LateStart | None = None
+        self._arrived = False  # see take_arrival
         self._blocks_per_chunk = blocks_per_chunk
         self._on_close = on_close
         self._jobs: dict[int, Job] = {}
@@ -33,6 +38,24 @@ class KvkernWorker(shim.OffloadingWorker):
         self._transfers: list[Transfer] = []
         self._refused: set[int] = set()  # loads under an adapter whose content is another one here
         self.adapters: AdapterLoads | None = None  # set if the engine serves LoRA
+
+    @property
+    def connected(self) -> bool:
+        """Return True if the worker has a copier. Without one it copies nothing until `start_late` has brought it one."""
+        return not isinstance(self._transfer, NoCopier)
+
+    def start_late(self, client: NodeClient, build: Callable[[Arena], Copier]) -> None:
+        """Get a copier as soon as the client has an arena, in a thread of its own."""
+        self._late = LateStart(client, build, self._take_copier)
+
+    def _take_copier(self, transfer: Copier) -> None:
+        self._transfer = transfer
+        self._arrived = True
+
+    def take_arrival(self) -> bool:
+        """Return True once, when the worker has got its copier after the engine's start."""
+        arrived, self._arrived = self._arrived, False
+        return arrived
 
     def submit_store(self, job_id: int, src_spec: shim.GPULoadStoreSpec, dst_spec: shim.LoadStoreSpec) -> bool:
         """Start to copy engine blocks -> slots. Chunks whose copy fails stay unpublished."""
@@ -113,5 +136,7 @@ class KvkernWorker(shim.OffloadingWorker):
 
     def shutdown(self) -> None:
         """End the copy threads and release the arena."""
+        if self._late is not None:
+            self._late.stop()
         self._transfer.close()
         self._on_close()

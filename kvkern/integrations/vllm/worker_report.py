@@ -18,6 +18,7 @@ class WorkerReport(shim.OffloadingWorkerMetadata):
         default_factory=dict
     )  # loaded since the last report: number -> digest; None: not known
     transfers: list[Transfer] = field(default_factory=list)  # ended since the last report
+    arrived: set[int] = field(default_factory=set)  # ranks that have got their copier since the last report
 
     def aggregate(self, other: Any) -> WorkerReport:
         """Merge two workers' reports. An adapter whose content differs between workers is not known."""
@@ -26,4 +27,5 @@ class WorkerReport(shim.OffloadingWorkerMetadata):
         for adapter_id, digest in others.items():
             adapters[adapter_id] = digest if adapters.get(adapter_id, digest) == digest else None
         transfers = [*self.transfers, *getattr(other, "transfers", ())]
-        return WorkerReport(merged.completed_jobs, merged.transfer_stats, adapters, transfers)
+        arrived = self.arrived | getattr(other, "arrived", set())
+        return WorkerReport(merged.completed_jobs, merged.transfer_stats, adapters, transfers, arrived)
