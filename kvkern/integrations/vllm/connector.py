@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..vllm_metrics_port import serve_metrics
 from . import shim
 from .adapter_loads import AdapterLoads, watch_adapters
 from .adapter_names import AdapterNames
@@ -275,5 +276,8 @@ class KvkernConnector(shim.OffloadingConnector):
         An engine that starts in the same process later registers its counters anew, as vLLM does with its own.
         """
         fill_defaults(vllm_config)
+        options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if options.metrics_port and shim.is_first_front_end(vllm_config):
+            serve_metrics(options.metrics_port, shim.metrics_app())
         shim.unregister_metrics("kvkern:")
         return super().build_prom_metrics(vllm_config, *args, **kwargs)

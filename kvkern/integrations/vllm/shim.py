@@ -19,7 +19,7 @@ refuse_old(VLLM_VERSION)
 if not is_known(VLLM_VERSION) and (missing := differences(describe_vllm())):
     raise refusal(VLLM_VERSION, missing)
 
-from prometheus_client import REGISTRY  # noqa: E402
+from prometheus_client import REGISTRY, make_wsgi_app  # noqa: E402
 from vllm import envs  # noqa: E402
 from vllm.config import (  # noqa: E402
     KVTransferConfig,
@@ -162,8 +162,10 @@ __all__ = [
     "finish_transfers",
     "get_offload_group_idx",
     "handed_over_groups",
+    "is_first_front_end",
     "logger",
     "make_offload_key",
+    "metrics_app",
     "needs_whole_prompt",
     "offer_again",
     "packing_environment",
@@ -203,6 +205,18 @@ def needs_whole_prompt(request: Request) -> bool:
     params = request.sampling_params
     wanted = ("prompt_logprobs", "prompt_logprob_token_ids")
     return params is not None and any(getattr(params, name, None) is not None for name in wanted)
+
+
+def metrics_app() -> Any:
+    """Return a WSGI application that answers with what vLLM's /metrics says, of all of its front ends."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return make_wsgi_app(get_prometheus_registry())
+
+
+def is_first_front_end(vllm_config: VllmConfig) -> bool:
+    """Return True in the first of vLLM's API servers. With `--api-server-count` there are several processes."""
+    return int(getattr(vllm_config.parallel_config, "_api_process_rank", 0)) <= 0
 
 
 def unregister_metrics(prefix: str) -> None:

@@ -28,6 +28,7 @@ from .manager import KvkernManager
 from .metric_definitions import metric_definitions
 from .options import INSTANCE_KEY, parse_options
 from .request_state import KvGroup
+from .rpc_check import start_rpc_check
 from .worker import KvkernWorker
 
 SCHEDULER_WAIT_S = 10  # the workers have waited for the daemon already
@@ -128,6 +129,7 @@ class KvkernSpec(shim.OffloadingSpec):
         )
         if options.socket:
             client = self._connect(index=True, wait_s=min(options.connect_s, SCHEDULER_WAIT_S))
+            start_rpc_check(client, options)
             meter.watch(client.counters)
             meter.usage = client.usage
             return ObservedCache(client, meter), meter

@@ -128,6 +128,11 @@ class NodeClient:
         return True
 
     @property
+    def closed(self) -> bool:
+        """Return True after `close`."""
+        return self._link.closing
+
+    @property
     def connected(self) -> bool:
         """Return True if the daemon is connected. False in a forked child, where no thread reads the answers."""
         return self._link.connected and os.getpid() == self._owner[0]

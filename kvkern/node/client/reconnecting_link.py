@@ -82,6 +82,11 @@ class ReconnectingLink:
         """Start the thread, which connects as often as it must. Call it once."""
         self._thread.start()
 
+    @property
+    def closing(self) -> bool:
+        """Return True once `close` was called."""
+        return self._closing
+
     def close(self) -> None:
         """Send what is in the outbox, as far as the daemon accepts it at once, and end the thread. Unmaps the arena."""
         self._closing = True
