@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `kvkern --help`
     "serve": daemon.serve,
     "config": configuration.configuration,
     "stat": operators.stat,
+    "top": operators.top,
     "ls": operators.list_chunks,
     "get": operators.get,
     "evict": operators.evict,

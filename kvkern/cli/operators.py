@@ -1,4 +1,4 @@
-"""What operators ask of a running daemon: stat, ls, get, evict, clear, record."""
+"""What operators ask of a running daemon: stat, top, ls, get, evict, clear, record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 from .arguments import DEFAULT_SOCKET, AsJson, DaemonUid, Socket, exit_on_bad_input, key_bytes, path_option
 from .output import print_forgotten, print_json, print_table
 
-MAX_SECONDS = 1e9  # of a recording
+MAX_SECONDS = 1e9
+MIN_EVERY_S = 0.2
 
 
 def stat(socket: Socket = DEFAULT_SOCKET, daemon_uid: DaemonUid = -1, json: AsJson = False) -> None:
@@ -19,6 +20,33 @@ def stat(socket: Socket = DEFAULT_SOCKET, daemon_uid: DaemonUid = -1, json: AsJs
 
     (row,) = ask_daemon(socket, daemon_uid, protocol.Stat(1))
     print_json(row) if json else print_table([{"what": name, "value": value} for name, value in row.items()])
+
+
+def top(
+    socket: Socket = DEFAULT_SOCKET,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print it once as JSON.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    daemon_uid: DaemonUid = -1,
+) -> None:
+    """Show a daemon at a glance until Ctrl-C: hits, throughput, memory, tenants, hot prefixes, engines, and what is wrong."""
+    from rich.console import Console
+
+    from ..node.client import top as daemon_top
+    from ..node.client.top_screen import screen
+    from ..option_values import checked_number
+
+    console = Console()
+    with exit_on_bad_input():
+        checked_number(every, "every", MIN_EVERY_S, MAX_SECONDS)
+        if json or once:
+            text, found = daemon_top.overview(socket, daemon_uid)
+            typer.echo(text) if json else console.print(screen(found, console.width))
+            return
+        try:
+            daemon_top.watch(socket, daemon_uid, console, every)
+        except KeyboardInterrupt:
+            return
 
 
 def list_chunks(

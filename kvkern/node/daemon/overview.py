@@ -66,6 +66,7 @@ class Overview:
     ) -> None:
         self._daemon, self._clock = daemon, clock
         self._history = History()
+        self._history.add(clock(), {})  # all counters begin at 0
         self._rendered, self._rendered_s = b"", float("-inf")
         self.hot = HotPrefixes(clock())
 
@@ -90,6 +91,7 @@ class Overview:
         grown = self._history.grown(stat)
         geometry = None if state is None else state.arena.spec.geometry
         payload_nbytes = 0 if geometry is None else geometry.world_size * geometry.part_nbytes
+        engines = [] if state is None else _engines(state.sessions.values())
         tenants = [] if state is None else self._tenants(state)
         found = advice(stat, grown, daemon.admission.max_connections, _split_models(tenants))
         return {
@@ -104,7 +106,8 @@ class Overview:
             "hour": self._history.series(payload_nbytes, now_s),
             "tenants": tenants,
             "hot": self.hot.hottest(MAX_HOT),
-            "engines": [] if state is None else _engines(state.sessions.values()),
+            "engines": engines[:MAX_SHOWN],
+            "num_engines": len(engines),
             "advice": [item.row() for item in found],
             "config": settings(daemon.config),
         }  # fmt: skip
@@ -134,14 +137,15 @@ def _split_models(tenants: list[dict[str, Any]]) -> list[str]:
 
 
 def _engines(sessions: Collection[Session]) -> list[dict[str, Any]]:
-    """Return those that hold most, first."""
-    order = sorted(sessions, key=lambda session: (-len(session.leases) - len(session.granted), session.number))
+    """Return those that hold most, first. Operators, who have no name and hold nothing, are no engines."""
+    found = [s for s in sessions if s.engine or s.writer or s.leases or s.granted]
+    found.sort(key=lambda session: (-len(session.leases) - len(session.granted), session.number))
     return [
         {
             "pid": session.process[0], "engine": session.engine, "uid": session.uid, "stores": session.writer,
             "leases": len(session.leases), "granted_slots": len(session.granted),
         }
-        for session in order[:MAX_SHOWN]
+        for session in found
     ]  # fmt: skip
 
 
