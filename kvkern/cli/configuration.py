@@ -54,14 +54,14 @@ def _in_force(reader: Any, given: list[str], file: Path | None) -> list[dict[str
     from ..config.engine import Config, used_by_engine
     from ..config.environment import environment
     from ..config.options import BY_NAME, Reader, names_of
-    from ..config.published import Family, read, switched_on
+    from ..config.published import Family, merged, read, switched_on
     from ..config.sources import Origin, Rank, Setting, converted, gather, in_force
     from ..errors import ConfigError
     from ..node.daemon.node_config import NodeConfig
 
     settings = gather(reader, {}, "the command line", file)
     if reader is Reader.ENGINE and switched_on(environment())[0]:
-        settings = read(environment(), Family.VINEYARD).settings | settings
+        settings = merged(settings, read(environment(), Family.VINEYARD).settings)
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in BY_NAME:

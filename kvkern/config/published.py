@@ -197,6 +197,16 @@ def read(environ: Mapping[str, str], family: Family) -> Deployment:
     return Deployment(settings, tuple(notes))
 
 
+def merged(own: Settings, published: Settings) -> Settings:
+    """Return what counts of the user's own settings and the published ones, which are better than the file's."""
+    better = {
+        name: setting
+        for name, setting in published.items()
+        if name not in own or own[name].origin.rank < setting.origin.rank
+    }
+    return own | better
+
+
 def _reason(variable: Variable) -> str:
     return "it is off" if variable.read is _metrics else variable.why
 

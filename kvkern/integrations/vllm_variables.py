@@ -18,7 +18,7 @@ from typing import Any
 from ..config import Config
 from ..config.engine import used_by_engine
 from ..config.options import Reader
-from ..config.published import Deployment, Family, read, switched_on
+from ..config.published import Deployment, Family, merged, read, switched_on
 from ..config.sources import Rank, Setting, gather
 from ..errors import ConfigError
 
@@ -92,12 +92,7 @@ def fill_in(args: Any) -> Setting | None:
 def _options(said: Deployment, family: Family) -> dict[str, Setting]:
     """Return the options of the published variables that count beside KVKERN_* and the file. Raises ConfigError."""
     where = f"the variables of {family}"
-    own = gather(Reader.ENGINE, {}, where)
-    settings = own | {
-        name: setting
-        for name, setting in said.settings.items()
-        if name not in own or own[name].origin.rank < setting.origin.rank
-    }
+    settings = merged(gather(Reader.ENGINE, {}, where), said.settings)
     if "socket" not in settings and "capacity" not in settings:
         raise ConfigError(
             f"{where} do not say where the cache is. Name the node's daemon, for example KVKERN_SOCKET=/run/kvkern.sock (or "

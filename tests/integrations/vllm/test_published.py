@@ -1,0 +1,160 @@
+"""The published deployment by its command and variables alone: two servers on one daemon, and a server before its daemon."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.vllm.engine import prompt
+from tests.integrations.vllm.published import ALIAS, VARIABLES, PublishedServer
+from tests.integrations.vllm.server import build_served_model
+from tests.remote.required_servers import free_port
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+KVKERN = Path(sys.executable).with_name("kvkern")
+WAIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of the tests' Llama, whose weights are float32."""
+    return build_served_model(tmp_path_factory.mktemp("published") / "model")
+
+
+@contextmanager
+def daemon(socket: Path, folder: Path, *options: str) -> Iterator[None]:
+    """Run `kvkern serve`."""
+    command = [
+        str(KVKERN),
+        "serve",
+        "--capacity",
+        "64MiB",
+        "--socket",
+        str(socket),
+        "--arena-dir",
+        str(folder),
+        *options,
+    ]
+    with (folder / "daemon.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"after {WAIT_S} s: {what}"
+        time.sleep(0.1)
+
+
+def total(server: PublishedServer, name: str) -> float:
+    """Return the sum of a counter's series; 0 before its first count."""
+    return sum(value for series, value in server.metrics().items() if re.match(rf"{name}_total\b", series))
+
+
+def text_of(port: int, path: str = "/metrics") -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def lines_with(server: PublishedServer, words: str) -> list[str]:
+    return [line for line in server.log.splitlines() if words in line]
+
+
+def test_two_servers_share_by_variables_alone(model: str, tmp_path: Path) -> None:
+    """The second loads what the first has computed. The log names what every variable does. /metrics is on a second port."""
+    socket, rpc, ports = tmp_path / "vineyard.sock", free_port(), (free_port(), free_port())
+    env = VARIABLES | {
+        "AIBRIX_LLM_KV_CACHE_SOCKET": str(socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
+    }  # fmt: skip
+    words = " ".join(f"t{i}" for i in prompt(300, 1))
+    replies = []
+    with daemon(socket, tmp_path, "--rpc", f"127.0.0.1:{rpc}"):
+        for number, port in enumerate(ports):
+            with PublishedServer(model, tmp_path / f"log{number}", **env, KVKERN_METRICS_PORT=str(port)) as server:
+                answer = server.client().chat.completions.create(
+                    messages=[{"role": "user", "content": words}], temperature=0, max_tokens=8, model=ALIAS
+                )
+                replies.append(answer.choices[0].message.content)
+                server.one(prompt(40, 2))  # the counters of the step before are out
+                until(lambda server=server: total(server, "kvkern:lookup_chunks") > 0, "no chunk was looked up")
+                hits, stored = total(server, "kvkern:hit_chunks"), total(server, "kvkern:stored_chunks")
+                assert (hits > 0, stored > 0) == ((False, True) if number == 0 else (True, True)), (hits, stored)
+                scraped = text_of(port)
+                assert "kvkern:lookup_chunks_total" in scraped
+                assert "vllm:num_requests_running" in scraped
+                with pytest.raises(urllib.error.HTTPError, match="404"):
+                    text_of(port, "/v1/models")
+                for variable in ("SOCKET", "CHUNK_SIZE", "KV_CACHE_NS", "RPC_ENDPOINT"):
+                    assert lines_with(server, f"(AIBRIX_LLM_KV_CACHE_{variable})"), variable
+                for variable in ("VINEYARD_CACHE_CPU_MEM_LIMIT_GB=10", "VINEYARD_CACHE_ENABLE_ASYNC_UPDATE=1"):
+                    assert len(lines_with(server, f"{variable} has no effect: ")) == 1, variable
+                assert not lines_with(server, "kvkern: rpc_endpoint "), "it is the same daemon"
+    assert replies[0] == replies[1]
+
+
+def test_a_server_whose_daemon_comes_later(model: str, tmp_path: Path) -> None:
+    """It waits, serves without a cache, and hits when the daemon is there. The RPC endpoint is another daemon's."""
+    socket, other, rpc = tmp_path / "s", tmp_path / "other", free_port()
+    other.mkdir()
+    env = VARIABLES | {
+        "AIBRIX_LLM_KV_CACHE_SOCKET": str(socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
+        "KVKERN_CONNECT_S": "11", "KVKERN_METRICS_PORT": str(free_port()),
+    }  # fmt: skip
+    text = prompt(300, 3)
+    with (
+        daemon(other / "s", other, "--rpc", f"127.0.0.1:{rpc}", "--name", "other"),
+        PublishedServer(model, tmp_path / "log", **env) as server,
+    ):
+        assert lines_with(server, "waiting for it, at most 1 s more")
+        assert lines_with(server, "The engine goes on without a cache")
+        computed = server.one(text)
+        assert total(server, "kvkern:stored_chunks") == 0
+        with daemon(socket, tmp_path):
+            until(lambda: bool(lines_with(server, "this worker uses the daemon's cache")), server.log[-3000:])
+
+            def hit() -> bool:
+                assert server.one(text).tokens == computed.tokens
+                with suppress(TimeoutError):
+                    for seed in range(40):  # more blocks than vLLM's own cache keeps of `text`
+                        server.one(prompt(900, 100 + seed), tokens=1)
+                return total(server, "kvkern:hit_chunks") > 0
+
+            until(hit, "nothing was hit after the daemon came")
+            assert lines_with(server, f"kvkern: rpc_endpoint 127.0.0.1:{rpc} is the daemon ")
+        assert server.one(text).tokens == computed.tokens  # the daemon is gone again
+        assert server.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"AIBRIX_LLM_KV_CACHE_CHUNK_SIZE": "16"}, ["KV_CACHE_CHUNK_SIZE is 16", "block size of 128", "multiples of 32"]),
+        ({"AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": "nowhere"}, ["rpc_endpoint is 'nowhere'", "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT"]),
+        ({"KVKERN_SOKCET": "/s"}, ["unknown variable KVKERN_SOKCET", "KVKERN_SOCKET"]),
+        ({"AIBRIX_LLM_KV_CACHE_SOCKET": ""}, ["do not say where the cache is", "KVKERN_SOCKET"]),
+    ],
+    ids=["chunk", "endpoint", "unknown", "nowhere"],
+)  # fmt: skip
+def test_a_variable_that_cannot_be_honoured_ends_the_start(
+    model: str, tmp_path: Path, changed: dict[str, str], words: list[str]
+) -> None:
+    server = PublishedServer(
+        model, tmp_path / "log", **VARIABLES | {"AIBRIX_LLM_KV_CACHE_SOCKET": str(tmp_path / "s")} | changed
+    )
+    assert server.process.wait(300) != 0
+    line = lines_with(server, "ConfigError")[-1]
+    assert all(word in line for word in words), line
