@@ -41,6 +41,8 @@ metrics = "127.0.0.1:8080"
 with the line, or default. `--json` prints the same for programs, and `NAME=VALUE` tries an option. Salts and passwords
 are blanked. Without `--show` it only checks.
 
+Commands that ask a daemon, such as `kvkern stat`, take `--socket` and `--daemon-uid` from the same two variables.
+
 An unknown option, variable or key is an error that names the nearest known name. So is a value that cannot be used, and
 the error names where it came from. Variables that Kubernetes sets for a Service whose name begins with `kvkern`
 (`KVKERN_PORT_9600_TCP`) are let alone.

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from ..config.options import BY_NAME
+
 
 def path_option(text: str) -> Path:
     """Parse a path, for typer. Whether a file or a folder is expected there is checked by the command."""
@@ -22,9 +24,15 @@ def path_option(text: str) -> Path:
         raise typer.BadParameter(str(error)) from error
 
 
-Socket = Annotated[Path, typer.Option(parser=path_option, help="The daemon's Unix socket.")]
+Socket = Annotated[
+    Path, typer.Option(parser=path_option, envvar=BY_NAME["socket"].variable, help="The daemon's Unix socket.")
+]
 DaemonUid = Annotated[
-    int, typer.Option(help="A user whose daemon is trusted, beside your own and root's. Default: none.")
+    int,
+    typer.Option(
+        envvar=BY_NAME["daemon_uid"].variable,
+        help="A user whose daemon is trusted, beside your own and root's. Default: none.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_SOCKET = Path("/run/kvkern.sock")

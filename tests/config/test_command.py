@@ -71,3 +71,8 @@ def test_mistakes_end_with_a_line_and_status_2(arguments: list[str], words: str)
 def test_without_show_it_only_checks() -> None:
     done = CliRunner().invoke(app, ["config"])
     assert (done.exit_code, done.output.count("\n")) == (0, 1)
+
+
+def test_commands_find_the_daemon_by_the_same_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVKERN_SOCKET", "/nowhere/s")
+    assert "no daemon answers on /nowhere/s" in CliRunner().invoke(app, ["stat"]).output
