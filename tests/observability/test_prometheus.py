@@ -18,7 +18,8 @@ import yaml
 from kvkern.node import protocol as p
 from kvkern.observability.catalogue import CATALOGUE, Kind
 from tests.node.conftest import eventually
-from tests.observability.monitored_node import Node, missing, monitored_node
+from tests.observability.monitored_node import Node, monitored_node
+from tests.remote.required_servers import need
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy" / "observability"
@@ -30,7 +31,11 @@ PUBLISHED = {
 WINDOW = "60s"
 METRIC = re.compile(r"\b(?:kvkern[:_]\w+|vllm:\w+|up)\b")
 
-needs_prometheus = pytest.mark.skipif(bool(missing()), reason=missing())
+
+@pytest.fixture(scope="session")
+def needs_prometheus() -> None:
+    need("prometheus", "prometheus")
+    need("prometheus", "promtool")
 
 
 def load(name: str) -> ModuleType:
@@ -102,12 +107,19 @@ def test_each_alert_has_a_page_that_names_it(rule: dict[str, Any]) -> None:
         assert (ROOT / "docs" / "runbooks" / link).exists(), link
 
 
+def test_the_overview_lists_each_alert() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text()
+    for rule in rules():
+        path = rule["annotations"]["runbook"].removeprefix("docs/")
+        assert f"| [{rule['alert']}]({path}) | {rule['labels']['severity']} |" in page
+
+
 def test_each_page_is_of_an_alert() -> None:
     pages = {f"docs/runbooks/{path.name}" for path in (ROOT / "docs" / "runbooks").glob("*.md")}
-    assert pages - {"docs/runbooks/index.md"} == {rule["annotations"]["runbook"] for rule in rules()}
+    assert pages == {rule["annotations"]["runbook"] for rule in rules()}
 
 
-@needs_prometheus
+@pytest.mark.usefixtures("needs_prometheus")
 @pytest.mark.parametrize("command", [
     ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"), ("check", "config", "prometheus.yml"),
 ], ids=" ".join)  # fmt: skip
@@ -116,7 +128,7 @@ def test_promtool(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@needs_prometheus
+@pytest.mark.usefixtures("needs_prometheus")
 def test_every_alert_has_a_test_in_which_it_fires() -> None:
     tests = yaml.safe_load((DEPLOY / "alerts_test.yml").read_text())["tests"]
     fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
@@ -127,7 +139,7 @@ def test_every_alert_has_a_test_in_which_it_fires() -> None:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(tmp_path_factory: pytest.TempPathFactory, needs_prometheus: None) -> Iterator[Node]:
     """A node that has served for a while, from DRAM and from its remote store."""
     with monitored_node(tmp_path_factory.mktemp("node"), DEPLOY / "alerts.yml") as running:
         running.load(6)
@@ -143,7 +155,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 def with_servers(test: Any) -> Any:
     """Mark a test that needs the node."""
-    for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900), needs_prometheus):
+    for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)):
         test = mark(test)
     return test
 

@@ -42,9 +42,8 @@ class LookupCounts:
     def note_computed(self, state: RequestState, windowed: Collection[int]) -> None:
         """Count a request that is scheduled without a load. Call it before its leases end."""
         if asked := self._num_asked(state, windowed):
-            found = _num_found(state)
-            self._count(state.root, asked, found, 0)
-            self.meter.add("not_loaded_requests", 1, "not_used" if found else self._why_missing(state))
+            self._count(state.root, asked, _num_found(state), 0)
+            self.meter.add("not_loaded_requests", 1, self._why_nothing(state))
 
     def note_scheduled(self, state: RequestState) -> None:
         """Count the tokens of a request that is scheduled, and whether it has loaded any. Once a request."""
@@ -63,11 +62,15 @@ class LookupCounts:
         self.meter.add("hit_tokens", engine_tokens, "vllm")
         self.meter.add("lookup_tokens", tokens - engine_tokens, "dram")
 
-    def _why_missing(self, state: RequestState) -> str:
-        """Return why the first chunk that the request asked for is not there."""
+    def _why_nothing(self, state: RequestState) -> str:
+        """Return why the request loads nothing: why the first chunk behind vLLM's own hit is not there, or not used."""
         group_id, chain = next(iter(state.chains.items()))
-        first = min(state.engine_tokens // self._groups[group_id].chunk_tokens, len(chain) - 1)
-        return self.meter.why_missing(chain[first], state.use.request) if chain else "not_found"
+        first = state.engine_tokens // self._groups[group_id].chunk_tokens
+        if first >= len(chain):
+            return "not_found"
+        if state.offload_keys[group_id][first] in state.hits:
+            return "not_used"
+        return self.meter.why_missing(chain[first], state.use.request)
 
     def begin_load(
         self, ticket: int, req_id: str, state: RequestState, windowed: Collection[int], num_chunks: int

@@ -240,6 +240,63 @@ def test_a_request_whose_chunk_is_declined_stores_no_more(bench: Bench) -> None:
     assert bench.cache.counters.declined_chunks == 1
 
 
+def counted(bench: Bench) -> dict[str, float]:
+    """Return what the manager has counted since the last call, without zeros: reasons, tiers and loads by name."""
+    stats = bench.manager.get_stats()
+    data = {} if stats is None else stats.data["data"]
+    series = {
+        f"{name.removeprefix('kvkern:')} {' '.join(labels)}".strip(): value
+        for name, by_labels in data.items()
+        for labels, value in by_labels.items()
+    }
+    return {name: value for name, value in series.items() if isinstance(value, int | float) and value}
+
+
+def schedule(bench: Bench, *names: str) -> None:
+    bench.manager.on_schedule_end(SimpleNamespace(new_req_ids=list(names)))  # type: ignore[arg-type]
+
+
+def test_a_request_counts_once_however_long_it_waits_and_says_why_it_loaded_nothing(bench: Bench) -> None:
+    bench.store("first")
+    counted(bench)
+    for name, engine_tokens, reason in (("a", 0, "not_used"), ("b", 16, "not_used"), ("c", 48, "")):
+        context, keys = bench.request(name)
+        for _ in range(5):  # vLLM asks in every step until it has blocks for the request
+            bench.manager.note_engine_hit(name, engine_tokens)
+            if engine_tokens < 48:
+                bench.manager.lookup(keys[engine_tokens // 16], context)
+                bench.cache.answer()
+            schedule(bench)
+        for _ in range(3):
+            schedule(bench, name)  # preempted, and scheduled again
+        found = counted(bench)
+        assert found["requests no"] == 1
+        assert found["lookup_tokens vllm"] == 50
+        assert found.get("hit_tokens vllm", 0) == engine_tokens
+        assert found["lookup_tokens dram"] == 50 - engine_tokens
+        assert {name for name in found if name.startswith("not_loaded")} == (
+            {f"not_loaded_requests {reason}"} if reason else set()
+        )
+
+
+def test_a_missing_chunk_that_was_declined_says_so(bench: Bench) -> None:
+    context, keys = bench.request("first")
+    state, policy = bench.manager._requests["first"], bench.cache._dram._policy
+    put(bench.cache, bench.arena, chain_keys("other", 8))
+    victims = policy.victims
+    policy.victims = lambda count: [*state.chains[0], *victims(count)]  # type: ignore[method-assign]
+    assert bench.manager.prepare_store(keys, context) is not None
+    policy.victims = victims  # type: ignore[method-assign]
+    bench.manager.on_request_finished(context)
+    counted(bench)
+    context, keys = bench.request("second")
+    bench.manager.lookup(keys[0], context)
+    bench.cache.answer()
+    assert bench.manager.lookup(keys[0], context) == shim.LookupResult.MISS
+    schedule(bench, "second")
+    assert counted(bench)["not_loaded_requests declined"] == 1
+
+
 def test_only_own_metrics_are_exported() -> None:
     """And none that always stays at zero."""
 
