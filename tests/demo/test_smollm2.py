@@ -93,3 +93,14 @@ def test_a_model_without_a_chat_template_is_asked_nothing(folder: Path, tmp_path
     del settings["chat_template"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert questions.prompts(tmp_path) == {}
+
+
+def test_the_module_writes_the_model_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smollm2.main([]) == 2
+    assert "usage" in capsys.readouterr().out
+    assert smollm2.main([str(tmp_path)]) == 2
+    assert "no model is in it" in capsys.readouterr().out
+    target = tmp_path / "model"
+    assert smollm2.main([str(target)]) == 0
+    require_files(target)
+    assert smollm2.main([str(target)]) == 0

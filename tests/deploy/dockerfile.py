@@ -1,4 +1,4 @@
-"""Reads a Dockerfile, and runs the RUN lines of a stage here, without docker: the same commands, with another PREFIX.
+"""Reads a Dockerfile, and runs the RUN lines of a stage here, without docker: the same commands, another PREFIX.
 
 Knows the instructions that deploy/ uses. Knows no layers, no images and no networks.
 """
@@ -76,7 +76,14 @@ def copy_context(target: Path) -> None:
             shutil.copy2(source, copy, follow_symlinks=False)
 
 
-def run_stage(stage: Stage, folder: Path, environment: dict[str, str], shell: tuple[str, ...] = ("sh", "-c")) -> None:
-    """Run the RUN lines of the stage in `folder`. Raises CalledProcessError."""
-    for command in stage.all("RUN"):
-        subprocess.run([*shell, command], cwd=folder, env=environment, check=True, timeout=900)
+def run_stage(stage: Stage, source: Path, environment: dict[str, str], shell: tuple[str, ...] = ("sh", "-c")) -> None:
+    """Run the RUN lines of the stage, in `source` for the folder into which it copies, else in their WORKDIR."""
+    folder, copied_to = Path("/"), None
+    for word, rest in stage.instructions:
+        if word == "WORKDIR":
+            folder = Path(rest)
+        elif (word, rest) == ("COPY", ". ."):
+            copied_to = folder
+        elif word == "RUN":
+            here = source if folder == copied_to else folder
+            subprocess.run([*shell, rest], cwd=here, env=environment, check=True, timeout=900)

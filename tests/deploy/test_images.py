@@ -23,10 +23,12 @@ from tests.test_stranger import READ_ONLY
 
 DAEMON = ROOT / "deploy" / "Dockerfile"
 ENGINE = ROOT / "deploy" / "Dockerfile.engine"
-BASE_NBYTES = 45_000_000  # compressed python:3.13-slim for amd64, rounded up from what its registry lists
+BASE_NBYTES = 60_000_000  # allowed for python:3.13-slim, compressed; its registry lists some 45 MB for amd64
 MOST_NBYTES = 250_000_000  # of the image, compressed, as a registry stores it and a node fetches it
 UID = 10001
 
+# One worker builds it once; a busy machine takes minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("images")]
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv, to be another user"
 )
@@ -74,7 +76,7 @@ def test_the_daemons_image_has_no_torch_and_no_pip(image: Image) -> None:
 
 
 def test_the_daemons_image_is_small(image: Image, tmp_path: Path) -> None:
-    """A layer is a compressed tar: this one's size is measured, the base image's is what its registry lists."""
+    """A layer is a compressed tar. This one is measured; for the base image more is allowed than its registry lists."""
     with tarfile.open(tmp_path / "layer.tar.gz", "w:gz", compresslevel=6) as layer:
         layer.add(image.prefix, arcname="opt/kvkern")
     nbytes = (tmp_path / "layer.tar.gz").stat().st_size
