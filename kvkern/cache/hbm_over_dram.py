@@ -31,7 +31,7 @@ from ..arena.slots import SlotState
 from ..errors import KvkernError
 from ..metrics import CacheCounters
 from ..policy.base import Use
-from ..tiers.base import ChunkShape, Lease, Reservation
+from ..tiers.base import ChunkShape, Lease, Reservation, slot_array
 from ..tiers.hbm import HbmTier, SlotMover, begin_moved_slots, finish_moved_slots
 from .base import NO_LEASE, NO_RESERVATION, ONE_ROUND, Faults, RequestEnd, completed
 from .manager import Cache
@@ -419,14 +419,14 @@ class HbmCache:
         """
         with self._moving:
             known = other.present_keys(lease.keys)
-            slots = np.array(lease.slots, dtype=np.int64)
+            slots = slot_array(lease.slots)
             ready = (source.headers["state"][slots] == SlotState.READY).tolist()
             at = slots[[ok and key not in known for key, ok in zip(lease.keys, ready, strict=True)]]
             at = at[np.argsort(source.headers["position"][at], kind="stable")]  # heads first, as policies expect
             grant = other.grant(len(at))
             count = len(grant.slots)
             at = at[:count]
-            to, generations = np.array(grant.slots, dtype=np.int64), np.array(grant.generations, dtype=np.uint64)
+            to, generations = slot_array(grant.slots), np.array(grant.generations, dtype=np.uint64)
             begin_moved_slots(source, at, target, to, generations, self._owner)
         try:
             copy(at, to)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from ..errors import ConfigError
@@ -156,8 +157,9 @@ def join_keys(keys: Sequence[bytes]) -> bytes:
 
 
 def split_keys(joined: bytes) -> list[bytes]:
-    """Cut one byte string into keys."""
-    return [joined[at : at + KEY_NBYTES] for at in range(0, len(joined), KEY_NBYTES)]
+    """Cut one byte string into keys. numpy does it several times as fast as slices."""
+    keys: list[bytes] = np.frombuffer(joined, f"V{KEY_NBYTES}").tolist()
+    return keys
 
 
 def changed_frames(added: Sequence[bytes], removed: Sequence[bytes], fresh: bool = False) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -85,6 +86,11 @@ class AdoptionResult:
     unserved: tuple[
         int, ...
     ]  # complete, but cleared or marked BAD while a process read them; not free until `give_back`
+
+
+def slot_array(slots: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Return slots as an int64 array. For a tuple or list of Python's integers this is 2 to 3 times as fast as np.array."""
+    return np.asarray(array("q", slots))
 
 
 def prefix_length(keys: Keys, index: Container[bytes]) -> int:

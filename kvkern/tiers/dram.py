@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..keys import KEY_NBYTES
 from ..policy.base import EvictionPolicy, Keys, Use
 from ..policy.namespace_shares import NamespaceShares
-from .base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, prefix_length
+from .base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, prefix_length, slot_array
 from .slot_headers import begin_slots, find_left_slots
 from .slot_records import SlotRecords
 
@@ -164,7 +164,7 @@ class DramTier:
 
     def commit(self, reservation: Reservation) -> int:
         """Publish the chunks that every rank has written, and free the others. Returns how many were published."""
-        slots = np.array(reservation.slots, dtype=np.int64)
+        slots = slot_array(reservation.slots)
         written = self.records.complete(slots, np.array(reservation.generations, dtype=np.uint64)).tolist()
         good = [ok and slot not in self._stale for slot, ok in zip(reservation.slots, written, strict=True)]
         ready = [slot for slot, ok in zip(reservation.slots, good, strict=True) if ok]
@@ -183,7 +183,7 @@ class DramTier:
         for slot in slots:
             self._state[slot] = SlotState.WRITING
         self._granted.update(slots)
-        generations = self.records.begin_grant(np.array(slots, dtype=np.int64))
+        generations = self.records.begin_grant(slot_array(slots))
         dropped = count - len(slots)
         return Reservation((), tuple(slots), tuple(generations.tolist()), dropped, evicted=tuple(evicted))
 
@@ -201,7 +201,7 @@ class DramTier:
         that has reserved one of the published chunks is disowned: its slot is never published. The reservation's chain
         counts as used.
         """
-        slots = np.array(reservation.slots, dtype=np.int64)
+        slots = slot_array(reservation.slots)
         generations = np.array(reservation.generations, dtype=np.uint64)
         keys = np.frombuffer(b"".join(reservation.keys), dtype="V32")
         good = self.records.complete_as(slots, generations, keys, namespace, writer)
@@ -235,7 +235,7 @@ class DramTier:
 
     def bad_slots(self, lease: Lease) -> list[int]:
         """Return the slots of this lease that a reader marked BAD and whose chunks are still known."""
-        slots = np.array(lease.slots, dtype=np.int64)
+        slots = slot_array(lease.slots)
         bad: list[int] = slots[self._arena.headers["state"][slots] == SlotState.BAD].tolist()
         return [slot for slot in bad if self._key_of[slot] is not None] if bad else bad
 
@@ -360,7 +360,7 @@ class DramTier:
         self._free_slots(sorted(mine))
 
     def _slots_of_namespace(self, slots: list[int], namespace: bytes) -> list[int]:
-        at = np.array(slots, dtype=np.int64)
+        at = slot_array(slots)
         found: list[int] = at[self.records.rows["namespace"][at] == np.void(namespace)].tolist()
         return found
 
@@ -491,7 +491,7 @@ class DramTier:
             self._writing[key] = slot
             self._key_of[slot] = key
             self._state[slot] = SlotState.WRITING
-        at = np.array(slots, dtype=np.int64)
+        at = slot_array(slots)
         generations = self.records.next_generations(at)
         if len(at):
             self.records.note_heads(at, begin_slots(self._arena, at, generations, keys, shape, chain, self._owner))

@@ -27,7 +27,7 @@ from ...cache.base import NO_LEASE, Faults, RequestEnd, promised
 from ...errors import ConfigError
 from ...metrics import CacheCounters
 from ...policy.base import Use
-from ...tiers.base import ChunkShape, Lease, Reservation, prefix_length
+from ...tiers.base import ChunkShape, Lease, Reservation, prefix_length, slot_array
 from ...tiers.slot_headers import begin_slots
 from .. import framing
 from .. import protocol as p
@@ -198,7 +198,7 @@ class NodeClient:
         """End a lease. The daemon drops the chunks that the reader marked BAD. Returns how many there are."""
         if not isinstance(lease, NodeLease):
             return 0
-        states = self.arena.headers["state"][np.array(lease.slots, dtype=np.int64)]
+        states = self.arena.headers["state"][slot_array(lease.slots)]
         bad = [key for key, state in zip(lease.keys, states.tolist(), strict=True) if state == SlotState.BAD]
         with self._lock:
             self.counters.bad_chunks += len(bad)
@@ -233,7 +233,7 @@ class NodeClient:
             dropped = len(missing) - len(granted)
             self.counters.dropped_chunks += dropped
             if granted:
-                at, under = np.array(slots, dtype=np.int64), np.array(generations, dtype=np.uint64)
+                at, under = slot_array(slots), np.array(generations, dtype=np.uint64)
                 begin_slots(self.arena, at, under, granted, shape, chain, self._owner)
                 self._writing.update(granted)
                 self._begun.update(slots)

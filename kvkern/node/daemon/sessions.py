@@ -26,7 +26,7 @@ from ...cache.base import NO_LEASE
 from ...cache.manager import Cache
 from ...errors import ArenaError
 from ...policy.base import Use
-from ...tiers.base import Lease, Reservation
+from ...tiers.base import Lease, Reservation, slot_array
 from ..protocol import MAX_KEYS
 from . import shares
 from .admission import USER_SHARE
@@ -307,9 +307,9 @@ class Sessions:
         Without `asked` there are no rows: the lease holds the first keys that were asked for, in their order.
         """
         row_of = {key: row for row, key in enumerate(asked)}
-        slots = np.array(lease.slots, dtype="<u4")
+        slots = slot_array(lease.slots)
         rows = [row_of[key] for key in lease.keys] if asked else []
-        return rows, slots.tobytes(), self.cache.records.fingerprints[slots].tobytes()
+        return rows, slots.astype("<u4").tobytes(), self.cache.records.fingerprints[slots].tobytes()
 
     def release(self, session: Session, numbers: Iterable[int]) -> None:
         """End leases of this session. Numbers that it does not hold are ignored."""
