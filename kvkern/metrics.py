@@ -79,13 +79,16 @@ class Meter(Protocol):
 
 
 class CacheObserver(Protocol):
-    """Is told what a cache counts, and for whom. Thread-safe; never blocks, never raises. Called once a request, not a chunk."""
+    """Is told what a cache counts, and for whom. Thread-safe; never blocks, never raises. Called per request, not per chunk."""
 
-    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
-        """So many chunks had this event, "lookup", "hit" or "stored", in the tier "dram" or "remote".
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+        """So many chunks were looked up in the tier "dram" or "remote", and so many found there.
 
         `namespace` is a root, or empty if it is not known. `client` is the number of a daemon's client.
         """
+
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+        """So many chunks were stored."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:
         """So many chunks that were looked up were not given to their request (0: its number is not known)."""
@@ -97,7 +100,10 @@ class CacheObserver(Protocol):
 class Unobserved:
     """The observer and the meter of a cache that nobody watches."""
 
-    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+        """See CacheObserver."""
+
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
         """See CacheObserver."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:

@@ -86,8 +86,7 @@ class Cache:
                     hits = sum(map(set(keys[len(keys) - new :]).__contains__, lease.keys))
                 self.counters.lookup_chunks += new
                 self.counters.hit_chunks += hits
-                self.observer.counted("lookup", "dram", use.namespace, use.client, new)
-                self.observer.counted("hit", "dram", use.namespace, use.client, hits)
+                self.observer.looked_up("dram", use.namespace, use.client, new, hits)
                 if self._remote is None:
                     self.observer.not_loaded("not_found", use.request, new - hits)
                 if not new:
@@ -176,7 +175,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             stored = self._dram.commit(reservation)
             self.counters.stored_chunks += stored
-            self.observer.counted("stored", "dram", b"", 0, stored)
+            self.observer.stored("dram", b"", 0, stored)
             self.counters.failed_chunks += len(reservation.slots) - stored
             return stored
         return 0
@@ -276,7 +275,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             published = self._dram.publish(reservation, namespace, self._timed(use), writer=writer)
             self.counters.stored_chunks += sum(published)
-            self.observer.counted("stored", "dram", namespace, use.client if use is not None else 0, sum(published))
+            self.observer.stored("dram", namespace, use.client if use is not None else 0, sum(published))
             self.counters.failed_chunks += len(published) - sum(published)
             return published
         return [False] * len(reservation.slots)

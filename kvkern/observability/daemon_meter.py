@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import median_low
 
 from ..bounded_dict import BoundedDict
-from .catalogue import CATALOGUE, MAX_MODELS, MAX_TENANTS, OTHER, Kind
-from .meters import BoundedNames, Meters
+from .catalogue import CATALOGUE, MAX_MODELS, MAX_TENANTS, OTHER, SECONDS, Kind, Labels
+from .meters import BoundedNames, Histogram, Meters
 
 MAX_NAMESPACES = 4096  # whose model is remembered, as many as a daemon keeps descriptions of
 MAX_CLIENTS = 1024
@@ -20,46 +20,63 @@ MAX_CHUNK_TOKENS = 1 << 20
 MAX_NAME = 64  # characters of a model's label
 
 
+Sums = dict[str, list[float]]  # tier -> chunks, tokens, bytes
+
+
+class ModelSums:
+    """What is counted for one model."""
+
+    def __init__(self) -> None:
+        self.lookup, self.hit, self.stored = _no_sums(), _no_sums(), _no_sums()
+        self.avoided_s = 0.0
+
+
 @dataclass(frozen=True)
 class NamespaceLabels:
-    """The labels of a namespace, and what turns its chunks into tokens."""
+    """The labels of a namespace, what turns its chunks into tokens, and where its model is counted."""
 
     model: str
     tenant: str
     chunk_tokens: int  # 0: not known
-
-
-UNKNOWN = NamespaceLabels(OTHER, OTHER, 0)
+    sums: ModelSums
 
 
 class DaemonMeter(Meters):
-    """Implements kvkern.metrics.CacheObserver and Meter. Thread-safe."""
+    """Implements kvkern.metrics.CacheObserver and Meter. Thread-safe, apart from the histograms that are fields."""
 
     def __init__(self) -> None:
         counted = {metric: metric.daemon for metric in CATALOGUE if metric.daemon is not None}
         super().__init__({metric: labels for metric, labels in counted.items() if metric.kind is not Kind.GAUGE})
         self.slot_nbytes = 0  # set once there is an arena
+        # An acquire is on the way of every request, so its time is counted once. Written by the daemon's thread alone:
+        self.at_once = Histogram(SECONDS)  # answered at once: the look-up was the acquire
+        self.before_wait = Histogram(SECONDS)  # the look-up of those that waited for the remote store
         self._models, self._tenants = BoundedNames(MAX_MODELS), BoundedNames(MAX_TENANTS)
+        self._sums: dict[str, ModelSums] = {}  # by model
+        self._unknown = NamespaceLabels(OTHER, OTHER, 0, self._sums_of(OTHER))
         self._labels: BoundedDict[bytes, NamespaceLabels] = BoundedDict(MAX_NAMESPACES)
-        self._tenants_of_models: dict[tuple[str, str], None] = {}  # at most (MAX_MODELS + 1) * (MAX_TENANTS + 1)
+        # (model, tenant) -> nothing; at most (MAX_MODELS + 1) * (MAX_TENANTS + 1)
+        self._tenants_of_models: dict[tuple[str, str], None] = {}
         self._of_client: BoundedDict[int, NamespaceLabels] = BoundedDict(MAX_CLIENTS)
         self._speeds: BoundedDict[int, float] = BoundedDict(MAX_CLIENTS)  # client -> prefill tokens/s
+
+    def _sums_of(self, model: str) -> ModelSums:
+        return self._sums.setdefault(model, ModelSums())
 
     def describe(self, root: bytes, fields: Mapping[str, str], client: int = 0) -> None:
         """Note what an engine says of a namespace: its fields as in keys.Namespace."""
         model, tokens = fields.get("model", "")[:MAX_NAME], fields.get("chunk_tokens", "")
         number = int(tokens) if tokens.isascii() and tokens.isdigit() and len(tokens) < 8 else 0
         tenant = fields["salt"][:MAX_NAME] if "salt" in fields else "shared"
-        labels = NamespaceLabels(
-            self._models.name(model or OTHER), self._tenants.name(tenant), min(number, MAX_CHUNK_TOKENS)
-        )
+        name, tenant = self._models.name(model or OTHER), self._tenants.name(tenant)
+        labels = NamespaceLabels(name, tenant, min(number, MAX_CHUNK_TOKENS), self._sums_of(name))
         self._tenants_of_models.setdefault((labels.model, labels.tenant))
         self._labels.put(root, labels)
         self._of_client.put(client, labels)
 
     def labels_of(self, root: bytes, client: int = 0) -> NamespaceLabels:
         """Return the labels of a namespace, or else those that the client has described last."""
-        return self._labels.get(root) or self._of_client.get(client) or UNKNOWN
+        return self._labels.get(root) or self._of_client.get(client) or self._unknown
 
     def known_tenants(self) -> list[tuple[str, str]]:
         """Return the (model, tenant) labels that engines have described so far."""
@@ -67,18 +84,30 @@ class DaemonMeter(Meters):
 
     # -- CacheObserver -------------------------------------------------------------------------------------------------
 
-    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
         """See CacheObserver."""
-        if not chunks:
-            return
+        labels = self._labels.get(namespace) or self.labels_of(namespace, client)
+        tokens, sums = labels.chunk_tokens, labels.sums
+        with self._lock:
+            row = sums.lookup[tier]
+            row[0] += chunks
+            row[1] += chunks * tokens
+            if hits:
+                row = sums.hit[tier]
+                row[0] += hits
+                row[1] += hits * tokens
+                row[2] += hits * self.slot_nbytes
+                if speed := self._speeds.get(client):
+                    sums.avoided_s += hits * tokens / speed
+
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+        """See CacheObserver."""
         labels = self.labels_of(namespace, client)
-        tokens = chunks * labels.chunk_tokens
-        self.add(f"{event}_chunks", chunks, tier, labels.model)
-        self.add(f"{event}_tokens", tokens, tier, labels.model)
-        if event != "lookup":
-            self.add(f"{event}_bytes", chunks * self.slot_nbytes, tier, labels.model)
-        if event == "hit" and (speed := self._speeds.get(client)):
-            self.add("prefill_seconds_avoided", tokens / speed, labels.model)
+        with self._lock:
+            row = labels.sums.stored[tier]
+            row[0] += chunks
+            row[1] += chunks * labels.chunk_tokens
+            row[2] += chunks * self.slot_nbytes
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:
         """See CacheObserver."""
@@ -99,3 +128,37 @@ class DaemonMeter(Meters):
         for client, speed in list(self._speeds.items()):
             found.setdefault(self.labels_of(b"", client).model, []).append(speed)
         return {model: median_low(speeds) for model, speeds in found.items()}
+
+    # -- for exporters -------------------------------------------------------------------------------------------------
+
+    def counter_series(self, name: str) -> dict[Labels, float]:
+        """Return label values -> value of a counter. A model appears with its first engine."""
+        if name == "prefill_seconds_avoided":
+            return {(model,): sums.avoided_s for model, sums in self._shown()}
+        event, _, unit = name.partition("_")
+        if event in ("lookup", "hit", "stored") and unit in _COLUMNS:
+            rows = ((model, getattr(sums, event)) for model, sums in self._shown())
+            return {(tier, model): row[_COLUMNS[unit]] for model, sums in rows for tier, row in sums.items()}
+        return self.counters.get(name, {})
+
+    def histogram_series(self, name: str) -> dict[Labels, Histogram]:
+        """Return label values -> histogram."""
+        series = self.histograms[name]
+        if name == "lookup_seconds":
+            return {(): self.at_once.plus(self.before_wait)}
+        return {(): self.at_once.plus(series[()])} if name == "acquire_seconds" else series
+
+    def _shown(self) -> list[tuple[str, ModelSums]]:
+        """Return the models that engines have named, and OTHER once it has counted anything."""
+        with self._lock:
+            found = list(self._sums.items())
+        counted = (self._unknown.sums.lookup, self._unknown.sums.stored)
+        hidden = not any(row[0] for sums in counted for row in sums.values())
+        return [(model, sums) for model, sums in found if model != OTHER or not hidden]
+
+
+_COLUMNS = {"chunks": 0, "tokens": 1, "bytes": 2}
+
+
+def _no_sums() -> Sums:
+    return {"dram": [0.0, 0.0, 0.0], "remote": [0.0, 0.0, 0.0]}

@@ -63,14 +63,14 @@ class _Collector:
             family: Metric
             if metric.kind is Kind.HISTOGRAM:
                 family = HistogramMetricFamily(name, metric.help, labels=metric.daemon)
-                for labels, histogram in list(meter.histograms[metric.name].items()):
+                for labels, histogram in list(meter.histogram_series(metric.name).items()):
                     buckets = [(_bound(bound), count) for bound, count in histogram.cumulative()]
                     family.add_metric(labels, buckets, histogram.total)
             else:
                 make = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
                 family = make(name, metric.help, labels=metric.daemon)
                 for labels, value in sorted(
-                    {**meter.counters.get(metric.name, {}), **values.get(metric.name, {})}.items()
+                    {**meter.counter_series(metric.name), **values.get(metric.name, {})}.items()
                 ):
                     family.add_metric(labels, value)
             yield family

@@ -24,6 +24,13 @@ class Histogram:
         self.counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
+    def plus(self, other: Histogram) -> Histogram:
+        """Return the observations of both, which have the same bounds."""
+        both = Histogram(self._bounds)
+        both.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        both.total = self.total + other.total
+        return both
+
     def cumulative(self) -> Iterator[tuple[float, int]]:
         """Yield (upper bound, observations up to it), the last one with the bound infinity."""
         seen = 0

@@ -25,7 +25,7 @@ from ..arena.file import Arena
 from ..arena.process_identity import process_start
 from ..bounded_dict import BoundedDict
 from ..metrics import CacheCounters, CountedRequests
-from ..tiers.base import ChunkShape, Reservation
+from ..tiers.base import ChunkShape, Reservation, slot_array
 from ..tiers.slot_headers import begin_slots
 from ..tiers.slot_records import MAX_CHUNK_TOKENS
 from .cache_interface import CacheSide, FaultsAsMisses
@@ -87,7 +87,7 @@ class PrefixReader:
             if not request.use.namespace or self.num_waiting >= MAX_WAITING:
                 return self._refused(request, "unasked" if request.use.namespace else "not_found")
             self._counters.remote_lookup_chunks += new
-            self._cache.observer.counted("lookup", "remote", request.use.namespace, request.use.client, new)
+            self._cache.observer.looked_up("remote", request.use.namespace, request.use.client, new, 0)
             if not self._store_works():
                 return self._refused(request, "store_failed")
             if request.prefix and self._presence.is_absent(request.keys[len(lease.keys)]):
@@ -165,7 +165,7 @@ class PrefixReader:
         request.leases.append(found)
         if not request.use.counts_itself:
             use = request.use
-            self._cache.observer.counted("hit", "dram", use.namespace, use.client, len(found.keys))
+            self._cache.observer.looked_up("dram", use.namespace, use.client, 0, len(found.keys))
         got = set(found.keys)
         return keys[len(found.keys) :] if request.prefix else [key for key in keys if key not in got]
 
@@ -253,7 +253,7 @@ class PrefixReader:
             return 0
         self._presence.note_found(read.keys)
         self._counters.remote_hit_chunks += len(read.keys)
-        self._cache.observer.counted("hit", "remote", request.use.namespace, request.use.client, len(read.keys))
+        self._cache.observer.looked_up("remote", request.use.namespace, request.use.client, 0, len(read.keys))
         self._counters.remote_late_chunks += len(read.keys) * (not request.is_waiting())
         lease = self._cache.promote(
             read, request.use.namespace, request.use, whole and request.is_waiting(), request.prefix
@@ -278,7 +278,7 @@ class PrefixReader:
         good: list[int] = []
         try:
             shape = ChunkShape(request.use.namespace, 0, 0)  # the value brings group and tokens
-            slots, under = np.array(granted.slots, dtype=np.int64), np.array(granted.generations, dtype=np.uint64)
+            slots, under = slot_array(granted.slots), np.array(granted.generations, dtype=np.uint64)
             begin_slots(self._arena, slots, under, keys, shape, request.keys, self._owner)
             headers = allocate_headers(self._arena.spec.geometry, len(keys))
             into = incoming_parts(self._arena, headers, granted.slots)

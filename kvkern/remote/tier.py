@@ -277,7 +277,7 @@ class RemoteTier:
         written = [key for key, ok in zip(keys, taken, strict=True) if ok]
         namespaces = self._cache.records.rows["namespace"]
         for namespace, count in Counter(bytes(namespaces[slots[key]]) for key in written).items():
-            self._cache.observer.counted("stored", "remote", namespace, 0, count)
+            self._cache.observer.stored("remote", namespace, 0, count)
         self.presence.note_written(written)
         if written:
             self.costs.note_write(len(written), time.monotonic() - began)

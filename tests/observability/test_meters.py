@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkern.observability.catalogue import CATALOGUE, OTHER, by_name
+from kvkern.observability.catalogue import OTHER, by_name
 from kvkern.observability.daemon_meter import DaemonMeter
 from kvkern.observability.meters import BoundedNames, Histogram, Meters
 
@@ -48,23 +48,20 @@ def test_chunks_of_an_unknown_namespace_count_as_the_clients_model() -> None:
     meter = DaemonMeter()
     meter.describe(b"r" * 32, {"model": "m", "chunk_tokens": "16"}, client=7)
     for namespace, client in ((b"r" * 32, 1), (b"", 7), (b"", 8), (b"x" * 32, 8)):
-        meter.counted("lookup", "dram", namespace, client, 1)
-    assert meter.counters["lookup_chunks"] == {("dram", "m"): 2, ("dram", OTHER): 2}
-    assert meter.counters["lookup_tokens"] == {("dram", "m"): 32, ("dram", OTHER): 0}
+        meter.looked_up("dram", namespace, client, 1, 0)
+    chunks, tokens = (meter.counter_series(f"lookup_{unit}") for unit in ("chunks", "tokens"))
+    assert {at: value for at, value in chunks.items() if value} == {("dram", "m"): 2, ("dram", OTHER): 2}
+    assert {at: value for at, value in tokens.items() if value} == {("dram", "m"): 32}
     meter.prefill(0.0, 7)  # the client is gone
-    meter.counted("lookup", "dram", b"", 7, 1)
-    assert meter.counters["lookup_chunks"]["dram", OTHER] == 3
+    meter.looked_up("dram", b"", 7, 1, 0)
+    assert meter.counter_series("lookup_chunks")["dram", OTHER] == 3
 
 
 @given(st.dictionaries(st.sampled_from(["model", "chunk_tokens", "salt"]), st.text(max_size=300)))
 def test_what_an_engine_says_of_a_namespace_may_be_any_text(fields: dict[str, str]) -> None:
     meter = DaemonMeter()
     meter.describe(b"r" * 32, fields, client=1)
-    meter.counted("hit", "dram", b"r" * 32, 1, 3)
-    assert sum(meter.counters["hit_chunks"].values()) == 3
-    assert all(len(label) <= 64 for labels in meter.counters["hit_chunks"] for label in labels)
-
-
-def test_every_counter_of_the_daemon_is_in_its_meter_or_in_the_cache() -> None:
-    counted = {metric.name for metric in CATALOGUE if metric.daemon is not None}
-    assert set(DaemonMeter().counters) | set(DaemonMeter().histograms) <= counted
+    meter.looked_up("dram", b"r" * 32, 1, 3, 3)
+    hits = meter.counter_series("hit_chunks")
+    assert sum(hits.values()) == 3
+    assert all(len(label) <= 64 for labels in hits for label in labels)

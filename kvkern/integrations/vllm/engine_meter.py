@@ -100,10 +100,14 @@ class EngineMeter:
 
     # -- CacheObserver -------------------------------------------------------------------------------------------------
 
-    def counted(self, event: str, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
         """See CacheObserver. The scheduler counts what it looks up and loads itself, so only the remote tier counts here."""
-        if tier == "remote" and event != "stored" and chunks:
-            self.add(f"{event}_tokens", chunks * self._chunk_tokens, "remote")
+        if tier == "remote":
+            self.add("lookup_tokens", chunks * self._chunk_tokens, "remote")
+            self.add("hit_tokens", hits * self._chunk_tokens, "remote")
+
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+        """See CacheObserver. ObservedCache counts what the engine stores."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:
         """See CacheObserver."""

@@ -30,10 +30,10 @@ class ObservedSessions(Sessions):
         began = time.perf_counter()
         found = super().acquire_soon(session, keys, prefix, use)
         seconds = time.perf_counter() - began
-        self._meter.observe("lookup_seconds", seconds)
         if found.done():
-            self._meter.observe("acquire_seconds", seconds)
+            self._meter.at_once.observe(seconds)
         else:
+            self._meter.before_wait.observe(seconds)
             found.add_done_callback(lambda _: self._meter.observe("acquire_seconds", time.perf_counter() - began))
         return found
 
