@@ -14,9 +14,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {
-    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "reporting.md", "LICENSE": "license.txt",
-}  # fmt: skip
+PAGES = {  # path from the root -> path on the site
+    f"{source}.md": f"{page}.md"
+    for source, page in {"README": "index", "CONTRIBUTING": "contributing", "SECURITY": "reporting"}.items()
+} | {"LICENSE": "license.txt"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)")
 _LOADS = re.compile(  # what a browser fetches by itself, from another host
     r"""<(?:script|img|iframe|source|video|audio|link(?![^>]*rel="?canonical))\b[^>]*?\s(?:src|href)=["']?(?:https?:)?//[^"'\s>]+"""
@@ -41,7 +42,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def site_links(markdown: str) -> str:
-    """Return the text with links as they are on the site: docs/x.md is x.md, ../README.md is index.md."""
+    """Return the text with links as they are on the site, whose root is docs/, and which has PAGES."""
 
     def on_site(match: re.Match[str]) -> str:
         target = match[2].removeprefix("../").removeprefix("docs/")

@@ -4,7 +4,7 @@
     engine      kvkern:NAME, at vLLM's own /metrics, which adds the labels model_name and engine
     published   NAME as it is, from an engine that is started by the variables of the published deployment
 
-A counter's name ends with _total in both. docs/metrics.md is this table; docs/draw_metrics.py writes it.
+A counter's name ends with _total in both. docs/metrics.md is this table; docs/list_metrics.py writes it.
 """
 
 from __future__ import annotations
