@@ -49,7 +49,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> Non
 
 @needs_mkdocs
 @pytest.mark.parametrize(("line", "complaint"), [
-    ("[x](nowhere.md)", "nowhere.md"),
+    ("[x](NAME.md)", "NAME.md"),
     ("[x](node.md#nowhere)", "#nowhere"),
     ("[x](../README.md#nowhere)", "#nowhere"),
     ("<script src='https://example.org/x.js'></script>", "loads something from elsewhere"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from kvkern.demo import smollm2
-from tests.remote.required_servers import free_port
+from tests.remote.required_servers import free_port, need
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quickstart.md"
@@ -108,8 +108,7 @@ def test_what_can_be_seen_shows_the_hits(printed: dict[str, str]) -> None:
 
 
 def test_prometheus_answers_the_dashboards_query(printed: dict[str, str]) -> None:
-    if "A query of the dashboard" not in printed:
-        pytest.skip("prometheus is not installed")
+    need("prometheus", "prometheus")
     (value,) = re.findall(r'"value":\[[\d.]+,"([\d.]+)"\]', printed["A query of the dashboard"])
     assert 0 < float(value) <= 1
 
