@@ -64,14 +64,14 @@ class Daemon:
 
 
 @contextmanager
-def daemon(geometry: SlotGeometry, slots: int, prefault: bool = True) -> Iterator[Daemon]:
+def daemon(geometry: SlotGeometry, slots: int, prefault: bool = True, options: Sequence[str] = ()) -> Iterator[Daemon]:
     """Run `kvkern serve` with an arena of its own. Both are gone afterwards."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=f"kvkern-{os.getuid()}-bench-node-") as folder:
         path = Path(folder) / "socket"
         capacity = PAGE + slots * geometry.slot_nbytes
         command = [
             sys.executable, "-m", "kvkern", "serve", "--socket", str(path), "--capacity", str(capacity),
-            "--arena-dir", folder, "--prefault" if prefault else "--no-prefault",
+            "--arena-dir", folder, "--prefault" if prefault else "--no-prefault", *options,
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:

@@ -259,11 +259,11 @@ def under_floods(
             before, row = latency("calm", calm), latency(f"flooded_{kind}", flooded)
             yield row | {
                 "floods": CONNECTIONS, "realtime": realtime, "calm_p50_us": before["p50_us"], "calm_p99_us": before["p99_us"],
-                "ratio_p99": median(_p99(f) / _p99(c) for f, c in zip(flooded[1:], calm[1:], strict=True)),
+                "ratio_p99": median(p99(f) / p99(c) for f, c in zip(flooded[1:], calm[1:], strict=True)),
             }  # fmt: skip
 
 
-def _p99(clients: Sequence[Sequence[float]]) -> float:
+def p99(clients: Sequence[Sequence[float]]) -> float:
     return percentile([taken for client in clients for taken in client], 99)
 
 
