@@ -18,6 +18,8 @@ PAGES = {  # path from the root -> path on the site
     f"{source}.md": f"{page}.md"
     for source, page in {"README": "index", "CONTRIBUTING": "contributing", "SECURITY": "reporting"}.items()
 } | {"LICENSE": "license.txt"}
+_ITEM = re.compile(r"([-*]|\d+\.) ")
+_ROW = re.compile(r"\|")
 _LINK = re.compile(r"(\]\()([^)\s#]+)")
 _LOADS = re.compile(  # what a browser fetches by itself, from another host
     r"""<(?:script|img|iframe|source|video|audio|link(?![^>]*rel="?canonical))\b[^>]*?\s(?:src|href)=["']?(?:https?:)?//[^"'\s>]+"""
@@ -32,13 +34,27 @@ _FETCHED = (
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages from the root."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=site_links((ROOT / source).read_text(encoding="utf-8"))))
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let links of docs/ to files at the root lead to their pages."""
-    return site_links(markdown)
+    """Let links to files at the root lead to their pages, and let lists begin where they do for forges."""
+    return site_links(separate_blocks(markdown))
+
+
+def separate_blocks(markdown: str) -> str:
+    """Return the text with an empty line before every list and table. Forges do without it, mkdocs' parser does not."""
+    lines: list[str] = []
+    fenced = False
+    for line in markdown.splitlines():
+        before = lines[-1] if lines else ""
+        begins = [kind for kind in (_ITEM, _ROW) if kind.match(line) and not kind.match(before)]
+        if begins and not fenced and before.strip() and not before.startswith((" ", "#")) and not _ITEM.match(before):
+            lines.append("")
+        lines.append(line)
+        fenced ^= line.lstrip().startswith("```")
+    return "\n".join(lines) + "\n"
 
 
 def site_links(markdown: str) -> str:

@@ -73,6 +73,17 @@ def test_a_fault_on_a_page_fails_the_build(line: str, complaint: str, tmp_path: 
     assert complaint in done.stderr
 
 
+@needs_mkdocs
+def test_what_is_a_list_or_a_table_for_forges_is_one_on_the_site(tmp_path: Path) -> None:
+    assert build(tmp_path).returncode == 0
+    broken = {}
+    for page in tmp_path.rglob("*.html"):
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", page.read_text(), flags=re.DOTALL)
+        if found := re.findall(r"<p>[^<]*(?:\n- |\n\| |\n\d+\. |\|---)[^<]*", text):
+            broken[page.name] = found[0][:200]
+    assert not broken
+
+
 def test_every_cell_of_the_comparison_names_its_source() -> None:
     """A cell of a rival, or of kvkern if it claims more than "no", has a letter, and the letter is in the list of sources."""
     text, _, sources = COMPARISON.partition("## Sources")
