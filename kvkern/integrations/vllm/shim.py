@@ -6,6 +6,7 @@ that kvkern knows, contract.py tests others, and FEATURES says what the one here
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ refuse_old(VLLM_VERSION)
 if not is_known(VLLM_VERSION) and (missing := differences(describe_vllm())):
     raise refusal(VLLM_VERSION, missing)
 
-from prometheus_client import REGISTRY, make_wsgi_app  # noqa: E402
+from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app, multiprocess  # noqa: E402
 from vllm import envs  # noqa: E402
 from vllm.config import (  # noqa: E402
     KVTransferConfig,
@@ -208,10 +209,15 @@ def needs_whole_prompt(request: Request) -> bool:
 
 
 def metrics_app() -> Any:
-    """Return a WSGI application that answers with what vLLM's /metrics says, of all of its front ends."""
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
+    """Return a WSGI application that answers with what vLLM's /metrics says, of all of its front ends.
 
-    return make_wsgi_app(get_prometheus_registry())
+    With several front ends vLLM gives them a folder, in which each writes what it counts.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return make_wsgi_app(REGISTRY)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return make_wsgi_app(registry)
 
 
 def is_first_front_end(vllm_config: VllmConfig) -> bool:
