@@ -65,8 +65,7 @@ class Overview:
         clock: Callable[[], float] = time.monotonic,  # seconds
     ) -> None:
         self._daemon, self._clock = daemon, clock
-        self._history = History()
-        self._history.add(clock(), {})  # all counters begin at 0
+        self._history = History(clock())
         self._rendered, self._rendered_s = b"", float("-inf")
         self.hot = HotPrefixes(clock())
 

@@ -61,11 +61,13 @@ class Connections:
         self._watch_timer.cancel()
         self.loop.remove_reader(self._socket)
         self._socket.close()
-        for connection in list(self.open):
-            if connection.idle:
-                connection.hang_up()
+        if self._opening:
+            await asyncio.wait(self._opening)
         deadline_s = self.loop.time() + patience_s
         while self.open and self.loop.time() < deadline_s:
+            for connection in list(self.open):
+                if connection.idle:
+                    connection.hang_up()
             await asyncio.sleep(0.01)
         for connection in list(self.open):
             connection.transport.abort()
