@@ -2,8 +2,8 @@
 
 It registers the connector's name, so that `"kv_connector": "KvkernConnector"` is enough, also inside MultiConnector, whose
 front end knows connectors by name alone. It lets the published deployment's variables switch the cache on
-(vllm_variables.py). And it keeps the passwords of remote stores out of vLLM's log. It imports nothing of the adapter: every
-vLLM of this environment calls it, whether it uses kvkern or not.
+(vllm_variables.py). And it keeps salts and the passwords of remote stores out of vLLM's log. It imports nothing of the
+adapter: every vLLM of this environment calls it, whether it uses kvkern or not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .vllm_variables import CONNECTOR, MODULE, wrap_engine_args
 
 
 def register() -> None:
-    """Register the connector, and hide passwords in the text of vLLM's options. Idempotent."""
+    """Register the connector, and hide secrets in the text of vLLM's options. Idempotent."""
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
@@ -39,10 +39,13 @@ def register() -> None:
 
 
 def without_passwords(options: Any) -> Any:
-    """Return a copy of the options in which every remote URL lacks its password. Includes the options of child connectors."""
+    """Return a copy of the options without passwords of remote URLs and without salts. Includes options of child connectors."""
     if isinstance(options, dict):
-        return {
-            name: hide_password(value) if name == "remote" and isinstance(value, str) else without_passwords(value)
-            for name, value in options.items()
-        }
+        return {name: _shown(name, value) for name, value in options.items()}
     return [without_passwords(value) for value in options] if isinstance(options, list) else options
+
+
+def _shown(name: Any, value: Any) -> Any:
+    if isinstance(value, str) and name in ("remote", "salt"):
+        return hide_password(value) if name == "remote" else "***"
+    return without_passwords(value)

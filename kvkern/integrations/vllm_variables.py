@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import Config
 from ..config.engine import used_by_engine
-from ..config.options import Reader
+from ..config.options import BY_NAME, Reader
 from ..config.published import Deployment, Family, merged, read, switched_on
 from ..config.sources import Rank, Setting, gather
 from ..errors import ConfigError
@@ -80,7 +80,7 @@ def fill_in(args: Any) -> Setting | None:
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={OPTIONS_KEY: {name: setting.value for name, setting in options.items()}},
     )
-    shown = (f"{name}={setting.value} ({setting.origin.name})" for name, setting in options.items())
+    shown = (f"{name}={_shown(name, setting)} ({setting.origin.name})" for name, setting in options.items())
     log.info("kvkern: %s switches the cache on: %s", family, ", ".join(shown) or "nothing but KVKERN_* variables")
     _fix_hash_seed(log)
     chunk = options.get("chunk_tokens")
@@ -101,6 +101,10 @@ def _options(said: Deployment, family: Family) -> dict[str, Setting]:
     Config.from_settings(settings, where)
     used = used_by_engine(settings, where)
     return {name: setting for name, setting in used.items() if setting.origin.rank is Rank.PUBLISHED}
+
+
+def _shown(name: str, setting: Setting) -> Any:
+    return "***" if BY_NAME[name].secret else setting.value
 
 
 def _connector_of(given: Any) -> Any:

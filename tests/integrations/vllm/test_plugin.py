@@ -48,12 +48,13 @@ def test_passwords_are_not_in_vllms_repr(llama: str) -> None:
     register()
     register()
     alone, inside = (
-        kv_transfer_config("64MiB", remote=URL),
+        kv_transfer_config("64MiB", remote=URL, salt="the-salt"),
         multi("recompute", transfer_config(capacity="64MiB", remote=URL)),
     )
     for config in (alone, inside, {"nested": [inside]}, EngineArgs(model=llama, kv_transfer_config=inside)):
         assert "redis://me:***@127.0.0.1:1/0" in repr(config)
         assert "s3cret" not in repr(config)
+        assert "the-salt" not in repr(config)
     assert alone.kv_connector_extra_config["kvkern"]["remote"] == URL
 
 
