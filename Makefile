@@ -24,8 +24,9 @@ help:
 	@echo "make test-vllm VERSION=0.31.0   run the engine tests with another vLLM, in .venv-vllm-0.31.0, which it sets up beside $(VENV)"
 	@echo "             (0.30.0 to 0.33.0; ARGS='-k sessions')"
 	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, break remote stores for ten"
-	@echo "             minutes, besiege a daemon with hostile clients for twenty, pause a node for ten, send a million wrong frames"
-	@echo "             and 100,000 wrong HTTP requests, and run 300 rounds of requests in a small pool; about 100 minutes; needs redis-server, and root for the siege"
+	@echo "             minutes, besiege a daemon with hostile clients for twenty, watch a full one for twenty, pause a node for ten, send"
+	@echo "             a million wrong frames and 100,000 wrong HTTP requests, and run 300 rounds of requests in a small pool; about two"
+	@echo "             hours; needs redis-server, and root for the siege"
 	@echo "make check   run ruff format, ruff, mypy, hadolint and the documentation's build, which fails for a dead link"
 	@echo "make docs    build the documentation into build/site: open build/site/index.html"
 	@echo "make bench   run every bench/*.py except peers.py and gpu*.py; results go to bench/results/   (ARGS goes to each)"
@@ -110,9 +111,10 @@ test-vllm: system $(VENV)/.stamp
 
 soak: system $(VENV)/.stamp
 	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 KVKERN_SOAK_ROUNDS=300 \
-	  KVKERN_SOAK_HOSTILE_S=1200 KVKERN_SOAK_PAUSE_S=600 KVKERN_SOAK_FUZZ_ROUNDS=20000 KVKERN_SOAK_HTTP_REQUESTS=100000 \
+	  KVKERN_SOAK_HOSTILE_S=1200 KVKERN_SOAK_PAUSE_S=600 KVKERN_SOAK_FUZZ_ROUNDS=20000 KVKERN_SOAK_HTTP_REQUESTS=100000 KVKERN_SOAK_FLAT_S=1200 \
 	  $(PY) -m pytest -n 0 -rP --timeout 7200 tests/node/test_crash.py tests/policy/test_growth.py tests/remote/test_soak.py \
-	  tests/node/test_hostile.py tests/node/test_fuzz.py tests/node/web/test_http_fuzz.py tests/integrations/vllm/test_pressure.py $(ARGS)
+	  tests/node/test_hostile.py tests/node/test_flat.py tests/node/test_fuzz.py tests/node/web/test_http_fuzz.py \
+  tests/integrations/vllm/test_pressure.py $(ARGS)
 
 check: $(VENV)/.stamp
 	@status=0; \
