@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from tests.import_graph import MODULES, Module  # noqa: E402
 
 OUT = ROOT / "docs" / "messages.md"
-LEVELS = ("debug", "info", "warning", "warning_once", "error", "exception")
+LEVELS = ("debug", "info", "warning", "warning_once", "error", "exception", "announce")  # announce: logs.LogHandler's
 PYTHONS_OWN = {
     "AssertionError",
     "AttributeError",
@@ -119,7 +119,7 @@ def messages_of(module: Module) -> list[Message]:
             if isinstance(node, ast.Raise) and text and name[:1].isupper() and name not in PYTHONS_OWN:
                 found.append(Message(module.name, name, "", text))
             elif name in LEVELS and _is_logger(call.func) and text:
-                kind = {"warning_once": "warning", "exception": "error"}.get(name, name)
+                kind = {"warning_once": "warning", "exception": "error", "announce": "info"}.get(name, name)
                 events = _events(call) or [f"{module.name.rpartition('.')[2]}.{function[-1]}"]
                 found.extend(Message(module.name, kind, event, text) for event in events)
         for child in ast.iter_child_nodes(node):
@@ -144,7 +144,7 @@ def _events(call: ast.Call) -> list[str]:
 
 def _is_logger(func: ast.expr) -> bool:
     owner = func.value if isinstance(func, ast.Attribute) else None
-    return (isinstance(owner, ast.Name) and owner.id in ("logger", "log")) or (
+    return (isinstance(owner, ast.Name) and owner.id in ("logger", "log", "handler")) or (
         isinstance(owner, ast.Attribute) and owner.attr == "logger"
     )
 

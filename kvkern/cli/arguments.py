@@ -54,9 +54,10 @@ def key_bytes(name: str, digits: str, least: int = 1) -> bytes:
 def exit_on_bad_input() -> Iterator[None]:
     """Turn a KvkernError into one line on stderr and exit status 2, without a traceback."""
     from ..errors import KvkernError
+    from ..observability.logs import one_line
 
     try:
         yield
     except KvkernError as error:
-        typer.echo(f"kvkern: {error}", err=True)
+        typer.echo("\n".join(map(one_line, f"kvkern: {error}".splitlines())), err=True)
         raise typer.Exit(2) from error

@@ -74,12 +74,28 @@ def serve(
         for key, value in locals().items()
         if key != "config" and value is not None and value != []
     }
+    import logging
+
     from ..config.sources import gather
+    from ..errors import KvkernError
     from ..node.daemon import server
     from ..node.daemon.node_config import NodeConfig
     from ..observability import logs
 
     with exit_on_bad_input():
         settings = NodeConfig.from_settings(gather(Reader.DAEMON, given, "the command line", config))
-        logs.set_up(settings.log_format, settings.verbose)
-        server.serve(settings, ready=lambda: typer.echo(f"kvkern: serving on {settings.socket}"))
+    handler = logs.set_up(settings.log_format, settings.verbose)
+    if settings.log_format == "text":
+        with exit_on_bad_input():
+            server.serve(settings, ready=lambda: typer.echo(f"kvkern: serving on {settings.socket}"))
+        return
+    try:  # whoever reads JSON gets nothing else
+        server.serve(
+            settings,
+            ready=lambda: handler.announce(
+                "kvkern: serving on %(socket)s", {"event": "ready", "socket": settings.socket}
+            ),
+        )
+    except KvkernError as error:
+        handler.announce("kvkern: %(error)s", {"event": "not_serving", "error": error}, logging.ERROR)
+        raise typer.Exit(2) from error

@@ -18,11 +18,16 @@ def print_forgotten(rows: list[dict[str, Any]], json: bool) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print aligned columns. Keys are never cut, even on a narrow terminal, because users copy them."""
+    """Print aligned columns. Keys are never cut, even on a narrow terminal, because users copy them.
+
+    What engines have named cannot drive the terminal.
+    """
+    from ..observability.logs import one_line
+
     if not rows:
         typer.echo("nothing is cached")
         return
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([one_line(str(value)) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

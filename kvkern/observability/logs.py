@@ -171,6 +171,10 @@ class LogHandler(logging.StreamHandler[TextIO]):
         self._storms = StormLimit(clock)
         self._timer: threading.Timer | None = None
 
+    def announce(self, text: str, fields: dict[str, Any], level: int = logging.INFO) -> None:
+        """Write a line whatever the level of the loggers is: what a process says of itself, once."""
+        self.handle(logging.LogRecord("kvkern", level, __file__, 0, text, (fields,), None, "announce"))
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or count it. Called with the handler's lock held."""
         self._write_counts()
