@@ -227,3 +227,24 @@ def test_remote_names_what_is_missing(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "redis-server is not installed; install the Debian package redis-server" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_metrics_cost_an_acquire(tmp_path: Path) -> None:
+    result, printed = run_quick("observability", tmp_path, "--case", "metrics_acquire")
+    (row,) = result["rows"]
+    assert row["case"] == "metrics_acquire"
+    assert row["ratio"] > 0
+    assert row["counted"] > 0  # the rounds with metrics counted
+    assert printed.count("metrics_acquire") == 1
+    assert files_left("metrics") == set()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_what_metrics_cost_a_step(tmp_path: Path) -> None:
+    result, _ = run_quick("observability", tmp_path, "--case", "metrics_step")
+    (row,) = result["rows"]
+    assert row["case"] == "metrics_step"
+    assert row["ratio"] > 0
+    assert row["counted"] > 0  # the rounds with metrics counted, and were asked for

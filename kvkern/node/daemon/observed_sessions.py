@@ -20,7 +20,7 @@ class ObservedSessions(Sessions):
 
     def __init__(self, cache: Cache, arena: Arena, quotas: Quotas, meter: DaemonMeter) -> None:
         super().__init__(cache, arena, quotas=quotas)
-        self._meter = meter
+        self._meter, self._at_once = meter, meter.at_once
         meter.slot_nbytes = arena.spec.geometry.slot_nbytes
 
     def acquire_soon(
@@ -31,7 +31,7 @@ class ObservedSessions(Sessions):
         found = super().acquire_soon(session, keys, prefix, use)
         seconds = time.perf_counter() - began
         if found.done():
-            self._meter.at_once.observe(seconds)
+            self._at_once.observe(seconds)
         else:
             self._meter.before_wait.observe(seconds)
             found.add_done_callback(lambda _: self._meter.observe("acquire_seconds", time.perf_counter() - began))
