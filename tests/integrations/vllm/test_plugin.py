@@ -138,7 +138,7 @@ def test_two_engines_with_statistics_in_one_process(llama: str) -> None:
 @pytest.mark.parametrize(
     ("page", "options"),
     [
-        ("README.md", {"capacity": "8GiB"}),
+        ("README.md", {"socket": "/run/kvkern.sock"}),
         ("docs/vllm.md", {"capacity": "8GiB"}),
         ("docs/node.md", {"socket": "/run/kvkern.sock"}),
     ],
