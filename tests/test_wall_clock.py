@@ -23,8 +23,10 @@ folder = conftest.folder
 
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "datetime.now", "datetime.utcnow"}
 READERS = {  # each with its reason
-    "kvkern/node/daemon/server.py": "when a request of a recorded trace arrived, for the recorder",
+    "kvkern/node/daemon/server.py": "when a request of a recorded trace arrived, and when the daemon started, for people",
     "kvkern/node/client/trace_recorder.py": "how long ago that was, at once by the monotonic clock",
+    "kvkern/node/daemon/overview.py": "when the overview was made, for people",
+    "kvkern/observability/tracing.py": "OpenTelemetry's spans have wall-clock times",
     "kvkern/file_digests.py": "the age of a file: one that looks old is not read again while its signature stays",
 }
 
