@@ -66,7 +66,8 @@ def test_every_class_that_derives_from_vllm_is_in_the_contract() -> None:
                 if theirs:
                     found.add(value)
                     assert f"{theirs[0].__module__}:{theirs[0].__qualname__}" in BASES
-    assert found == set(DERIVED)
+    # A class that derives from another of kvkern's has the same names for vLLM.
+    assert {value for value in found if value.__base__ not in found} == set(DERIVED)
 
 
 MANAGER = "vllm.v1.kv_offload.base:OffloadingManager"
