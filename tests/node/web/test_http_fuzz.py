@@ -13,7 +13,7 @@ import pytest
 
 from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, hits, store
 from tests.node.test_fuzz import descriptors, resident_nbytes
-from tests.node.web.conftest import ask, connected, read_answer
+from tests.node.web.conftest import TOKEN, ask, connected, read_answer
 from tests.remote.required_servers import free_port
 from tests.support import chain_keys
 
@@ -21,14 +21,20 @@ REQUESTS = int(os.environ.get("KVKERN_SOAK_HTTP_REQUESTS", "3000"))  # of all pr
 PROCESSES = 3
 IDLE = 1000
 GROWTH_NBYTES = 24 << 20  # of allocator pools and of what 64 connections a port may have buffered
+WITH_TOKEN = f" HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
 
 
 class Ports:
-    """A daemon with both HTTP ports, and an engine."""
+    """A daemon with both HTTP ports, of which one has a token, and an engine."""
 
-    def __init__(self, make_daemon: MakeDaemon) -> None:
+    def __init__(self, make_daemon: MakeDaemon, folder: Path) -> None:
         self.metrics, self.rpc = free_port(), free_port()
-        options = ["--rpc", f"127.0.0.1:{self.rpc}", "--metrics", f"127.0.0.1:{self.metrics}"]
+        token = folder / "token"
+        token.write_text(TOKEN)
+        token.chmod(0o600)
+        options = [
+            "--rpc", f"127.0.0.1:{self.rpc}", "--metrics", f"127.0.0.1:{self.metrics}", "--metrics-token-file", str(token)
+        ]  # fmt: skip
         self.daemon: Daemon = make_daemon(options=options).start()
         self.client = self.daemon.client("engine")
         self.chain = chain_keys("a", 5)
@@ -39,9 +45,9 @@ class Ports:
         assert hits(self.client, self.chain) == 5
         assert ask(self.rpc, "/healthz").json["pid"] == self.daemon.pid
         assert ask(self.rpc, "/v1/stat").json["chunks"] == 5
-        assert b"kvkern_" in ask(self.metrics, "/metrics").body
+        assert b"kvkern_" in ask(self.metrics, "/metrics", authorization=f"Bearer {TOKEN}").body
         with connected(self.metrics) as sock:
-            sock.sendall(b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            sock.sendall(b"GET /events" + WITH_TOKEN)
             assert read_answer(sock).status == 200
 
     def fuzz(self, seed: int, requests: int) -> None:
@@ -62,8 +68,8 @@ class Ports:
 
 
 @pytest.fixture
-def ports(make_daemon: MakeDaemon) -> Ports:
-    return Ports(make_daemon)
+def ports(make_daemon: MakeDaemon, folder: Path) -> Ports:
+    return Ports(make_daemon, folder)
 
 
 @pytest.mark.timeout(7200)
@@ -92,7 +98,7 @@ def test_slow_clients(ports: Ports) -> None:
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", ports.metrics))
-            sock.sendall(b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            sock.sendall(b"GET " + path + WITH_TOKEN)
         for _ in range(10):
             for sock in half:
                 try:
