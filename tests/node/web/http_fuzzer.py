@@ -17,7 +17,7 @@ from collections.abc import Callable
 METHODS = [b"GET", b"HEAD", b"POST", b"PUT", b"OPTIONS", b"TRACE", b"CONNECT", b"get", b"G\x00T", b"", b"A" * 300]
 PATHS = [
     b"/", b"/healthz", b"/readyz", b"/metrics", b"/events", b"/v1/stat", b"/v1/overview", b"/v1/chunks", b"/v1/chunks?limit=5",
-    b"/v1/chunks?prefix=00&limit=1", b"/v1/chunks?prefix=zz", b"/v1/chunks?limit=" + b"9" * 400, b"/?token=" + b"x" * 100, 
+    b"/v1/chunks?prefix=00&limit=1", b"/v1/chunks?prefix=zz", b"/v1/chunks?limit=" + b"9" * 400, b"/?token=" + b"x" * 100,
     b"/?token=x" + b"&a=b" * 50, b"/?token=%ff%00", b"/?&&=&token",
     b"/%", b"/%zz", b"/%00", b"/%ff%fe", b"//", b"/../../etc/passwd", b"/healthz/", b"/healthz?" + b"a=b&" * 500, b"*",
     b"http://evil.example/healthz", b"http://[::1/", b"healthz", b"", b"/\xff", b"/" + b"a" * 5000, b"/healthz#x", b"/ healthz",
