@@ -34,8 +34,8 @@ def wrap_engine_args() -> None:
     """Let every engine's configuration be filled in. Idempotent, and raises nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.create_engine_config
-    if getattr(original, "fills_in_kvkern", False):
+    original = getattr(EngineArgs, "create_engine_config", None)
+    if original is None or getattr(original, "fills_in_kvkern", False):
         return
 
     @wraps(original)
