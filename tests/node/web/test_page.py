@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvkern.config import RemoteConfig
 from tests.node.conftest import eventually, hits, served, store
 from tests.node.web.conftest import TOKEN, Web, web_daemon
 from tests.remote.required_servers import need
@@ -228,3 +229,26 @@ def test_a_token_is_asked_for_once(folder: Path, page: Any) -> None:
         page.wait_for_selector("#state[data-state=live]")
         page.context.clear_cookies()  # as if the token had changed
         web.server.stop()
+
+
+def test_a_remote_store_and_its_failure(folder: Path, page: Any) -> None:
+    """What is in the store, at what rate it moves, and that it does not work."""
+    store_folder = folder / "store"
+    store_folder.mkdir()
+    with web_daemon(folder, remote=RemoteConfig(f"file://{store_folder}", "all")) as web, ExitStack() as stack:
+        client = web.client()
+        stack.callback(client.close)
+        assert store(client, chain_keys("a", 3)) == 3
+        eventually(lambda: web.server.stat()["remote_written_chunks"] == 3, "three chunks in the store")
+        time.sleep(1.1)
+        seen = show(page, web)
+        text = page.inner_text("#remote")
+        assert "works" in text
+        assert "3 chunks in the last hour" in text
+        assert str(store_folder) not in page.inner_text("#config")
+        assert web.server._remote is not None
+        for _ in range(3):
+            web.server._remote.breaker.failed("no answer")
+        until(page, "document.getElementById('advice').textContent.includes('does not work')")
+        assert "does not work" in page.inner_text("#remote")
+        assert not seen.complaints
