@@ -18,6 +18,7 @@ SYNC_LOAD_KEY = "sync_load_budget_bytes"  # vLLM 0.33; 0 switches synchronous lo
 # vLLM's own keys of kv_connector_extra_config that keep their meaning
 _VLLM_KEYS = {"spec_name", "spec_module_path", "block_size", "blocks_per_chunk", "offload_prompt_only", SYNC_LOAD_KEY}
 _HASHES = ("sha256", "sha256_cbor")
+_CHUNK_NAMES = "chunk_tokens (KVKERN_CHUNK_TOKENS, AIBRIX_LLM_KV_CACHE_CHUNK_SIZE)"
 
 
 def kv_transfer_config(
@@ -88,7 +89,7 @@ def fill_chunk_size(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheC
             f"Leave chunk_tokens out (and unset the variable that sets it), and set blocks_per_chunk if you need to"
         )
     for block_tokens in sizes:
-        refuse_chunk_size(config.chunk_tokens, block_tokens, "chunk_tokens")
+        refuse_chunk_size(config.chunk_tokens, block_tokens, _CHUNK_NAMES)
         extra["blocks_per_chunk"] = config.chunk_tokens // block_tokens
 
 

@@ -189,7 +189,9 @@ def test_blocks_of_a_chunk() -> None:
     options.fill_chunk_size(engine, groups(16), config)
     assert extra == {"blocks_per_chunk": 4}
     extra.clear()
-    with pytest.raises(ConfigError, match="chunk_tokens is 64, which is no multiple"):
+    with pytest.raises(
+        ConfigError, match=r"chunk_tokens .*AIBRIX_LLM_KV_CACHE_CHUNK_SIZE\) is 64, which is no multiple"
+    ):
         options.fill_chunk_size(engine, groups(48), config)
     with pytest.raises(ConfigError, match=re.escape("have blocks of [16, 32] tokens")):
         options.fill_chunk_size(engine, groups(16, 32), config)
