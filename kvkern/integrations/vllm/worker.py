@@ -54,8 +54,10 @@ class KvkernWorker(shim.OffloadingWorker):
 
     def take_arrival(self) -> bool:
         """Return True once, when the worker has got its copier after the engine's start."""
-        arrived, self._arrived = self._arrived, False
-        return arrived
+        if not self._arrived:
+            return False
+        self._arrived = False  # the thread sets it once, so nothing is lost between the look and this line
+        return True
 
     def submit_store(self, job_id: int, src_spec: shim.GPULoadStoreSpec, dst_spec: shim.LoadStoreSpec) -> bool:
         """Start to copy engine blocks -> slots. Chunks whose copy fails stay unpublished."""

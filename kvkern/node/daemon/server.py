@@ -450,6 +450,7 @@ class Server:
             "pid": os.getpid(), "uptime_s": time.monotonic() - self._started_s, "connections": len(self.connections),
             "capacity_nbytes": self.config.capacity_nbytes, "arena": str(self._arena_path), "bad_frames": self.bad_frames,
             "arena_nbytes": allocated_nbytes(self._arena_path), "waiting_acquires": len(self._waiting),
+            **self.counters.snapshot(),  # they outlive an arena, and are there while another is made
         }  # fmt: skip
         if self.sessions is not None:
             row |= self.sessions.usage()

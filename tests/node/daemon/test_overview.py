@@ -21,7 +21,7 @@ from kvkern.node.daemon.overview import MAX_SHOWN, settings
 from kvkern.node.daemon.quotas import Quotas
 from kvkern.tiers.base import ChunkShape
 from tests.node.conftest import Daemon, MakeClient, eventually, hits, served, store
-from tests.node.peer import GEOMETRY
+from tests.node.peer import GEOMETRY, PATIENCE_S
 from tests.support import NAMESPACE, chain_keys, key
 
 # -- an hour of samples --------------------------------------------------------------------------------------------------
@@ -140,6 +140,18 @@ def test_before_the_first_engine(daemon: Daemon) -> None:
     assert (found["tenants"], found["engines"], found["hot"], found["advice"]) == ([], [], [], [])
     assert found["daemon"]["id"] == daemon.stat()["daemon"]
     assert found["daemon"]["ready"] is True
+
+
+def test_no_counter_goes_back_while_another_arena_is_made(folder: Path) -> None:
+    with served(NodeConfig(folder / "s", 1 << 20, arena_dir=folder)) as server:
+        with closing(
+            NodeClient.open(folder / "s", "one", GEOMETRY, timeout_s=PATIENCE_S, patience_s=PATIENCE_S)
+        ) as client:
+            assert store(client, chain_keys("a", 4)) == 4
+        server.sessions, sessions = None, server.sessions  # as between two arenas
+        found = server.overview.describe()
+        server.sessions = sessions
+        assert (found["stat"]["stored_chunks"], found["grown"]["stored_chunks"]) == (4, 4)
 
 
 def test_what_it_says_of_engines_tenants_and_prefixes(daemon: Daemon, make_client: MakeClient) -> None:
