@@ -262,13 +262,9 @@ class KvkernManager(shim.OffloadingManager):
             if (state := self._requests.get(req_id)) is not None and not state.scheduled:
                 self._counts.note_scheduled(state)
                 self._first_tokens.note_scheduled(req_id)
-        for req_id in [r for r in self._waiting if self._pins_expired(self._requests[r])]:
+        for req_id in [r for r in self._waiting if self._requests[r].pins_expired(self.step - PIN_STEPS)]:
             self._release_pins(req_id, self._requests[req_id])
         self._notices.log_due()
-
-    def _pins_expired(self, state: RequestState) -> bool:
-        """Return True if the pins were not used for PIN_STEPS steps. While an answer is due, pins do not expire."""
-        return not state.pending_lookups and not state.boundary_lookups and self.step - state.pinned_at_step > PIN_STEPS
 
     def has_pending_work(self) -> bool:
         """Return True while a transfer runs, so that the engine keeps stepping until slots from before a reset are flushed."""
@@ -300,9 +296,11 @@ class KvkernManager(shim.OffloadingManager):
         self._cache.close()
 
     def get_stats(self) -> shim.OffloadingConnectorStats | None:
-        """Return the counters' increase since the last call, or None if nothing changed."""
-        self._first_tokens.look(self.meter)
-        return self.meter.take()
+        """Return the metrics' increase since the last call, or None if nothing changed. A fault in them is only counted."""
+        with self._cache.faults.are_misses():
+            self._first_tokens.look(self.meter)
+            return self.meter.take()
+        return None
 
     # -- called by the connector -------------------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ class RequestState:
         """True once vLLM has ended the request."""
         return self.request is not None and self.request.is_finished()
 
+    def pins_expired(self, step: int) -> bool:
+        """Return True if the pins were taken before this step and not used. While an answer is due, pins do not expire."""
+        return not self.pending_lookups and not self.boundary_lookups and self.pinned_at_step < step
+
     def lookup_use(self) -> Use:
         """Return what a lookup tells the cache. Without a namespace no remote store is asked. LookupCounts counts it."""
         return replace(self.use, counts_itself=True, namespace=self.use.namespace if self.may_ask_store else b"")

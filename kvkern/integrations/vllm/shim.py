@@ -235,8 +235,8 @@ def unregister_metrics(prefix: str) -> None:
 def show_histogram(stats: OffloadingConnectorStats, name: str, labels: tuple[str, ...]) -> None:
     """Make the front end show a histogram without values: it makes a series when it is sent a list, also an empty one."""
     stats.observe_histogram(name, 0.0, labels)
-    for series in stats.data.values():
-        if isinstance(values := series.get(name), dict):
+    for section in stats.data.values():  # vLLM 0.33 has one that may be None
+        if isinstance(section, dict) and isinstance(values := section.get(name), dict):
             values[labels].clear()
 
 

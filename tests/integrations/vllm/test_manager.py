@@ -297,6 +297,15 @@ def test_a_missing_chunk_that_was_declined_says_so(bench: Bench) -> None:
     assert counted(bench)["not_loaded_requests declined"] == 1
 
 
+def test_a_fault_in_metrics_ends_no_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a fault in this test")
+
+    monkeypatch.setattr(bench.manager.meter, "take", fail)
+    assert bench.manager.get_stats() is None
+    assert bench.cache.counters.faults == 1
+
+
 def test_only_own_metrics_are_exported() -> None:
     """And none that always stays at zero."""
 
