@@ -14,7 +14,6 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -25,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .endpoint import Endpoint
 
 COOKIE_S = 30 * 24 * 3600
+MAX_FIELDS = 8  # of a query with a token
 _HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -80,8 +80,7 @@ class Access:
             return _text(403, f"This is for processes on the daemon's own machine; {option} opens it to others.")
         if self._has_token(headers):
             return None
-        given = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=8).get("token")
-        if given and path in self._login and self._is_token(given[0].encode("latin-1", "replace")):
+        if path in self._login and self._is_token(_given(scope["query_string"])):
             return self._logged_in(path)
         return self._login.get(path) or _text(401, "A token is needed: Authorization: Bearer TOKEN.", login=True)
 
@@ -94,12 +93,10 @@ class Access:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer" and self._is_token(given.strip()):
             return True
-        try:
-            cookies = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
-        except CookieError:
-            return False
-        found = cookies.get(self._cookie_name)
-        return found is not None and hmac.compare_digest(found.value.encode("latin-1", "replace"), self._cookie())
+        name = self._cookie_name.encode()
+        # Not http.cookies: a header of 16 KiB can take it seconds.
+        given = (part.strip().partition(b"=") for part in headers.get(b"cookie", b"").split(b";"))
+        return any(found == name and hmac.compare_digest(value, self._cookie()) for found, _, value in given)
 
     def _is_token(self, given: bytes) -> bool:
         return hmac.compare_digest(given, self._endpoint.token)
@@ -117,6 +114,15 @@ class Access:
             self._cookie_name, self._cookie().decode(), max_age=COOKIE_S, httponly=True, samesite="strict", path="/"
         )
         return answer
+
+
+def _given(query: bytes) -> bytes:
+    """Return the token in a query, or nothing if there is none or too much else."""
+    try:
+        fields = parse_qs(query.decode("latin-1"), max_num_fields=MAX_FIELDS)
+    except ValueError:
+        return b""
+    return fields.get("token", [""])[0].encode("latin-1", "replace")
 
 
 def _host(headers: Mapping[bytes, bytes]) -> str | None:

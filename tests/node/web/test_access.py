@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_with_a_token_everybody_needs_it(folder: Path, name: str, path: str) -> 
         assert path == "/" or ask(port, f"{path}?token={TOKEN}").status == 401  # an address is no place for a token
 
 
+@pytest.mark.parametrize("name", ["a", "kvkern_1"])
+def test_odd_cookies_take_no_time(folder: Path, name: str) -> None:
+    """Python's own parser takes seconds for each of these, in the thread that serves engines."""
+    cookie = f'{name}="' + "\\\\" * 7500 + '"'
+    with web_daemon(folder, token=TOKEN) as web, ExitStack() as stack:
+        socks = [stack.enter_context(connected(web.metrics)) for _ in range(40)]
+        for sock in socks:
+            sock.sendall(f"GET /metrics HTTP/1.1\r\nhost: localhost\r\ncookie: {cookie}\r\n\r\n".encode())
+        assert [read_answer(sock).status for sock in socks] == [401] * 40
+
+
 def test_a_browser_gets_in_by_an_address_that_it_does_not_keep(folder: Path) -> None:
     with web_daemon(folder, token=TOKEN) as web:
         assert ask(web.metrics, "/?token=wrong").status == 401
@@ -55,6 +67,14 @@ def test_a_browser_gets_in_by_an_address_that_it_does_not_keep(folder: Path) -> 
             assert ask(web.metrics, path, cookie=f"other=1; {cookie}").status == 200
         assert ask(web.metrics, "/v1/overview", cookie=cookie[:-1] + "x").status == 401
         assert ask(web.rpc, "/v1/stat", cookie=cookie).status == 401  # of another port
+
+
+def test_a_query_of_many_fields_has_no_token(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with web_daemon(folder, token=TOKEN) as web:
+        for path in ("/", "/v1/overview"):
+            assert ask(web.metrics, f"{path}?{'a=1&' * 20}token={TOKEN}").status == 401
+        assert ask(web.metrics, f"/?a=1&token={TOKEN}").status == 303
+    assert "Exception" not in caplog.text
 
 
 @pytest.mark.parametrize(("name", "path"), PRIVATE)
