@@ -7,7 +7,6 @@ option, the value and the limit.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -37,6 +36,11 @@ def checked_path(
                 f"{name} is {_shown(text)}; a part of it has {nbytes} bytes, at most {MAX_PART_NBYTES} are allowed"
             )
     return Path(text)
+
+
+def path_text(path: Path | str) -> str:
+    """Return a path for JSON and other texts. Bytes that are no text, which Linux's paths may have, are escaped."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def checked_input_file(path: Path | str, name: str) -> Path:
@@ -77,9 +81,13 @@ def checked_folder(path: Path | str, name: str, *, make: bool = False) -> Path:
 
 def checked_number(value: float, name: str, least: float, most: float) -> float:
     """Return a number in [least, most]. NaN lies in no range."""
-    if not (math.isfinite(value) and least <= value <= most):
-        raise ConfigError(f"{name} is {value:g}; it must lie in {least:g}..{most:g}")
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {_number(value)}; it must lie in {_number(least)}..{_number(most)}")
     return value
+
+
+def _number(value: float) -> str:
+    return str(value)[:_SHOWN] if isinstance(value, int) else f"{value:g}"  # a large integer is no float
 
 
 def _kind(path: Path, name: str) -> str:

@@ -76,3 +76,7 @@ def test_numbers() -> None:
     for bad in (-1, 1.1, float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ConfigError, match=rf"n is {bad:g}; it must lie in 0\.\.1"):
             checked_number(bad, "n", 0, 1)
+    with pytest.raises(ConfigError, match=r"n is 4294967296; it must lie in 0\.\.4294967295"):
+        checked_number(1 << 32, "n", 0, (1 << 32) - 1)
+    with pytest.raises(ConfigError, match=r"n is 9{100}; it must"):
+        checked_number(10**400 - 1, "n", 0, 1)

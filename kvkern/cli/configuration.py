@@ -58,6 +58,7 @@ def _in_force(reader: Any, given: list[str], file: Path | None) -> list[dict[str
     from ..config.sources import Origin, Rank, Setting, converted, gather, in_force
     from ..errors import ConfigError
     from ..node.daemon.node_config import NodeConfig
+    from ..option_values import path_text
 
     settings = gather(reader, {}, "the command line", file)
     if reader is Reader.ENGINE and switched_on(environment())[0]:
@@ -76,7 +77,7 @@ def _in_force(reader: Any, given: list[str], file: Path | None) -> list[dict[str
     if reader is Reader.DAEMON and "capacity" in settings:
         NodeConfig.from_settings(settings)
     return [
-        {"option": name, "value": _shown(name, setting.value), "from": str(setting.origin)}
+        {"option": name, "value": path_text(_shown(name, setting.value)), "from": path_text(str(setting.origin))}
         for name, setting in in_force(settings, reader).items()
     ]
 

@@ -23,6 +23,7 @@ from .environment import PREFIX
 from .sizes import parse_nbytes
 
 DEFAULT_POLICY = "grit"
+_MAX_BITS = 1000  # of an integer
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -108,6 +109,8 @@ class Option:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not Kind.BOOL):
             given = f"of the type {type(value).__name__}" if self.secret else f"{value!r} ({type(value).__name__})"
             raise ConfigError(f"{self.name} in {where} is {given}; expected {kind}")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python cannot always show such a number
+            raise ConfigError(f"{self.name} in {where} is a number of {value.bit_length()} bits, more than {_MAX_BITS}")
         return make(value)
 
     def parse(self, text: str, where: str) -> Any:

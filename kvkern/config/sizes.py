@@ -13,12 +13,17 @@ for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS |= {f"{_prefix}I": 1 << (10 * _power), f"{_prefix}IB": 1 << (10 * _power)}
 MAX_CAPACITY_NBYTES = 1 << 46  # 64 TiB
 _MAX_DIGITS = 100
+_MAX_BITS = 1000
 
 
 def parse_nbytes(value: int | str, name: str = "capacity") -> int:
     """Convert `8GiB`, `8Gi`, `500 MB`, `8G` or a plain integer to bytes. Raises ConfigError for all else, 0 and below too."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB' or a number of bytes")
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python does not show every such number
+        raise ConfigError(
+            f"{name} is a number of {value.bit_length()} bits; it must lie in 1..{MAX_CAPACITY_NBYTES} (64 TiB)"
+        )
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(value).upper())
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"{name} is {value!r}; expected a size such as '8GiB', '500MB' or a number of bytes")

@@ -106,18 +106,27 @@ def of_file(path: Path, reader: Reader, name: str) -> Settings:
     try:
         text = read_regular(path, MAX_FILE_NBYTES, follow_links=True).decode()
         tables = tomllib.loads(text)
+        repr(tables)  # so that every message can show a value
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{name} is {str(path)!r}, which cannot be read: {error}; give a readable TOML file"
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}; see docs/configuration.md for an example") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} has a number of thousands of digits, or values nested hundreds of times; see docs/configuration.md for an "
+            f"example"
+        ) from error
     lines = dict(_lines(text))
     settings: Settings = {}
     for table in ("", *Reader):
         found = tables.get(table, {}) if table else {k: v for k, v in tables.items() if k not in tuple(Reader)}
         if not isinstance(found, dict):
-            raise ConfigError(f"{table} in {path} is {found!r}; expected a table: write [{table}] on a line of its own")
+            kind = type(found).__name__  # its value may be a secret
+            raise ConfigError(
+                f"{table} in {path} is of the type {kind}; expected a table: write [{table}] on its own line"
+            )
         known = names_of(Reader(table)) if table else set(BY_NAME)
         for key in found:
             if key not in known:

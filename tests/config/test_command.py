@@ -51,6 +51,11 @@ def test_the_published_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows()["engine", "socket"] == ("/own", "variable KVKERN_SOCKET")
 
 
+def test_paths_that_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVKERN_SOCKET", "/run/\udcff")  # as Python reads the byte FF
+    assert rows()["daemon", "socket"] == ("/run/\\udcff", "variable KVKERN_SOCKET")
+
+
 def test_passwords_of_stores_are_blanked() -> None:
     done = CliRunner().invoke(app, ["config", "--show", "--reader", "daemon", "remote=redis://me:hunter2@h"])
     assert "redis://me:***@h" in done.output

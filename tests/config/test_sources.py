@@ -107,12 +107,18 @@ def test_a_wrong_variable_is_named(environ: dict[str, str], message: str) -> Non
     ("[daemon]\nthreads = 4\n", "unknown key 'threads' in {} line 2, in [daemon]"),
     ("[engine]\nfair = true\n", "unknown key 'fair' in {} line 2, in [engine]"),
     ("[deamon]\nfair = true\n", "unknown key 'deamon' in {}"),
-    ("engine = 5\n", "engine in {} is 5; expected a table"),
+    ("engine = 5\n", "engine in {} is of the type int; expected a table"),
     ("threads = \n", "{} is no TOML"),
     ("\n\nthreads = '4'\n", "threads in {} line 3 is '4' (str); expected int"),
     ("[engine]\nthreads = 99\n", "(threads comes from {} line 2)"),
     ("salt = 5\n", "salt in {} line 1 is of the type int; expected str"),
-], ids=str)  # fmt: skip
+    ("capacity = " + "[" * 5000, "{} has a number of thousands of digits, or values nested"),
+    ("[engine]\nthreads" + ".a" * 2000 + " = 1\n", "{} has a number of thousands of digits, or values nested"),
+    ("threads = " + "9" * 5000, "{} has a number of thousands of digits, or values nested"),
+    ("threads = 0x" + "f" * 9000, "{} has a number of thousands of digits, or values nested"),
+    ("[engine]\nremote = 'file:///x'\nremote_timeout = " + "9" * 4000, "remote_timeout in {} line 3 is a number of 13288 bits"),
+    ("hbm = " + "9" * 4000, "hbm in {} line 1 is a number of 13288 bits; it must lie in"),
+], ids=lambda text: text[:60])  # fmt: skip
 def test_a_wrong_key_of_the_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "f.toml"
     path.write_text(text)
@@ -175,6 +181,23 @@ def test_secrets_are_not_in_messages() -> None:
         with pytest.raises(ConfigError) as caught:
             resolve({"capacity": 1, "threads": 99}, **environ)
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ['[[engine]]\nsalt = "hunter2"\n', 'engine = "hunter2"\n', '[[daemon]]\nremote = "hunter2"\n']
+)
+def test_secrets_in_what_is_no_table_are_not_in_messages(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="expected a table") as caught:
+        gather(Reader.ENGINE, {}, "x", path, {})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["threads", "remote_timeout", "capacity"])
+def test_numbers_that_python_cannot_show(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} .*is a number of 20001 bits"):
+        Config.parse({"capacity": "1GiB", "remote": "file:///x", name: 1 << 20000})
 
 
 def default_of(option: Option, reader: Reader) -> Any:

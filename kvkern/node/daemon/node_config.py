@@ -13,7 +13,7 @@ from ...config.options import Reader
 from ...config.sources import Settings, converted, in_force, sources_named
 from ...errors import ConfigError
 from ...observability.logs import LogFormat
-from ...option_values import checked_number, checked_output_file, checked_path
+from ...option_values import checked_number, checked_output_file, checked_path, path_text
 from ...policy import checked_policy
 from ...policy.persist_modes import persist_mode
 from ...remote.stores.url import RemoteUrl
@@ -58,11 +58,19 @@ class NodeConfig:
             persist_mode(self.remote.persist, self.policy)
         if self.policy_state is not None:
             checked_output_file(self.policy_state, "policy_state")
-        for number in self.uids | self.gids | self.operator_uids | self.operator_gids:
-            checked_number(number, "the number of a user or group", 0, MAX_UID)
+        for name, numbers in (
+            ("allow_uid", self.uids), ("allow_gid", self.gids),
+            ("operator_uid", self.operator_uids), ("operator_gid", self.operator_gids),
+        ):  # fmt: skip
+            for number in numbers:
+                checked_number(number, name, 0, MAX_UID)
         if not checked_path(self.arena_dir, "arena_dir").is_dir():
             raise ConfigError(
                 f"arena_dir is {str(self.arena_dir)!r}, which is no directory; mount a tmpfs there, or give another folder"
+            )
+        if path_text(self.arena_dir) != str(self.arena_dir):
+            raise ConfigError(
+                f"arena_dir is {str(self.arena_dir)!r}, which is no UTF-8, so no engine can be told of it; give another folder"
             )
         if not 0 <= self.drain_s <= 3600:
             raise ConfigError(f"drain_s is {self.drain_s}; it must lie in 0..3600 seconds")

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from ...option_values import path_text
 from ...version import VERSION
 from .admission import Admission
 from .advice import advice
@@ -96,7 +97,7 @@ class Overview:
         return {
             "daemon": {
                 "id": daemon.daemon_id, "name": daemon.config.name, "version": VERSION, "pid": os.getpid(),
-                "socket": str(daemon.config.socket), "uptime_s": stat["uptime_s"], "ready": daemon.ready,
+                "socket": path_text(daemon.config.socket), "uptime_s": stat["uptime_s"], "ready": daemon.ready,
             },
             "at": time.time(),
             "chunk_nbytes": payload_nbytes,
@@ -155,7 +156,7 @@ def settings(config: NodeConfig) -> dict[str, Any]:
         "capacity_nbytes": config.capacity_nbytes,
         "arena_dir": str(config.arena_dir),
         "policy": config.policy,
-        "policy_state": str(config.policy_state or ""),
+        "policy_state": path_text(config.policy_state or ""),
         "remote": "" if config.remote is None else config.remote.url.partition("://")[0],
         "persist": "" if config.remote is None else config.remote.persist,
         "drain_s": config.drain_s,

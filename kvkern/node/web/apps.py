@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from ...option_values import path_text
 from ...version import VERSION
 from ..daemon.operator_requests import Row
 from ..daemon.overview import Observed, Overview
@@ -95,7 +96,7 @@ def _health(daemon: Asked) -> list[Route]:
         config = daemon.config
         who = {
             "daemon": daemon.daemon_id, "pid": os.getpid(), "name": config.name, "version": VERSION,
-            "socket": str(config.socket), "ready": daemon.ready,
+            "socket": path_text(config.socket), "ready": daemon.ready,
         }  # fmt: skip
         return _json(who, status)
 

@@ -11,6 +11,10 @@ from ...config import parse_nbytes, reject_unknown, variable
 from ...errors import ConfigError
 from ...regular_files import read_regular
 
+# Other programs read passwords from options of such names. Those that end in _file or _env say where the password stands.
+_SECRET_OPTION = re.compile(
+    r"([?&][^=&]*(?:pass|pwd|secret|token|key|credential|sig)[^=&]*(?<!_file)(?<!_env)=)[^&]*", re.I
+)
 _PASSWORD_NBYTES = 64 << 10  # the largest password_file
 EXAMPLES = "redis://host:6379, mooncake://host:50051, file:///path or s3://bucket"
 
@@ -121,8 +125,9 @@ def _host(netloc: str) -> str:
 
 
 def hide_password(text: str) -> str:
-    """Return the URL with `***` for its password. The URL may be malformed."""
-    return re.sub(r"(://[^:@]*:).*@", r"\1***@", text, flags=re.DOTALL)
+    """Return the URL with `***` for its password. The URL may be malformed, or name a password where none is read."""
+    without = re.sub(r"(://[^:@]*:).*@", r"\1***@", text, flags=re.DOTALL)
+    return _SECRET_OPTION.sub(r"\1***", without)
 
 
 def _password_of_variable(name: str) -> str:

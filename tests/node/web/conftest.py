@@ -85,7 +85,8 @@ def web_daemon(
     metrics, rpc = (
         Endpoint(f"--{name}", host, free_port(), token.encode(), frozenset(names)) for name in ("metrics", "rpc")
     )
-    config = NodeConfig(folder / "s", 1 << 20, arena_dir=folder, metrics=metrics, rpc=rpc, drain_s=0.1, **settings)
+    settings = {"arena_dir": folder} | settings
+    config = NodeConfig(folder / "s", 1 << 20, metrics=metrics, rpc=rpc, drain_s=0.1, **settings)
     with served(config) as server:
         yield Web(server, metrics.port, rpc.port)
 

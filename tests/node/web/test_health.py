@@ -6,9 +6,11 @@ import os
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvkern import __version__
+from kvkern.errors import ConfigError
 from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
 from tests.node.conftest import MakeDaemon, eventually, store
@@ -29,6 +31,22 @@ def test_health_says_which_daemon_it_is(web: Web, path: str) -> None:
             "socket": str(web.server.config.socket), "ready": True,
         }  # fmt: skip
     assert len(bytes.fromhex(stat["daemon"])) == 16
+
+
+def test_a_socket_whose_path_is_no_text(folder: Path) -> None:
+    """Linux's paths are bytes, JSON is Unicode."""
+    odd = folder / os.fsdecode(b"\xff\xfe")
+    odd.mkdir()
+    with web_daemon(odd, policy_state=odd / "p", arena_dir=folder) as web:
+        assert ask(web.rpc, "/healthz").json["socket"] == f"{folder}/\\udcff\\udcfe/s"
+        overview = ask(web.metrics, "/v1/overview").json
+        assert overview["daemon"]["socket"] == f"{folder}/\\udcff\\udcfe/s"
+        assert overview["config"]["policy_state"] == f"{folder}/\\udcff\\udcfe/p"
+        with AdminClient(web.server.config.socket) as admin:
+            (row,) = admin.ask(p.List(1, p.OVERVIEW, 1))  # what `kvkern top` asks
+        assert msgspec.json.decode(str(row["overview"]))["config"] == overview["config"]
+    with pytest.raises(ConfigError, match=r"arena_dir is .*, which is no UTF-8"), web_daemon(folder, arena_dir=odd):
+        pass
 
 
 def test_every_start_has_another_id(folder: Path) -> None:

@@ -83,6 +83,9 @@ def test_a_password_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://id:s3/cr@et@bucket", "s3://id:***@bucket"), ("redis://me:s3:cret@[::1]:7", "redis://me:***@[::1]:7"),
         ("redis://h:6379/0", "redis://h:6379/0"), ("redis://me@h?password_file=/p", "redis://me@h?password_file=/p"),
         ("file:///path", "file:///path"), ("nonsense", "nonsense"),
+        ("redis://h?password=s3cret&prefix=a", "redis://h?password=***&prefix=a"),
+        ("s3://b?region=r&secret_access_key=s3&cr=et", "s3://b?region=r&secret_access_key=***&cr=et"),
+        ("redis://h?password_env=NAME&prefix=a", "redis://h?password_env=NAME&prefix=a"),
     ],
 )  # fmt: skip
 def test_hidden_passwords(text: str, shown: str) -> None:
