@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from kvkern.errors import ConfigError
+from kvkern.errors import ConfigError, LayoutError
+from kvkern.integrations.vllm import shim
+from kvkern.integrations.vllm.late_start import LateStart, NoCopier
 from kvkern.integrations.vllm.packing import PackingReport, absent_ranks
 from kvkern.integrations.vllm.shim import OffloadingWorkerMetadata
 from kvkern.integrations.vllm.worker_report import WorkerReport
+from kvkern.node.client.cache_client import NodeClient
 from tests.integrations.vllm.engine import Engine, prompt
 from tests.node.conftest import Daemon, eventually
 
@@ -51,6 +59,87 @@ def test_reports_of_ranks_are_merged() -> None:
     assert first.aggregate(second).arrived == {0, 1}
     assert first.aggregate(OffloadingWorkerMetadata()).arrived == {0}
     assert absent_ranks([PackingReport("x"), PackingReport("x", 1), None]) == {1}
+
+
+def test_without_a_copier_every_job_has_failed() -> None:
+    absent = NoCopier()
+    batch: Any = SimpleNamespace(slots=np.arange(3))
+    for job in (absent.store([batch]), absent.load([batch, batch]), absent.load(()), absent.reject(np.arange(2))):
+        assert job.done()
+        assert len(job.ok)
+        assert not job.ok.any()
+        assert job.error is None
+        assert (job.nbytes, job.seconds) == (0, 0.0)
+    absent.close()
+
+
+class Client:
+    """Has an arena once `came` is set."""
+
+    def __init__(self) -> None:
+        self.came = threading.Event()
+
+    def wait_for_arena(self, timeout_s: float) -> object | None:
+        return self if self.came.wait(timeout_s) else None
+
+
+def start(client: Client, build: Callable[[Any], Any]) -> tuple[LateStart, list[Any]]:
+    handed: list[Any] = []
+    return LateStart(cast(NodeClient, client), build, handed.append), handed
+
+
+def test_a_copier_is_built_for_the_arena_that_came() -> None:
+    client = Client()
+    late, handed = start(client, lambda arena: ("copier of", arena))
+    assert not handed
+    client.came.set()
+    eventually(lambda: handed, "the copier is handed over")
+    late.stop()
+    assert handed == [("copier of", client)]
+
+
+def test_a_worker_that_ends_waits_for_no_daemon() -> None:
+    late, handed = start(Client(), lambda arena: arena)
+    late.stop()
+    assert not handed
+
+
+def test_a_copier_that_was_built_too_late_is_closed() -> None:
+    """The worker ends while its copier is being proven: the arena is unmapped only when nobody touches it any more."""
+    client, building, go_on, closed = Client(), threading.Event(), threading.Event(), threading.Event()
+
+    def build(arena: Any) -> Any:
+        building.set()
+        assert go_on.wait(60)
+        return SimpleNamespace(close=closed.set)
+
+    late, handed = start(client, build)
+    client.came.set()
+    assert building.wait(60)
+    stopping = threading.Thread(target=late.stop)
+    stopping.start()
+    eventually(late._stopped.is_set, "the worker ends")
+    assert stopping.is_alive()
+    go_on.set()
+    stopping.join(60)
+    assert closed.is_set()
+    assert not handed
+
+
+def test_an_arena_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(shim.logger, "error", lambda message, fields: found.append(message % fields))
+
+    def build(arena: Any) -> Any:
+        raise LayoutError("it does not fit")
+
+    client = Client()
+    client.came.set()
+    late, handed = start(client, build)
+    eventually(lambda: found, "the line")
+    late.stop()
+    assert not handed
+    assert "cannot use it: it does not fit. The engine goes on without a cache" in found[0]
 
 
 def test_open_cache_needs_its_daemon(tmp_path: Path) -> None:
