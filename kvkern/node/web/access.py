@@ -93,10 +93,12 @@ class Access:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer" and self._is_token(given.strip()):
             return True
-        name = self._cookie_name.encode()
         # Not http.cookies: a header of 16 KiB can take it seconds.
-        given = (part.strip().partition(b"=") for part in headers.get(b"cookie", b"").split(b";"))
-        return any(found == name and hmac.compare_digest(value, self._cookie()) for found, _, value in given)
+        for cookie in headers.get(b"cookie", b"").split(b";"):
+            parts = cookie.strip().partition(b"=")
+            if parts[0] == self._cookie_name.encode() and hmac.compare_digest(parts[2], self._cookie()):
+                return True
+        return False
 
     def _is_token(self, given: bytes) -> bool:
         return hmac.compare_digest(given, self._endpoint.token)

@@ -24,6 +24,7 @@ from .pacer import Pacer
 
 MAX_HEAD_NBYTES = 16 << 10
 MAX_LINES = 64  # of a head
+MAX_FIRST_LINE_NBYTES = 4 << 10  # method and path: a path is decoded, which takes longer than the rest
 HEAD_S = 10.0  # for a head to arrive, from the connection or from its first byte on
 IDLE_S = 75.0  # between two requests; Prometheus asks every 15 to 60 seconds
 ANSWER_S = 30.0  # for an answer, but for streams
@@ -75,6 +76,7 @@ class HttpConnection(H11Protocol):
         self.streams = False  # its answer has no end
         self._port = port
         self._received = bytearray()
+        self._searched = 0  # bytes of `_received` that hold no end of a head
         self._served = False
         self._stalled_s: float | None = None  # since when nothing is read
         port.enter(self)
@@ -134,8 +136,12 @@ class HttpConnection(H11Protocol):
             return
         head = bytes(self._received[: end.end()])
         del self._received[: end.end()]
+        self._searched = 0
         if len(head) > MAX_HEAD_NBYTES or head.count(b"\n") > MAX_LINES:
             self._refuse(b"431 Request Header Fields Too Large")
+            return
+        if head.index(b"\n") > MAX_FIRST_LINE_NBYTES:
+            self._refuse(b"414 URI Too Long")
             return
         self._enter(Phase.ANSWERING)
         if len(self._received) <= MAX_HEAD_NBYTES:
@@ -180,13 +186,18 @@ class HttpConnection(H11Protocol):
             return
         elif not self._received[:1].isalpha():  # no method begins so; TLS does not either
             self._refuse(b"400 Bad Request")
-        elif _END.search(self._received) is not None:
+        elif self._has_end():
             self._enter(Phase.QUEUED)
             if too_long:
                 self.flow.pause_reading()
             self._port.pacer.ask(self)
         elif too_long:
             self._refuse(b"431 Request Header Fields Too Large")
+
+    def _has_end(self) -> bool:
+        """Return True if the head is complete. Looks at each byte once, however many pieces they come in."""
+        start, self._searched = max(0, self._searched - 2), len(self._received)
+        return _END.search(self._received, start) is not None
 
     def _refuse(self, status: bytes) -> None:
         self._received.clear()

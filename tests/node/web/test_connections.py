@@ -87,6 +87,7 @@ def test_requests_in_pieces(web: Web) -> None:
     (b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", b"400"),
     (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * (16 << 10) + b"\r\n\r\n", b"431"),
     (b"GET /" + b"y" * (17 << 10), b"431"),  # and no end
+    (b"GET /" + b"%41" * 1400 + b" HTTP/1.1\r\nhost: a\r\n\r\n", b"414"),
     (b"GET / HTTP/1.1\r\nhost: a\r\n" + b"x: y\r\n" * 64 + b"\r\n", b"431"),
 ])  # fmt: skip
 def test_wrong_requests_are_refused(web: Web, said: bytes, status: bytes) -> None:
