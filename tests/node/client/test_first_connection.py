@@ -1,4 +1,4 @@
-"""An engine that starts while its daemon makes a large arena waits as long as the daemon answers somebody."""
+"""An engine that starts while its daemon makes a large arena waits as long as it answers; without a daemon it may go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.node_config import NodeConfig
 from tests.node.conftest import GEOMETRY, eventually, hits, served, store
-from tests.support import chain_keys
+from tests.support import SHAPE, chain_keys
 
 
 @pytest.fixture
@@ -88,3 +88,48 @@ def dumped(arena: Arena) -> bool:
     """Return True if core dumps of this process hold the mapping."""
     _, _, rest = Path("/proc/self/smaps").read_text().partition(f"\n{arena.bytes.ctypes.data:x}-")
     return "dd" not in rest.partition("\nVmFlags: ")[2].partition("\n")[0].split()
+
+
+def test_a_client_that_needs_no_daemon_connects_when_one_comes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until then everything is a miss at once, and nothing is stored. The log says what it waits for, and that it goes on."""
+    monkeypatch.setattr(first_connection, "LINE_S", 0.1)
+    keys = chain_keys("a", 3)
+    client = NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=0.5, patience_s=30, prefault=False, required=False)
+    with closing(client):
+        assert caplog.text.count("no daemon answers on") >= 2
+        assert "The engine goes on without a cache" in caplog.text
+        assert client.wait_for_arena(0) is None
+        assert client.acquire_soon(keys).result(0).keys == ()
+        assert client.reserve(keys, keys, SHAPE).slots == ()
+        assert (client.usage()["slots"], client.usage()["connected"]) == (0, 0)
+        with served(NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False)):
+            assert client.wait_for_arena(60) is not None
+            eventually(lambda: client.connected, "connected")
+            assert store(client, keys) == 3
+            assert hits(client, keys) == 3
+        assert "connected to the daemon on" in caplog.text
+        assert f"connected to the daemon on {folder}/s again" not in caplog.text
+
+
+def test_a_client_that_never_finds_a_daemon_can_be_closed(folder: Path) -> None:
+    client = NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=0, required=False)
+    assert not client.closed
+    client.close()
+    assert client.closed
+
+
+def test_a_socket_that_is_no_socket_is_no_daemon_and_one_that_may_not_be_opened_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who must act is told at once, whether a daemon is required or not."""
+    (folder / "s").touch()
+    NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=0, required=False).close()
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("kvkern.node.client.reconnecting_link.ReconnectingLink.connect", refused)
+    with pytest.raises(ConfigError, match="this user may not open"):
+        NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=60, required=False)
