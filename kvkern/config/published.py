@@ -25,7 +25,7 @@ SCRAPED_PORT = 8080  # of the published Service's annotation
 LLM, OL = "AIBRIX_LLM_KV_CACHE", "AIBRIX_KV_CACHE_OL_"
 SWITCH, SECOND_SWITCH = "VLLM_USE_VINEYARD_CACHE", LLM
 L1_ENABLED = OL + "L1_CACHE_ENABLED"
-_DEFAULT_L1_GB = "10"
+_DEFAULT_L1_NBYTES = 10 << 30
 
 
 class Family(enum.StrEnum):
@@ -179,9 +179,11 @@ def switched_on(environ: Mapping[str, str]) -> tuple[bool, str]:
 
 def read(environ: Mapping[str, str], family: Family) -> Deployment:
     """Return what the variables of a family say. Raises ConfigError for a value that cannot be honoured, with the remedy."""
-    if family is Family.OFFLOADING:
-        environ = _first_level(environ)
     settings: Settings = {}
+    if family is Family.OFFLOADING and environ.get(L1_ENABLED) and not is_on(environ[L1_ENABLED]):
+        environ = {name: value for name, value in environ.items() if name not in _FIRST_LEVEL}
+    elif family is Family.OFFLOADING:  # its first level is on unless it is switched off
+        settings["capacity"] = Setting(_DEFAULT_L1_NBYTES, Origin(Rank.DEFAULT, "that connector's default"))
     notes = []
     known = {variable.name for variable in VARIABLES[family]}
     for variable in VARIABLES[family]:
@@ -213,10 +215,3 @@ def _reason(variable: Variable) -> str:
 
 def _shown(name: str, text: str) -> str:
     return "***" if "URL" in name or "PASSWORD" in name else text
-
-
-def _first_level(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the environment as that connector sees it: its first level is on unless it is switched off, and has 10 GiB."""
-    if environ.get(L1_ENABLED) and not is_on(environ[L1_ENABLED]):
-        return {name: value for name, value in environ.items() if name not in _FIRST_LEVEL}
-    return {OL + "L1_CACHE_CAPACITY_GB": _DEFAULT_L1_GB, **environ}

@@ -100,7 +100,7 @@ def _options(said: Deployment, family: Family) -> dict[str, Setting]:
         )
     Config.from_settings(settings, where)
     used = used_by_engine(settings, where)
-    return {name: setting for name, setting in used.items() if setting.origin.rank is Rank.PUBLISHED}
+    return {name: setting for name, setting in used.items() if setting.origin.rank in (Rank.DEFAULT, Rank.PUBLISHED)}
 
 
 def _shown(name: str, setting: Setting) -> Any:

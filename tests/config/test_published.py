@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from kvkern.config.options import BY_NAME
-from kvkern.config.published import OL, SECOND_SWITCH, SWITCH, VARIABLES, Family, is_on, read, switched_on
+from kvkern.config.engine import used_by_engine
+from kvkern.config.options import BY_NAME, Reader
+from kvkern.config.published import OL, SECOND_SWITCH, SWITCH, VARIABLES, Family, is_on, merged, read, switched_on
+from kvkern.config.sources import gather
 from kvkern.errors import ConfigError
 
 LLM = "AIBRIX_LLM_KV_CACHE_"
@@ -80,6 +82,17 @@ def test_accepted_variables_have_a_line(name: str, text: str) -> None:
 ])  # fmt: skip
 def test_the_samples_variables(environ: dict[str, str], expected: dict[str, Any]) -> None:
     assert values({OL + name: text for name, text in environ.items()}, Family.OFFLOADING) == expected
+
+
+@pytest.mark.parametrize(("line", "used"), [
+    ('socket = "/s"', {"socket": "/s"}), ('capacity = "64GiB"', {"capacity": "64GiB"}), ("", {"capacity": 10 << 30}),
+])  # fmt: skip
+def test_a_file_is_preferred_to_a_size_that_nobody_wrote(tmp_path: Path, line: str, used: dict[str, Any]) -> None:
+    path = tmp_path / "kvkern.toml"
+    path.write_text(line)
+    own = gather(Reader.ENGINE, {}, "", environ={"KVKERN_CONFIG": str(path)})
+    found = used_by_engine(merged(own, read({}, Family.OFFLOADING).settings), "")
+    assert {name: setting.value for name, setting in found.items()} == used
 
 
 def test_what_the_samples_set_beside() -> None:
