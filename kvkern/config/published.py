@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..observability.logs import one_line
 from ..policy import POLICIES
 from .options import parse_bool
+from .sizes import MAX_CAPACITY_NBYTES
 from .sources import Origin, Rank, Setting, Settings
 
 SCRAPED_PORT = 8080  # of the published Service's annotation
 LLM, OL = "AIBRIX_LLM_KV_CACHE", "AIBRIX_KV_CACHE_OL_"
 SWITCH, SECOND_SWITCH = "VLLM_USE_VINEYARD_CACHE", LLM
 L1_ENABLED = OL + "L1_CACHE_ENABLED"
+_MAX_DIGITS = 9  # of a number of tokens
+_MAX_SHOWN = 100  # characters of a value in a message
 _DEFAULT_L1_NBYTES = 10 << 30
 
 
@@ -69,15 +73,15 @@ def _number(text: str, name: str, what: str) -> float:
         number = float(text) if text.isascii() else math.nan
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ConfigError(f"{name} is {text!r}; expected {what} above 0, such as 10")
+    if not 0 < number < MAX_CAPACITY_NBYTES:  # in GiB too: then it is a size without infinity
+        raise ConfigError(f"{name} is {text[:_MAX_SHOWN]!r}; expected {what} above 0, such as 10")
     return number
 
 
 def _tokens(text: str, name: str) -> dict[str, Any]:
-    if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and int(text) > 0):
         raise ConfigError(
-            f"{name} is {text!r}; expected a number of tokens, a multiple of vLLM's block size, such as 16"
+            f"{name} is {text[:_MAX_SHOWN]!r}; expected a number of tokens, a multiple of vLLM's block size, such as 16"
         )
     return {"chunk_tokens": int(text)}
 
@@ -94,7 +98,7 @@ def _checked_gigabytes(text: str, name: str) -> dict[str, Any]:
 def _policy(text: str, name: str) -> dict[str, Any]:
     if (policy := text.lower()) not in POLICIES:
         raise ConfigError(
-            f"{name} is {text!r}; kvkern has {', '.join(POLICIES)}. Unset {name}, or name one of these in it"
+            f"{name} is {text[:_MAX_SHOWN]!r}; kvkern has {', '.join(POLICIES)}. Unset {name}, or name one of these in it"
         )
     return {"policy": policy}
 
@@ -214,4 +218,6 @@ def _reason(variable: Variable) -> str:
 
 
 def _shown(name: str, text: str) -> str:
-    return "***" if "URL" in name or "PASSWORD" in name else text
+    if "@" in text or any(word in name for word in ("URL", "PASSWORD", "SECRET", "TOKEN")):
+        return "***"
+    return one_line(text[:_MAX_SHOWN])

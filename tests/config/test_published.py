@@ -72,6 +72,16 @@ def test_accepted_variables_have_a_line(name: str, text: str) -> None:
     assert " has no effect: " in note
 
 
+@pytest.mark.parametrize(
+    "text", ["redis://u:hunter2@h:1", "a\nforged", "\x1b[2J", "x" * 10_000], ids=lambda text: repr(text[:20])
+)
+def test_lines_show_what_is_no_secret_and_fits_a_line(text: str) -> None:
+    (note,) = read({LLM + "RDMA_ENDPOINT": text}, Family.VINEYARD).notes
+    assert "hunter2" not in note
+    assert note.isprintable()
+    assert len(note) < 250
+
+
 @pytest.mark.parametrize(("environ", "expected"), [
     ({}, {"capacity": 10 << 30}),
     ({"L1_CACHE_ENABLED": "1", "L1_CACHE_EVICTION_POLICY": "S3FIFO", "L1_CACHE_CAPACITY_GB": "80"},
@@ -114,6 +124,8 @@ def test_what_the_samples_set_beside() -> None:
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "x", "CHUNK_SIZE is 'x'; expected a number of tokens"),
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "0", "CHUNK_SIZE is '0'"),
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "٣", "CHUNK_SIZE is"),
+    (Family.VINEYARD, LLM + "CHUNK_SIZE", "9" * 5000, "CHUNK_SIZE is '9999"),
+    (Family.OFFLOADING, OL + "L1_CACHE_CAPACITY_GB", "1e308", "L1_CACHE_CAPACITY_GB is '1e308'"),
     (Family.VINEYARD, "VINEYARD_CACHE_CPU_MEM_LIMIT_GB", "many", "CPU_MEM_LIMIT_GB is 'many'; expected a number of GiB"),
     (Family.VINEYARD, "VINEYARD_CACHE_CPU_MEM_LIMIT_GB", "nan", "CPU_MEM_LIMIT_GB is 'nan'"),
     (Family.OFFLOADING, OL + "L1_CACHE_CAPACITY_GB", "-1", "L1_CACHE_CAPACITY_GB is '-1'"),
