@@ -33,6 +33,7 @@ from ...tiers.slot_headers import load_checksums
 from ...version import VERSION
 from .. import framing
 from .. import protocol as p
+from ..web.endpoint import Endpoint
 from ..web.start import http_files, serving_http
 from .admission import Admission, Users, connections_within_file_limit
 from .arena_file import SizeWatch, allocated_nbytes, claimed_arena_path, spec_of_earlier, taking_over
@@ -64,6 +65,7 @@ class Server:
         self.turns = FairTurns(lambda turn: self.loop.call_soon(turn))
         self.sessions: Sessions | None = None  # None: there is no arena yet; the first engine decides the slot size
         self.bad_frames = 0
+        self.endpoints: list[Endpoint] = []  # of HTTP, with the ports that the system chose
         self.meter, self.counters = DaemonMeter(), CacheCounters()  # they outlive an arena: no counter goes back
         self._started_s, self._started_at_s = time.monotonic(), time.time()
         self._arena: Arena | None = None
@@ -103,7 +105,7 @@ class Server:
             )
             locks.enter_context(exclusive_lock(self.config.socket, "--socket"))
             self._arena_path = locks.enter_context(claimed_arena_path(self.config.arena_dir, self.config.arena_name))
-            await locks.enter_async_context(serving_http(self))
+            self.endpoints = await locks.enter_async_context(serving_http(self))
             if self.config.policy_state is not None:
                 locks.enter_context(exclusive_lock(self.config.policy_state, "--policy-state"))
                 await asyncio.to_thread(self._policy_state.load)

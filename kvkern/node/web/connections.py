@@ -26,7 +26,7 @@ from .pacer import Pacer
 logger = logging.getLogger("kvkern")
 
 MAX_OF_ADDRESS = 48
-ACCEPTED_AT_ONCE = 8
+ACCEPTED_AT_ONCE = 4
 ACCEPT_GAP_S = 0.01
 PAUSE_S = 1.0  # when the system has no room for another open file
 WATCH_S = 1.0

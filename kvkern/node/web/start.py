@@ -22,13 +22,13 @@ def http_files(*endpoints: Endpoint | None) -> int:
 
 
 @contextlib.asynccontextmanager
-async def serving_http(daemon: Served) -> AsyncIterator[None]:
-    """Answer HTTP while the context is open, on the ports of the daemon's settings. Raises ConfigError if one is taken."""
+async def serving_http(daemon: Served) -> AsyncIterator[list[Endpoint]]:
+    """Answer HTTP while the context is open. Gives the endpoints with their ports. Raises ConfigError if one is taken."""
     metrics, rpc = daemon.config.metrics, daemon.config.rpc
     if metrics is None and rpc is None:
-        yield
+        yield []
         return
     from .http_server import serving
 
-    async with serving(daemon, metrics, rpc, lambda: daemon_text(daemon)):
-        yield
+    async with serving(daemon, metrics, rpc, lambda: daemon_text(daemon)) as opened:
+        yield opened

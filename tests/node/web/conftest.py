@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,8 @@ from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.node_config import NodeConfig
 from kvkern.node.daemon.server import Server
 from kvkern.node.web.endpoint import Endpoint
-from tests.node.conftest import served
+from tests.node.conftest import Daemon, served
 from tests.node.peer import GEOMETRY, PATIENCE_S
-from tests.remote.required_servers import free_port
 
 TOKEN = "a-token-of-32-characters-or-more"
 
@@ -77,18 +77,21 @@ class Web:
         return NodeClient.open(self.server.config.socket, engine, GEOMETRY, timeout_s=PATIENCE_S, patience_s=PATIENCE_S)
 
 
+def ports_of(daemon: Daemon) -> tuple[int, ...]:
+    """Return the ports that a daemon process has told in its log: of metrics, then of RPC, as far as it has them."""
+    return tuple(int(port) for port in re.findall(r" on http://[0-9.]+:([0-9]+)/", daemon.log))
+
+
 @contextmanager
 def web_daemon(
     folder: Path, host: str = "127.0.0.1", token: str = "", names: tuple[str, ...] = (), **settings: Any
 ) -> Iterator[Web]:
     """Run a daemon with both ports."""
-    metrics, rpc = (
-        Endpoint(f"--{name}", host, free_port(), token.encode(), frozenset(names)) for name in ("metrics", "rpc")
-    )
+    metrics, rpc = (Endpoint(f"--{name}", host, 0, token.encode(), frozenset(names)) for name in ("metrics", "rpc"))
     settings = {"arena_dir": folder} | settings
     config = NodeConfig(folder / "s", 1 << 20, metrics=metrics, rpc=rpc, drain_s=0.1, **settings)
     with served(config) as server:
-        yield Web(server, metrics.port, rpc.port)
+        yield Web(server, *(endpoint.port for endpoint in server.endpoints))
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from kvkern.errors import ConfigError
 from kvkern.node import protocol as p
 from kvkern.node.client.admin_client import AdminClient
 from tests.node.conftest import MakeDaemon, eventually, store
-from tests.node.web.conftest import Web, ask, connected, web_daemon
-from tests.remote.required_servers import free_port
+from tests.node.web.conftest import Web, ask, connected, ports_of, web_daemon
 from tests.support import chain_keys
 
 
@@ -131,14 +130,15 @@ def test_off_by_default(make_daemon: MakeDaemon) -> None:
 
 
 def test_options_of_the_command(make_daemon: MakeDaemon) -> None:
-    rpc, metrics = free_port(), free_port()
-    daemon = make_daemon(options=["--rpc", f"127.0.0.1:{rpc}", "--metrics", f"127.0.0.1:{metrics}"]).start()
+    daemon = make_daemon(options=["--rpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]).start()
+    metrics, rpc = ports_of(daemon)
     assert ask(rpc).json["daemon"] == ask(metrics).json["daemon"] == daemon.stat()["daemon"]
     assert ask(rpc).json["pid"] == daemon.pid
     assert f"metrics and page on http://127.0.0.1:{metrics}/" in daemon.log
     assert daemon.stop() == 0
     assert "Traceback" not in daemon.log
-    daemon.start()  # the ports are free again
+    daemon.options = ("--rpc", f"127.0.0.1:{rpc}")  # the port is free again
+    daemon.start()
     assert ask(rpc).status == 200
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from tests.node.conftest import ROOT, Daemon, MakeDaemon, eventually, hits, store
 from tests.node.test_fuzz import descriptors, resident_nbytes
-from tests.node.web.conftest import TOKEN, ask, connected, read_answer
-from tests.remote.required_servers import free_port
+from tests.node.web.conftest import TOKEN, ask, connected, ports_of, read_answer
 from tests.support import chain_keys
 
 REQUESTS = int(os.environ.get("KVKERN_SOAK_HTTP_REQUESTS", "3000"))  # of all processes together
@@ -28,14 +27,14 @@ class Ports:
     """A daemon with both HTTP ports, of which one has a token, and an engine."""
 
     def __init__(self, make_daemon: MakeDaemon, folder: Path) -> None:
-        self.metrics, self.rpc = free_port(), free_port()
         token = folder / "token"
         token.write_text(TOKEN)
         token.chmod(0o600)
         options = [
-            "--rpc", f"127.0.0.1:{self.rpc}", "--metrics", f"127.0.0.1:{self.metrics}", "--metrics-token-file", str(token)
+            "--rpc", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--metrics-token-file", str(token)
         ]  # fmt: skip
         self.daemon: Daemon = make_daemon(options=options).start()
+        self.metrics, self.rpc = ports_of(self.daemon)
         self.client = self.daemon.client("engine")
         self.chain = chain_keys("a", 5)
         assert store(self.client, self.chain) == 5
@@ -116,10 +115,10 @@ def test_slow_clients(ports: Ports) -> None:
 
 def test_little_room_for_files(make_daemon: MakeDaemon, folder: Path) -> None:
     """With few open files allowed, HTTP takes none of those that engines need."""
-    port = free_port()
-    daemon = make_daemon(options=["--rpc", f"127.0.0.1:{port}"])
+    daemon = make_daemon(options=["--rpc", "127.0.0.1:0"])
     daemon.wrapper = ("bash", "-c", 'ulimit -n 220; exec "$@"', "bash")
     daemon.start()
+    (port,) = ports_of(daemon)
     assert "at most 27 clients can connect" in daemon.log
     with ExitStack() as stack:
         for _ in range(300):

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_it_is_live(busy: Web, page: Any) -> None:
 
 def test_a_lost_connection_is_seen_and_heals(folder: Path, page: Any) -> None:
     with web_daemon(folder) as web:
-        config = web.server.config
+        config = replace(web.server.config, metrics=web.server.endpoints[0], rpc=None)  # on the same port
         show(page, web)
         first = web.server.daemon_id[:8]
         assert first in page.inner_text("#foot")
