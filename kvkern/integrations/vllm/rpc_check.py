@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from . import shim
 TIMEOUT_S = 3.0
 LOOK_S = 1.0  # between two looks whether there is a daemon
 MAX_ANSWER_NBYTES = 1 << 16
+_ID = re.compile("[0-9a-f]{1,64}")
 
 
 def start_rpc_check(client: NodeClient, options: Config) -> None:
@@ -63,8 +65,11 @@ def _daemon_of(endpoint: str) -> str:
     try:
         connection.request("GET", "/healthz")
         answer = json.loads(connection.getresponse().read(MAX_ANSWER_NBYTES))
+    except RecursionError:
+        answer = None
     finally:
         connection.close()
-    if not isinstance(answer, dict) or not isinstance(answer.get("daemon"), str):
+    daemon = answer.get("daemon") if isinstance(answer, dict) else None
+    if not isinstance(daemon, str) or not _ID.fullmatch(daemon):  # a stranger's text is not logged
         raise ValueError("no daemon of kvkern answers there")
-    return str(answer["daemon"])
+    return daemon

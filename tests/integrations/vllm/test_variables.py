@@ -274,9 +274,11 @@ class _Daemon:
         ({"daemon": "b" * 32}, ["is the daemon " + "b" * 32, "is " + "a" * 32]),
         ({"status": "ok"}, ["does not tell which daemon it is"]),
         (["x"], ["does not tell which daemon it is"]),
+        ({"daemon": "b\nINFO forged"}, ["does not tell which daemon it is (no daemon of kvkern answers there)"]),
+        ("[" * 50_000, ["does not tell which daemon it is"]),
         (None, ["does not tell which daemon it is"]),
     ],
-    ids=["same", "other", "stranger", "no object", "silent"],
+    ids=["same", "other", "stranger", "no object", "two lines", "deep", "silent"],
 )
 def test_the_rpc_endpoint_is_compared(monkeypatch: pytest.MonkeyPatch, answer: Any, words: list[str]) -> None:
     found: list[str] = []
@@ -287,7 +289,7 @@ def test_the_rpc_endpoint_is_compared(monkeypatch: pytest.MonkeyPatch, answer: A
 
     def tell(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "application/json")])
-        return [json.dumps(answer).encode()]
+        return [(answer if isinstance(answer, str) else json.dumps(answer)).encode()]
 
     port = free_port()
     if answer is not None:
