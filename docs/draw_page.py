@@ -30,7 +30,6 @@ from kvkern.node.daemon.quotas import Quotas  # noqa: E402
 from kvkern.node.web.endpoint import Endpoint  # noqa: E402
 from kvkern.tiers.base import ChunkShape  # noqa: E402
 from tests.node.conftest import served  # noqa: E402
-from tests.remote.required_servers import free_port  # noqa: E402
 from tests.support import chain_keys, key  # noqa: E402
 
 SPEED, SECONDS = 150.0, 26.0
@@ -69,7 +68,7 @@ def main() -> None:
     """Run the load, then take the pictures."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "page.png"
     folder = Path(tempfile.mkdtemp(prefix="kvkern-page-", dir="/dev/shm"))
-    endpoint = Endpoint.parse(f"127.0.0.1:{free_port()}", "--metrics")
+    endpoint = Endpoint.parse("127.0.0.1:0", "--metrics")
     config = NodeConfig(
         Path("/tmp") / f"{folder.name}.sock", 640 << 20, arena_dir=folder, metrics=endpoint, drain_s=0.1,
         quotas=Quotas(models={"Qwen3*": 200 << 20}),
@@ -83,7 +82,7 @@ def main() -> None:
             for thread in threads:
                 thread.start()
             time.sleep(SECONDS)
-            take_pictures(endpoint.url, out)
+            take_pictures(server.endpoints[0].url, out)
             for thread in threads:
                 thread.join()
     finally:

@@ -50,20 +50,21 @@ class Endpoint:
         token_file: Path | None = None,
         names: tuple[str, ...] = (),
     ) -> Endpoint:
-        """Return the endpoint that an option names. Reads the token's file. Raises ConfigError."""
+        """Return the endpoint that an option names. Reads the token's file. Raises ConfigError, which begins with a name."""
+        shown = option.removeprefix("--")
         host, colon, port = text.rpartition(":")
         bare = host.removeprefix("[").removesuffix("]") if host.startswith("[") and host.endswith("]") else host
         if bare == "localhost":
             bare = "127.0.0.1"
         if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > MAX_PORT or not _is_address(bare, host):
             raise ConfigError(
-                f"{option} is {text[:100]!r}; expected an IP address and a port, such as 127.0.0.1:8080 or [::1]:8080, or "
+                f"{shown} is {text[:100]!r}; expected an IP address and a port, such as 127.0.0.1:8080 or [::1]:8080, or "
                 f":8080 for all interfaces"
             )
         for name in names:
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"--http-host is {name[:100]!r}; expected a host's name without port")
-        token = b"" if token_file is None else read_token(token_file, f"{option}-token-file")
+                raise ConfigError(f"http_host is {name[:100]!r}; expected a host's name without port")
+        token = b"" if token_file is None else read_token(token_file, f"{shown}_token_file")
         return cls(option, bare, int(port), token, frozenset(name.lower() for name in names))
 
 

@@ -172,12 +172,12 @@ def test_addresses(text: str, host: str, port: int) -> None:
     "node.example:80", "[::1", "[fe80::1%eth0]:80", "1.2.3:80", "http://127.0.0.1:80", "127.0.0.1:80/", "127.0.0.1:٣",
 ])  # fmt: skip
 def test_wrong_addresses(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--rpc is .*; expected an IP address and a port"):
+    with pytest.raises(ConfigError, match=r"^rpc is .*; expected an IP address and a port"):
         Endpoint.parse(text, "--rpc")
 
 
 def test_a_wrong_host_name() -> None:
-    with pytest.raises(ConfigError, match="--http-host is 'a b'"):
+    with pytest.raises(ConfigError, match=r"^http_host is 'a b'"):
         Endpoint.parse(":1", "--rpc", names=("a b",))
 
 
@@ -194,10 +194,10 @@ def test_token_files(tmp_path: Path, content: str, token: str) -> None:
     link.symlink_to(path)
     for name in (path, link):
         if token:
-            assert read_token(name, "--rpc-token-file") == token.encode()
+            assert read_token(name, "rpc_token_file") == token.encode()
         else:
             with pytest.raises(ConfigError, match="holds no token") as caught:
-                read_token(name, "--rpc-token-file")
+                read_token(name, "rpc_token_file")
             assert not content.strip() or content.strip() not in str(caught.value).replace(str(tmp_path), "")
 
 
@@ -210,18 +210,18 @@ def test_modes_of_token_files(tmp_path: Path, mode: int, good: bool) -> None:
     path.write_text(TOKEN)
     path.chmod(mode)
     if good:
-        assert read_token(path, "--rpc-token-file")
+        assert read_token(path, "rpc_token_file")
     else:
         with pytest.raises(ConfigError, match=f"mode {mode:04o}, so others could read or change"):
-            read_token(path, "--rpc-token-file")
+            read_token(path, "rpc_token_file")
 
 
 def test_token_files_that_are_none(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path, why in ((fifo, "a FIFO"), (tmp_path / "none", "No such file"), (tmp_path, "a folder")):
-        with pytest.raises(ConfigError, match=f"--rpc-token-file is .*, which cannot be read: .*{why}"):
-            read_token(path, "--rpc-token-file")
+        with pytest.raises(ConfigError, match=f"rpc_token_file is .*, which cannot be read: .*{why}"):
+            read_token(path, "rpc_token_file")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
@@ -231,7 +231,7 @@ def test_a_token_file_of_another_user(tmp_path: Path) -> None:
     path.chmod(0o600)
     os.chown(path, 12345, 0)
     with pytest.raises(ConfigError, match="belongs to uid 12345, who could change the token"):
-        read_token(path, "--rpc-token-file")
+        read_token(path, "rpc_token_file")
 
 
 def test_the_token_is_shown_nowhere(folder: Path) -> None:
