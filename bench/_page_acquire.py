@@ -6,7 +6,7 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -14,6 +14,7 @@ from _node import CHUNKS, GIVE_UP_S, SPAWN, Pages, daemon
 from node import CLIENTS, Clients, Row, latency, p99
 
 PAGES = 10
+SETTLE_S = 0.5  # after pages are opened or closed
 GET = b"GET /events HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 
 
@@ -89,15 +90,11 @@ def page_acquire(runs: int, round_s: float) -> Iterator[Row]:
         busy_s = {True: 0.0, False: 0.0}
         for turn in range(runs + 1):
             for looked_at in (True, False) if turn % 2 else (False, True):
-                before_s = node.cpu_s()
-                if looked_at:
-                    with open_pages:
-                        time.sleep(0.1)
-                        watched.append(clients.ask("acquire", round_s))
-                else:
-                    time.sleep(0.1)
-                    alone.append(clients.ask("acquire", round_s))
-                busy_s[looked_at] += node.cpu_s() - before_s
+                with open_pages if looked_at else nullcontext():
+                    time.sleep(SETTLE_S)
+                    before_s = node.cpu_s()
+                    (watched if looked_at else alone).append(clients.ask("acquire", round_s))
+                    busy_s[looked_at] += node.cpu_s() - before_s
         before, row = latency("alone", alone), latency("page_acquire", watched)
         yield row | {
             "pages": PAGES, "alone_p50_us": before["p50_us"], "alone_p99_us": before["p99_us"],
