@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,7 @@ def serve(
     handler = logs.set_up(settings.log_format, settings.verbose)
     if settings.log_format == "text":
         with exit_on_bad_input():
-            server.serve(settings, ready=lambda: typer.echo(f"kvkern: serving on {settings.socket}"))
+            server.serve(settings, ready=lambda: _say(f"kvkern: serving on {settings.socket}"))
         return
     try:  # whoever reads JSON gets nothing else
         server.serve(
@@ -99,3 +100,11 @@ def serve(
     except KvkernError as error:
         handler.announce("kvkern: %(error)s", {"event": "not_serving", "error": error}, logging.ERROR)
         raise typer.Exit(2) from error
+
+
+def _say(line: str) -> None:
+    """Print a line, unless nobody can read it any more: a full disk or a reader that is gone must not end the daemon."""
+    try:
+        typer.echo(line)
+    except OSError:
+        sys.stdout = None  # else Python would try to write the line again when it ends

@@ -103,6 +103,19 @@ def test_a_hostile_name_forges_no_line_of_text(tmp_path: Path) -> None:
         daemon.close()
 
 
+def test_a_daemon_whose_output_nobody_takes(tmp_path: Path) -> None:
+    """A full disk under its output, or a reader that is gone, does not end it."""
+    daemon = Daemon(tmp_path)
+    daemon.wrapper = ("bash", "-c", 'exec "$@" > /dev/full', "bash")
+    try:
+        daemon.start()
+        assert daemon.stat()["name"] == "default"
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log
+    finally:
+        daemon.close()
+
+
 def test_a_hostile_name_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([{"model": HOSTILE}])
     lines = capsys.readouterr().out.splitlines()
