@@ -112,6 +112,7 @@ class KvkernConnector(shim.OffloadingConnector):
         """Remember which request each load belongs to, then start the loads."""
         metadata = self._connector_metadata
         assert isinstance(metadata, shim.OffloadingConnectorMetadata)
+        shim.worker_of(self).begin_step()
         if self._adapters is not None and isinstance(metadata, StepMetadata):
             self._adapters.step = metadata.step
         self._load_requests.update((job_id, job.req_id) for job_id, job in metadata.load_jobs.items())

@@ -57,13 +57,32 @@ class LateStart:
     ) -> None:
         self._client, self._build, self._hand_over = client, build, hand_over
         self._stopped = threading.Event()
+        self._changed = threading.Condition()
+        self._held = self._building = False
         self._thread = threading.Thread(target=self._run, name="kvkern-late-start", daemon=True)
-        self._thread.start()
+
+    def go_on(self) -> None:
+        """Start the thread, or end a `hold`. Call it in every step."""
+        if self._held:
+            with self._changed:
+                self._held = False
+                self._changed.notify_all()
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def hold(self) -> None:
+        """Build nothing until the next step. Returns when no copier is being built."""
+        with self._changed:
+            self._held = True
+            self._changed.wait_for(lambda: not self._building)
 
     def stop(self) -> None:
         """End the thread. Returns when it touches the arena no more."""
-        self._stopped.set()
-        self._thread.join()
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         arena = None
@@ -71,6 +90,19 @@ class LateStart:
             if self._stopped.is_set():
                 return
             arena = self._client.wait_for_arena(LOOK_S)
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped.is_set() or not self._held)
+            if self._stopped.is_set():
+                return
+            self._building = True
+        try:
+            self._build_on(arena)
+        finally:
+            with self._changed:
+                self._building = False
+                self._changed.notify_all()
+
+    def _build_on(self, arena: Arena) -> None:
         try:
             copier = self._build(arena)
         except KvkernError as error:

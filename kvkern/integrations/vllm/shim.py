@@ -299,10 +299,14 @@ def sync_load_budget(connector: OffloadingConnector) -> int:
 
 
 def finish_transfers(connector: OffloadingConnector) -> None:
-    """Worker: submit the stores that wait for the next step, and return when every transfer has ended."""
+    """Worker: submit the stores that wait for the next step, and return when every transfer has ended.
+
+    No thread of the worker reads the KV cache before the next step.
+    """
     side = connector.connector_worker
     if side is not None and side.worker is not None:
         side.start_kv_transfers(OffloadingConnectorMetadata({}, {}))
+        side.worker.hold_late_start()
         side.worker.wait_for_all()
 
 

@@ -45,8 +45,18 @@ class KvkernWorker(shim.OffloadingWorker):
         return not isinstance(self._transfer, NoCopier)
 
     def start_late(self, client: NodeClient, build: Callable[[Arena], Copier]) -> None:
-        """Get a copier as soon as the client has an arena, in a thread of its own."""
+        """Get a copier as soon as there has been a step and the client has an arena, in a thread of its own."""
         self._late = LateStart(client, build, self._take_copier)
+
+    def begin_step(self) -> None:
+        """Let a late start begin or go on: vLLM captures no graph, and the memory of the KV cache is there."""
+        if self._late is not None:
+            self._late.go_on()
+
+    def hold_late_start(self) -> None:
+        """Return when no copier is being built. None will be before the next step."""
+        if self._late is not None:
+            self._late.hold()
 
     def _take_copier(self, transfer: Copier) -> None:
         self._transfer = transfer

@@ -16,6 +16,7 @@ from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.late_start import LateStart, NoCopier
 from kvkern.integrations.vllm.packing import PackingReport, absent_ranks
 from kvkern.integrations.vllm.shim import OffloadingWorkerMetadata
+from kvkern.integrations.vllm.worker import KvkernWorker
 from kvkern.integrations.vllm.worker_report import WorkerReport
 from kvkern.node.client.cache_client import NodeClient
 from tests.integrations.vllm.engine import Engine, prompt
@@ -85,7 +86,9 @@ class Client:
 
 def start(client: Client, build: Callable[[Any], Any]) -> tuple[LateStart, list[Any]]:
     handed: list[Any] = []
-    return LateStart(cast(NodeClient, client), build, handed.append), handed
+    late = LateStart(cast(NodeClient, client), build, handed.append)
+    late.go_on()
+    return late, handed
 
 
 def test_a_copier_is_built_for_the_arena_that_came() -> None:
@@ -140,6 +143,56 @@ def test_an_arena_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatc
     late.stop()
     assert not handed
     assert "cannot use it: it does not fit. The engine goes on without a cache" in found[0]
+
+
+def test_nothing_is_built_before_the_first_step() -> None:
+    """vLLM captures CUDA graphs then, and what another thread does on the GPU would spoil them."""
+    client, built = Client(), threading.Event()
+    client.came.set()
+    worker = KvkernWorker(NoCopier(), 1, lambda: None)
+    worker.start_late(cast(NodeClient, client), lambda arena: built.set() or cast(Any, SimpleNamespace(close=list)))
+    assert not built.wait(0.2)
+    worker.begin_step()
+    eventually(lambda: worker.connected, "the worker has its copier")
+    worker.begin_step()
+    worker.shutdown()
+    worker = KvkernWorker(NoCopier(), 1, lambda: None)
+    worker.start_late(cast(NodeClient, client), lambda arena: pytest.fail("built"))
+    worker.shutdown()  # an engine that never made a step
+
+
+def test_a_sleeping_engine_builds_nothing() -> None:
+    """Its KV cache has no memory. What is being built ends first, and a daemon that comes meanwhile waits for the next step."""
+    client, building, go_on, held = Client(), threading.Event(), threading.Event(), threading.Event()
+
+    def build(arena: Any) -> Any:
+        building.set()
+        assert go_on.wait(60)
+        return arena
+
+    late, handed = start(client, build)
+    late.hold()
+    client.came.set()
+    assert not building.wait(0.2)
+    late.go_on()
+    assert building.wait(60)
+    sleeping = threading.Thread(target=lambda: (late.hold(), held.set()))
+    sleeping.start()
+    assert not held.wait(0.2)
+    go_on.set()
+    assert held.wait(60)
+    assert handed == [client]
+    sleeping.join()
+    late.stop()
+
+
+def test_a_worker_that_ends_while_it_sleeps() -> None:
+    client = Client()
+    late, handed = start(client, lambda arena: arena)
+    late.hold()
+    client.came.set()
+    late.stop()
+    assert not handed
 
 
 def test_open_cache_needs_its_daemon(tmp_path: Path) -> None:
