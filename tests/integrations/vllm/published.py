@@ -1,4 +1,4 @@
-"""The published deployment's command and variables, started as its Deployment starts them. The model and its length are small."""
+"""The published deployment's command and variables, started as its Deployment starts them, with a small model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class PublishedServer(Server):
         self.log_path, self.model = log, ALIAS
         self.port = free_port()
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(self.port), "--uvicorn-log-level", "warning",
-            "--model", model, "--served-model-name", ALIAS, "--max-model-len", str(max_model_len), "--enable-prefix-caching",
-            "--disable-fastapi-docs",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(self.port),
+            "--uvicorn-log-level", "warning", "--model", model, "--served-model-name", ALIAS,
+            "--max-model-len", str(max_model_len), "--enable-prefix-caching", "--disable-fastapi-docs",
         ]  # fmt: skip
         with log.open("wb") as out:
             self.process = subprocess.Popen(
