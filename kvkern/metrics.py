@@ -21,7 +21,8 @@ class CacheCounters:
     lookup_chunks: int = 0  # looked up
     hit_chunks: int = 0  # of those, found READY in an unbroken prefix
     stored_chunks: int = 0  # published
-    failed_chunks: int = 0  # reserved, but not every rank wrote its part
+    failed_chunks: int = 0  # reserved and not published, mostly because not every rank wrote its part
+    duplicate_chunks: int = 0  # reserved and not published, because another writer had published them by then
     dropped_chunks: int = 0  # not written, because no slot was free and none could be evicted
     declined_chunks: int = 0  # not written, because the policy holds every cached chunk to be worth more
     evicted_chunks: int = 0
@@ -43,6 +44,18 @@ class CacheCounters:
     def hit_ratio(self) -> float:
         """Hit chunks over looked-up chunks, or 0 if none was looked up."""
         return self.hit_chunks / self.lookup_chunks if self.lookup_chunks else 0.0
+
+    def note_stored(
+        self,
+        reserved: int,  # chunks
+        stored: int,  # of those, published
+        known: int,  # of those, in the index now, whoever has published them
+    ) -> None:
+        """Count the chunks of a store that has ended."""
+        known = max(known, stored)  # a chunk may be evicted before its writer learns that it was published
+        self.stored_chunks += stored
+        self.duplicate_chunks += known - stored
+        self.failed_chunks += reserved - known
 
     def snapshot(self) -> dict[str, int | float]:
         """Return all counters and the hit ratio."""

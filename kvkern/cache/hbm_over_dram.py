@@ -232,9 +232,11 @@ class HbmCache:
         if not isinstance(reservation, HbmOverDramReservation):
             return 0
         above, below = self._hbm.commit(reservation.hbm), self._dram.commit(reservation.dram)
+        keys, known = reservation.keys, above + below
+        if known < len(keys):
+            known = len(self._hbm.present_keys(keys) | self._dram.present_keys(keys))
         with self._lock:
-            self.counters.stored_chunks += above + below
-            self.counters.failed_chunks += len(reservation.slots) - above - below
+            self.counters.note_stored(len(reservation.slots), above + below, known)
             self.hbm_counters.hbm_stored_chunks += above
         self._schedule_moves()
         return above + below

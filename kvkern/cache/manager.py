@@ -174,9 +174,8 @@ class Cache:
         """Publish the chunks that every rank has written, and free the others. Returns how many were published."""
         with self._lock, self.faults.are_misses():
             stored = self._dram.commit(reservation)
-            self.counters.stored_chunks += stored
+            self._note_stored(reservation, stored)
             self.observer.stored("dram", b"", 0, stored)
-            self.counters.failed_chunks += len(reservation.slots) - stored
             return stored
         return 0
 
@@ -274,11 +273,17 @@ class Cache:
         """Make granted slots READY. See DramTier.publish."""
         with self._lock, self.faults.are_misses():
             published = self._dram.publish(reservation, namespace, self._timed(use), writer=writer)
-            self.counters.stored_chunks += sum(published)
+            self._note_stored(reservation, sum(published))
             self.observer.stored("dram", namespace, use.client if use is not None else 0, sum(published))
-            self.counters.failed_chunks += len(published) - sum(published)
             return published
         return [False] * len(reservation.slots)
+
+    def _note_stored(self, reservation: Reservation, stored: int) -> None:
+        known = stored
+        if stored < len(reservation.keys):
+            present = self._dram.present_keys(reservation.keys)
+            known = sum(key in present for key in reservation.keys)
+        self.counters.note_stored(len(reservation.slots), stored, known)
 
     def give_back(self, slots: Sequence[int]) -> None:
         """Free granted slots that come back unwritten. Call it when no writer can write them any more."""
@@ -335,6 +340,11 @@ class Cache:
         """Return the keys of all cached chunks."""
         with self._lock:
             return self._dram.all_keys()
+
+    def keys_in(self, slots: range) -> list[bytes]:
+        """Return the keys of the chunks in these slots, cached ones and some that are being written."""
+        with self._lock:
+            return self._dram.keys_in(slots)
 
     def describe_chunks(self, keys: Sequence[bytes]) -> list[dict[str, int | str]]:
         """Return the header fields of cached chunks, for operators."""

@@ -149,7 +149,10 @@ CATALOGUE: tuple[Metric, ...] = (
            values=_reasons("not_found", "gated", "late", "unasked", "store_failed", "failed_verification")),
     Metric("not_loaded_requests", _C, "requests", "Requests that were scheduled without the whole of what they asked for, "
            "by the reason of the first missing chunk.", engine=("reason",), values=_reasons(*REASONS)),
-    Metric("failed_chunks", _C, "chunks", "Chunks reserved but not written by every rank.", daemon=(), engine=()),
+    Metric("failed_chunks", _C, "chunks", "Chunks reserved and not published: a rank did not write them, or the daemon or the "
+           "chunks' namespace went away meanwhile.", daemon=(), engine=()),
+    Metric("duplicate_chunks", _C, "chunks", "Chunks reserved and not published, because another writer had published them by "
+           "then. No fault: two requests have computed the same tokens.", daemon=(), engine=()),
     Metric("dropped_chunks", _C, "chunks", "Chunks not stored because there was no room. Of the tier remote: it has no "
            "room, too many chunks wait, or a write failed.", daemon=("tier",), engine=(), values=_CACHED),
     Metric("declined_chunks", _C, "chunks", "Chunks not stored because every cached chunk is worth more.", engine=(),
@@ -246,7 +249,8 @@ PUBLISHED: tuple[Metric, ...] = (
     _published("total_blocks", _G, "chunks", "Chunks looked up, since the start."),
     _published("err_query", _G, "errors", "Lookups that failed, and loads that failed verification."),
     _published("err_async_update_task_queue_full", _G, "chunks", "Chunks not stored because there was no room."),
-    _published("err_update", _G, "chunks", "Chunks reserved but not written by every rank."),
+    _published("err_update", _G, "chunks", "Chunks reserved and not published, other than those that another writer published "
+               "first."),
     _published("time_query_seconds", _H, "seconds", "From the question for a sequence to its lease.", _LATENCY),
     _published("time_load_seconds", _H, "seconds", "Time of one load in one worker.", _LATENCY),
     _published("time_unload_seconds", _H, "seconds", "Time of one store in one worker.", _LATENCY),

@@ -95,6 +95,7 @@ def _values(server: ExposedDaemon) -> Values:
             values[name] = {}
     values |= {
         "failed_chunks": {(): counters.failed_chunks},
+        "duplicate_chunks": {(): counters.duplicate_chunks},
         "dropped_chunks": {("dram",): counters.dropped_chunks, ("remote",): counters.remote_dropped_chunks},
         "evicted_chunks": {
             ("capacity",): counters.evicted_chunks - counters.trimmed_chunks,

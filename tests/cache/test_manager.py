@@ -55,7 +55,7 @@ def test_counters(cache: Cache, arena: Arena) -> None:
     got = cache.counters.snapshot()
     assert {name: value for name, value in got.items() if not name.startswith("remote_")} == {
         "lookup_chunks": 6, "hit_chunks": 4, "hit_ratio": 4 / 6, "stored_chunks": 4 + 3 + 6, "failed_chunks": 1,
-        "dropped_chunks": 2, "declined_chunks": 0, "evicted_chunks": 4, "trimmed_chunks": 0,
+        "duplicate_chunks": 0, "dropped_chunks": 2, "declined_chunks": 0, "evicted_chunks": 4, "trimmed_chunks": 0,
         "bad_chunks": 1, "cleared_chunks": 8, "faults": 0,
     }  # fmt: skip
     assert cache.usage() == {"slots": 8, "free_slots": 8}

@@ -266,8 +266,8 @@ class NodeClient:
                 self._unanswered_publishes -= 1
                 published = response.published if isinstance(response, p.Published) else []
                 stored = sum(published)
-                self.counters.stored_chunks += stored
-                self.counters.failed_chunks += len(reservation.slots) - stored
+                known = sum(map(self._replica.__contains__, reservation.keys))
+                self.counters.note_stored(len(reservation.slots), stored, known)
                 result.set_result(stored)
 
             keys, chain = framing.join_keys(reservation.keys), framing.join_keys(reservation.chain[: p.MAX_KEYS])

@@ -90,6 +90,19 @@ def test_a_caller_that_counts_itself_counts_once_in_the_daemon_too(daemon: Daemo
     assert (after["lookup_chunks"] - before["lookup_chunks"], after["hit_chunks"] - before["hit_chunks"]) == (3, 3)
 
 
+def test_a_chunk_that_another_engine_published_first_is_no_failure(daemon: Daemon, make_client: MakeClient) -> None:
+    first, second = make_client("one"), make_client("two")
+    chain = chain_keys("a", 4)
+    begun = [client.reserve(chain, chain, SHAPE) for client in (first, second)]
+    for client, reservation in zip((first, second), begun, strict=True):
+        write_payload(client.arena, reservation)
+    assert [first.commit(begun[0]), second.commit(begun[1])] == [4, 0]
+    assert (second.counters.failed_chunks, second.counters.duplicate_chunks) == (0, 4)
+    assert (first.counters.failed_chunks, first.counters.duplicate_chunks) == (0, 0)
+    stat = daemon.stat()
+    assert (stat["failed_chunks"], stat["duplicate_chunks"], stat["stored_chunks"]) == (0, 4, 4)
+
+
 def test_without_prefix_every_cached_chunk(make_client: MakeClient) -> None:
     client = make_client()
     chain = chain_keys("a", 5)
