@@ -26,12 +26,13 @@ Sums = dict[str, list[float]]  # tier -> chunks, tokens, bytes
 class ModelSums:
     """What is counted for one model."""
 
+    __slots__ = ("avoided_s", "hit", "lookup", "stored")
+
     def __init__(self) -> None:
         self.lookup, self.hit, self.stored = _no_sums(), _no_sums(), _no_sums()
-        self.avoided_s = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NamespaceLabels:
     """The labels of a namespace, what turns its chunks into tokens, and where its model is counted."""
 
@@ -97,8 +98,6 @@ class DaemonMeter(Meters):
                 row[0] += hits
                 row[1] += hits * tokens
                 row[2] += hits * self.slot_nbytes
-                if speed := self._speeds.get(client):
-                    sums.avoided_s += hits * tokens / speed
 
     def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
         """See CacheObserver."""
@@ -133,8 +132,6 @@ class DaemonMeter(Meters):
 
     def counter_series(self, name: str) -> dict[Labels, float]:
         """Return label values -> value of a counter. A model appears with its first engine."""
-        if name == "prefill_seconds_avoided":
-            return {(model,): sums.avoided_s for model, sums in self._shown()}
         event, _, unit = name.partition("_")
         if event in ("lookup", "hit", "stored") and unit in _COLUMNS:
             rows = ((model, getattr(sums, event)) for model, sums in self._shown())
