@@ -301,25 +301,25 @@ class DramTier:
 
     def describe_chunks(self, keys: Keys) -> list[dict[str, int | str]]:
         """Return what is recorded of these chunks, for operators. Leaves out chunks that are not READY."""
-        names = ("generation", "group", "chunk_tokens", "position")
         geometry = self._arena.spec.geometry
         payload_nbytes = geometry.world_size * geometry.part_nbytes
         rows = []
         for key in keys:
             if (slot := self._index.get(key)) is not None:
                 record = self.records.rows[slot]
-                row: dict[str, int | str] = {
-                    "key": key.hex(),
-                    "namespace": bytes(record["namespace"]).hex(),
-                    "slot": slot,
-                }
-                row |= {name: int(record[name]) for name in names}
+                namespace = bytes(record["namespace"]).hex()
+                row: dict[str, int | str] = {"key": key.hex(), "namespace": namespace, "slot": slot}
+                row |= {name: int(record[name]) for name in ("generation", "group", "chunk_tokens", "position")}
                 rows.append(row | {"payload_nbytes": payload_nbytes, "leases": self._pins[slot]})
         return rows
 
     def all_keys(self) -> list[bytes]:
         """Return the keys of all READY chunks."""
         return list(self._index)
+
+    def keys_in(self, slots: range) -> list[bytes]:
+        """Return the keys of the chunks in these slots. Some may not be READY."""
+        return [key for key in self._key_of[slots.start : slots.stop] if key is not None]
 
     def trim(self, namespace: bytes, limit: int) -> tuple[int, bool]:
         """Evict chunks of a namespace until it has at most `limit` slots.

@@ -43,7 +43,7 @@ from .listener import Listener
 from .namespace_sizes import NamespaceSizes
 from .node_config import NodeConfig
 from .observed_sessions import ObservedSessions
-from .operator_requests import Row, chunk_rows, rows, why_refused
+from .operator_requests import Row, rows, why_refused
 from .overview import Overview
 from .policy_state_file import PolicyStateFile
 from .sessions import Session, Sessions
@@ -459,10 +459,6 @@ class Server:
         if self._remote is not None:
             row |= self._remote.usage()
         return row
-
-    def chunk_rows(self, prefix: bytes, limit: int) -> list[Row]:
-        """Return rows of up to `limit` cached chunks whose key starts with `prefix`."""
-        return chunk_rows(self.sessions, prefix, limit)
 
     def namespace_chunks(self) -> Mapping[bytes, int]:
         """Return the number of cached chunks of each namespace root, as of the last count."""

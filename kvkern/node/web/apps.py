@@ -1,4 +1,4 @@
-"""What each HTTP port answers. Every handler runs in the daemon's thread, changes nothing and waits for nothing.
+"""What each HTTP port answers. Every handler runs in the daemon's thread and changes nothing. What takes long is rationed.
 
 both       /healthz /livez /readyz       open: which daemon this is, and whether it lets engines in
 --rpc      /v1/stat /v1/chunks           private: what `kvkern stat` and `kvkern ls` print
@@ -24,10 +24,10 @@ from starlette.types import ASGIApp
 
 from ...option_values import path_text
 from ...version import VERSION
-from ..daemon.operator_requests import Row
 from ..daemon.overview import Observed, Overview
 from ..protocol import MAX_ROWS
 from .access import Access
+from .chunk_scan import Busy, ChunkScan
 from .endpoint import Endpoint
 from .events import Events
 from .page import login_page, page
@@ -41,12 +41,10 @@ class Asked(Observed, Protocol):
 
     overview: Overview
 
-    def chunk_rows(self, prefix: bytes, limit: int) -> list[Row]:
-        """Return rows of cached chunks whose key starts with `prefix`."""
-
 
 def rpc_app(daemon: Asked, endpoint: Endpoint) -> ASGIApp:
     """Return the app of --rpc."""
+    scan = ChunkScan(daemon)
 
     async def stat(_: Request) -> Response:
         return _json(daemon.stat())
@@ -57,7 +55,10 @@ def rpc_app(daemon: Asked, endpoint: Endpoint) -> ASGIApp:
             return _error(f"prefix is {prefix[:80]!r}; expected up to 64 hex digits, an even number")
         if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_ROWS:
             return _error(f"limit is {limit[:80]!r}; it must lie in 1..{MAX_ROWS}")
-        return _json(daemon.chunk_rows(bytes.fromhex(prefix), int(limit)))
+        try:
+            return _json(await scan.rows(bytes.fromhex(prefix), int(limit)))
+        except Busy:
+            return _error("another request looks for chunks; ask again in a second", 503, {"retry-after": "1"})
 
     routes = [*_health(daemon), Route("/v1/stat", stat), Route("/v1/chunks", chunks)]
     access = Middleware(Access, endpoint=endpoint, open_paths=frozenset(HEALTH), login={})
@@ -126,9 +127,9 @@ class _Rendered:
         return self._text
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value) + b"\n", status, media_type="application/json")
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", status, headers, media_type="application/json")
 
 
-def _error(text: str) -> Response:
-    return _json({"error": text}, 400)
+def _error(text: str, status: int = 400, headers: dict[str, str] | None = None) -> Response:
+    return _json({"error": text}, status, headers)

@@ -3,8 +3,9 @@
     idle     a request begins at once
     busy     a request begins every GAP_S; remote addresses take turns, so a flood from one delays itself
 
-A request takes about a millisecond of the thread, its connection included, and 4 ms if it is made to be costly. So a flood
-takes about a tenth of the thread, and an acquire waits for one request at most.
+It knows no costs. A request takes about a millisecond of the thread, its connection included, and 4 ms if it is made to be
+costly. What would take longer has a ration of its own: see ChunkScan, the rendered text of /metrics in apps, and Overview. So
+a flood takes about a tenth of the thread, and an acquire waits for one request, or one turn of a scan, at most.
 """
 
 from __future__ import annotations
