@@ -26,7 +26,7 @@ Sums = dict[str, list[float]]  # tier -> chunks, tokens, bytes
 class ModelSums:
     """What is counted for one model."""
 
-    __slots__ = ("avoided_s", "hit", "lookup", "stored")
+    __slots__ = ("hit", "lookup", "stored")
 
     def __init__(self) -> None:
         self.lookup, self.hit, self.stored = _no_sums(), _no_sums(), _no_sums()
