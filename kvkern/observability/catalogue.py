@@ -135,8 +135,8 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("stored_tokens", _C, "tokens", "Tokens of the chunks stored.", daemon=_TM, engine=(), values=_CACHED),
     Metric("stored_bytes", _C, "bytes", "Bytes stored: in a daemon of the slots, in an engine those that all workers have "
            "copied from blocks to slots.", daemon=_TM, engine=(), values=_CACHED),
-    Metric("prefill_seconds_avoided", _C, "seconds", "Seconds of prefill that hits have saved: tokens found (in an engine: "
-           "loaded) over the engine's measured prefill speed.", daemon=("model",), engine=()),
+    Metric("prefill_seconds_avoided", _C, "seconds", "Seconds of prefill that loads have saved: tokens loaded over the "
+           "engine's measured prefill speed. A daemon does not know which chunks are used.", engine=()),
     Metric("prefill_tokens_per_second", _G, "tokens/s", "Measured prefill speed. Of a daemon: the median over its engines. "
            "0: not known yet.", daemon=("model",), engine=()),
     Metric("first_token_seconds", _H, "seconds", "From a request's arrival at the scheduler to its first token, of requests "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvkern.node.client.cache_client import NodeClient
@@ -51,6 +50,7 @@ def test_every_family_is_of_the_catalogue_and_every_metric_is_there(folder: Path
     families = {family.name: family for family in text_string_to_metric_families(text)}
     wanted = {f"kvkern_{metric.name}": metric for metric in CATALOGUE if metric.daemon is not None}
     assert set(families) == set(wanted)
+    assert "kvkern_prefill_seconds_avoided" not in families  # it does not know which of the chunks given are used
     for name, metric in wanted.items():
         assert families[name].type == metric.kind.value
         assert families[name].documentation == metric.help
@@ -77,7 +77,6 @@ def test_what_engines_do_shows_by_model_and_tier(folder: Path) -> None:
             assert value(server, f"{event}_chunks_total", **labels) == chunks
             assert value(server, f"{event}_tokens_total", **labels) == 16 * chunks
         assert value(server, "not_loaded_chunks_total", reason="not_found") == 2
-        assert value(server, "prefill_seconds_avoided_total", model="Llama") == pytest.approx(0.64)
         assert value(server, "prefill_tokens_per_second", model="Llama") == 100
         assert value(server, "acquire_seconds_count") == 3
         assert value(server, "publish_seconds_count") == 1
