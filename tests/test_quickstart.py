@@ -51,13 +51,18 @@ def printed() -> Iterator[dict[str, str]]:
     if not smollm2.is_installed():
         pytest.skip(f"the model is not installed: {smollm2.INSTALL}")
     folder = Path(tempfile.mkdtemp(prefix="kvq-", dir="/tmp"))
+    name = folder.name.replace("_", "-")  # of the daemon's arena
     ports = {port: str(free_port()) for port in PORTS}
     script = ["set -euo pipefail"]
     sections = dict.fromkeys(title for title, _ in blocks())
     for title, text in blocks():
         if "prometheus" in text and shutil.which("prometheus") is None:
             continue
-        text = text.replace(FOLDER, str(folder)).replace("$PWD/.venv/bin", str(Path(sys.executable).parent))
+        text = (
+            text.replace(FOLDER, str(folder))
+            .replace("quickstart", name)
+            .replace("$PWD/.venv/bin", str(Path(sys.executable).parent))
+        )
         for port, free in ports.items():
             text = re.sub(rf"\b{port}\b", free, text)
         # a server that ends while it is waited for fails the test at once, not at the time limit
@@ -73,6 +78,7 @@ def printed() -> Iterator[dict[str, str]]:
         output, _ = shell.communicate(timeout=LIMIT_S)
         assert shell.returncode == 0, output + "".join(map(_told, folder.glob("*.log")))
         assert not folder.exists(), "the page's last block leaves its folder behind"
+        assert not list(Path("/dev/shm").glob(f"*/*{name}*")), "the page's last block leaves the arena behind"
         said = re.split(r"^@@ (.*)$", output, flags=re.MULTILINE)[1:]
         for title, text in zip(said[::2], said[1::2], strict=True):
             sections[title] = (sections[title] or "") + text
@@ -82,6 +88,8 @@ def printed() -> Iterator[dict[str, str]]:
             os.killpg(shell.pid, signal.SIGKILL)
         shell.wait()
         shutil.rmtree(folder, ignore_errors=True)
+        for path in Path("/dev/shm").glob(f"*/*{name}*"):
+            path.unlink(missing_ok=True)
 
 
 def test_the_second_server_loads_what_the_first_has_computed(printed: dict[str, str]) -> None:
