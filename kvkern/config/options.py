@@ -100,7 +100,7 @@ class Option:
             return parse_nbytes(value, name)
         if self.kind in _ELEMENTS:
             if not isinstance(value, list | tuple):
-                raise ConfigError(f"{name} in {where} is {value!r} ({type(value).__name__}); expected {self.kind}")
+                raise ConfigError(f"{self.name} in {where} is {value!r} ({type(value).__name__}); expected {self.kind}")
             return tuple(self._convert_one(_ELEMENTS[self.kind], each, where) for each in value)
         return self._convert_one(self.kind, value, where)
 

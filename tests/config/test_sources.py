@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvkern.config import Config
 from kvkern.config.options import OPTIONS, Kind, Option, Reader
-from kvkern.config.sources import Rank, gather, in_force
+from kvkern.config.sources import Rank, converted, gather, in_force
 from kvkern.errors import ConfigError
 from kvkern.node.daemon.node_config import NodeConfig
 
@@ -174,6 +174,13 @@ def test_a_better_source_displaces_what_contradicts_it(tmp_path: Path) -> None:
 def test_without_anything_the_error_is_the_same_as_ever() -> None:
     with pytest.raises(ConfigError, match="no capacity in the options; set how much memory to use"):
         resolve({})
+
+
+def test_a_list_that_is_none_says_once_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text('quota = "x"\n')
+    with pytest.raises(ConfigError, match=re.escape(f"quota in {path} line 1 is 'x' (str); expected list of str")):
+        converted(gather(Reader.DAEMON, {}, "x", path, {}))
 
 
 def test_secrets_are_not_in_messages() -> None:
