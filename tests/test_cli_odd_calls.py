@@ -134,6 +134,7 @@ def base(command: str, place: Place) -> dict[str, str]:
         "demo": {"model": str(place.model), "workdir": str(place.folder / "work")},
         "serve": {"capacity": "1MiB", "socket": str(place.folder / "t"), "arena_dir": str(place.folder / "arena"), "name": "t"},
         "get": {"key": "ab", **there}, "evict": {"prefix": "ab", **there}, "ls": there, "stat": there, "clear": there,
+        "top": {"socket": str(place.folder / "nowhere")},  # with a daemon it would go on until Ctrl-C
         "record": {"out": str(place.folder / "out.jsonl"), "seconds": "0", **there},
         "replay": {"traces": str(place.trace), "workers": "1", "policy": "lru", "capacity": "1"},
     }.get(command, {})  # fmt: skip
@@ -226,4 +227,4 @@ def test_good_calls(place: Place) -> None:
         result = CliRunner().invoke(app, line(command, base(command, place)))
         ends[command] = result.exit_code
         (place.folder / "out.jsonl").unlink(missing_ok=True)
-    assert ends == dict.fromkeys(COMMANDS, 0) | {"demo": 2, "get": 1}
+    assert ends == dict.fromkeys(COMMANDS, 0) | {"demo": 2, "get": 1, "top": 2}
