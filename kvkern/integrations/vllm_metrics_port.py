@@ -5,6 +5,7 @@ A small HTTP server in threads of the front end. It answers GET /metrics and not
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -15,14 +16,14 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 logger = logging.getLogger("vllm.kvkern")
 
-IDLE_S = 10.0  # how long a client may take to send its request
+REQUEST_S = 10.0  # from the connection to the end of the answer: who drips bytes, or reads none, is hung up on
 MAX_REQUESTS = 16  # at the same time; more are turned away
 _lock = threading.Lock()
 _served: set[int] = set()  # ports that this process serves
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = IDLE_S
+    timeout = REQUEST_S  # of one read or write; _Server counts all of them together
 
     def log_message(self, format: str, *args: Any) -> None:
         """Scrapes are not logged."""
@@ -51,13 +52,23 @@ class _Server(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        deadline = threading.Timer(REQUEST_S, _hang_up, [request])
+        deadline.daemon = True
         try:
+            deadline.start()
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
+
+
+def _hang_up(request: socket.socket) -> None:
+    """Every read and write of the request's thread ends now."""
+    with contextlib.suppress(OSError):  # it has just ended by itself
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Server6(_Server):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
+import time
 import urllib.request
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +239,29 @@ def test_the_second_metrics_port(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(OSError):  # noqa: PT011  (refused or reset: both are right)
             get(port)
+    finally:
+        for client in idle:
+            client.close()
+
+
+def test_clients_that_drip_do_not_keep_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the request does not."""
+    monkeypatch.setattr(vllm_metrics_port, "REQUEST_S", 1.0)
+    monkeypatch.setattr(vllm_metrics_port._Handler, "timeout", 1.0)
+    port = free_port()
+    assert vllm_metrics_port.serve_metrics(port, application) == port
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(vllm_metrics_port.MAX_REQUESTS)]
+    try:
+        deadline, answer = time.monotonic() + 30, ""
+        while not answer:
+            assert time.monotonic() < deadline, "nobody else got an answer"
+            for client in idle:
+                with contextlib.suppress(OSError):
+                    client.sendall(b"G")
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):
+                answer = get(port)
+        assert answer == "answer"
     finally:
         for client in idle:
             client.close()
