@@ -5,8 +5,8 @@
     one scan   at a time
 
 So scans take a tenth of the daemon's thread at most, however many chunks there are and however often somebody asks, and an
-acquire waits for one turn of some 2 ms at most. A scan of a million slots takes a second or a few. It ends early when it has found
-enough. It sees each chunk that is there all the time; of others it may see some.
+acquire waits for one turn of some 2 ms at most. A scan of a million slots takes a second or a few. It ends early when it has
+found enough. It sees each chunk that is there all the time; of others it may see some.
 """
 
 from __future__ import annotations
