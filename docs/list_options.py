@@ -97,7 +97,8 @@ is set, add `kvkern` to it. vLLM's log says for every variable what it does, or 
 - **No daemon.** The engine waits `connect_s` seconds (`KVKERN_CONNECT_S`, 300), and says so every 10 s. Then it serves
   without a cache. When the daemon comes, scheduler and workers connect, each worker proves its copies, and from then on
   requests are stored and loaded. It is an error at the start only if somebody must act: the socket may not be opened,
-  the daemon refuses or is another user's ([node.md](node.md#use-it-from-an-engine)).
+  the daemon does not let this user in, is another user's, or is another model's
+  ([node.md](node.md#use-it-from-an-engine)).
 - **The RPC endpoint** is asked once, at start, which daemon it is (`GET /healthz` of `kvkern serve --rpc`). If it is
   not the daemon on the socket, one warning names both; if it does not answer, one line says so. The engine needs it for
   nothing else.

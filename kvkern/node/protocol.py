@@ -28,6 +28,13 @@ MAX_SPEED = 1e7  # prefill speed, tokens/s; no engine computes faster
 OVERVIEW = (
     b"kvkern: overview"  # as the prefix of List: a row `overview`, which is JSON, instead of chunks; no key begins so
 )
+STAYING_REFUSALS = (  # what such a refusal says, beside its numbers
+    "may not use this cache",  # another user's engine
+    "may operate this cache, but not read it",
+    "that the daemon's user namespace does not know",
+    "the daemon cannot see process",
+    "this cache holds chunks of",  # slots of another model
+)
 MAX_NAME = 256  # characters of an engine's name, or of a field of a namespace
 
 Id = Annotated[int, Meta(ge=0, lt=1 << 53)]
@@ -227,6 +234,11 @@ class Refused(_Message, tag=66):
     """The session is not opened. `reason` says why and what to do."""
 
     reason: str
+
+    @property
+    def stays(self) -> bool:
+        """Return True if the reason stays until somebody changes who may connect, or which model uses which daemon."""
+        return any(words in self.reason for words in STAYING_REFUSALS)
 
 
 class Described(_Message, tag=67):

@@ -4,6 +4,7 @@ no answer for PROBE_S   -> ask the daemon for its counters, on a connection of i
 it tells them           -> it is at work: wait on, and log how far it is
 it does not             -> give up when it has given no sign for the time that the engine grants: an error, or the engine
                            goes on without a cache and the link connects later
+it refuses                 -> an error, or the engine goes on without a cache if the reason may pass by itself
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import logging
 import time
 
 from ...config import format_nbytes
-from ...errors import KvkernError
+from ...errors import ArenaError, KvkernError
 from .. import framing
 from .. import protocol as p
 from .admin_client import AdminClient
-from .reconnecting_link import ReconnectingLink
+from .reconnecting_link import ReconnectingLink, RefusedForNow
 
 logger = logging.getLogger("kvkern")
 
@@ -31,9 +32,11 @@ def connect_first(
     timeout_s: float,  # how long the daemon may give no sign
     required: bool = True,  # False: go on without a daemon
 ) -> bool:
-    """Connect, before the link's thread is started. Returns False if no daemon answers and none is `required`.
+    """Connect, before the link's thread is started. Returns False without a connection if no daemon is `required`.
 
-    Otherwise closes the link and raises ConfigError if no daemon answers, or KvkernError if it refuses.
+    Otherwise closes the link and raises ConfigError if no daemon answers, or KvkernError if it refuses. Raises both ways if
+    somebody must act: this user may not open the socket or use the cache, another user serves there, or the cache is another
+    model's.
     """
     begin = time.monotonic()
     deadline, next_line_s = begin + timeout_s, begin + LINE_S
@@ -73,6 +76,16 @@ def connect_first(
                         },
                     )
                 time.sleep(0.1)
+        except (RefusedForNow, p.ProtocolError, ArenaError) as error:
+            if required:
+                link.close()
+                raise
+            logger.warning(
+                "kvkern: the daemon on %(socket)s cannot be used: %(error)s. The engine goes on without a cache, and tries "
+                "again by itself",
+                {"event": "daemon_unusable", "socket": link.path, "error": error},
+            )
+            return False
         except BaseException:
             link.close()
             raise

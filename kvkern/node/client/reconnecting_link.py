@@ -39,6 +39,10 @@ _DESCRIPTOR = struct.Struct("i")
 OnAnswer = Callable[[p.Response | None], None]  # called once, under the lock; None: no answer will come
 
 
+class RefusedForNow(ConfigError):
+    """The daemon lets this client not in, for a reason that may pass: it is of another version, is ending, or is full."""
+
+
 class ReconnectingLink:
     """Thread-safe. Call `connect` until it succeeds or you give up, then `start`; `close` ends it.
 
@@ -152,8 +156,12 @@ class ReconnectingLink:
         with self.lock:
             self._socket, self._splitter, self.connected, self.remote = sock, splitter, True, welcome.remote
             self._on_connected()
-            for body in rest:
-                self._dispatch(framing.decode_response(body))
+            try:
+                for body in rest:
+                    self._dispatch(framing.decode_response(body))
+            except KvkernError:
+                self._disconnect()
+                raise
             self.lock.notify_all()
 
     def _keep_arena(self, arena: Arena) -> None:
@@ -329,7 +337,9 @@ def _receive_welcome(sock: socket.socket, splitter: framing.FrameSplitter) -> tu
             bodies += list(splitter.feed(data))
         first = framing.decode_response(bodies[0])
         if isinstance(first, p.Refused):
-            raise ConfigError(f"the daemon refuses: {first.reason}")
+            if first.stays:
+                raise ConfigError(f"the daemon refuses: {first.reason}")
+            raise RefusedForNow(f"the daemon refuses: {first.reason}")
         if not isinstance(first, p.Welcome) or first.geometry is None or descriptor < 0:
             raise p.ProtocolError(
                 f"the daemon answers Hello with {type(first).__name__} and no arena; "

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kvkern.arena.file import Arena
 from kvkern.arena.room import allocate
-from kvkern.errors import ConfigError
+from kvkern.arena.slots import SlotGeometry
+from kvkern.errors import ConfigError, KvkernError
+from kvkern.node import framing
 from kvkern.node import protocol as p
 from kvkern.node.client import first_connection
 from kvkern.node.client.admin_client import AdminClient
@@ -133,3 +139,103 @@ def test_a_socket_that_is_no_socket_is_no_daemon_and_one_that_may_not_be_opened_
     monkeypatch.setattr("kvkern.node.client.reconnecting_link.ReconnectingLink.connect", refused)
     with pytest.raises(ConfigError, match="this user may not open"):
         NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=60, required=False)
+
+
+@contextlib.contextmanager
+def answering(path: Path, answer: bytes) -> Iterator[None]:
+    """Serve: read a client's Hello, answer it and hang up, again and again."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with sock.accept()[0] as client:
+                        client.recv(1 << 16)
+                        client.sendall(answer)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield
+        sock.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
+    path.unlink()
+
+
+VERSION = "protocol version 9 is not the daemon's 8; upgrade the older side"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (framing.encode(p.Refused(VERSION)), VERSION),
+        (framing.encode(p.Refused("cannot make an arena of 4 GiB")), "cannot make an arena of 4 GiB"),
+        (framing.encode(p.Draining()), "answers Hello with Draining and no arena"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "a frame has 1347703880 bytes"),
+        (b"\3\0\0\0abc", "holds no message of protocol version"),
+    ],
+)
+def test_an_engine_starts_whatever_the_daemon_says_and_uses_it_when_it_lets_it_in(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, answer: bytes, said: str
+) -> None:
+    """The same refusal a second later would be a miss. Who asks for a daemon is told."""
+    with answering(folder / "s", answer):
+        with pytest.raises(KvkernError, match=re.escape(said)):
+            open_client(folder / "s", "e")
+        client = NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=60, patience_s=30, required=False)
+    with closing(client):
+        assert client.wait_for_arena(0) is None
+        (line,) = (
+            row.getMessage() for row in caplog.records if "The engine goes on without a cache" in row.getMessage()
+        )
+        assert said in line
+        with served(NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False)):
+            assert client.wait_for_arena(60) is not None
+            eventually(lambda: client.connected, "connected")
+            assert store(client, chain_keys("a", 3)) == 3
+
+
+def test_an_arena_that_cannot_be_made_ends_no_engine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, served(NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path)):
+        patch.setattr("kvkern.arena.file.allocate", full)
+        client = NodeClient.open(folder / "s", "e", GEOMETRY, timeout_s=60, required=False)
+        with closing(client):
+            assert client.wait_for_arena(0) is None
+            patch.undo()
+            assert client.wait_for_arena(60) is not None
+
+
+def test_where_somebody_must_act_no_engine_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model's daemon, a user that is not let in, one that may only operate, and processes that cannot be seen."""
+    other = SlotGeometry(2 * GEOMETRY.part_nbytes, GEOMETRY.max_planes, GEOMETRY.world_size)
+    with (
+        served(NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path)) as server,
+        closing(NodeClient.open(folder / "s", "one", GEOMETRY)),
+    ):
+        with pytest.raises(ConfigError, match="this cache holds chunks of"):
+            NodeClient.open(folder / "s", "two", other, required=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.admission, "is_engine", lambda peer: False)
+            with pytest.raises(ConfigError, match="may operate this cache, but not read it"):
+                NodeClient.open(folder / "s", "two", GEOMETRY, required=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.admission, "is_operator", lambda peer: False)
+            patch.setattr(server.admission, "_engines", SimpleNamespace(include=lambda peer: False))
+            with pytest.raises(ConfigError, match="may not use this cache"):
+                NodeClient.open(folder / "s", "two", GEOMETRY, required=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.admission, "_unmapped", os.getuid())
+            with pytest.raises(ConfigError, match="that the daemon's user namespace does not know"):
+                NodeClient.open(folder / "s", "two", GEOMETRY, required=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("kvkern.node.daemon.listener.process_start", lambda pid: 0)
+            with pytest.raises(ConfigError, match="the daemon cannot see process"):
+                NodeClient.open(folder / "s", "two", GEOMETRY, required=False)
