@@ -123,8 +123,9 @@ FAMILIES = {
 
 Later samples of the same project name a connector, `--kv-transfer-config '{{"kv_connector":
 "AIBrixOffloadingConnectorV1Type3", "kv_role": "kv_both"}}'`. kvkern takes its place, whatever follows
-`AIBrixOffloadingConnector`, and reads these variables. Their first level is a cache in the engine's own memory; with
-`KVKERN_SOCKET` the node's daemon is used instead.
+`AIBrixOffloadingConnector`, and reads these variables. If the real connector is there, kvkern leaves it alone: a plugin
+has registered its name in vLLM, or `kv_connector_module_path` says where it is. Their first level is a cache in the
+engine's own memory; with `KVKERN_SOCKET` the node's daemon is used instead.
 
 | variable | what kvkern does with it | why |
 |---|---|---|

@@ -4,7 +4,8 @@
 result to all processes of the engine. It imports nothing of the adapter.
 
     no --kv-transfer-config, both switches on    KvkernConnector, with the options that the variables say
-    AIBrixOffloadingConnector...                 KvkernConnector, with the options that AIBRIX_KV_CACHE_OL_* say
+    AIBrixOffloadingConnector..., unless this    KvkernConnector, with the options that AIBRIX_KV_CACHE_OL_* say
+    vLLM has it, or a module path says where
     anything else                                what the user has written; the variables have no effect
 """
 
@@ -59,8 +60,7 @@ def fill_in(args: Any) -> Setting | None:
     on, line = switched_on(os.environ)
     if line:
         log.warning("kvkern: %s", line)
-    given = args.kv_transfer_config
-    replaced = str(_connector_of(given)).startswith(REPLACED)
+    replaced = _stands_for_kvkern(args.kv_transfer_config, log)
     if not on and not replaced:
         return None
     family = Family.OFFLOADING if replaced else Family.VINEYARD
@@ -107,8 +107,24 @@ def _shown(name: str, setting: Setting) -> Any:
     return "***" if BY_NAME[name].secret else setting.value
 
 
-def _connector_of(given: Any) -> Any:
-    return given.get("kv_connector") if isinstance(given, dict) else getattr(given, "kv_connector", None)
+def _connector_of(given: Any, field: str = "kv_connector") -> Any:
+    return given.get(field) if isinstance(given, dict) else getattr(given, field, None)
+
+
+def _stands_for_kvkern(given: Any, log: Any) -> bool:
+    """Return True if the transfer configuration names the samples' connector, and vLLM does not have it."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    name = str(_connector_of(given))
+    if not name.startswith(REPLACED):
+        return False
+    if _connector_of(given, "kv_connector_module_path") or name in KVConnectorFactory._registry:
+        log.info("kvkern: --kv-transfer-config names %s, which is installed here, so kvkern leaves it alone", name)
+        return False
+    log.info(
+        "kvkern: vLLM has no connector %s and no module path says where it is, so KvkernConnector takes its place", name
+    )
+    return True
 
 
 def _other_choice(args: Any) -> str:

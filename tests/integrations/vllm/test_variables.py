@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core import kv_cache_utils
 
@@ -136,6 +137,29 @@ def test_a_samples_connector_is_replaced(monkeypatch: pytest.MonkeyPatch, lines:
     parsed = options.parse_options(given.kv_transfer_config.kv_connector_extra_config)
     assert (parsed.socket, parsed.capacity_nbytes) == ("/s", 0)
     assert any("AIBrixOffloadingConnector switches the cache on" in line for line in lines)
+    assert any("has no connector AIBrixOffloadingConnectorV1Type3 and no module path" in line for line in lines)
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("as_dict", [True, False])
+@pytest.mark.parametrize("registered", [True, False])
+def test_who_has_the_samples_connector_itself_keeps_it(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], registered: bool, as_dict: bool, on: bool
+) -> None:
+    """It is registered in vLLM by a plugin, or the transfer configuration says in which module it is."""
+    set_variables(monkeypatch, {OL + "L1_CACHE_ENABLED": "1"} | (VARIABLES | SOCKET if on else {}))
+    theirs = AIBRIX
+    if registered:
+        monkeypatch.setitem(KVConnectorFactory._registry, AIBRIX["kv_connector"], lambda: object)
+    else:
+        theirs = AIBRIX | {"kv_connector_module_path": "aibrix_kvcache.integration.vllm"}
+    given = args(kv_transfer_config=theirs if as_dict else KVTransferConfig(**theirs))
+    before = given.kv_transfer_config
+    assert vllm_variables.fill_in(given) is None
+    assert given.kv_transfer_config is before
+    assert given.block_size is None
+    assert "which is installed here, so kvkern leaves it alone" in lines[0]
+    assert len(lines) == 1 + on
 
 
 def test_a_sample_without_a_first_level_needs_a_place(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
