@@ -119,7 +119,7 @@ def messages_of(module: Module) -> list[Message]:
             if isinstance(node, ast.Raise) and text and name[:1].isupper() and name not in PYTHONS_OWN:
                 found.append(Message(module.name, name, "", text))
             elif name in LEVELS and _is_logger(call.func) and text:
-                kind = {"warning_once": "warning", "exception": "error", "announce": "info"}.get(name, name)
+                kind = {"warning_once": "warning", "exception": "error", "announce": _announced(call)}.get(name, name)
                 events = _events(call) or [f"{module.name.rpartition('.')[2]}.{function[-1]}"]
                 found.extend(Message(module.name, kind, event, text) for event in events)
         for child in ast.iter_child_nodes(node):
@@ -140,6 +140,12 @@ def _events(call: ast.Call) -> list[str]:
                     chosen = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]
                     return [str(node.value) for node in chosen if isinstance(node, ast.Constant)]
     return []
+
+
+def _announced(call: ast.Call) -> str:
+    """The level of a line that LogHandler.announce writes; info unless the call gives another."""
+    given = [*call.args[2:3], *(keyword.value for keyword in call.keywords if keyword.arg == "level")]
+    return given[0].attr.lower() if given and isinstance(given[0], ast.Attribute) else "info"
 
 
 def _is_logger(func: ast.expr) -> bool:

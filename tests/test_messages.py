@@ -87,3 +87,10 @@ def test_a_message_names_its_values() -> None:
 ])  # fmt: skip
 def test_a_placeholder_is_shown_by_its_name(code: str, text: str) -> None:
     assert template(ast.parse(code, mode="eval").body) == text
+
+
+def test_the_level_of_an_announced_line() -> None:
+    """LogHandler.announce writes info unless it is told another level."""
+    module = next(m for m in MODULES if m.name == "kvkern.cli.daemon")
+    levels = {message.event: message.kind for message in messages_of(module) if message.event}
+    assert (levels["ready"], levels["not_serving"]) == ("info", "error")
