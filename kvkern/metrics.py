@@ -94,14 +94,15 @@ class Meter(Protocol):
 class CacheObserver(Protocol):
     """Is told what a cache counts, and for whom. Thread-safe; never blocks, never raises. Called per request, not per chunk."""
 
-    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int, tokens: bool = True) -> None:
         """So many chunks were looked up in the tier "dram" or "remote", and so many found there.
 
-        `namespace` is a root, or empty if it is not known. `client` is the number of a daemon's client.
+        `namespace` is a root, or empty if it is not known. `client` is the number of a daemon's client. `tokens`: the
+        chunks' tokens count; False if chunks of another KV group hold the same tokens.
         """
 
-    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
-        """So many chunks were stored."""
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int, first_group: int) -> None:
+        """So many chunks were stored. Those of the first KV group hold all tokens, the other groups hold them again."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:
         """So many chunks that were looked up were not given to their request (0: its number is not known)."""
@@ -113,10 +114,10 @@ class CacheObserver(Protocol):
 class Unobserved:
     """The observer and the meter of a cache that nobody watches."""
 
-    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int, tokens: bool = True) -> None:
         """See CacheObserver."""
 
-    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int, first_group: int) -> None:
         """See CacheObserver."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:

@@ -86,7 +86,7 @@ class Cache:
                     hits = sum(map(set(keys[len(keys) - new :]).__contains__, lease.keys))
                 self.counters.lookup_chunks += new
                 self.counters.hit_chunks += hits
-                self.observer.looked_up("dram", use.namespace, use.client, new, hits)
+                self.observer.looked_up("dram", use.namespace, use.client, new, hits, use.counts_tokens)
                 if self._remote is None:
                     self.observer.not_loaded("not_found", use.request, new - hits)
                 if not new:
@@ -175,7 +175,7 @@ class Cache:
         with self._lock, self.faults.are_misses():
             stored = self._dram.commit(reservation)
             self._note_stored(reservation, stored)
-            self.observer.stored("dram", b"", 0, stored)
+            self.observer.stored("dram", b"", 0, stored, stored)  # an engine counts its tokens itself
             return stored
         return 0
 
@@ -274,9 +274,15 @@ class Cache:
         with self._lock, self.faults.are_misses():
             published = self._dram.publish(reservation, namespace, self._timed(use), writer=writer)
             self._note_stored(reservation, sum(published))
-            self.observer.stored("dram", namespace, use.client if use is not None else 0, sum(published))
+            client, first_group = use.client if use is not None else 0, self._first_group(reservation.slots, published)
+            self.observer.stored("dram", namespace, client, sum(published), first_group)
             return published
         return [False] * len(reservation.slots)
+
+    def _first_group(self, slots: Sequence[int], published: Sequence[bool]) -> int:
+        """Return how many of the published chunks are of the first KV group. What is in READY slots is recorded."""
+        groups = self.records.rows["group"][list(slots)].tolist()
+        return sum(done and not group for done, group in zip(published, groups, strict=True))
 
     def _note_stored(self, reservation: Reservation, stored: int) -> None:
         known = stored

@@ -85,27 +85,27 @@ class DaemonMeter(Meters):
 
     # -- CacheObserver -------------------------------------------------------------------------------------------------
 
-    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int, tokens: bool = True) -> None:
         """See CacheObserver."""
         labels = self._labels.get(namespace) or self.labels_of(namespace, client)
-        tokens, sums = labels.chunk_tokens, labels.sums
+        chunk_tokens, sums = (labels.chunk_tokens if tokens else 0), labels.sums
         with self._lock:
             row = sums.lookup[tier]
             row[0] += chunks
-            row[1] += chunks * tokens
+            row[1] += chunks * chunk_tokens
             if hits:
                 row = sums.hit[tier]
                 row[0] += hits
-                row[1] += hits * tokens
+                row[1] += hits * chunk_tokens
                 row[2] += hits * self.slot_nbytes
 
-    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int, first_group: int) -> None:
         """See CacheObserver."""
         labels = self.labels_of(namespace, client)
         with self._lock:
             row = labels.sums.stored[tier]
             row[0] += chunks
-            row[1] += chunks * labels.chunk_tokens
+            row[1] += first_group * labels.chunk_tokens
             row[2] += chunks * self.slot_nbytes
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:

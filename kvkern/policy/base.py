@@ -39,6 +39,8 @@ class Use:
     session: int = 0  # equal numbers: one conversation; 0: unknown, the policy has to infer it from the chain
     client: int = field(default=0, compare=False)  # of a daemon, the one that asks; 0: the only one; no policy reads it
     counts_itself: bool = False  # the caller counts lookups and hits, see ChunkCache.count_lookups; no policy reads it
+    # False: the chain is of another KV group than the request's first one and holds the same tokens; no policy reads it
+    counts_tokens: bool = field(default=True, compare=False)
 
 
 class EvictionPolicy(Protocol):

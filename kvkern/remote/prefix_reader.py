@@ -87,7 +87,8 @@ class PrefixReader:
             if not request.use.namespace or self.num_waiting >= MAX_WAITING:
                 return self._refused(request, "unasked" if request.use.namespace else "not_found")
             self._counters.remote_lookup_chunks += new
-            self._cache.observer.looked_up("remote", request.use.namespace, request.use.client, new, 0)
+            use = request.use
+            self._cache.observer.looked_up("remote", use.namespace, use.client, new, 0, use.counts_tokens)
             if not self._store_works():
                 return self._refused(request, "store_failed")
             if request.prefix and self._presence.is_absent(request.keys[len(lease.keys)]):
@@ -165,7 +166,7 @@ class PrefixReader:
         request.leases.append(found)
         if not request.use.counts_itself:
             use = request.use
-            self._cache.observer.looked_up("dram", use.namespace, use.client, 0, len(found.keys))
+            self._cache.observer.looked_up("dram", use.namespace, use.client, 0, len(found.keys), use.counts_tokens)
         got = set(found.keys)
         return keys[len(found.keys) :] if request.prefix else [key for key in keys if key not in got]
 
@@ -253,7 +254,8 @@ class PrefixReader:
             return 0
         self._presence.note_found(read.keys)
         self._counters.remote_hit_chunks += len(read.keys)
-        self._cache.observer.looked_up("remote", request.use.namespace, request.use.client, 0, len(read.keys))
+        use = request.use
+        self._cache.observer.looked_up("remote", use.namespace, use.client, 0, len(read.keys), use.counts_tokens)
         self._counters.remote_late_chunks += len(read.keys) * (not request.is_waiting())
         lease = self._cache.promote(
             read, request.use.namespace, request.use, whole and request.is_waiting(), request.prefix

@@ -275,9 +275,10 @@ class RemoteTier:
         began = time.monotonic()
         taken = await self._calls.put(keys, values)
         written = [key for key, ok in zip(keys, taken, strict=True) if ok]
-        namespaces = self._cache.records.rows["namespace"]
-        for namespace, count in Counter(bytes(namespaces[slots[key]]) for key in written).items():
-            self._cache.observer.stored("remote", namespace, 0, count)
+        namespaces, groups = self._cache.records.rows["namespace"], self._cache.records.rows["group"]
+        counts = Counter((bytes(namespaces[slots[key]]), not groups[slots[key]]) for key in written)
+        for (namespace, is_first), count in counts.items():
+            self._cache.observer.stored("remote", namespace, 0, count, count * is_first)
         self.presence.note_written(written)
         if written:
             self.costs.note_write(len(written), time.monotonic() - began)

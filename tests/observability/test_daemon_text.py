@@ -11,7 +11,8 @@ from kvkern.node.daemon.server import NodeConfig, Server
 from kvkern.observability.catalogue import CATALOGUE, Kind
 from kvkern.observability.exposition import daemon_text
 from kvkern.policy.base import Use
-from tests.node.conftest import eventually, served, store
+from kvkern.tiers.base import ChunkShape
+from tests.node.conftest import eventually, served, store, write_payload
 from tests.node.conftest import folder as folder
 from tests.node.peer import GEOMETRY, PATIENCE_S
 from tests.support import NAMESPACE, chain_keys
@@ -83,6 +84,25 @@ def test_what_engines_do_shows_by_model_and_tier(folder: Path) -> None:
         assert value(server, "arena_slots", state="ready") == 4
         tenant = {"model": "Llama", "tenant": "0123456789abcdef"}
         eventually(lambda: value(server, "tenant_chunks", **tenant) == 4)
+        client.close()
+
+
+def test_tokens_count_once_however_many_kv_groups_hold_them(folder: Path) -> None:
+    first, second = chain_keys("a", 10), chain_keys("b", 10)
+    labels = {"tier": "dram", "model": "Llama"}
+    with served(config(folder)) as server:
+        client = connect(folder)
+        client.describe_namespace(NAMESPACE, {"model": "Llama", "chunk_tokens": "16"})
+        for group, chain in enumerate((first, second)):
+            reservation = client.reserve(chain, chain, ChunkShape(NAMESPACE, group, 16))
+            write_payload(client.arena, reservation)
+            assert client.commit(reservation) == 10
+        for _ in range(2):  # a request that waits asks again
+            for prefix, chain in ((True, first), (False, second)):
+                client.release(client.acquire(chain, prefix, use=Use(request=1, namespace=NAMESPACE)))
+        for event in ("lookup", "hit", "stored"):
+            assert value(server, f"{event}_chunks_total", **labels) == 20
+            assert value(server, f"{event}_tokens_total", **labels) == 160
         client.close()
 
 

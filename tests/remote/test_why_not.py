@@ -26,7 +26,7 @@ class Reasons(Unobserved):
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:
         self.chunks[reason] += chunks
 
-    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int, tokens: bool = True) -> None:
         self.seen[f"{tier} lookup"] += chunks
         self.seen[f"{tier} hit"] += hits
 

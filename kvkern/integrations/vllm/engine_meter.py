@@ -100,13 +100,13 @@ class EngineMeter:
 
     # -- CacheObserver -------------------------------------------------------------------------------------------------
 
-    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int) -> None:
+    def looked_up(self, tier: str, namespace: bytes, client: int, chunks: int, hits: int, tokens: bool = True) -> None:
         """See CacheObserver. The scheduler counts what it looks up and loads itself, so only the remote tier counts here."""
-        if tier == "remote":
+        if tier == "remote" and tokens:
             self.add("lookup_tokens", chunks * self._chunk_tokens, "remote")
             self.add("hit_tokens", hits * self._chunk_tokens, "remote")
 
-    def stored(self, tier: str, namespace: bytes, client: int, chunks: int) -> None:
+    def stored(self, tier: str, namespace: bytes, client: int, chunks: int, first_group: int) -> None:
         """See CacheObserver. ObservedCache counts what the engine stores."""
 
     def not_loaded(self, reason: str, request: int, chunks: int) -> None:

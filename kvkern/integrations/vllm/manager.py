@@ -31,6 +31,7 @@ from .first_tokens import FirstTokens
 from .lookup_counts import LookupCounts
 from .notices import Notices, log_failed_load, log_load_without_hit, log_stores_nothing
 from .prefill_speed import PrefillSpeed
+from .rank_arenas import RankArenas
 from .request_hints import with_hints
 from .request_state import KvGroup, RequestState
 from .stop_reasons import stop_reason
@@ -61,7 +62,7 @@ class KvkernManager(shim.OffloadingManager):
         self._proof: Proof | None = None
         self._adapters: AdapterNames | None = None
         self._stores_nothing = False  # see stop_storing
-        self.absent_workers: set[int] = set()  # ranks without a copier yet: requests are not cached
+        self.ranks = RankArenas()  # while any is absent, requests are not cached
         self._tickets = Tickets()
         self._num_requests = self.step = 0
         self.prefill = PrefillSpeed()
@@ -110,7 +111,7 @@ class KvkernManager(shim.OffloadingManager):
     def _set_root(self, state: RequestState, request: shim.Request) -> None:
         """Set the root under which the request is cached. Empty if it computes something whose content is not known."""
         digest = state.adapter.digest if state.adapter is not None else None
-        known = state.named and not self.absent_workers and (request.lora_request is None or digest is not None)
+        known = state.named and not self.ranks.absent() and (request.lora_request is None or digest is not None)
         state.root = self._root_of(request.cache_salt, digest) if known else b""
         private = self._bound_tenants.private
         state.use = replace(state.use, namespace=b"" if private else state.root)  # empty: no remote store is asked
@@ -405,8 +406,8 @@ class KvkernManager(shim.OffloadingManager):
         """Start to acquire all cached chunks of this request."""
         self._name_new_chunks(state)
         for group_id, chain in state.chains.items():
-            asked = self._cache.acquire_soon(chain, prefix=group_id not in self._windowed, use=state.lookup_use())
-            state.pending_lookups.append((group_id, asked))
+            use, prefix = state.lookup_use(group_id), group_id not in self._windowed
+            state.pending_lookups.append((group_id, self._cache.acquire_soon(chain, prefix, use)))
         state.pinned_at_step = self.step
         self._waiting.add(req_id)
 
@@ -427,8 +428,8 @@ class KvkernManager(shim.OffloadingManager):
     def _look_up_boundary(self, state: RequestState, key: shim.OffloadKey) -> shim.LookupResult:
         asked = state.boundary_lookups.get(key)
         if asked is None:
-            asked = self._cache.acquire_soon([self._chunk_key(state, key)], use=state.lookup_use())
-            state.boundary_lookups[key] = asked
+            use = state.lookup_use(shim.get_offload_group_idx(key))
+            state.boundary_lookups[key] = asked = self._cache.acquire_soon([self._chunk_key(state, key)], use=use)
         if not asked.done():
             return shim.LookupResult.RETRY
         del state.boundary_lookups[key]

@@ -66,9 +66,10 @@ class RequestState:
         """Return True if the pins were taken before this step and not used. While an answer is due, pins do not expire."""
         return not self.pending_lookups and not self.boundary_lookups and self.pinned_at_step < step
 
-    def lookup_use(self) -> Use:
+    def lookup_use(self, group_id: int) -> Use:
         """Return what a lookup tells the cache. Without a namespace no remote store is asked. LookupCounts counts it."""
-        return replace(self.use, counts_itself=True, namespace=self.use.namespace if self.may_ask_store else b"")
+        namespace = self.use.namespace if self.may_ask_store else b""
+        return replace(self.use, counts_itself=True, namespace=namespace, counts_tokens=not group_id)
 
     def end_of_boundary(self, key: shim.OffloadKey, tokens_per_hash: int) -> int:
         """Return the tokens at whose end a boundary inside a chunk lies. 0: the request has no such hash."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from ...arena.file import Arena
+from ...bounded_dict import BoundedDict
 from ...cache.manager import Cache
+from ...metrics import MAX_REQUESTS
 from ...observability.daemon_meter import DaemonMeter
 from ...policy.base import Use
 from ...tiers.base import Lease, Reservation
@@ -21,6 +24,7 @@ class ObservedSessions(Sessions):
     def __init__(self, cache: Cache, arena: Arena, quotas: Quotas, meter: DaemonMeter) -> None:
         super().__init__(cache, arena, quotas=quotas)
         self._meter, self._at_once = meter, meter.at_once
+        self._first_chains: BoundedDict[int, bytes] = BoundedDict(MAX_REQUESTS)  # request -> see `_is_first_chain`
         meter.slot_nbytes = arena.spec.geometry.slot_nbytes
 
     def acquire_soon(
@@ -28,6 +32,8 @@ class ObservedSessions(Sessions):
     ) -> Future[Lease]:
         """See Sessions. Measures the look-up, and the time until the lease is there."""
         began = time.perf_counter()
+        if use is not None and not self._is_first_chain(use.request, keys):
+            use = replace(use, counts_tokens=False)
         found = super().acquire_soon(session, keys, prefix, use)
         seconds = time.perf_counter() - began
         if found.done():
@@ -36,6 +42,17 @@ class ObservedSessions(Sessions):
             self._meter.before_wait.observe(seconds)
             found.add_done_callback(lambda _: self._meter.observe("acquire_seconds", time.perf_counter() - began))
         return found
+
+    def _is_first_chain(self, request: int, keys: Sequence[bytes]) -> bool:
+        """Return True if the request asks for the sequence that it asked for first, which holds all of its tokens.
+
+        Engines ask for the sequence of the first KV group first. Those of other groups have the same tokens and other keys.
+        """
+        if not request or not keys:
+            return True
+        if (first := self._first_chains.get(request)) is None:
+            self._first_chains.put(request, keys[0])
+        return first is None or first == keys[0]
 
     def grant(self, session: Session, count: int) -> Reservation:
         """See Sessions. Counts the slots that were not granted."""

@@ -126,6 +126,17 @@ def test_seconds_avoided_wait_for_the_speed() -> None:
 
 
 @pytest.mark.usefixtures("_registry")
+def test_tokens_of_the_remote_tier_count_once_however_many_kv_groups_hold_them() -> None:
+    meter = EngineMeter(CacheCounters(), remote=True, chunk_tokens=16)
+    meter.looked_up("remote", b"", 0, 10, 4)
+    meter.looked_up("remote", b"", 0, 10, 4, tokens=False)  # the same tokens in the second group
+    stats = meter.take()
+    assert stats is not None
+    counted = stats.data["data"]
+    assert counted["kvkern:lookup_tokens"]["remote",] == 160
+    assert counted["kvkern:hit_tokens"]["remote",] == 64
+
+
 def test_published_names() -> None:
     counters, exported, now = CacheCounters(), Exported(CONFIGS[0]), 0.0
     meter = EngineMeter(counters, remote=True, published=True, clock=lambda: now)
