@@ -32,8 +32,8 @@ ENGINES = 4
 CHUNKS = 24  # of a request; the arena has 127 slots
 LOOKS = 40
 GROWTH_NBYTES = 8 << 20  # of allocator pools
-GROWTH = 1.5  # log lines of the last quarter over those of the second; a minute has at most LINES
-LINES = 600
+GROWTH = 1.5  # log lines of the last quarter are at most so many times those of the second
+SPARE_LINES = 20  # and so many more
 MANY_NAMES = 100_000
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 2 * SECONDS)]
@@ -141,6 +141,5 @@ def test_a_full_daemon_stays_flat(make_daemon: MakeDaemon) -> None:
     assert grown(lambda x: x.rss_nbytes) < GROWTH_NBYTES
     assert grown(lambda x: x.descriptors) <= 2 * ENGINES  # some hang at this moment, some do not
     assert grown(lambda x: x.series) == 0
-    lines, minute = last[-1].log_lines - last[0].log_lines, SECONDS / 4 / 60
-    assert lines <= max(GROWTH * (second[-1].log_lines - second[0].log_lines), LINES * minute)
-    assert all(json.loads(line)["event"] for line in daemon.log.splitlines() if line.startswith("{"))
+    assert last[-1].log_lines - last[0].log_lines <= GROWTH * (second[-1].log_lines - second[0].log_lines) + SPARE_LINES
+    assert all(json.loads(line)["event"] for line in daemon.log.splitlines())
