@@ -182,7 +182,11 @@ class Stat(_Message, tag=10):
 
 
 class List(_Message, tag=11):
-    """Ask for the chunks whose key starts with `prefix`, at most `limit`; or with OVERVIEW for that. Answered by Answer."""
+    """Ask for the chunks whose key starts with `prefix`, at most `limit`; or with OVERVIEW for that. Answered by Answer.
+
+    The overview has no message of its own because that would have raised VERSION, and with it have parted daemons from engines
+    that agree on everything else. An older daemon answers with no rows. A change that raises VERSION anyway should add one.
+    """
 
     id: Id
     prefix: Annotated[bytes, Meta(max_length=KEY_NBYTES)]
