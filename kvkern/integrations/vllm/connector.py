@@ -28,7 +28,7 @@ from .options import (
     refuse_unshareable,
     refuse_unsupported,
 )
-from .packing import PackingReport, absent_ranks, agreed_packing, packing_of_scheduler, packing_of_worker
+from .packing import PackingReport, agreed_packing, packing_of_scheduler, packing_of_worker, reported_arenas
 from .request_hints import drop_malformed_params
 from .stop_reasons import tool_call_ids
 from .store_proof import StoreProof
@@ -133,30 +133,31 @@ class KvkernConnector(shim.OffloadingConnector):
         return shim.KVConnectorTransferResults(sending, receiving, failed)
 
     def build_connector_worker_meta(self) -> shim.OffloadingWorkerMetadata | None:
-        """Return what has happened since the last call: each transfer, and the adapters that vLLM has loaded."""
+        """Return what has happened since the last call: each transfer, adapters that vLLM has loaded, a new arena."""
         metadata = super().build_connector_worker_meta()
         news = self._adapters.take_news() if self._adapters is not None else {}
         worker: KvkernWorker = shim.worker_of(self)
         transfers = worker.take_transfers()
-        arrived = {self._vllm_config.parallel_config.rank} if worker.take_arrival() else set()
-        if metadata is None and not news and not transfers and not arrived:
+        arena = worker.take_arena()
+        if metadata is None and not news and not transfers and arena is None:
             return None
         metadata = metadata or shim.OffloadingWorkerMetadata()
-        return WorkerReport(metadata.completed_jobs, metadata.transfer_stats, news, transfers, arrived)
+        arenas = {} if arena is None else {self._vllm_config.parallel_config.rank: arena}
+        return WorkerReport(metadata.completed_jobs, metadata.transfer_stats, news, transfers, arenas)
 
     def get_handshake_metadata(self) -> shim.KVConnectorHandshakeMetadata | None:
         """Report how this worker's layers pack their pages. Inside MultiConnector the handshake belongs to the others."""
         if not self._alone:
             return None
-        rank = -1 if shim.worker_of(self).connected else self._vllm_config.parallel_config.rank
-        return PackingReport(packing_of_worker(self._vllm_config, self._kv_cache_config), rank)
+        packing = packing_of_worker(self._vllm_config, self._kv_cache_config)
+        return PackingReport(packing, self._vllm_config.parallel_config.rank, shim.worker_of(self).arena)
 
     # -- scheduler ---------------------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, shim.KVConnectorHandshakeMetadata]) -> None:
         """Take the workers' reports. vLLM calls this before the first request."""
         self._reported_packing = agreed_packing(metadata.values())
-        self._manager.absent_workers = absent_ranks(metadata.values())
+        self._manager.ranks.note(reported_arenas(metadata.values()))
 
     def _packing(self) -> str:
         if self._reported_packing is None:
@@ -238,7 +239,7 @@ class KvkernConnector(shim.OffloadingConnector):
         metadata = connector_output.kv_connector_worker_meta
         if isinstance(metadata, WorkerReport):
             self._manager.note_adapters(metadata.adapters)
-            self._manager.absent_workers -= metadata.arrived
+            self._manager.ranks.note(metadata.arenas)
             for moved in metadata.transfers:
                 self._manager.meter.note_transfer(*moved)
         if isinstance(metadata, shim.OffloadingWorkerMetadata):

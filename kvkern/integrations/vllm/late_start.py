@@ -53,7 +53,7 @@ class LateStart:
         self,
         client: NodeClient,
         build: Callable[[Arena], Copier],  # called in the thread
-        hand_over: Callable[[Copier], None],  # called in the thread
+        hand_over: Callable[[Copier, Arena], None],  # called in the thread
     ) -> None:
         self._client, self._build, self._hand_over = client, build, hand_over
         self._stopped = threading.Event()
@@ -115,5 +115,5 @@ class LateStart:
         if self._stopped.is_set():
             copier.close()
             return
-        self._hand_over(copier)
+        self._hand_over(copier, arena)
         shim.logger.info("kvkern: this worker uses the daemon's cache from now on", {"event": "late_start"})

@@ -62,8 +62,7 @@ class KvkernManager(shim.OffloadingManager):
         self._proof: Proof | None = None
         self._adapters: AdapterNames | None = None
         self._stores_nothing = False  # see stop_storing
-        self.ranks = RankArenas()  # while any is absent, requests are not cached
-        self._tickets = Tickets()
+        self.ranks, self._tickets = RankArenas(), Tickets()  # while a rank is absent, requests are not cached
         self._num_requests = self.step = 0
         self.prefill = PrefillSpeed()
         self._first_tokens = FirstTokens(self._requests)

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from ...errors import UnsupportedError
 from . import shim
+from .rank_arenas import ArenaId
 
 
 @dataclass
@@ -23,7 +24,8 @@ class PackingReport(shim.KVConnectorHandshakeMetadata):
     """What one worker reports."""
 
     packing: str
-    absent_rank: int = -1  # this worker's, if it has no copier yet, because no daemon answered at its start
+    rank: int = -1
+    arena: ArenaId = ()  # empty: this worker has no copier yet, because no daemon answered at its start
 
 
 def packing_of_worker(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheConfig) -> str:
@@ -55,10 +57,9 @@ def agreed_packing(reports: Iterable[object]) -> str | None:
     return next(iter(found), None)
 
 
-def absent_ranks(reports: Iterable[object]) -> set[int]:
-    """Return the workers that have no copier yet."""
-    found = {report.absent_rank for report in reports if isinstance(report, PackingReport)}
-    return found - {-1}
+def reported_arenas(reports: Iterable[object]) -> dict[int, ArenaId]:
+    """Return rank -> arena, of the workers that report."""
+    return {report.rank: report.arena for report in reports if isinstance(report, PackingReport)}
 
 
 def _packing_of_cpu(vllm_config: shim.VllmConfig, kv_cache_config: shim.KVCacheConfig) -> str | None:

@@ -27,6 +27,7 @@ from .late_start import NoCopier
 from .manager import KvkernManager
 from .metric_definitions import metric_definitions
 from .options import INSTANCE_KEY, parse_options
+from .rank_arenas import ArenaId
 from .request_state import KvGroup
 from .rpc_check import start_rpc_check
 from .worker import KvkernWorker
@@ -52,6 +53,12 @@ class KvkernSpec(shim.OffloadingSpec):
                 f"slots. Run this model without kvkern."
             )
         self._arena: Arena | None = None
+        self._client: NodeClient | None = None  # scheduler: of the daemon
+
+    def _daemons_arena(self) -> ArenaId:
+        """Return the arena that the daemon has given the scheduler. Empty: it has given none yet, or there is no daemon."""
+        arena = self._client.wait_for_arena(0) if self._client is not None else None
+        return () if arena is None else arena.file_id()
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, shim.OffloadingMetricMetadata]:
@@ -79,6 +86,7 @@ class KvkernSpec(shim.OffloadingSpec):
         cache, meter = self._open_cache(groups[0].chunk_tokens)
         manager = self._manager_class(cache, groups)
         manager.watch(meter)
+        manager.ranks.own = self._daemons_arena
         return manager
 
     @property
@@ -103,10 +111,10 @@ class KvkernSpec(shim.OffloadingSpec):
         build = partial(self._build_copier, groups)
         if not self.options.socket:
             arena = self._open_own_arena(self.config.parallel.rank)
-            return KvkernWorker(build(arena), self.blocks_per_chunk, arena.close)
+            return KvkernWorker(build(arena), self.blocks_per_chunk, arena.close, arena.file_id())
         client = self._connect(index=False, wait_s=self.options.connect_s)
         if (found := client.wait_for_arena(0)) is not None:
-            return KvkernWorker(build(found), self.blocks_per_chunk, client.close)
+            return KvkernWorker(build(found), self.blocks_per_chunk, client.close, found.file_id())
         worker = KvkernWorker(NoCopier(), self.blocks_per_chunk, client.close)
         worker.start_late(client, build)
         return worker
@@ -128,7 +136,7 @@ class KvkernSpec(shim.OffloadingSpec):
             counters, bool(options.socket), bool(options.remote), options.published_metrics, chunk_tokens
         )
         if options.socket:
-            client = self._connect(index=True, wait_s=min(options.connect_s, SCHEDULER_WAIT_S))
+            client = self._client = self._connect(index=True, wait_s=min(options.connect_s, SCHEDULER_WAIT_S))
             start_rpc_check(client, options)
             meter.watch(client.counters)
             meter.usage = client.usage

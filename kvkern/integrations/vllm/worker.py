@@ -14,6 +14,7 @@ from ...transfer.base import Copier, Job
 from . import shim
 from .adapter_loads import AdapterLoads
 from .late_start import LateStart, NoCopier
+from .rank_arenas import ArenaId
 from .transfer_metadata import SlotSpec, pair_blocks_with_slots
 from .worker_report import Transfer
 
@@ -26,10 +27,13 @@ SYNC_LOADS = (
 class KvkernWorker(shim.OffloadingWorker):
     """Runs jobs on the copier's threads. A load that does not verify is reported as failed and never raises."""
 
-    def __init__(self, transfer: Copier | NoCopier, blocks_per_chunk: int, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, transfer: Copier | NoCopier, blocks_per_chunk: int, on_close: Callable[[], None], arena: ArenaId = ()
+    ) -> None:
         self._transfer = transfer
         self._late: LateStart | None = None
-        self._arrived = False  # see take_arrival
+        self.arena = arena  # its id; empty while there is no copier
+        self._told_arena: ArenaId | None = None  # see take_arena
         self._blocks_per_chunk = blocks_per_chunk
         self._on_close = on_close
         self._jobs: dict[int, Job] = {}
@@ -58,16 +62,17 @@ class KvkernWorker(shim.OffloadingWorker):
         if self._late is not None:
             self._late.hold()
 
-    def _take_copier(self, transfer: Copier) -> None:
+    def _take_copier(self, transfer: Copier, arena: Arena) -> None:
         self._transfer = transfer
-        self._arrived = True
+        self.arena = arena.file_id()
 
-    def take_arrival(self) -> bool:
-        """Return True once, when the worker has got its copier after the engine's start."""
-        if not self._arrived:
-            return False
-        self._arrived = False  # the thread sets it once, so nothing is lost between the look and this line
-        return True
+    def take_arena(self) -> ArenaId | None:
+        """Return the arena's id, which is empty while there is no copier. None: it is what the last call has returned."""
+        arena = self.arena
+        if arena == self._told_arena:
+            return None
+        self._told_arena = arena
+        return arena
 
     def submit_store(self, job_id: int, src_spec: shim.GPULoadStoreSpec, dst_spec: shim.LoadStoreSpec) -> bool:
         """Start to copy engine blocks -> slots. Chunks whose copy fails stay unpublished."""

@@ -1,4 +1,4 @@
-"""What a worker reports after a step, beyond what vLLM's own connector reports: adapters, and each transfer by itself."""
+"""What a worker reports after a step, beyond what vLLM's own connector reports: adapters, arenas, each transfer by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import shim
+from .rank_arenas import ArenaId
 
 Transfer = tuple[bool, int, float]  # is it a load, bytes, seconds
 
@@ -18,7 +19,7 @@ class WorkerReport(shim.OffloadingWorkerMetadata):
         default_factory=dict
     )  # loaded since the last report: number -> digest; None: not known
     transfers: list[Transfer] = field(default_factory=list)  # ended since the last report
-    arrived: set[int] = field(default_factory=set)  # ranks that have got their copier since the last report
+    arenas: dict[int, ArenaId] = field(default_factory=dict)  # rank -> arena, if it is new since the last report
 
     def aggregate(self, other: Any) -> WorkerReport:
         """Merge two workers' reports. An adapter whose content differs between workers is not known."""
@@ -27,5 +28,5 @@ class WorkerReport(shim.OffloadingWorkerMetadata):
         for adapter_id, digest in others.items():
             adapters[adapter_id] = digest if adapters.get(adapter_id, digest) == digest else None
         transfers = [*self.transfers, *getattr(other, "transfers", ())]
-        arrived = self.arrived | getattr(other, "arrived", set())
-        return WorkerReport(merged.completed_jobs, merged.transfer_stats, adapters, transfers, arrived)
+        arenas = self.arenas | getattr(other, "arenas", {})
+        return WorkerReport(merged.completed_jobs, merged.transfer_stats, adapters, transfers, arenas)

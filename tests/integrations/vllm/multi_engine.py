@@ -22,6 +22,7 @@ class MultiEngine(Engine):
         kvkern_first: bool,
         connector: str = "FailingConnector",
         policy: str = "recompute",
+        kvkern: dict[str, Any] | None = None,  # its options
         **options: Any,
     ) -> None:
         self.folder = folder
@@ -30,9 +31,8 @@ class MultiEngine(Engine):
             "kv_connector_module_path": "tests.integrations.vllm.other_connectors",
             "kv_connector_extra_config": {"shared_storage_path": str(folder)},
         }  # fmt: skip
-        children = (
-            [transfer_config(capacity="64MiB"), other] if kvkern_first else [other, transfer_config(capacity="64MiB")]
-        )
+        ours = transfer_config(**kvkern or {"capacity": "64MiB"})
+        children = [ours, other] if kvkern_first else [other, ours]
         outer = KVTransferConfig(
             kv_connector="MultiConnector", kv_role="kv_both", kv_load_failure_policy=policy,
             kv_connector_extra_config={"connectors": children},

@@ -14,12 +14,13 @@ import pytest
 from kvkern.errors import ConfigError, LayoutError
 from kvkern.integrations.vllm import shim
 from kvkern.integrations.vllm.late_start import LateStart, NoCopier
-from kvkern.integrations.vllm.packing import PackingReport, absent_ranks
+from kvkern.integrations.vllm.packing import PackingReport, reported_arenas
 from kvkern.integrations.vllm.shim import OffloadingWorkerMetadata
 from kvkern.integrations.vllm.worker import KvkernWorker
 from kvkern.integrations.vllm.worker_report import WorkerReport
 from kvkern.node.client.cache_client import NodeClient
 from tests.integrations.vllm.engine import Engine, prompt
+from tests.integrations.vllm.multi_engine import MultiEngine
 from tests.node.conftest import Daemon, eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -32,7 +33,7 @@ def test_two_ranks_get_their_copiers_when_the_daemon_comes(llama: str, tmp_path:
     try:
         with Engine(llama, kvkern_options=options, tensor_parallel_size=2) as engine:
             manager = engine.scheduler.connector._manager
-            assert manager.absent_workers == {0, 1}
+            assert manager.ranks.absent() == [0, 1]
             text = prompt(300, 1)
             computed = engine.one(text)
             assert engine.cache.counters.stored_chunks == 0
@@ -41,7 +42,7 @@ def test_two_ranks_get_their_copiers_when_the_daemon_comes(llama: str, tmp_path:
 
             def arrived() -> bool:
                 engine.one(prompt(40, 2), tokens=1)  # workers report in steps
-                return not manager.absent_workers and engine.cache.connected
+                return not manager.ranks.absent() and engine.cache.connected
 
             eventually(arrived, "both ranks have arrived")
             engine.reset_native()
@@ -55,11 +56,44 @@ def test_two_ranks_get_their_copiers_when_the_daemon_comes(llama: str, tmp_path:
         daemon.close()
 
 
+def test_inside_multi_connector_ranks_report_in_steps(llama: str, tmp_path: Path) -> None:
+    """There is no handshake of kvkern's there. A rank with another arena than the scheduler's gets nothing to do."""
+    daemon = Daemon(tmp_path, "64MiB")
+    options = {"socket": str(daemon.socket), "connect_s": 0}
+    try:
+        with MultiEngine(llama, tmp_path / "prompts", kvkern_first=True, kvkern=options) as engine:
+            ranks = engine.manager.ranks
+            assert ranks.absent() == []
+            engine.one(prompt(40, 2), tokens=2)
+            assert ranks.absent() == [0]
+            daemon.start()
+
+            def arrived() -> bool:
+                engine.one(prompt(40, 2), tokens=2)
+                return not ranks.absent() and engine.cache.connected
+
+            eventually(arrived, "the rank has arrived")
+            assert ranks._reported == {0: engine.cache.arena.file_id()}
+            text = prompt(300, 1)
+            engine.one(text)
+            eventually(lambda: engine.cache.counters.stored_chunks >= 9, "the prompt is stored")
+            engine.forget_other()
+            assert engine.without_native(text).cached_tokens == 288
+            ranks.note({0: (1, 1)})
+            stored = engine.cache.counters.stored_chunks
+            engine.forget_other()
+            assert engine.without_native(text).cached_tokens == 0
+            engine.settle()
+            assert engine.cache.counters.stored_chunks == stored
+    finally:
+        daemon.close()
+
+
 def test_reports_of_ranks_are_merged() -> None:
-    first, second = WorkerReport(arrived={0}), WorkerReport(arrived={1})
-    assert first.aggregate(second).arrived == {0, 1}
-    assert first.aggregate(OffloadingWorkerMetadata()).arrived == {0}
-    assert absent_ranks([PackingReport("x"), PackingReport("x", 1), None]) == {1}
+    first, second = WorkerReport(arenas={0: (1, 2)}), WorkerReport(arenas={1: ()})
+    assert first.aggregate(second).arenas == {0: (1, 2), 1: ()}
+    assert first.aggregate(OffloadingWorkerMetadata()).arenas == {0: (1, 2)}
+    assert reported_arenas([PackingReport("x", 0, (1, 2)), PackingReport("x", 1), None]) == {0: (1, 2), 1: ()}
 
 
 def test_without_a_copier_every_job_has_failed() -> None:
@@ -83,10 +117,13 @@ class Client:
     def wait_for_arena(self, timeout_s: float) -> object | None:
         return self if self.came.wait(timeout_s) else None
 
+    def file_id(self) -> tuple[int, int]:
+        return 7, 8
+
 
 def start(client: Client, build: Callable[[Any], Any]) -> tuple[LateStart, list[Any]]:
     handed: list[Any] = []
-    late = LateStart(cast(NodeClient, client), build, handed.append)
+    late = LateStart(cast(NodeClient, client), build, lambda copier, arena: handed.append(copier))
     late.go_on()
     return late, handed
 
@@ -152,8 +189,10 @@ def test_nothing_is_built_before_the_first_step() -> None:
     worker = KvkernWorker(NoCopier(), 1, lambda: None)
     worker.start_late(cast(NodeClient, client), lambda arena: built.set() or cast(Any, SimpleNamespace(close=list)))
     assert not built.wait(0.2)
+    assert (worker.take_arena(), worker.take_arena()) == ((), None)
     worker.begin_step()
-    eventually(lambda: worker.connected, "the worker has its copier")
+    eventually(lambda: worker.connected and worker.arena, "the worker has its copier")
+    assert (worker.take_arena(), worker.take_arena()) == ((7, 8), None)
     worker.begin_step()
     worker.shutdown()
     worker = KvkernWorker(NoCopier(), 1, lambda: None)
