@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -113,6 +114,14 @@ def test_what_can_be_seen_shows_the_hits(printed: dict[str, str]) -> None:
     hits = [float(value) for value in re.findall(r"^kvkern_hit_tokens_total\{.*\} (\S+)$", seen, re.MULTILINE)]
     assert sum(hits) > 256
     assert "hit" in seen
+
+
+def test_the_query_is_the_first_panels() -> None:
+    """With the dashboard's variables filled in: any model."""
+    (asked,) = re.findall(r"^query='(.*)'$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    dashboard = json.loads((ROOT / "deploy" / "observability" / "dashboard.json").read_text())
+    first = next(panel for panel in dashboard["panels"] if panel["type"] != "row")
+    assert asked in [target["expr"].replace("$model_name", ".*") for target in first["targets"]]
 
 
 def test_prometheus_answers_the_dashboards_query(printed: dict[str, str]) -> None:
