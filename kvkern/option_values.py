@@ -1,4 +1,4 @@
-"""Checks of the values that users give for options: paths, files, numbers. Every command and every configuration uses them.
+"""Checks of values that users give for options: paths, files, numbers, addresses. Every command and configuration uses them.
 
 A value that passes can be handed to the system without a surprise: a path has no NUL and is not too long, a file to read or
 write is no pipe, device or folder, a number is finite. Knows no option. Each function raises ConfigError, which names the
@@ -8,13 +8,16 @@ option, the value and the limit.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from .errors import ConfigError
 from .regular_files import kind_of
 
+MAX_PORT = 65_535
 MAX_PART_NBYTES, MAX_PATH_NBYTES = 255, 4095  # of Linux
 _NOTHING = "not there"
+_PORT = re.compile("[0-9]{1,5}")
 _SHOWN = 100  # characters of a value that a message shows
 
 
@@ -84,6 +87,21 @@ def checked_number(value: float, name: str, least: float, most: float) -> float:
     if not least <= value <= most:
         raise ConfigError(f"{name} is {_number(value)}; it must lie in {_number(least)}..{_number(most)}")
     return value
+
+
+def split_address(
+    text: str,  # HOST:PORT, [HOST]:PORT or :PORT
+) -> tuple[str, int] | None:
+    """Return the host as it is written, and the port, 0 to MAX_PORT. None if the text is of another form."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
+        return None
+    return host, int(port)
+
+
+def without_brackets(host: str) -> str:
+    """Return the HOST of [HOST]; any other text as it is."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvkern.config import host_and_port
 from kvkern.errors import ConfigError
 from kvkern.option_values import (
     checked_folder,
@@ -15,6 +16,8 @@ from kvkern.option_values import (
     checked_number,
     checked_output_file,
     checked_path,
+    split_address,
+    without_brackets,
 )
 
 Check = Callable[[Path, str], Path]
@@ -80,3 +83,24 @@ def test_numbers() -> None:
         checked_number(1 << 32, "n", 0, (1 << 32) - 1)
     with pytest.raises(ConfigError, match=r"n is 9{100}; it must"):
         checked_number(10**400 - 1, "n", 0, 1)
+
+
+@pytest.mark.parametrize(("text", "split"), [
+    ("host:1", ("host", 1)), (":65535", ("", 65535)), ("[::1]:0", ("[::1]", 0)), ("::1:80", ("::1", 80)),
+    ("", None), ("host", None), ("host:", None), ("host:65536", None), ("host:-1", None), ("host:+1", None), ("host: 1", None),
+    ("host:1\n", None), ("host:\u0661", None), ("host:000080", None), ("host:" + "9" * 10_000, None),
+])  # fmt: skip
+def test_addresses(text: str, split: tuple[str, int] | None) -> None:
+    assert split_address(text) == split
+
+
+def test_brackets() -> None:
+    assert [without_brackets(text) for text in ("[::1]", "[", "", "[a", "a]", "[]")] == ["::1", "[", "", "[a", "a]", ""]
+
+
+def test_an_address_to_connect_to() -> None:
+    assert host_and_port("kvcache-rpc:9600", "rpc_endpoint") == ("kvcache-rpc", 9600)
+    assert host_and_port("[::1]:9600", "rpc_endpoint") == ("::1", 9600)
+    for bad in (":9600", "[]:9600", "host:0", "host", "host:" + "9" * 10_000):
+        with pytest.raises(ConfigError, match=r"^rpc_endpoint is .{1,103}; expected HOST:PORT"):
+            host_and_port(bad, "rpc_endpoint")

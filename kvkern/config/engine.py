@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..observability.logs import FORMATS, LogFormat
-from ..option_values import checked_path
+from ..option_values import MAX_PORT, checked_path, split_address, without_brackets
 from ..policy import checked_policy
 from ..policy.persist_modes import checked_persist
 from .options import BY_NAME, DEFAULT_POLICY, Reader
@@ -19,7 +19,6 @@ from .sources import Setting, Settings, converted, explicit, gather, sources_nam
 MAX_THREADS = 64
 MAX_CHUNK_TOKENS = 1 << 20
 _MAX_CONNECT_S = 3600
-_MAX_PORT = 65535
 # name of a user's option -> name of the field
 _FIELDS = {"capacity": "capacity_nbytes", "remote_queue": "remote_queue_nbytes", "hbm": "hbm_nbytes"}
 _REMOTE_OPTIONS = ("persist", "remote_queue", "remote_timeout")  # options that have no effect without `remote`
@@ -85,7 +84,7 @@ class Config:
             ("connect_s", self.connect_s, 0, _MAX_CONNECT_S, " seconds"),
             ("threads", self.threads, 0, MAX_THREADS, " (0: kvkern chooses at start)"),
             ("chunk_tokens", self.chunk_tokens, 0, MAX_CHUNK_TOKENS, " tokens (0: blocks_per_chunk decides)"),
-            ("metrics_port", self.metrics_port, 0, _MAX_PORT, " (0: none)"),
+            ("metrics_port", self.metrics_port, 0, MAX_PORT, " (0: none)"),
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; it must lie in {low}..{high}{what}")
@@ -212,8 +211,8 @@ def checked_log_format(text: str) -> LogFormat:
 
 def host_and_port(text: str, name: str) -> tuple[str, int]:
     """Parse HOST:PORT or [HOST]:PORT. Raises ConfigError."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not colon or not (port.isascii() and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
-        raise ConfigError(f"{name} is {text!r}; expected HOST:PORT, such as 'kvcache-rpc:9600'")
-    return host, int(port)
+    host, port = split_address(text) or ("", 0)
+    host = without_brackets(host)
+    if not host or not port:
+        raise ConfigError(f"{name} is {text[:100]!r}; expected HOST:PORT, such as 'kvcache-rpc:9600'")
+    return host, port

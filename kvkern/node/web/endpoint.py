@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...option_values import checked_path
+from ...option_values import checked_path, split_address, without_brackets
 from ...regular_files import open_with_status
 
 MAX_CONNECTIONS = 64  # of one port at a time
 MIN_TOKEN, MAX_TOKEN = 16, 1024  # characters
-MAX_PORT = 65_535
 _VISIBLE = re.compile(rb"[!-~]+")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
@@ -52,11 +51,11 @@ class Endpoint:
     ) -> Endpoint:
         """Return the endpoint that an option names. Reads the token's file. Raises ConfigError, which begins with a name."""
         shown = option.removeprefix("--")
-        host, colon, port = text.rpartition(":")
-        bare = host.removeprefix("[").removesuffix("]") if host.startswith("[") and host.endswith("]") else host
+        host, port = split_address(text) or ("", None)
+        bare = without_brackets(host)
         if bare == "localhost":
             bare = "127.0.0.1"
-        if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > MAX_PORT or not _is_address(bare, host):
+        if port is None or not _is_address(bare, host):
             raise ConfigError(
                 f"{shown} is {text[:100]!r}; expected an IP address and a port, such as 127.0.0.1:8080 or [::1]:8080, or "
                 f":8080 for all interfaces"
@@ -65,7 +64,7 @@ class Endpoint:
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"http_host is {name[:100]!r}; expected a host's name without port")
         token = b"" if token_file is None else read_token(token_file, f"{shown}_token_file")
-        return cls(option, bare, int(port), token, frozenset(name.lower() for name in names))
+        return cls(option, bare, port, token, frozenset(name.lower() for name in names))
 
 
 def _is_address(bare: str, host: str) -> bool:
