@@ -105,11 +105,11 @@ class LateStart:
     def _build_on(self, arena: Arena) -> None:
         try:
             copier = self._build(arena)
-        except KvkernError as error:
+        except (KvkernError, RuntimeError, OSError, MemoryError) as error:  # also no memory on the GPU
             shim.logger.error(
                 "kvkern: the daemon is there, but this worker cannot use it: %(error)s. The engine goes on without a cache; "
                 "restart it when that is mended",
-                {"event": "late_start_failed", "error": error},
+                {"event": "late_start_failed", "error": error if isinstance(error, KvkernError) else repr(error)},
             )
             return
         if self._stopped.is_set():

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from kvkern.errors import ConfigError, LayoutError
 from kvkern.integrations.vllm import shim
@@ -166,12 +167,21 @@ def test_a_copier_that_was_built_too_late_is_closed() -> None:
     assert not handed
 
 
-def test_an_arena_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (LayoutError("it does not fit"), "it does not fit"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError('CUDA out of memory')"),
+        (OSError(12, "Cannot allocate memory"), "OSError(12, 'Cannot allocate memory')"),
+        (MemoryError(), "MemoryError()"),
+    ],
+)
+def test_an_arena_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     found: list[str] = []
     monkeypatch.setattr(shim.logger, "error", lambda message, fields: found.append(message % fields))
 
     def build(arena: Any) -> Any:
-        raise LayoutError("it does not fit")
+        raise error
 
     client = Client()
     client.came.set()
@@ -179,7 +189,7 @@ def test_an_arena_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatc
     eventually(lambda: found, "the line")
     late.stop()
     assert not handed
-    assert "cannot use it: it does not fit. The engine goes on without a cache" in found[0]
+    assert f"cannot use it: {said}. The engine goes on without a cache" in found[0]
 
 
 def test_nothing_is_built_before_the_first_step() -> None:
@@ -236,8 +246,6 @@ def test_a_worker_that_ends_while_it_sleeps() -> None:
 
 def test_open_cache_needs_its_daemon(tmp_path: Path) -> None:
     """An engine of one's own is told at once."""
-    import torch
-
     import kvkern
     from kvkern import layout
 
