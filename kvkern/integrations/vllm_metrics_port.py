@@ -32,6 +32,7 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 4 * MAX_REQUESTS  # connections that wait to be taken or turned away
 
     def __init__(self, *args: Any, **named: Any) -> None:
         self._free = threading.BoundedSemaphore(MAX_REQUESTS)
