@@ -24,7 +24,7 @@ from kvkern.arena.slots import SlotGeometry, seal
 from kvkern.config import DEFAULT_POLICY
 from kvkern.kernels.checksum import ROW_NBYTES, checksum
 from kvkern.node import protocol as p
-from kvkern.node.client import reconnecting_link
+from kvkern.node.client import admin_client, reconnecting_link
 from kvkern.node.client.admin_client import AdminClient
 from kvkern.node.client.cache_client import NodeClient
 from kvkern.node.daemon.node_config import NodeConfig
@@ -196,6 +196,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients wait long, so a slow machine does not make a daemon look gone. Tests of that shorten the limits again."""
     monkeypatch.setattr(reconnecting_link, "ANSWER_S", PATIENCE_S)
     monkeypatch.setattr(reconnecting_link, "CONNECT_S", PATIENCE_S)
+    monkeypatch.setattr(admin_client, "TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture
