@@ -79,11 +79,12 @@ def _number(text: str, name: str, what: str) -> float:
 
 
 def _tokens(text: str, name: str) -> dict[str, Any]:
-    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS and int(text) > 0):
+    digits = text.lstrip("0")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MAX_DIGITS):
         raise ConfigError(
             f"{name} is {text[:_MAX_SHOWN]!r}; expected a number of tokens, a multiple of vLLM's block size, such as 16"
         )
-    return {"chunk_tokens": int(text)}
+    return {"chunk_tokens": int(digits)}
 
 
 def _gigabytes(text: str, name: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def values(environ: Mapping[str, str], family: Family = Family.VINEYARD) -> dict
 @pytest.mark.parametrize(("name", "text", "expected"), [
     (LLM + "SOCKET", "/var/run/vineyard.sock", {"socket": "/var/run/vineyard.sock"}),
     (LLM + "CHUNK_SIZE", "16", {"chunk_tokens": 16}),
+    (LLM + "CHUNK_SIZE", "0" * 5000 + "128", {"chunk_tokens": 128}),
     (LLM + "KV_CACHE_NS", "aibrix", {"salt": "aibrix"}),
     (LLM + "RPC_ENDPOINT", "cache-rpc:9600", {"rpc_endpoint": "cache-rpc:9600"}),
     ("VINEYARD_CACHE_METRICS_ENABLED", "1", {"metrics_port": 8080, "published_metrics": True}),
@@ -123,6 +124,7 @@ def test_what_the_samples_set_beside() -> None:
 @pytest.mark.parametrize(("family", "name", "text", "message"), [
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "x", "CHUNK_SIZE is 'x'; expected a number of tokens"),
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "0", "CHUNK_SIZE is '0'"),
+    (Family.VINEYARD, LLM + "CHUNK_SIZE", "-16", "CHUNK_SIZE is '-16'"),
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "٣", "CHUNK_SIZE is"),
     (Family.VINEYARD, LLM + "CHUNK_SIZE", "9" * 5000, "CHUNK_SIZE is '9999"),
     (Family.OFFLOADING, OL + "L1_CACHE_CAPACITY_GB", "1e308", "L1_CACHE_CAPACITY_GB is '1e308'"),
