@@ -54,7 +54,7 @@ def _in_force(reader: Any, given: list[str], file: Path | None) -> list[dict[str
     from ..config.engine import Config, used_by_engine
     from ..config.environment import environment
     from ..config.options import BY_NAME, Reader, names_of
-    from ..config.published import Family, merged, read, switched_on
+    from ..config.published import OL, Family, merged, read, switched_on
     from ..config.sources import Origin, Rank, Setting, converted, gather, in_force
     from ..errors import ConfigError
     from ..node.daemon.node_config import NodeConfig
@@ -63,6 +63,11 @@ def _in_force(reader: Any, given: list[str], file: Path | None) -> list[dict[str
     settings = gather(reader, {}, "the command line", file)
     if reader is Reader.ENGINE and switched_on(environment())[0]:
         settings = merged(settings, read(environment(), Family.VINEYARD).settings)
+    elif reader is Reader.ENGINE and any(name.startswith(OL) and text for name, text in environment().items()):
+        typer.echo(
+            f"kvkern: the variables {OL}* count only in a vLLM whose --kv-transfer-config is the samples'", err=True
+        )
+        settings = merged(settings, read(environment(), Family.OFFLOADING).settings)
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in BY_NAME:

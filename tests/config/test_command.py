@@ -51,6 +51,23 @@ def test_the_published_variables_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows()["engine", "socket"] == ("/own", "variable KVKERN_SOCKET")
 
 
+def test_the_variables_of_the_samples_count_and_a_line_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB", "2")
+    monkeypatch.setenv("AIBRIX_KV_CACHE_OL_CHUNK_SIZE", "64")
+    done = CliRunner().invoke(app, ["config", "--json"])
+    assert done.exit_code == 0
+    assert "count only in a vLLM whose --kv-transfer-config is the samples'" in done.stderr
+    found = {row["option"]: (row["value"], row["from"]) for row in json.loads(done.stdout) if row["reader"] == "engine"}
+    assert found["chunk_tokens"] == ("64", "variable AIBRIX_KV_CACHE_OL_CHUNK_SIZE")
+    assert found["capacity"] == (str(2 << 30), "variable AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB")
+    monkeypatch.setenv("KVKERN_SOCKET", "/own")  # the node's daemon instead of a cache of its own
+    done = CliRunner().invoke(app, ["config", "--json", "--reader", "engine"])
+    found = {row["option"]: (row["value"], row["from"]) for row in json.loads(done.stdout)}
+    assert (found["socket"][0], found["capacity"][0]) == ("/own", "-")
+    monkeypatch.setenv("AIBRIX_KV_CACHE_OL_L1_CACHE_CAPACITY_GB", "much")
+    assert CliRunner().invoke(app, ["config"]).exit_code == 2
+
+
 def test_paths_that_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVKERN_SOCKET", "/run/\udcff")  # as Python reads the byte FF
     assert rows()["daemon", "socket"] == ("/run/\\udcff", "variable KVKERN_SOCKET")
