@@ -3,8 +3,9 @@
     lookups   chunks that the engine's own cache lacked, of a request that is scheduled
     hits      of those, chunks that were loaded and verified
 
-vLLM asks for a waiting request in every step. A request that is never scheduled counts for nothing, and neither does a chunk
-that was found and not used.
+vLLM asks for a waiting request in every step. A request that is never scheduled counts for nothing. Chunks that vLLM asked for
+and has itself by the time it schedules the request do not count, and neither does a last chunk that it found and left, because
+it computes the last token anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LookupCounts:
 
     def note_computed(self, state: RequestState, windowed: Collection[int]) -> None:
         """Count a request that is scheduled without a load. Call it before its leases end."""
-        if asked := self._num_asked(state, windowed):
+        if (asked := self._num_asked(state, windowed)) and not self._left_last_chunk(state):
             self._count(state.root, asked, _num_found(state), 0)
             self.meter.add("not_loaded_requests", 1, self._why_nothing(state))
 
@@ -72,6 +73,14 @@ class LookupCounts:
             return "not_used"
         return self.meter.why_missing(chain[first], state.use.request)
 
+    def _left_last_chunk(self, state: RequestState) -> bool:
+        """Return True if all that vLLM lacked is a chunk at whose end the prompt ends, and the chunk was found."""
+        group_id, keys = next(iter(state.offload_keys.items()))
+        first = state.engine_tokens // self._groups[group_id].chunk_tokens
+        if first >= len(keys) or keys[first] not in state.hits or state.request is None:
+            return False
+        return state.end_of[keys[first]] >= state.request.num_prompt_tokens
+
     def begin_load(
         self, ticket: int, req_id: str, state: RequestState, windowed: Collection[int], num_chunks: int
     ) -> None:
@@ -101,7 +110,7 @@ class LookupCounts:
         self._notices.note_request(root, found, served)
 
     def _num_asked(self, state: RequestState, windowed: Collection[int]) -> int:
-        """Return how many chunks vLLM has asked for since the request's chunks were pinned.
+        """Return how many chunks vLLM has asked for since the request's chunks were pinned, and lacks.
 
         vLLM reads a prefix up to its first miss: the chunks behind it count as asked for. It reads windows from the end.
         """
@@ -110,6 +119,8 @@ class LookupCounts:
         for key in state.asked:
             group_id = shim.get_offload_group_idx(key)
             end_tokens = state.end_of.get(key)
+            if end_tokens is not None and end_tokens <= state.engine_tokens:
+                continue  # another request has computed it while this one waited
             if group_id in windowed or end_tokens is None:
                 count += 1
             else:

@@ -64,6 +64,38 @@ def test_a_request_without_a_load_counts_no_hit(bench: Bench) -> None:
     assert counts(bench) == (6, 0)
 
 
+@pytest.mark.parametrize(("engine_tokens", "lookups"), [(0, 3), (16, 2), (32, 1), (48, 0)])
+def test_what_the_engine_has_by_the_time_it_schedules_counts_as_nothing(
+    bench: Bench, engine_tokens: int, lookups: int
+) -> None:
+    """Another request computes the same prompt while this one waits."""
+    context, keys = bench.request("second")
+    bench.manager.note_engine_hit("second", 0)
+    assert ask(bench, context, keys[:1]) == [shim.LookupResult.MISS]
+    bench.manager.note_engine_hit("second", engine_tokens)
+    if rest := keys[engine_tokens // 16 :]:
+        ask(bench, context, rest[:1])
+    bench.manager.on_schedule_end(SimpleNamespace(new_req_ids=["second"]))  # type: ignore[arg-type]
+    assert counts(bench) == (lookups, 0)
+    reasons = bench.manager.get_stats().data["data"]["kvkern:not_loaded_requests"]  # type: ignore[union-attr]
+    assert reasons["not_found",] == (lookups > 0)
+
+
+@pytest.mark.parametrize(("prompt_tokens", "lookups"), [(48, 0), (50, 1)])
+def test_a_last_chunk_that_vllm_finds_and_leaves_counts_as_nothing(
+    bench: Bench, prompt_tokens: int, lookups: int
+) -> None:
+    bench.store("first")
+    context, keys = bench.request("second")
+    bench.manager.request("second").num_prompt_tokens = prompt_tokens  # type: ignore[union-attr]
+    bench.manager.note_engine_hit("second", 32)
+    assert ask(bench, context, keys[2:]) == [shim.LookupResult.HIT]
+    bench.manager.on_schedule_end(SimpleNamespace(new_req_ids=["second"]))  # type: ignore[arg-type]
+    assert counts(bench) == (lookups, 0)
+    reasons = bench.manager.get_stats().data["data"]["kvkern:not_loaded_requests"]  # type: ignore[union-attr]
+    assert reasons["not_used",] == lookups
+
+
 @pytest.mark.parametrize("how", ["bad chunk", "failed in a worker"])
 def test_a_load_that_fails_counts_no_hit(bench: Bench, how: str) -> None:
     bench.store("first")
