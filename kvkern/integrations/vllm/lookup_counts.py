@@ -79,7 +79,7 @@ class LookupCounts:
         first = state.engine_tokens // self._groups[group_id].chunk_tokens
         if first >= len(keys) or keys[first] not in state.hits or state.request is None:
             return False
-        return state.end_of[keys[first]] >= state.request.num_prompt_tokens
+        return bool(state.end_of[keys[first]] >= state.request.num_prompt_tokens)
 
     def begin_load(
         self, ticket: int, req_id: str, state: RequestState, windowed: Collection[int], num_chunks: int
