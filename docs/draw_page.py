@@ -1,8 +1,8 @@
-"""Draws docs/page.png: the daemon's page as Chromium shows it. `python docs/draw_page.py [OUT]`
+"""Draws docs/page.png and docs/page_phone.png: the daemon's page as Chromium shows it. `python docs/draw_page.py [FOLDER]`
 
 A real daemon with real clients of three models, whose load changes like that of a working hour. So that it takes half a
-minute, the clock of the page's history runs SPEED times as fast. Needs playwright and Chromium. With a folder as OUT it
-writes four pictures there, of two widths, light and dark.
+minute, the clock of the page's history runs SPEED times as fast. Needs playwright and Chromium. With a FOLDER it writes four
+pictures there, of two widths, light and dark.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 from kvkern.arena.slots import SlotGeometry  # noqa: E402
@@ -33,13 +35,14 @@ from tests.node.conftest import served  # noqa: E402
 from tests.support import chain_keys, key  # noqa: E402
 
 SPEED, SECONDS = 150.0, 26.0
+COLOURS = 128  # of a picture, so that it stays small
 GEOMETRY = SlotGeometry(part_nbytes=256 << 10, max_planes=2, world_size=1)
 WIDTHS = {"wide": 1280, "phone": 390}
 MODELS = [("LlamaForCausalLM", "", 9), ("LlamaForCausalLM", "5c1f09ab77d2e4c3", 5), ("Qwen3MoeForCausalLM", "", 4)]
 
 
-def engine(socket: Path, number: int, until_s: float) -> None:
-    """Store and look up prompts of one model until then."""
+def engine(socket: Path, number: int, stop: threading.Event) -> None:
+    """Store and look up prompts of one model until the pictures are taken."""
     model, salt, chunks = MODELS[number % len(MODELS)]
     rng, root = random.Random(number), key("root", number % len(MODELS))
     client = NodeClient.open(socket, f"vllm-{number}", GEOMETRY, patience_s=5.0)
@@ -48,8 +51,8 @@ def engine(socket: Path, number: int, until_s: float) -> None:
     shape = ChunkShape(root, group=0, chunk_tokens=256)
     written = client.arena.headers["written"]
     began_s = time.monotonic()
-    while (now_s := time.monotonic()) < until_s:
-        load = 0.55 + 0.45 * math.sin(5 * (now_s - began_s) / SECONDS + number)
+    while not stop.is_set():
+        load = 0.55 + 0.45 * math.sin(5 * (time.monotonic() - began_s) / SECONDS + number)
         topic = min(int(rng.expovariate(0.35)), 40)
         chain = chain_keys((number % len(MODELS), "system", topic), chunks) + chain_keys(
             ("turn", rng.randrange(400)), 12
@@ -66,7 +69,10 @@ def engine(socket: Path, number: int, until_s: float) -> None:
 
 def main() -> None:
     """Run the load, then take the pictures."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "page.png"
+    pictures = {("wide", "light"): ROOT / "docs" / "page.png", ("phone", "light"): ROOT / "docs" / "page_phone.png"}
+    if len(sys.argv) > 1:
+        every = product(WIDTHS, ("light", "dark"))
+        pictures = {(name, scheme): Path(sys.argv[1]) / f"{name}-{scheme}.png" for name, scheme in every}
     folder = Path(tempfile.mkdtemp(prefix="kvkern-page-", dir="/dev/shm"))
     endpoint = Endpoint.parse("127.0.0.1:0", "--metrics")
     config = NodeConfig(
@@ -77,33 +83,35 @@ def main() -> None:
     try:
         with served(config) as server:
             server.overview = Overview(server, lambda: began_s + SPEED * (time.monotonic() - began_s))
-            until_s = time.monotonic() + SECONDS
-            threads = [threading.Thread(target=engine, args=(config.socket, n, until_s + 8)) for n in range(4)]
+            stop = threading.Event()
+            threads = [threading.Thread(target=engine, args=(config.socket, n, stop)) for n in range(4)]
             for thread in threads:
                 thread.start()
-            time.sleep(SECONDS)
-            take_pictures(server.endpoints[0].url, out)
-            for thread in threads:
-                thread.join()
+            try:
+                time.sleep(SECONDS)
+                take_pictures(server.endpoints[0].url, pictures)
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def take_pictures(url: str, out: Path) -> None:
-    """Write one picture, or four into a folder."""
+def take_pictures(url: str, pictures: dict[tuple[str, str], Path]) -> None:
+    """Write pictures of the page, by the name of their width and colour scheme."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, width in WIDTHS.items() if out.is_dir() else [("wide", 1280)]:
-            for scheme in ("light", "dark") if out.is_dir() else ("light",):
-                page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-                page.on("console", lambda message: print("console:", message.text))
-                page.goto(url)
-                page.wait_for_selector("main:not([hidden])")
-                page.wait_for_timeout(2500)
-                path = out / f"{name}-{scheme}.png" if out.is_dir() else out
-                page.screenshot(path=path, full_page=True)
-                page.close()
-                print(f"wrote {path}, {path.stat().st_size >> 10} KiB")
+        for (name, scheme), path in pictures.items():
+            page = browser.new_page(viewport={"width": WIDTHS[name], "height": 900}, color_scheme=scheme)
+            page.on("console", lambda message: print("console:", message.text))
+            page.goto(url)
+            page.wait_for_selector("main:not([hidden])")
+            page.wait_for_timeout(2500)
+            page.screenshot(path=path, full_page=True)
+            page.close()
+            Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+            print(f"wrote {path}, {path.stat().st_size >> 10} KiB")
         browser.close()
 
 
