@@ -16,6 +16,7 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +38,8 @@ from tests.support import chain_keys, key  # noqa: E402
 SPEED, SECONDS = 150.0, 26.0
 COLOURS = 128  # of a picture, so that it stays small
 GEOMETRY = SlotGeometry(part_nbytes=256 << 10, max_planes=2, world_size=1)
+Scheme = Literal["light", "dark"]
+SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 WIDTHS = {"wide": 1280, "phone": 390}
 MODELS = [("LlamaForCausalLM", "", 9), ("LlamaForCausalLM", "5c1f09ab77d2e4c3", 5), ("Qwen3MoeForCausalLM", "", 4)]
 
@@ -69,9 +72,12 @@ def engine(socket: Path, number: int, stop: threading.Event) -> None:
 
 def main() -> None:
     """Run the load, then take the pictures."""
-    pictures = {("wide", "light"): ROOT / "docs" / "page.png", ("phone", "light"): ROOT / "docs" / "page_phone.png"}
+    docs = ROOT / "docs"
+    pictures: dict[tuple[str, Scheme], Path] = {
+        ("wide", "light"): docs / "page.png", ("phone", "light"): docs / "page_phone.png",
+    }  # fmt: skip
     if len(sys.argv) > 1:
-        every = product(WIDTHS, ("light", "dark"))
+        every = product(WIDTHS, SCHEMES)
         pictures = {(name, scheme): Path(sys.argv[1]) / f"{name}-{scheme}.png" for name, scheme in every}
     folder = Path(tempfile.mkdtemp(prefix="kvkern-page-", dir="/dev/shm"))
     endpoint = Endpoint.parse("127.0.0.1:0", "--metrics")
@@ -98,7 +104,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def take_pictures(url: str, pictures: dict[tuple[str, str], Path]) -> None:
+def take_pictures(url: str, pictures: dict[tuple[str, Scheme], Path]) -> None:
     """Write pictures of the page, by the name of their width and colour scheme."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
