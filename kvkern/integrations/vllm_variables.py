@@ -22,6 +22,7 @@ from ..config.options import BY_NAME, Reader
 from ..config.published import Deployment, Family, merged, read, switched_on
 from ..config.sources import Rank, Setting, gather
 from ..errors import ConfigError
+from ..observability.logs import LogFormat, set_up_engine
 
 CONNECTOR = "KvkernConnector"
 MODULE = "kvkern.integrations.vllm"
@@ -58,6 +59,8 @@ def fill_in(args: Any) -> Setting | None:
     """
     log = _logger()
     on, line = switched_on(os.environ)
+    if on or line or str(_connector_of(args.kv_transfer_config)).startswith(REPLACED):
+        set_up_engine(_log_format())
     if line:
         log.warning("kvkern: %s", line)
     replaced = _stands_for_kvkern(args.kv_transfer_config, log)
@@ -87,6 +90,15 @@ def fill_in(args: Any) -> Setting | None:
     if chunk is not None:
         _choose_block_size(args, int(chunk.value), log)
     return chunk
+
+
+def _log_format() -> LogFormat:
+    """Return how kvkern's lines are written. A mistake in the variables or the file is told later, if kvkern is used."""
+    try:
+        settings = gather(Reader.ENGINE, {}, "the variables")
+    except ConfigError:
+        return "text"
+    return "json" if "log_format" in settings and settings["log_format"].value == "json" else "text"
 
 
 def _options(said: Deployment, family: Family) -> dict[str, Setting]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...observability.logs import set_up_engine
 from ..vllm_metrics_port import serve_metrics
 from . import shim
 from .adapter_loads import AdapterLoads, watch_adapters
@@ -279,6 +280,7 @@ class KvkernConnector(shim.OffloadingConnector):
         """
         fill_defaults(vllm_config)
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        set_up_engine(options.log_format)
         if options.metrics_port and shim.is_first_front_end(vllm_config):
             serve_metrics(options.metrics_port, shim.metrics_app())
         shim.unregister_metrics("kvkern:")

@@ -10,7 +10,7 @@ import socket
 import time
 import urllib.request
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from vllm.config import KVTransferConfig
@@ -20,7 +20,7 @@ from vllm.v1.core import kv_cache_utils
 
 from kvkern.errors import ConfigError
 from kvkern.integrations import vllm_metrics_port, vllm_variables
-from kvkern.integrations.vllm import options, rpc_check, shim
+from kvkern.integrations.vllm import connector, options, rpc_check, shim
 from kvkern.integrations.vllm_plugin import register
 from tests.integrations.vllm.published import VARIABLES
 from tests.integrations.vllm.server import transfer_config
@@ -120,6 +120,38 @@ def test_own_variables_are_preferred(monkeypatch: pytest.MonkeyPatch, lines: lis
     parsed = options.parse_options(extra)
     assert (parsed.socket, parsed.salt, parsed.metrics_port, parsed.chunk_tokens) == ("/own", "s3cret", 9100, 64)
     assert "s3cret" not in "".join(lines)
+
+
+def test_lines_of_the_front_end_are_written_as_log_format_says(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    """The plugin's own, and those about the second metrics port. A mistake elsewhere does not hide the line about it."""
+    formats: list[str] = []
+    monkeypatch.setattr(vllm_variables, "set_up_engine", formats.append)
+    set_variables(monkeypatch, VARIABLES | SOCKET | {"KVKERN_LOG_FORMAT": "json"})
+    vllm_variables.fill_in(args())
+    set_variables(monkeypatch, {"KVKERN_LOG_FORMAT": "json"})
+    monkeypatch.delenv("VLLM_USE_VINEYARD_CACHE")
+    vllm_variables.fill_in(args())  # kvkern is off
+    set_variables(monkeypatch, VARIABLES | SOCKET | {"KVKERN_NONSENSE": "1"})
+    with pytest.raises(ConfigError, match="KVKERN_NONSENSE"):
+        vllm_variables.fill_in(args())
+    assert formats == ["json", "text"]
+    monkeypatch.setattr(connector, "set_up_engine", formats.append)
+    transfer = KVTransferConfig(**transfer_config(capacity="64MiB", log_format="json"))
+    with pytest.raises(AttributeError, match="kv_transfer_config is all"):
+        connector.KvkernConnector.build_prom_metrics(cast(Any, OnlyTransfer(transfer)))
+    assert formats == ["json", "text", "json"]
+
+
+class OnlyTransfer:
+    """A VllmConfig of which nothing but the transfer configuration may be read."""
+
+    def __init__(self, transfer: KVTransferConfig) -> None:
+        self.kv_transfer_config = transfer
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"kv_transfer_config is all, not {name}")
 
 
 @pytest.mark.parametrize("as_dict", [True, False])
