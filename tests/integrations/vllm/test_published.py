@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +13,10 @@ import pytest
 from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.published import ALIAS, VARIABLES, PublishedServer
 from tests.integrations.vllm.server import build_served_model
+from tests.node.conftest import Daemon, eventually
 from tests.remote.required_servers import free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
-KVKERN = Path(sys.executable).with_name("kvkern")
 WAIT_S = 120
 
 
@@ -31,33 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def daemon(socket: Path, folder: Path, *options: str) -> Iterator[None]:
-    """Run `kvkern serve`."""
-    command = [
-        str(KVKERN),
-        "serve",
-        "--capacity",
-        "64MiB",
-        "--socket",
-        str(socket),
-        "--arena-dir",
-        str(folder),
-        *options,
-    ]
-    with (folder / "daemon.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+def daemon(arena_dir: Path, *options: str) -> Iterator[Daemon]:
+    """A daemon that is not started yet. It is ended with the context."""
+    made = Daemon(arena_dir, "64MiB", options)
     try:
-        yield
+        yield made
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, f"after {WAIT_S} s: {what}"
-        time.sleep(0.1)
+        made.close()
 
 
 def total(server: PublishedServer, name: str) -> float:
@@ -76,12 +52,13 @@ def lines_with(server: PublishedServer, words: str) -> list[str]:
 
 def test_two_servers_share_by_variables_alone(model: str, tmp_path: Path) -> None:
     """The second loads what the first has computed. The log names what every variable does. /metrics is on a second port."""
-    socket, rpc, ports = tmp_path / "vineyard.sock", free_port(), (free_port(), free_port())
-    env = VARIABLES | {
-        "AIBRIX_LLM_KV_CACHE_SOCKET": str(socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
-    }  # fmt: skip
+    rpc, ports = free_port(), (free_port(), free_port())
     words = " ".join(f"t{i}" for i in prompt(300, 1))
-    with daemon(socket, tmp_path, "--rpc", f"127.0.0.1:{rpc}"):
+    with daemon(tmp_path, "--rpc", f"127.0.0.1:{rpc}") as node:
+        node.start()
+        env = VARIABLES | {
+            "AIBRIX_LLM_KV_CACHE_SOCKET": str(node.socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
+        }  # fmt: skip
         for number, port in enumerate(ports):
             with PublishedServer(model, tmp_path / f"log{number}", **env, KVKERN_METRICS_PORT=str(port)) as server:
                 answer = server.client().chat.completions.create(
@@ -94,7 +71,7 @@ def test_two_servers_share_by_variables_alone(model: str, tmp_path: Path) -> Non
                     server.one(prompt(40, 2))  # what a step counts is told in a later one
                     return total(server, counter) > 0
 
-                until(counted, f"{counter} stays 0")
+                eventually(counted, f"a count of {counter}", WAIT_S)
                 assert number or not total(server, "kvkern:hit_chunks")
                 scraped = text_of(port)
                 assert "kvkern:lookup_chunks_total" in scraped
@@ -110,35 +87,39 @@ def test_two_servers_share_by_variables_alone(model: str, tmp_path: Path) -> Non
 
 def test_a_server_whose_daemon_comes_later(model: str, tmp_path: Path) -> None:
     """It waits, serves without a cache, and hits when the daemon is there. The RPC endpoint is another daemon's."""
-    socket, other, rpc = tmp_path / "s", tmp_path / "other", free_port()
+    other, rpc = tmp_path / "other", free_port()
     other.mkdir()
-    env = VARIABLES | {
-        "AIBRIX_LLM_KV_CACHE_SOCKET": str(socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
-        "KVKERN_CONNECT_S": "11", "KVKERN_METRICS_PORT": str(free_port()), "VLLM_SERVER_DEV_MODE": "1",
-    }  # fmt: skip
     text = prompt(300, 3)
     with (
-        daemon(other / "s", other, "--rpc", f"127.0.0.1:{rpc}", "--name", "other"),
-        PublishedServer(model, tmp_path / "log", **env) as server,
+        daemon(tmp_path) as node,
+        daemon(other, "--rpc", f"127.0.0.1:{rpc}", "--name", "other") as elsewhere,
     ):
-        assert lines_with(server, f"no daemon answers on {socket} yet")
-        assert lines_with(server, "The engine goes on without a cache")
-        assert (
-            len(server.one(text).tokens) == 4
-        )  # in bfloat16, in which a hit and a computed prompt may round differently
-        assert total(server, "kvkern:stored_chunks") == 0
-        with daemon(socket, tmp_path):
-            until(lambda: bool(lines_with(server, "this worker uses the daemon's cache")), server.log[-3000:])
+        elsewhere.start()
+        env = VARIABLES | {
+            "AIBRIX_LLM_KV_CACHE_SOCKET": str(node.socket), "AIBRIX_LLM_KV_CACHE_RPC_ENDPOINT": f"127.0.0.1:{rpc}",
+            "KVKERN_CONNECT_S": "11", "KVKERN_METRICS_PORT": str(free_port()), "VLLM_SERVER_DEV_MODE": "1",
+        }  # fmt: skip
+        with PublishedServer(model, tmp_path / "log", **env) as server:
+            assert lines_with(server, f"no daemon answers on {node.socket} yet")
+            assert lines_with(server, "The engine goes on without a cache")
+            # in bfloat16, in which a hit and a computed prompt may round differently
+            assert len(server.one(text).tokens) == 4
+            assert total(server, "kvkern:stored_chunks") == 0
+            node.start()
+            eventually(
+                lambda: lines_with(server, "this worker uses the daemon's cache"), "a line of the worker", WAIT_S
+            )
 
             def hit() -> bool:
                 assert len(server.one(text).tokens) == 4
                 server.reset()
                 return total(server, "kvkern:hit_chunks") > 0
 
-            until(hit, "nothing was hit after the daemon came")
+            eventually(hit, "a hit after the daemon came", WAIT_S)
             assert lines_with(server, f"kvkern: rpc_endpoint 127.0.0.1:{rpc} is the daemon ")
-        assert len(server.one(text).tokens) == 4  # the daemon is gone again
-        assert server.process.poll() is None
+            node.stop()
+            assert len(server.one(text).tokens) == 4
+            assert server.process.poll() is None
 
 
 @pytest.mark.parametrize(
