@@ -94,6 +94,23 @@ def test_chunks_outlive_the_daemon(daemon: Daemon, make_client: MakeClient, how:
     assert daemon.stat()["chunks"] == 15
 
 
+def test_a_closed_terminal_ends_it_like_sigterm(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.wrapper = ("env", "--default-signal=HUP")
+    daemon.start()
+    daemon.signal(signal.SIGHUP)
+    assert daemon.wait() == 0
+
+
+def test_nohup_keeps_it(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.wrapper = ("env", "--ignore-signal=HUP")
+    daemon.start()
+    daemon.signal(signal.SIGHUP)
+    assert daemon.stat()["pid"] == daemon.pid
+    assert daemon.stop() == 0
+
+
 def test_another_capacity_at_the_next_start(daemon: Daemon, make_client: MakeClient) -> None:
     """The arena keeps its size, and the log says so."""
     assert store(make_client(), chain_keys("a", 3)) == 3

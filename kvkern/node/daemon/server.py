@@ -478,11 +478,17 @@ class Server:
 
 
 def serve(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> None:
-    """Run a daemon until SIGTERM or SIGINT. `ready` is called when engines can connect. Raises ConfigError or ArenaError."""
+    """Run a daemon until SIGTERM, SIGINT, or the SIGHUP of a closed terminal, which nohup switches off.
+
+    `ready` is called when engines can connect. Raises ConfigError or ArenaError.
+    """
+    ending = {signal.SIGTERM, signal.SIGINT}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ending.add(signal.SIGHUP)
 
     async def main() -> None:
         server = Server(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending:
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         await server.run(ready)
 
