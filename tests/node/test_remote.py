@@ -283,7 +283,7 @@ def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path
         (["--remote", "file:///tmp/x", "--persist", "some"], "persist is 'some'; expected one of all"),
         (["--remote", "file:///tmp/x", "--policy", "lru", "--persist", "predicted"], "policy 'lru' predicts nothing"),
         (["--remote", "file:///tmp/x", "--remote-timeout", "0"], "remote_timeout is 0.0; it must lie in"),
-        (["--remote", "file:///tmp/x", "--remote-queue", "many"], "remote-queue is 'many'"),
+        (["--remote", "file:///tmp/x", "--remote-queue", "many"], "remote_queue is 'many'"),
     ],
 )
 def test_a_wrong_option_is_an_error_at_start(make_daemon: MakeDaemon, options: list[str], message: str) -> None:
