@@ -278,9 +278,9 @@ class KvkernConnector(shim.OffloadingConnector):
 
         An engine that starts in the same process later registers its counters anew, as vLLM does with its own.
         """
-        fill_defaults(vllm_config)
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
         set_up_engine(options.log_format)
+        fill_defaults(vllm_config)
         if options.metrics_port and shim.is_first_front_end(vllm_config):
             serve_metrics(options.metrics_port, shim.metrics_app())
         shim.unregister_metrics("kvkern:")
