@@ -137,6 +137,7 @@ def test_lines_of_the_front_end_are_written_as_log_format_says(
     with pytest.raises(ConfigError, match="KVKERN_NONSENSE"):
         vllm_variables.fill_in(args())
     assert formats == ["json", "text"]
+    monkeypatch.delenv("KVKERN_NONSENSE")
     monkeypatch.setattr(connector, "set_up_engine", formats.append)
     transfer = KVTransferConfig(**transfer_config(capacity="64MiB", log_format="json"))
     with pytest.raises(AttributeError, match="kv_transfer_config is all"):
