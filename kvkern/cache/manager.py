@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from ..metrics import CacheCounters, CacheObserver, CountedRequests, Unobserved
 from ..policy.base import Use
-from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation
+from ..tiers.base import AdoptionResult, ChunkShape, IndexChanges, Lease, Outbox, Reservation, slot_array
 from ..tiers.dram import DramTier
 from ..tiers.slot_records import SlotRecords
 from .base import NO_LEASE, NO_RESERVATION, ONE_ROUND, BackingTier, Faults, RequestEnd, completed
@@ -281,7 +281,7 @@ class Cache:
 
     def _first_group(self, slots: Sequence[int], published: Sequence[bool]) -> int:
         """Return how many of the published chunks are of the first KV group. What is in READY slots is recorded."""
-        groups = self.records.rows["group"][list(slots)].tolist()
+        groups = self.records.rows["group"][slot_array(slots)].tolist()
         return sum(done and not group for done, group in zip(published, groups, strict=True))
 
     def _note_stored(self, reservation: Reservation, stored: int) -> None:

@@ -125,11 +125,11 @@ def _connector_of(given: Any, field: str = "kv_connector") -> Any:
 
 def _stands_for_kvkern(given: Any, log: Any) -> bool:
     """Return True if the transfer configuration names the samples' connector, and vLLM does not have it."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
     name = str(_connector_of(given))
     if not name.startswith(REPLACED):
         return False
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
     if _connector_of(given, "kv_connector_module_path") or name in KVConnectorFactory._registry:
         log.info("kvkern: --kv-transfer-config names %s, which is installed here, so kvkern leaves it alone", name)
         return False

@@ -11,11 +11,11 @@ import json
 import os
 import random
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import pytest
@@ -25,7 +25,7 @@ from tests.node.conftest import Daemon, MakeDaemon, hits, store
 from tests.node.test_fuzz import descriptors, resident_nbytes
 from tests.node.web.conftest import ask, connected
 from tests.remote.required_servers import free_port
-from tests.support import SHAPE, chain_keys, key
+from tests.support import SHAPE, Threads, chain_keys, key
 
 SECONDS = float(os.environ.get("KVKERN_SOAK_FLAT_S", "16"))
 ENGINES = 4
@@ -49,21 +49,20 @@ class Look:
     log_lines: int  # so far
 
 
-class Strangers:
+class Strangers(Threads):
     """Threads that keep the daemon busy until the context is left. An error in one fails the test."""
 
     def __init__(self, daemon: Daemon, port: int) -> None:
         self._daemon, self._port = daemon, port
-        self._stop = threading.Event()
         works = [self._engine] * ENGINES + [self._page, self._noise]
-        self._threads = [threading.Thread(target=self._run, args=(work, i)) for i, work in enumerate(works)]
+        super().__init__(partial(self._run, work, seed) for seed, work in enumerate(works))
         self._errors: list[BaseException] = []
         self.turns = 0
 
     def _run(self, work: Callable[[random.Random], None], seed: int) -> None:
         draw = random.Random(seed)
         try:
-            while not self._stop.is_set():
+            while not self.stop.is_set():
                 work(draw)
                 self.turns += 1
         except BaseException as error:
@@ -103,15 +102,8 @@ class Strangers:
             sock.recv(1)
         time.sleep(0.05)
 
-    def __enter__(self) -> Strangers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        super().__exit__()
         assert not self._errors, self._errors
 
 

@@ -7,11 +7,11 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.server import Server, build_served_model, transfer_config
 from tests.node.conftest import Daemon, eventually
 from tests.remote.required_servers import free_port, need
+from tests.support import Threads
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -71,19 +72,18 @@ class Engines:
             engine.__exit__(None, None, None)
 
 
-class Clients:
+class Clients(Threads):
     """Eight threads that ask, four an engine. They keep what failed on an engine that nobody had touched."""
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._talk, args=(number,)) for number in range(NUM_CLIENTS)]
+        super().__init__(partial(self._talk, number) for number in range(NUM_CLIENTS))
         self.failed: list[str] = []
         self.answered = [0] * NUM_CLIENTS
 
     def _talk(self, number: int) -> None:
         draw, place = random.Random(number), number % 2
-        while not self._stop.is_set():
+        while not self.stop.is_set():
             self._engines.in_use[place].add(number)
             if not self._engines.down[place]:
                 self._ask(number, place, draw)
@@ -99,16 +99,6 @@ class Clients:
         except APIError as error:
             if engine is self._engines.running[place] and not self._engines.down[place]:
                 self.failed.append(f"client {number}, engine {place}: {error!r}")
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def all_answered_again(self) -> None:
         """Wait until each client has had two more answers."""
@@ -129,13 +119,12 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-class Scraper:
+class Scraper(Threads):
     """Reads /metrics of all three over and over, and keeps every sample that was smaller than before in the same process."""
 
     def __init__(self, metrics_port: int, engines: Engines) -> None:
         self._url, self._engines = f"http://127.0.0.1:{metrics_port}", engines
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        super().__init__([self._run])
         self._before: dict[object, dict[Any, float]] = {}
         self.went_back: list[str] = []
         self.daemons: set[str] = set()
@@ -146,7 +135,7 @@ class Scraper:
             return bytes(answer.read())
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_S):
+        while not self.stop.wait(LOOK_S):
             with suppress(OSError):  # it is being restarted
                 daemon = self._get("/healthz")
                 text = self._get("/metrics").decode()
@@ -167,14 +156,6 @@ class Scraper:
         ]
         self._before[source] = now
         self.scrapes += 1
-
-    def __enter__(self) -> Scraper:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 @contextmanager

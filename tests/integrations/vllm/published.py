@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,11 +36,4 @@ class PublishedServer(Server):
             "--uvicorn-log-level", "warning", "--model", model, "--served-model-name", ALIAS,
             "--max-model-len", str(max_model_len), "--enable-prefix-caching", "--disable-fastapi-docs",
         ]  # fmt: skip
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, *args],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ | _MACHINE | env,
-                start_new_session=True,
-            )
+        self._start([*command, *args], _MACHINE | env)

@@ -72,13 +72,12 @@ class Server:
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         own = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        with log.open("wb") as out:
+        self._start([*command, *args], own | env)
+
+    def _start(self, command: list[str], env: dict[str, str]) -> None:
+        with self.log_path.open("wb") as out:
             self.process = subprocess.Popen(
-                [*command, *args],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ | own | env,
-                start_new_session=True,
+                command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | env, start_new_session=True
             )
 
     @property
