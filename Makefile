@@ -67,7 +67,7 @@ $(VENV)/.stamp: $(LOCKS) pyproject.toml setup.py
 	    esac; \
 	  done || { say "failed; the last lines of $$log:"; tail -n 15 $$log; exit 1; }; \
 	}; \
-	say "a new environment in $(VENV), about 3.5 GB and 3 minutes"; \
+	say "a new environment in $(VENV), about 4 GB and 4 to 8 minutes"; \
 	$(PYTHON) -m venv $(VENV); : > $$log; \
 	num_pins=$$(grep -c == requirements/cpu.lock); \
 	say "installing $$num_pins pinned packages"; pip $$num_pins -r requirements/cpu.lock; \

@@ -23,7 +23,7 @@ from tests.test_stranger import READ_ONLY
 
 DAEMON = ROOT / "deploy" / "Dockerfile"
 ENGINE = ROOT / "deploy" / "Dockerfile.engine"
-BASE_NBYTES = 60_000_000  # allowed for python:3.13-slim, compressed; its registry lists some 45 MB for amd64
+BASE_NBYTES = 60_000_000  # allowed for python:3.13-slim, compressed; not measured here
 MOST_NBYTES = 250_000_000  # of the image, compressed, as a registry stores it and a node fetches it
 UID = 10001
 
