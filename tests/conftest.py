@@ -18,11 +18,15 @@ settings.register_profile("kvkern", deadline=None, suppress_health_check=[Health
 settings.load_profile("kvkern")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of Triton kernels that cannot run here. The environment chooses Triton's interpreter before the import."""
+@pytest.hookimpl(trylast=True)  # after pytest-xdist, which puts the groups into the names
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse to run if groups of tests are not kept together. Skip tests of Triton kernels that cannot run here. The environment chooses Triton's interpreter before the import."""
     no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set; `make test` has a phase with it")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
+    grouped = config.getoption("loadgroup", False)  # in a worker of `--dist loadgroup`
     for item in items:
+        if grouped and item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+            raise pytest.UsageError(f"pytest-xdist ignores the group of {item.nodeid}; install the pytest of cpu.lock")
         if item.get_closest_marker("interpret") and not interpreted():
             item.add_marker(no_interpreter)
         if item.get_closest_marker("gpu") and (interpreted() or not torch.cuda.is_available()):

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..metrics import CacheCounters, CacheObserver, CountedRequests, Unobserved
 from ..policy.base import Use

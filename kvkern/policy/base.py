@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 Keys = Sequence[bytes]  # 32 bytes each; keys[i] is an ancestor of keys[i + 1]
 
@@ -27,8 +28,7 @@ class Stop(enum.IntEnum):
 STOPS = {"tool_call": Stop.TOOL_CALL, "end_turn": Stop.END_TURN}  # the names that traces and clients use
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(msgspec.Struct, frozen=True, gc=False):
     """What is known about the request that uses a chain. Everything but the time may be unknown."""
 
     now_s: float = 0.0  # seconds; any clock that does not run backwards, the same clock for all calls
@@ -37,10 +37,10 @@ class Use:
     output_tokens: int = -1  # of the reply; known at its end
     stop: Stop = Stop.UNKNOWN  # known at its end
     session: int = 0  # equal numbers: one conversation; 0: unknown, the policy has to infer it from the chain
-    client: int = field(default=0, compare=False)  # of a daemon, the one that asks; 0: the only one; no policy reads it
+    client: int = 0  # of a daemon, the one that asks; 0: the only one; no policy reads it
     counts_itself: bool = False  # the caller counts lookups and hits, see ChunkCache.count_lookups; no policy reads it
     # False: the chain is of another KV group than the request's first one and holds the same tokens; no policy reads it
-    counts_tokens: bool = field(default=True, compare=False)
+    counts_tokens: bool = True
 
 
 class EvictionPolicy(Protocol):

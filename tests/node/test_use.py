@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvkern import assemble
 from kvkern.errors import ConfigError
@@ -80,7 +81,7 @@ def test_use_and_its_end_arrive(folder: Path, tmp_path: Path, policies: list[Not
     assert times == sorted(times)
     assert times[-1] < 1e9
     mine = replace(USE, now_s=0.0, request=number)
-    told = [(what, keys, replace(use, now_s=0.0)) for what, keys, use in policy.told]
+    told = [(what, keys, replace(use, now_s=0.0, client=0)) for what, keys, use in policy.told]
     assert told == [
         ("access", CHAIN, replace(mine, namespace=NAMESPACE)),
         ("insert", CHAIN[1:], replace(mine, namespace=NAMESPACE)),
@@ -129,10 +130,10 @@ def test_finish_is_not_answered_and_needs_an_arena(folder: Path, tmp_path: Path)
 def test_a_daemon_with_another_policy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = NodeConfig(folder / "s", 1 << 20, arena_dir=tmp_path, prefault=False)
     with pytest.raises(ConfigError, match="policy is 'fifo'; expected one of lru, "):
-        replace(config, policy="fifo")
+        dataclasses.replace(config, policy="fifo")
     asked: list[str] = []
     monkeypatch.setattr(assemble, "policy_factory", lambda name, capacity, model: asked.append(name) or LRU)
-    with served(replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
+    with served(dataclasses.replace(config, policy="arc")) as server, closing(client(server, "one")) as one:
         assert store(one, CHAIN) == 3
     assert asked == ["arc"]
 

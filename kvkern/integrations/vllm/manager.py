@@ -12,12 +12,14 @@ until every worker is done with the memory.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from itertools import islice
+
+from msgspec.structs import replace
 
 from ...cache.base import ChunkCache, RequestEnd
 from ...kernels.chunk_keys import adopt_keys
@@ -125,7 +127,7 @@ class KvkernManager(shim.OffloadingManager):
             if since is None:
                 self._rename(req_id, state, None)
             else:
-                state.adapter = replace(state.adapter, since_step=since)
+                state.adapter = dataclasses.replace(state.adapter, since_step=since)
 
     def note_found(self, req_id: str, tokens: int) -> None:
         """Take the tokens that vLLM is to load for a request that is about to be scheduled."""
@@ -153,7 +155,7 @@ class KvkernManager(shim.OffloadingManager):
         state.offload_keys, state.chains, state.key_of, state.end_of = {}, {}, {}, {}
         use, state.adapter = state.adapter, None
         if use is not None and digest is not None:
-            state.adapter = replace(use, digest=digest)
+            state.adapter = dataclasses.replace(use, digest=digest)
         assert state.request is not None, "only an attached request has an adapter"
         self._set_root(state, state.request)
 

@@ -9,10 +9,10 @@ Hints are optional. A hint that kvkern does not understand is ignored, which the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from blake3 import blake3
+from msgspec.structs import replace
 
 from ...policy.base import STOPS, Use
 from . import shim
