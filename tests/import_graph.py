@@ -45,6 +45,7 @@ LEVELS = {
     "kvkern.demo": 5,
     "kvkern.doctor": 5,
     "kvkern.replay": 5,
+    "kvkern.operator": 5,
     "kvkern.cli": 6,
     "kvkern.demo_remote": 6,
 }

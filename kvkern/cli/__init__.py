@@ -12,7 +12,7 @@ from collections.abc import Callable
 import typer
 
 from ..version import VERSION
-from . import configuration, daemon, measure, operators
+from . import configuration, daemon, kubernetes, measure, operators
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A cache for the KV cache of LLM engines.")
 
@@ -47,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of `kvkern --help`
 }
 for _name, _command in COMMANDS.items():
     app.command(name=_name)(_command)
+app.add_typer(kubernetes.operator, name="operator")
 
 
 def main() -> None:

@@ -1,0 +1,196 @@
+"""What all forms have: metadata, annotations, variables, resources, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import ConfigError
+from ..findings import Fields, Finding, Level
+from ..kvcache import External, Store
+from ..names import (
+    ANNOTATIONS,
+    ANTI_AFFINITY_ANNOTATION,
+    BACKEND_ANNOTATION,
+    DEFAULT_GPU_KEY,
+    GPU_KEY_ANNOTATION,
+    GPU_TYPE_ANNOTATION,
+    MODE_ANNOTATION,
+    WORKLOAD_ANNOTATION,
+)
+from ..quantities import parse_memory, parse_quantity
+from ..sizing import capacity_of
+
+PULL_POLICIES = ("Always", "IfNotPresent", "Never")
+SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer")
+MEMBERS = (1, 3, 5)
+MAX_REPLICAS = 10_000
+SERVER_OPTIONS = {  # variable -> why users may not set it: the operator does
+    "KVKERN_SOCKET": "engines look for the socket in the folder on the node",
+    "KVKERN_ARENA_DIR": "`arena` says where the chunks are",
+    "KVKERN_CAPACITY": "it follows from the memory of the pod",
+    "KVKERN_RPC": "probes and engines ask on port 9600",
+    "KVKERN_METRICS": "Prometheus asks on port 8080",
+    "KVKERN_NAME": "each KVCache is a trust domain of its own",
+}
+# Names of objects end with -etcd-service at most, and a Service has up to 63 characters.
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
+_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[str, Any]:
+    """Return the fields of a KVCache that come from its metadata."""
+    metadata = manifest.get("metadata")
+    metadata = metadata if isinstance(metadata, Mapping) else {}
+    name, namespace = str(metadata.get("name", "")), str(metadata.get("namespace") or "default")
+    if not _NAME.fullmatch(name):
+        findings.append(
+            Finding(
+                Level.ERROR,
+                "metadata.name",
+                f"is {name[:80]!r}; use up to 50 lower-case letters, digits and '-', beginning with a letter, because services "
+                "are named after it",
+            )
+        )
+    return {
+        "name": name,
+        "namespace": namespace,
+        "api": str(manifest.get("apiVersion")),
+        "uid": str(metadata.get("uid") or ""),
+        "generation": int(metadata.get("generation") or 0),
+    }
+
+
+def read_annotations(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[str, Any]:
+    """Return the fields of a KVCache that come from the published annotations."""
+    metadata = manifest.get("metadata")
+    values = metadata.get("annotations") if isinstance(metadata, Mapping) else None
+    fields = Fields(values, "metadata.annotations", findings)
+    found: dict[str, Any] = {"workload": fields.text(WORKLOAD_ANNOTATION)}
+    if not _LABEL_VALUE.fullmatch(found["workload"]):
+        fields.error(
+            fields.at(WORKLOAD_ANNOTATION), f"is {found['workload'][:80]!r}, which no label can be; name the workload"
+        )
+    gpu, key = fields.text(GPU_TYPE_ANNOTATION), fields.text(GPU_KEY_ANNOTATION)
+    if gpu:
+        found["node_labels"] = ((key or DEFAULT_GPU_KEY, gpu),)
+    elif key:
+        fields.ignored(GPU_KEY_ANNOTATION, f"it acts only beside {GPU_TYPE_ANNOTATION}")
+    fields.text(ANTI_AFFINITY_ANNOTATION)  # it acts always: no node has two pods of a cache
+    backend = fields.text(BACKEND_ANNOTATION)
+    if backend not in ("", "vineyard", "kvkern"):
+        fields.adjusted(BACKEND_ANNOTATION, f"is {backend!r}; kvkern serves on each node whatever it says")
+    fields.ignored(MODE_ANNOTATION, "kvkern has one mode: a daemon on each node")
+    for name in values or () if isinstance(values, Mapping) else ():
+        prefix = str(name).split("/")[0]
+        if prefix.endswith(ANNOTATIONS.rstrip("/")) and prefix != ANNOTATIONS.rstrip("/"):
+            fields.ignored(name, "it configures another backend")
+        elif prefix == ANNOTATIONS.rstrip("/") and name not in (
+            WORKLOAD_ANNOTATION, GPU_TYPE_ANNOTATION, GPU_KEY_ANNOTATION, ANTI_AFFINITY_ANNOTATION, BACKEND_ANNOTATION,
+            MODE_ANNOTATION,
+        ):  # fmt: skip
+            fields.ignored(name, "kvkern does not know this annotation")
+    return found  # annotations of other programs are theirs
+
+
+def read_env(fields: Fields, name: str = "env") -> tuple[dict[str, Any], ...]:
+    """Read variables of a container. The operator's own cannot be replaced."""
+    kept = []
+    for number, entry in enumerate(fields.items(name)):
+        path = f"{fields.at(name)}[{number}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
+            fields.error(path, "has no name")
+        elif entry["name"] in SERVER_OPTIONS:
+            why = SERVER_OPTIONS[entry["name"]]
+            fields.findings.append(Finding(Level.IGNORED, path, f"{entry['name']} is set by the operator: {why}"))
+        else:
+            kept.append({key: value for key, value in entry.items() if value is not None})
+    return tuple(kept)
+
+
+def checked_quantity(fields: Fields, name: str, default: str) -> str:
+    """Read a quantity above zero."""
+    text = fields.quantity(name, default)
+    try:
+        if parse_quantity(text, fields.at(name)) <= 0:
+            fields.error(fields.at(name), f"is {text!r}; it must be above 0")
+    except ConfigError:
+        fields.error(fields.at(name), f"is {text[:60]!r}; expected a quantity such as 500m, 2 or 4Gi")
+        return default
+    return text
+
+
+def read_sizes(fields: Fields, memory: str, memory_path: str) -> dict[str, Any]:
+    """Return capacity and the size of /dev/shm. `fields` may hold sharedMemorySize."""
+    found: dict[str, Any] = {"memory": memory}
+    try:
+        found["capacity_nbytes"] = capacity_of(memory, memory_path)
+    except ConfigError as error:
+        fields.error(memory_path, str(error))
+    if fields.text_or_number("sharedMemorySize"):
+        found["shared_memory"] = checked_quantity(fields, "sharedMemorySize", "64Mi")
+    return found
+
+
+def read_store(fields: Fields, default_image: str, default_pull_policy: str, kind: str) -> Store | None:
+    """Read an etcd or a Redis in either form: flat, or with `runtime`. None: it has no replicas."""
+    runtime = fields.inside("runtime")
+    flat = fields.given(("image", "replicas", "resources"))
+    if "runtime" in fields and flat:
+        fields.error(fields.path, f"has both `runtime` and {', '.join(flat)}; give one of them")
+    source = runtime if "runtime" in fields else fields
+    image = source.text("image") or default_image
+    pull_policy = source.text("imagePullPolicy", default_pull_policy, PULL_POLICIES)
+    replicas = source.integer("replicas", 1, 0, MAX_REPLICAS)
+    resources = source.mapping("resources")
+    env = read_env(source)
+    storage_fields = fields.inside("storage")
+    storage = checked_quantity(storage_fields, "size", "10Gi") if "size" in storage_fields else ""
+    storage_fields.close()
+    source.ignored("template", "give image, env and resources instead")
+    if kind == "etcd" and replicas not in (0, *MEMBERS):
+        fields.error(source.at("replicas"), f"is {replicas}; use 1, 3 or 5: an even number survives no more losses")
+    if kind == "redis" and replicas > 1:
+        source.adjusted("replicas", f"is {replicas}; one server runs, because its data is a cache that may be lost")
+        replicas = 1
+    _check_resources(source, resources)
+    runtime.close()
+    fields.close()
+    return Store(replicas, image, pull_policy, resources, storage, env) if replicas else None
+
+
+def _check_resources(fields: Fields, resources: Mapping[str, Any]) -> None:
+    inside = Fields(resources, fields.at("resources"), fields.findings)
+    for kind in ("requests", "limits"):
+        for name, value in inside.mapping(kind).items():
+            try:
+                parse_quantity(value, name)
+            except ConfigError:
+                fields.error(
+                    f"{inside.at(kind)}.{name}", f"is {str(value)[:60]!r}; expected a quantity such as 500m, 2 or 4Gi"
+                )
+    inside.items("claims")
+    inside.close()
+
+
+def memory_limit(resources: Mapping[str, Any]) -> int:
+    """Return the bytes that resources allow: their limit, else their request. 0: they name neither."""
+    for kind in ("limits", "requests"):
+        if isinstance(resources.get(kind), Mapping) and "memory" in resources[kind]:
+            return parse_memory(resources[kind]["memory"], "memory")
+    return 0
+
+
+def read_external(fields: Fields) -> External | None:
+    """Read `externalConnection`: an address, and a secret as name/key."""
+    address, secret = fields.text("address"), fields.text("passwordSecretRef")
+    fields.close()
+    if not address:
+        if secret:
+            fields.error(fields.at("address"), "is missing; give host:port")
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}", address):
+        fields.error(fields.at("address"), f"is {address[:80]!r}; expected host:port")
+    name, _, key = secret.partition("/")
+    return External(address, name, key or "password")

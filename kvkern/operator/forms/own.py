@@ -1,0 +1,117 @@
+"""The KVCache of kvkern.io/v1alpha1: all that kvkern can do, and nothing that it cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...config.options import Option
+from ...errors import ConfigError
+from ...remote.stores.url import RemoteUrl
+from ..findings import Fields, Finding
+from ..kvcache import ArenaPlace, Form, KVCache, PodExtras, Port
+from ..names import IMAGE, RPC_PORT, WORKLOAD_LABEL
+from ..options import OPTIONS, as_text, check_options
+from .common import (
+    MAX_REPLICAS,
+    PULL_POLICIES,
+    SERVICE_TYPES,
+    checked_quantity,
+    read_annotations,
+    read_env,
+    read_metadata,
+    read_sizes,
+    read_store,
+)
+from .published import MAX_PORT
+
+
+def camel(option: Option) -> str:
+    """Return an option's name in a KVCache: tenantQuota for tenant_quota."""
+    first, *others = option.name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+def read_own(manifest: Mapping[str, Any], image: str = "") -> KVCache:
+    """Return what it asks for. `image` is used where it names none."""
+    findings: list[Finding] = []
+    known = read_metadata(manifest, findings) | read_annotations(manifest, findings)
+    spec = Fields(manifest.get("spec"), "spec", findings)
+    memory = checked_quantity(spec, "memory", "2Gi")
+    known |= {
+        "image": spec.text("image") or image or IMAGE,
+        "pull_policy": spec.text("imagePullPolicy", "IfNotPresent", PULL_POLICIES),
+        "cpu": checked_quantity(spec, "cpu", "1"),
+        "env": read_env(spec),
+        "arena": ArenaPlace(spec.text("arena", ArenaPlace.HOST, tuple(ArenaPlace))),
+        "min_pods": spec.integer("minPods", 0, 0, MAX_REPLICAS),
+        "max_unavailable": spec.integer("maxUnavailable", 1, 1, MAX_REPLICAS),
+        "extras": _read_extras(spec),
+        "options": _read_options(spec.inside("options")),
+    }
+    known |= read_sizes(spec, memory, spec.at("memory"))
+    workload = spec.inside("workload")
+    if name := workload.text("name"):
+        known["workload"] = name
+    known["workload_label"] = workload.text("labelKey") or WORKLOAD_LABEL
+    workload.close()
+    service = spec.inside("service")
+    known["service_type"] = service.text("type", "ClusterIP", SERVICE_TYPES)
+    port, node_port = service.integer("port", RPC_PORT, 1, MAX_PORT), service.integer("nodePort", 0, 0, MAX_PORT)
+    if node_port and known["service_type"] == "ClusterIP":
+        service.error(
+            service.at("nodePort"), f"is {node_port}, but a service of type ClusterIP has none; give type: NodePort"
+        )
+    known["ports"] = (Port("rpc", port, RPC_PORT, node_port),)
+    service.close()
+    known |= _read_remote(spec.inside("remote"), known["pull_policy"])
+    spec.close()
+    has_remote = bool(known["remote"] or known["remote_secret"][0] or known["redis"])
+    check_options(known["env"], known["options"], has_remote, spec)
+    return KVCache(form=Form.OWN, findings=tuple(findings), **known)
+
+
+def _read_extras(spec: Fields) -> PodExtras:
+    def texts(name: str) -> dict[str, str]:
+        return {str(key): str(value) for key, value in spec.mapping(name).items()}
+
+    secrets = tuple(str(each.get("name", "")) for each in spec.items("imagePullSecrets") if isinstance(each, Mapping))
+    return PodExtras(
+        texts("podLabels"), texts("podAnnotations"), texts("nodeSelector"), tuple(spec.items("tolerations")), secrets,
+        spec.text("priorityClassName"),
+    )  # fmt: skip
+
+
+def _read_options(options: Fields) -> dict[str, str]:
+    found = {}
+    for option in OPTIONS:
+        name = camel(option)
+        if name in options:
+            found[option.variable] = as_text(options.anything(name))
+    options.close()
+    return found
+
+
+def _read_remote(remote: Fields, pull_policy: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"remote": remote.text("url"), "remote_secret": ("", ""), "redis": None}
+    secret = remote.inside("urlSecretRef")
+    if "name" in secret:
+        found["remote_secret"] = (secret.text("name"), secret.text("key", "url"))
+    secret.close()
+    if "redis" in remote:
+        found["redis"] = read_store(remote.inside("redis"), "", pull_policy, "redis")
+    given = remote.given(("url", "urlSecretRef", "redis"))
+    if len(given) > 1:
+        remote.error(remote.path, f"has {', '.join(given)}; give one of them")
+    if found["remote"]:
+        if re.search(r"//[^/@]*:[^/@]+@", found["remote"]):
+            remote.error(
+                remote.at("url"), "holds a password, which everybody sees who may read a KVCache; use urlSecretRef"
+            )
+        try:
+            RemoteUrl.parse(found["remote"])
+        except ConfigError as error:
+            remote.error(remote.at("url"), str(error))
+    remote.close()
+    return found
