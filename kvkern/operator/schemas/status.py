@@ -27,7 +27,7 @@ NODE: Schema = thing(
         "ready": {"type": "boolean"},
         "capacityBytes": _INTEGER,
         "usedBytes": _INTEGER,
-        "hitRatio": text("Of the last hour, in percent."),
+        "hitRatio": text("Chunks found of those looked up, since the daemon's start, in percent."),
     },
 )
 STATUS: Schema = thing(
@@ -40,7 +40,7 @@ STATUS: Schema = thing(
         "capacity": text("Cache of all ready nodes."),
         "used": text("Of it in use."),
         "capacityPerNode": text("Cache of one node: what the pod's memory leaves for it."),
-        "hitRatio": text("Chunks that were asked for and were there, of the last hour, in percent."),
+        "hitRatio": text("Chunks found of those looked up, since the daemons' start, in percent."),
         "reason": text("The first thing that is not as it should be."),
         "form": text("Which form of KVCache the operator has read: published, runtime or own."),
         "nodes": array("The nodes, the first 500 by name.", NODE, 500),

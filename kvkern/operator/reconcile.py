@@ -1,0 +1,230 @@
+"""One pass for one KVCache: read, look, write what differs, say how it is. Level-triggered: it remembers nothing that it needs.
+
+It can end after any write, and the next pass goes on from there. It writes only objects of which the KVCache is the owner.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from .api import Api, ApiError
+from .conditions import status_of
+from .daemons import ask_daemons
+from .forms import read_kvcache
+from .kinds import DEPLOYMENT, MADE, MONITORS, OLD_BUDGET, POD, Kind
+from .kvcache import KVCache
+from .merge import merge_patch
+from .names import identity
+from .objects import Cluster, Manifest, render
+from .observed import Daemon, Observed, cache_pod, workload_nodes
+
+logger = logging.getLogger("kvkern")
+
+WORKLOADS = (  # kinds whose pods may be followed
+    Kind("apps/v1", "Deployment", "deployments"),
+    Kind("apps/v1", "StatefulSet", "statefulsets"),
+)
+HOLD_S = 300.0
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+MAX_LEFT = 1000  # objects of which something did not stay
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator was started with."""
+
+    image: str = ""  # for KVCaches that name none
+    replacement: str = ""  # for those that name the image of the program that they were written for
+    ask_pods: bool = True  # ask daemons for their figures
+
+
+class Reconciler:
+    """Passes over KVCaches. Use it in one event loop, one pass at a time for a KVCache."""
+
+    def __init__(self, api: Api, settings: Settings, now: Callable[[], str]) -> None:
+        self._api, self._settings, self._now = api, settings, now
+        self._kinds: tuple[Kind, ...] = ()
+        # uid -> what the server did not keep of the last write: an older server drops fields, a webhook changes some
+        self._left: dict[str, Manifest] = {}
+        self._follows: dict[
+            tuple[Kind, str, str], Mapping[str, str]
+        ] = {}  # KVCache -> labels of the pods that it follows
+
+    async def learn(self) -> None:
+        """Ask which kinds the API server has. Raises ApiError."""
+        groups = await self._api.groups()
+        made = [OLD_BUDGET if kind.kind == OLD_BUDGET.kind and kind.api not in groups else kind for kind in MADE]
+        self._kinds = (*made, *(MONITORS if MONITORS[0].api in groups else ()))
+
+    def followers(self, namespace: str, labels: Mapping[str, str]) -> list[tuple[Kind, str, str]]:
+        """Return the KVCaches that follow a pod with these labels."""
+        return [
+            key
+            for key, wanted in self._follows.items()
+            if key[1] == namespace and wanted and wanted.items() <= labels.items()
+        ]
+
+    async def run(self, kind: Kind, namespace: str, name: str) -> bool:
+        """Make a pass. Returns True if the KVCache exists. Raises ApiError if it could not even be read."""
+        if not self._kinds:
+            await self.learn()
+        live = await self._api.get(kind, namespace, name)
+        if live is None or live["metadata"].get("deletionTimestamp"):
+            self._follows.pop((kind, namespace, name), None)
+            return live is not None
+        cache = read_kvcache(live, self._settings.image, self._settings.replacement)
+        seen = await self._look(cache)
+        self._follows[kind, namespace, name] = seen.follow
+        desired = _num_pods(cache, seen, live, self._now())
+        faults: list[str] = []
+        if not cache.errors:
+            faults = await self._write(cache, seen, desired)
+            seen = replace(seen, deployment=await self._api.get(DEPLOYMENT, namespace, name))
+        if self._settings.ask_pods:
+            seen = replace(seen, daemons=await self._figures(seen))
+        await self._tell(kind, live, status_of(cache, seen, desired, faults, live.get("status") or {}, self._now()))
+        if faults:
+            raise ApiError(0, "Unfinished", "; ".join(faults))
+        return True
+
+    # -- look ----------------------------------------------------------------------------------------------------------
+
+    async def _look(self, cache: KVCache) -> Observed:
+        pods = await self._api.list(POD, cache.namespace, identity(cache.name, "cache"))
+        mine = tuple(cache_pod(pod) for pod in pods)
+        deployment = await self._api.get(DEPLOYMENT, cache.namespace, cache.name)
+        if not cache.workload:
+            return Observed(pods=mine, deployment=deployment)
+        follow, by_name = {cache.workload_label: cache.workload}, False
+        found = await self._api.list(POD, cache.namespace, follow)
+        if not found and (real := await self._labels_of(cache)):
+            follow, by_name = real, True
+            found = await self._api.list(POD, cache.namespace, follow)
+        nodes, waiting = workload_nodes(found)
+        return Observed(tuple(nodes), follow, by_name, waiting, mine, deployment)
+
+    async def _labels_of(self, cache: KVCache) -> dict[str, str]:
+        """Return the labels of the pods of the workload with this metadata.name; empty if there is none."""
+        for kind in WORKLOADS:
+            workload = await self._api.get(kind, cache.namespace, cache.workload)
+            if workload is None or cache.workload == cache.name:
+                continue
+            labels = dict((workload["spec"].get("selector") or {}).get("matchLabels") or {})
+            if labels and labels != {cache.workload_label: cache.workload}:
+                return labels
+        return {}
+
+    async def _figures(self, seen: Observed) -> Mapping[str, Daemon]:
+        return await ask_daemons(pod for pod in seen.pods if not pod.ending)
+
+    # -- write ---------------------------------------------------------------------------------------------------------
+
+    async def _write(self, cache: KVCache, seen: Observed, desired: int) -> list[str]:
+        """Write what differs. Returns what failed."""
+        monitors = any(kind.kind == MONITORS[0].kind for kind in self._kinds)
+        wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
+        kinds = {kind.kind: kind for kind in self._kinds}
+        faults = []
+        try:
+            await self._mark(cache, seen)
+        except ApiError as error:
+            faults.append(str(error))
+        for manifest in wanted:
+            kind = kinds[manifest["kind"]]
+            try:
+                await self._apply(kind, manifest | {"apiVersion": kind.api}, cache)
+            except ApiError as error:
+                faults.append(f"{manifest['kind']} {manifest['metadata']['name']}: {error}")
+        try:
+            await self._prune(cache, wanted)
+            await self._move(cache, seen)
+        except ApiError as error:
+            faults.append(str(error))
+        return faults
+
+    async def _apply(self, kind: Kind, wanted: Manifest, cache: KVCache) -> None:
+        metadata = wanted["metadata"]
+        live = await self._api.get(kind, cache.namespace, metadata["name"])
+        if live is None:
+            await self._api.create(kind, wanted)
+            return
+        if not _owned(live, cache):
+            raise ApiError(409, "NameTaken", "exists and belongs to somebody else; delete it, or rename the KVCache")
+        if live["metadata"].get("deletionTimestamp"):
+            raise ApiError(409, "Ending", "is being deleted; it is made again when it is gone")
+        patch = merge_patch(wanted, live)
+        uid = live["metadata"]["uid"]
+        if not patch or self._left.get(uid) == patch:
+            return
+        try:
+            after = await self._api.patch(kind, live, patch)
+        except ApiError as error:
+            if error.status == 422 and kind.kind == "StatefulSet":
+                # Some of its fields cannot be changed. Its pods stay, and the new one takes them over.
+                await self._api.delete(kind, live, propagation="Orphan")
+                raise ApiError(409, "Remade", "is made anew, because one of its fields cannot be changed") from error
+            raise
+        if left := merge_patch(wanted, after):
+            if len(self._left) >= MAX_LEFT:
+                self._left.clear()
+            self._left[uid] = left
+
+    async def _prune(self, cache: KVCache, wanted: Iterable[Manifest]) -> None:
+        """Delete what this KVCache owned and no longer wants."""
+        keep = {(each["kind"], each["metadata"]["name"]) for each in wanted}
+        labels = {"app.kubernetes.io/instance": cache.name, "app.kubernetes.io/managed-by": "kvkern-operator"}
+        for kind in self._kinds:
+            for live in await self._api.list(kind, cache.namespace, labels):
+                if (kind.kind, live["metadata"]["name"]) not in keep and _owned(live, cache):
+                    await self._api.delete(kind, live)
+
+    async def _mark(self, cache: KVCache, seen: Observed) -> None:
+        """Tell Kubernetes which cache pods to end first if there are to be fewer."""
+        surplus = {pod.name for pod in seen.surplus}
+        for pod in seen.pods:
+            live = await self._api.get(POD, cache.namespace, pod.name) if pod.name in surplus else None
+            if live is not None and DELETION_COST not in (live["metadata"].get("annotations") or {}):
+                await self._api.patch(POD, live, {"metadata": {"annotations": {DELETION_COST: "-100"}}})
+
+    async def _move(self, cache: KVCache, seen: Observed) -> None:
+        """End cache pods on nodes that the workload has left, if other nodes wait for one, which the Deployment makes."""
+        covered = {pod.node for pod in seen.pods}
+        missing = len(set(seen.workload_nodes) - covered)
+        for pod in seen.surplus[:missing]:
+            live = await self._api.get(POD, cache.namespace, pod.name)
+            if live is not None and not live["metadata"].get("deletionTimestamp"):
+                await self._api.delete(POD, live)
+
+    # -- tell ----------------------------------------------------------------------------------------------------------
+
+    async def _tell(self, kind: Kind, live: Manifest, status: dict[str, Any]) -> None:
+        if status == live.get("status"):
+            return
+        removed = {name: None for name in live.get("status") or {} if name not in status}
+        await self._api.patch(kind, live, {"status": status | removed}, status=True)
+
+
+def _num_pods(cache: KVCache, seen: Observed, live: Manifest, now: str) -> int:
+    """Return how many cache pods there should be: one for each node of the workload.
+
+    While the workload has pods without a node, and for HOLD_S after it has lost all pods, what is there stays: a restart of the
+    engines must not end their cache.
+    """
+    if seen.workload_nodes:
+        return len(seen.workload_nodes)
+    there = int(seen.deployment["spec"].get("replicas") or 0) if seen.deployment is not None else 0
+    if there <= cache.min_pods or not cache.workload:
+        return cache.min_pods
+    for condition in (live.get("status") or {}).get("conditions") or ():
+        if condition.get("type") == "WorkloadFound" and condition.get("status") == "False" and not seen.num_unscheduled:
+            gone = datetime.fromisoformat(now) - datetime.fromisoformat(condition["lastTransitionTime"])
+            return cache.min_pods if gone.total_seconds() > HOLD_S else there
+    return there
+
+
+def _owned(live: Mapping[str, Any], cache: KVCache) -> bool:
+    return any(owner.get("uid") == cache.uid for owner in live["metadata"].get("ownerReferences") or ())

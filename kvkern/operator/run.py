@@ -1,0 +1,160 @@
+"""The operator: kopf watches, a queue makes passes, a lease says who works."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import kopf
+
+from .api import Api, ApiError
+from .kinds import KVCACHES, MADE, Kind
+from .leader import Leader
+from .names import MANAGED_BY, NAME_LABEL
+from .reconcile import Reconciler, Settings
+from .work_queue import WorkQueue
+
+logger = logging.getLogger("kvkern")
+
+RESYNC_S = 30.0
+LEASE_NAME = "kvkern-operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One KVCache."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+
+def now() -> str:
+    """Return the time as the API writes it in a status."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Operator:
+    """Connects what kopf reports with the passes."""
+
+    def __init__(
+        self,
+        api: Api,
+        settings: Settings,
+        namespaces: tuple[str, ...] = (),  # that it looks after; empty: all
+        lease_namespace: str = "",  # empty: no other operator runs, and there is no lease
+    ) -> None:
+        me = f"{socket.gethostname()}-{os.getpid()}"
+        self._api, self._namespaces = api, namespaces
+        self._leader = Leader(api, lease_namespace, LEASE_NAME, me) if lease_namespace else None
+        self._reconciler = Reconciler(api, settings, now)
+        self._queue = WorkQueue(self._pass)
+        self._served: set[Kind] = set()  # kinds of KVCache that the API has
+
+    async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
+        """Work until `stop` is set. Raises ApiError if the API server cannot be reached at the start."""
+        await self._reconciler.learn()
+        tasks = [asyncio.create_task(self._resync())]
+        if self._leader is not None:
+            tasks.append(asyncio.create_task(self._leader.keep()))
+        try:
+            await kopf.operator(
+                registry=self._registry(),
+                settings=self._settings(),
+                clusterwide=not self._namespaces,
+                namespaces=self._namespaces,
+                standalone=True,
+                stop_flag=stop,
+                ready_flag=ready,
+            )
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._queue.close()
+            if self._leader is not None:
+                with contextlib.suppress(ApiError):
+                    await self._leader.give_up()
+
+    def _settings(self) -> kopf.OperatorSettings:
+        settings = kopf.OperatorSettings()
+        settings.posting.enabled = False
+        settings.watching.server_timeout = 300
+        return settings
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        """Return what to watch. Handlers of events alone: kopf then writes nothing, no finalizer and no annotation."""
+        registry = kopf.OperatorRegistry()
+
+        @kopf.on.login(registry=registry)
+        def login(**about: Any) -> kopf.ConnectionInfo | None:
+            return kopf.login_with_service_account(**about) or kopf.login_with_kubeconfig(**about)
+
+        async def of_cache(body: Mapping[str, Any], **_: Any) -> None:
+            for kind in KVCACHES:
+                if body.get("apiVersion") == kind.api:
+                    self._add(kind, body["metadata"]["namespace"], body["metadata"]["name"])
+
+        async def of_owned(body: Mapping[str, Any], **_: Any) -> None:
+            for owner in body["metadata"].get("ownerReferences") or ():
+                for kind in KVCACHES:
+                    if owner.get("kind") == kind.kind and owner.get("apiVersion") == kind.api:
+                        self._add(kind, body["metadata"]["namespace"], owner["name"])
+
+        async def of_pod(body: Mapping[str, Any], **_: Any) -> None:
+            namespace, labels = body["metadata"]["namespace"], body["metadata"].get("labels") or {}
+            for key in self._reconciler.followers(namespace, labels):
+                self._queue.add(Key(*key))
+            if name := labels.get(NAME_LABEL):
+                for kind in self._served:
+                    self._add(kind, namespace, name)
+
+        for kind in KVCACHES:
+            group, version = kind.api.split("/")
+            kopf.on.event(group, version, kind.plural, registry=registry)(of_cache)
+        for kind in MADE:
+            group, _, version = kind.api.rpartition("/")
+            labels = {"app.kubernetes.io/managed-by": MANAGED_BY}
+            kopf.on.event(group, version, kind.plural, labels=labels, registry=registry)(of_owned)
+        kopf.on.event("", "v1", "pods", registry=registry)(of_pod)
+        return registry
+
+    def _add(self, kind: Kind, namespace: str, name: str) -> None:
+        if not self._namespaces or namespace in self._namespaces:
+            self._queue.add(Key(kind, namespace, name))
+
+    async def _resync(self) -> None:
+        """Make a pass for every KVCache now and then: what a watch has missed, and figures."""
+        while True:
+            try:
+                groups = await self._api.groups()
+                self._served = {kind for kind in KVCACHES if kind.api in groups}
+                await self._reconciler.learn()
+                for kind in self._served:
+                    for live in await self._api.list(kind):
+                        self._add(kind, live["metadata"]["namespace"], live["metadata"]["name"])
+            except ApiError as error:
+                logger.warning("kvkern: cannot list KVCaches: %(error)s", {"event": "resync", "error": error})
+            await asyncio.sleep(RESYNC_S)
+
+    async def _pass(self, key: Key) -> float | None:
+        if self._leader is not None and not self._leader.leads:
+            return None  # the leader does it; whoever leads next begins with a resync
+        try:
+            await self._reconciler.run(key.kind, key.namespace, key.name)
+        except ApiError as error:
+            level = logging.INFO if error.status == 409 else logging.WARNING
+            logger.log(
+                level,
+                "kvkern: KVCache %(namespace)s/%(name)s: %(error)s",
+                {"event": "pass_failed", "namespace": key.namespace, "name": key.name, "error": error},
+            )
+            return error.retry_after_s
+        return None
