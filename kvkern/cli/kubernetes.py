@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..observability.logs import LogFormat
 from .arguments import exit_on_bad_input
 
 operator = typer.Typer(
@@ -62,3 +63,47 @@ def crds() -> None:
 
     with exit_on_bad_input():
         typer.echo(to_yaml([crd(OWN_GROUP), crd(PUBLISHED_GROUP)]), nl=False)
+
+
+@operator.command()
+def run(
+    image: Annotated[
+        str, typer.Option(envvar="KVKERN_OPERATOR_IMAGE", help="Image of the daemon for KVCaches that name none.")
+    ] = "",
+    replace_images: Annotated[
+        str,
+        typer.Option(
+            envvar="KVKERN_OPERATOR_REPLACE_IMAGES",
+            help="Image of the daemon for KVCaches that name the image of the program they were written for.",
+        ),
+    ] = "",
+    namespace: Annotated[
+        list[str] | None, typer.Option(help="A namespace to look after; may be repeated. Left out: all.")
+    ] = None,
+    lease_namespace: Annotated[
+        str,
+        typer.Option(
+            envvar="POD_NAMESPACE",
+            help="Namespace of the lease that lets one of several operators work. Empty: no lease.",
+        ),
+    ] = "",
+    log_format: Annotated[LogFormat, typer.Option(help="text or json.")] = "text",
+) -> None:
+    """Run the operator until SIGTERM. It connects as its pod's service account, or as KUBECONFIG says."""
+    with exit_on_bad_input():
+        _needs("kopf", "kr8s")
+        from ..observability import logs
+        from ..operator import main
+        from ..operator.reconcile import Settings
+
+        logs.set_up(log_format, verbose=True)
+        main.run_until_signal(Settings(image, replace_images), tuple(namespace or ()), lease_namespace)
+
+
+def _needs(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    from ..errors import UnsupportedError
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UnsupportedError(f"the operator needs {', '.join(missing)}; install kvkern[operator]")

@@ -216,7 +216,7 @@ def _num_pods(cache: KVCache, seen: Observed, live: Manifest, now: str) -> int:
     """
     if seen.workload_nodes:
         return len(seen.workload_nodes)
-    there = int(seen.deployment["spec"].get("replicas") or 0) if seen.deployment is not None else 0
+    there = int((live.get("status") or {}).get("desired") or 0)
     if there <= cache.min_pods or not cache.workload:
         return cache.min_pods
     for condition in (live.get("status") or {}).get("conditions") or ():

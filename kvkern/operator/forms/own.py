@@ -8,6 +8,7 @@ from typing import Any
 
 from ...config.options import Option
 from ...errors import ConfigError
+from ...remote.stores.registry import built_in_schemes
 from ...remote.stores.url import RemoteUrl
 from ..findings import Fields, Finding
 from ..kvcache import ArenaPlace, Form, KVCache, PodExtras, Port
@@ -110,7 +111,9 @@ def _read_remote(remote: Fields, pull_policy: str) -> dict[str, Any]:
                 remote.at("url"), "holds a password, which everybody sees who may read a KVCache; use urlSecretRef"
             )
         try:
-            RemoteUrl.parse(found["remote"])
+            scheme = RemoteUrl.parse(found["remote"]).scheme
+            if scheme not in built_in_schemes():
+                remote.adjusted("url", f"kvkern has no store of the scheme {scheme}; the image needs a package that has one")
         except ConfigError as error:
             remote.error(remote.at("url"), str(error))
     remote.close()

@@ -26,6 +26,11 @@ _BUILT_IN: dict[str, tuple[str, str]] = {  # scheme -> (module of this package w
 }  # fmt: skip
 
 
+def built_in_schemes() -> list[str]:
+    """Return the schemes of the stores that kvkern has itself."""
+    return sorted(_BUILT_IN)
+
+
 def make_store(url: RemoteUrl) -> RemoteStore:
     """Make the store of a URL, not connected. Raises ConfigError for an unknown scheme or option, or a missing package."""
     return _maker_of(url.scheme)(url)

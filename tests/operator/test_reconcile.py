@@ -1,0 +1,249 @@
+"""Passes over a KVCache, against an API server over a real socket. Every pass is that of an operator that has just started."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from tests.operator.api_server import ConnectionLost, Write
+from tests.operator.conftest import Cluster, own
+from tests.operator.manifests import kvcache
+
+# A KVCache with everything, and for each field another value -> the objects that change, by kind and the end of their name
+EVERYTHING = own(
+    image="kvkern:1", imagePullPolicy="Always", imagePullSecrets=[{"name": "pull"}], cpu="2", memory="8Gi",
+    sharedMemorySize="128Mi", env=[{"name": "TZ", "value": "UTC"}], workload={"name": "coder"}, minPods=2, maxUnavailable=1,
+    arena="Host", nodeSelector={"pool": "gpu"}, tolerations=[{"key": "a", "operator": "Exists"}], priorityClassName="high",
+    podLabels={"team": "a"}, podAnnotations={"note": "a"}, service={"type": "NodePort", "port": 9601},
+    options={"policy": "lru", "fair": True, "quota": ["m=1GiB"], "drain": 10}, remote={"redis": {"image": "redis:7"}},
+)  # fmt: skip
+CHANGES: list[tuple[str, Any, set[tuple[str, str]]]] = [
+    ("image", "kvkern:2", {("Deployment", "cache")}),
+    ("imagePullPolicy", "Never", {("Deployment", "cache"), ("StatefulSet", "cache-redis")}),
+    ("imagePullSecrets", [], {("Deployment", "cache")}),
+    ("cpu", "3", {("Deployment", "cache")}),
+    ("memory", "16Gi", {("Deployment", "cache")}),
+    ("sharedMemorySize", "256Mi", {("Deployment", "cache")}),
+    ("env", [{"name": "TZ", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}], {("Deployment", "cache")}),
+    ("env", [], {("Deployment", "cache")}),
+    ("workload", {"name": "other"}, {("Deployment", "cache")}),
+    ("workload", {"name": "coder", "labelKey": "app"}, {("Deployment", "cache")}),
+    ("minPods", 3, {("Deployment", "cache")}),
+    ("maxUnavailable", 2, {("Deployment", "cache"), ("PodDisruptionBudget", "cache")}),
+    ("arena", "Pod", {("Deployment", "cache")}),
+    ("nodeSelector", {}, {("Deployment", "cache")}),
+    ("nodeSelector", {"pool": "big"}, {("Deployment", "cache")}),
+    ("tolerations", [], {("Deployment", "cache")}),
+    ("priorityClassName", "low", {("Deployment", "cache")}),
+    ("priorityClassName", None, {("Deployment", "cache")}),
+    ("podLabels", {"team": "b"}, {("Deployment", "cache")}),
+    ("podLabels", {}, {("Deployment", "cache")}),
+    ("podAnnotations", {}, {("Deployment", "cache")}),
+    ("service", {"type": "NodePort", "port": 9602}, {("Service", "cache-rpc")}),
+    ("service", {"type": "ClusterIP", "port": 9601}, {("Service", "cache-rpc"), ("NetworkPolicy", "cache")}),
+    ("service", {"type": "LoadBalancer", "port": 9601, "nodePort": 30001}, {("Service", "cache-rpc")}),
+    ("options", {"policy": "grit"}, {("Deployment", "cache")}),
+    ("options", {}, {("Deployment", "cache")}),
+    ("remote", {"url": "redis://elsewhere:6379"},
+     {("Deployment", "cache"), ("NetworkPolicy", "cache"), ("NetworkPolicy", "cache-redis"), ("Service", "cache-redis"),
+      ("StatefulSet", "cache-redis")}),
+    ("remote", {"redis": {"image": "redis:8"}}, {("StatefulSet", "cache-redis")}),
+    ("remote", {"redis": {"image": "redis:7", "resources": {"limits": {"cpu": "1", "memory": "2Gi"}}}},
+     {("StatefulSet", "cache-redis")}),
+]  # fmt: skip
+
+
+def changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+def edit(cluster: Cluster, name: str, is_own: bool, **spec: Any) -> None:
+    """Change fields as a user does. None removes one."""
+    live = copy.deepcopy(cluster.kvcache(name, own=is_own))
+    live["spec"] = {key: value for key, value in (live["spec"] | spec).items() if value is not None}
+    cluster.server.store.update(live)
+
+
+@pytest.mark.parametrize("name", ["published", "runtime", "own"])
+def test_a_second_pass_writes_nothing(cluster: Cluster, name: str) -> None:
+    """What is there is compared with what is wanted, although the API server fills in defaults and rewrites quantities."""
+    made = cluster.make(kvcache(name))
+    is_own = name == "own"
+    assert cluster.passes(made["metadata"]["name"], own=is_own) == 2
+    owners = {each["metadata"]["ownerReferences"][0]["uid"] for each in cluster.objects().values()}
+    assert owners == {made["metadata"]["uid"]}
+    assert cluster.status(made["metadata"]["name"], own=is_own)["ConfigValid"][0] == "True"
+
+
+@pytest.mark.parametrize(("field", "value", "objects"), CHANGES)
+def test_a_changed_field_changes_its_objects_alone(
+    cluster: Cluster, field: str, value: Any, objects: set[tuple[str, str]]
+) -> None:
+    """And in the end they are as if the KVCache had always been so."""
+    cluster.make(EVERYTHING)
+    cluster.passes("cache", own=True)
+    before = cluster.essence()
+    edit(cluster, "cache", True, **{field: value})
+    cluster.passes("cache", own=True)
+    after = cluster.essence()
+    assert changed(before, after) == objects
+    cluster.server.store.delete("kvcaches.kvkern.io", "cache", "default")
+    cluster.server.store.collect()
+    assert not cluster.objects()
+    new = copy.deepcopy(EVERYTHING)
+    new["spec"] = {name: each for name, each in (new["spec"] | {field: value}).items() if each is not None}
+    cluster.make(new)
+    cluster.passes("cache", own=True)
+    assert not changed(after, cluster.essence())
+
+
+def test_it_converges_from_a_crash_at_every_write(cluster: Cluster) -> None:
+    """The operator ends after its n-th write, once before and once after the server has carried it out."""
+    cluster.make(EVERYTHING)
+    cluster.passes("cache", own=True)
+    wanted = cluster.essence()
+    most = len(wanted) + 1
+    for when in ("before", "after"):
+        for number in range(most):
+            cluster.server.store.delete("kvcaches.kvkern.io", "cache", "default")
+            cluster.server.store.collect()
+            cluster.make(EVERYTHING)
+            first = len(cluster.server.writes)
+
+            def crash(at: int, _verb: str, _object: Any, first: int = first, number: int = number) -> None:
+                if at >= first + number:
+                    raise ConnectionLost
+
+            stop = cluster.server.on_write(crash, when)  # type: ignore[arg-type]
+            assert cluster.one_pass("cache", own=True) is not None
+            stop()
+            cluster.passes("cache", own=True)
+            assert not changed(wanted, cluster.essence()), (when, number)
+
+
+@pytest.mark.parametrize("status", [409, 429, 500, 503, "close before", "close after"])
+def test_it_converges_from_refusals(cluster: Cluster, status: Any) -> None:
+    cluster.make(EVERYTHING)
+    for verb in ("create", "get", "list", "patch"):
+        cluster.server.fail_next(verb, "*", status, times=2)
+    cluster.passes("cache", own=True, most=40)
+    assert cluster.status("cache", own=True)["Degraded"] == ("False", "AsExpected")
+
+
+def test_somebody_elses_object_is_not_touched(cluster: Cluster) -> None:
+    theirs = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "cache-rpc", "namespace": "default"},
+              "spec": {"selector": {"app": "theirs"}, "ports": [{"port": 80}]}}  # fmt: skip
+    before = cluster.make(theirs)
+    cluster.make(EVERYTHING)
+    assert cluster.one_pass("cache", own=True) is not None
+    assert cluster.objects()["Service", "cache-rpc"] == before
+    assert ("Deployment", "cache") in cluster.objects()
+    status = cluster.kvcache("cache", own=True)["status"]
+    (degraded,) = (each for each in status["conditions"] if each["type"] == "Degraded")
+    assert "belongs to somebody else" in degraded["message"]
+    assert status["reason"] == "CannotWrite"
+
+
+def test_what_others_change_is_put_right_and_what_they_add_stays(cluster: Cluster) -> None:
+    cluster.make(EVERYTHING)
+    cluster.passes("cache", own=True)
+    wanted = cluster.essence()
+    live = copy.deepcopy(cluster.objects()["Deployment", "cache"])
+    live["spec"]["replicas"] = 7
+    live["spec"]["template"]["spec"]["containers"][0]["image"] = "other:1"
+    live["metadata"]["annotations"]["theirs"] = "stays"
+    live["spec"]["template"]["metadata"]["annotations"]["kubectl.kubernetes.io/restartedAt"] = "now"
+    cluster.server.store.update(live)
+    cluster.passes("cache", own=True)
+    metadata, spec = cluster.essence()["Deployment", "cache"]
+    assert metadata["annotations"].pop("theirs") == "stays"
+    assert spec["template"]["metadata"]["annotations"].pop("kubectl.kubernetes.io/restartedAt") == "now"
+    assert (metadata, spec) == wanted["Deployment", "cache"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"memory": "100Mi"}, "give at least 512Mi"),
+        ({"options": {"quota": ["nonsense"]}}, "quota"),
+        ({"remote": {"url": "redis://:secret@host:6379"}}, "use urlSecretRef"),
+        ({"remote": {"url": "no-url"}}, "spec.remote.url"),
+        ({"options": {"persist": "all"}}, "there is no"),
+        ({"env": [{"name": "KVKERN_DRAIN", "value": "soon"}]}, "drain"),
+    ],
+)
+def test_a_bad_value_changes_nothing_and_is_named(cluster: Cluster, spec: dict[str, Any], words: str) -> None:
+    cluster.make(own())
+    cluster.passes("cache", own=True)
+    before = cluster.essence()
+    edit(cluster, "cache", True, **spec)
+    cluster.passes("cache", own=True)
+    assert cluster.essence() == before
+    status = cluster.kvcache("cache", own=True)["status"]
+    (valid,) = (each for each in status["conditions"] if each["type"] == "ConfigValid")
+    assert (valid["status"], status["reason"]) == ("False", "Invalid")
+    assert words in valid["message"]
+    edit(cluster, "cache", True, memory="4Gi", options=None, remote=None, env=None)
+    cluster.passes("cache", own=True)
+    assert cluster.status("cache", own=True)["ConfigValid"] == ("True", "Valid")
+
+
+def test_cache_pods_follow_the_nodes_of_the_workload(cluster: Cluster) -> None:
+    def replicas() -> int:
+        return int(cluster.objects()["Deployment", "cache"]["spec"]["replicas"])
+
+    cluster.make(own())
+    cluster.passes("cache", own=True)
+    assert replicas() == 0
+    assert cluster.status("cache", own=True)["WorkloadFound"] == ("False", "NoPods")
+    for number, node in enumerate(("one", "one", "two", "")):
+        cluster.engine(f"engine-{number}", node)
+    cluster.passes("cache", own=True)
+    assert replicas() == 2
+    assert cluster.status("cache", own=True)["NodesCovered"] == ("False", "NodesWithoutCache")
+    for number in range(4):
+        cluster.server.store.delete("pods", f"engine-{number}", "default", grace_s=0)
+    cluster.passes("cache", own=True)
+    assert replicas() == 2, "a restart of the engines must not end their cache"
+    cluster.time = "2026-01-01T00:06:00Z"
+    cluster.passes("cache", own=True)
+    assert replicas() == 0
+
+
+def test_a_workload_that_is_found_by_its_name_only(cluster: Cluster) -> None:
+    """The annotation equals metadata.name of the engine's Deployment, but its pods have another label."""
+    labels = {"model.aibrix.ai/name": "coder-33b"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "e", "image": "e:1"}]}}
+    cluster.make({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "coder", "namespace": "default"},
+                  "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}})  # fmt: skip
+    cluster.engine("engine", "one", workload="coder-33b")
+    cluster.make(own())
+    cluster.passes("cache", own=True)
+    assert cluster.status("cache", own=True)["WorkloadFound"] == ("True", "FoundByName")
+    affinity = cluster.objects()["Deployment", "cache"]["spec"]["template"]["spec"]["affinity"]["podAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    (near,) = term["labelSelector"]["matchExpressions"]
+    assert (near["key"], near["values"]) == ("model.aibrix.ai/name", ["coder-33b"])
+
+
+def test_a_volume_for_etcd_remakes_the_stateful_set(cluster: Cluster) -> None:
+    """Volumes of a StatefulSet cannot be changed. Its pods stay."""
+    cluster.make(kvcache("published"))
+    name = "deepseek-coder-7b-kvcache"
+    cluster.passes(name, own=False)
+    before = cluster.objects()["StatefulSet", f"{name}-etcd"]["metadata"]["uid"]
+    edit(cluster, name, False, metadata={"etcd": {"storage": {"size": "1Gi"}}})
+    cluster.passes(name, own=False)
+    after = cluster.objects()["StatefulSet", f"{name}-etcd"]
+    assert after["metadata"]["uid"] != before
+    assert after["spec"]["volumeClaimTemplates"]
+
+
+def test_writes_are_logged_by_the_double(cluster: Cluster) -> None:
+    """The tests above count writes: this is one."""
+    cluster.make(own())
+    cluster.one_pass("cache", own=True)
+    assert all(isinstance(write, Write) and "kvkern-operator" in write.user_agent for write in cluster.server.writes)
+    assert cluster.server.writes
