@@ -185,11 +185,19 @@ class Store:
         return self._changed(resource, name, namespace, patched, options, owns=kind != "apply")
 
     def delete(
-        self, resource: Resource | str, name: str, namespace: str = "", deletion: Deletion | None = None,
+        self,
+        resource: Resource | str,
+        name: str,
+        namespace: str = "",
+        deletion: Deletion | None = None,
         options: Options | None = None,
-    ) -> tuple[Json, bool]:  # fmt: skip
+        *,
+        grace_s: int | None = None,
+        propagation: str | None = None,
+    ) -> tuple[Json, bool]:
         """Delete an object, or mark it if it has finalizers or is a pod on a node. Returns it, and whether it is gone."""
-        resource, deletion, options = self.resource(resource), deletion or Deletion(), options or Options()
+        deletion, options = deletion or Deletion(grace_s, propagation), options or Options()
+        resource = self.resource(resource)
         old = self._existing(resource, name, namespace)
         self.admission.validate(self._request("DELETE", resource, None, old, options), options.warnings)
         with self.lock:
