@@ -14,6 +14,7 @@ from .errors import Cause, bad_request
 from .json_values import Json
 
 _FOLDER = importlib.resources.files("kubernetes_validate") / "kubernetes-json-schema" / "v1.30.0-local-strict"
+_DEFAULTED = ("roleRef.apiGroup", "spec.serviceName")  # required in the schemas, and filled in by the server
 _FREE = ("JSONSchemaProps", "CustomResourceSubresourceStatus", "FieldsV1")  # crds.py looks into schemas
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -72,10 +73,9 @@ def check(obj: Json) -> tuple[list[str], list[Cause]]:
                 elif properties and name not in ("apiVersion", "kind", "metadata"):
                     unknown.append(below)
                     del value[name]
-            lacking = [name for name in schema.get("required", ()) if name not in value]
-            missing.extend(
-                Cause(f"{path}.{name}".lstrip("."), "Required value", "FieldValueRequired") for name in lacking
-            )
+            lacking = [f"{path}.{name}".lstrip(".") for name in schema.get("required", ()) if name not in value]
+            lacking = [field for field in lacking if not field.startswith("status") and field not in _DEFAULTED]
+            missing.extend(Cause(field, "Required value", "FieldValueRequired") for field in lacking)
 
     schema = _schema(obj["kind"], obj["apiVersion"])
     if schema is not None:

@@ -121,7 +121,7 @@ class Performer:
 
     def perform(self, call: Call) -> tuple[int, Json]:
         """Return the status and the body. Raises ApiError, and ConnectionLost if a callback wants that."""
-        if not call.writes or call.verb == "deletecollection":
+        if not call.writes:
             return self._once(call, call.options())
         for callback in self.faults.callbacks("before", call.user_agent):
             trial = call.options()
@@ -159,7 +159,6 @@ class Performer:
             for obj in deleted:
                 meta = obj["metadata"]
                 store.delete(resource, meta["name"], meta.get("namespace", ""), deletion_of(call), options)
-                self.faults.record(call.user_agent, "delete", call.label, call.namespace, meta["name"])
             return 200, self._as_list(resource, deleted, {"resourceVersion": str(store.objects.revision)})
         raise not_allowed()
 
@@ -187,7 +186,8 @@ class Performer:
         if call.subresource == "eviction":
             options.subresource = ""
             return 201, subresources.evict(store, *at, deletion_from(body.get("deleteOptions") or {}), options)
-        subresources.bind(store, *at, (body.get("target") or {}).get("name", ""))
+        if not options.dry_run:
+            subresources.bind(store, *at, (body.get("target") or {}).get("name", ""))
         return 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
 
     def _selected(self, call: Call) -> list[Json]:

@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Write:
-    """One write that was committed over HTTP."""
+    """One write that succeeded over HTTP, also if it changed nothing. Of a deletecollection the name is empty."""
 
     number: int
     user_agent: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,7 @@ def _parse(text: Any) -> tuple[Fraction, str]:
     return value * Fraction(1000) ** _DECIMAL[decimal or ""], "decimal"
 
 
+@functools.lru_cache(maxsize=4096)
 def quantity(text: Any) -> Fraction:
     """Return the value. Raises ValueError."""
     return _parse(text)[0]

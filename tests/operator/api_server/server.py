@@ -15,13 +15,15 @@ from typing import Any, Literal
 import yaml
 from aiohttp import web
 
-from . import tables
+from . import authorization, tables
 from .calls import Call, Performer, parse_path
 from .errors import ApiError, ConnectionLost, unknown_path
 from .faults import Faults, OnWrite, Status, Write
 from .json_values import Json
 from .store import Store
 from .watches import Watches
+
+_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 class ApiServer:
@@ -89,6 +91,9 @@ class ApiServer:
             document = self._document(request.path)
             if document is not None:
                 return web.json_response(document)
+            user = authorization.user_of(request.headers.get("Authorization", ""))
+            if request.method == "POST" and request.path == _REVIEWS:
+                return web.json_response(authorization.review(self.store, user, await request.json()), status=201)
             resource, namespace, name, subresource = parse_path(self.store, request.path)
             call = Call(
                 request.method,
@@ -102,6 +107,8 @@ class ApiServer:
                 request.headers.get("User-Agent", ""),
                 warnings,
             )
+            action = authorization.Action(call.verb, resource.group, call.label, namespace, name)
+            authorization.check(self.store, user, action)
             self.faults.count(call.verb, call.label)
             fault = self.faults.take(call.verb, call.names)
             if fault and isinstance(fault.status, int):
@@ -179,7 +186,14 @@ class ApiServer:
         self.url = f"http://{host}:{port}"
         return runner
 
+    def kubeconfig_of(self, namespace: str, service_account: str) -> Path:
+        """Return a configuration whose client is a service account, and may do what its roles allow."""
+        path = self.kubeconfig.with_name(f"kubeconfig-{namespace}-{service_account}")
+        user = {"token": authorization.token_of(namespace, service_account)}
+        return self.write_kubeconfig(path, namespace, user)
+
     def write_kubeconfig(self, path: Path, namespace: str = "default", user: Json | None = None) -> Path:
+        """Write a configuration that leads to this server."""
         context = {"cluster": "double", "user": "tester", "namespace": namespace}
         config = {
             "apiVersion": "v1",

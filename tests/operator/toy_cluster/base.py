@@ -55,18 +55,19 @@ class World:
 
     def set_status(self, key: Key, obj: Json, status: Json) -> None:
         """Replace the status. Conditions keep the time at which they became what they are."""
-
-        def change(new: Json) -> None:
-            before = {c["type"]: c for c in (new.get("status") or {}).get("conditions") or []}
+        with self.store.lock:
+            current = self.current(key, obj)
+            if current is None:
+                return
+            before = {c["type"]: c for c in (current.get("status") or {}).get("conditions") or []}
             for condition in status.get("conditions") or []:
                 had = before.get(condition["type"], {})
                 same = had.get("status") == condition["status"]
                 condition["lastTransitionTime"] = (
                     had.get("lastTransitionTime", self.store.now()) if same else self.store.now()
                 )
-            new["status"] = status
-
-        self.edit(key, obj, change)
+            if status != current.get("status"):
+                self.store.replace_stored(key, {**current, "metadata": {**current["metadata"]}, "status": status})
 
     def delete_pod(self, pod: Json, grace_s: int | None = None) -> None:
         """Mark a pod for deletion, or remove it with grace 0."""
