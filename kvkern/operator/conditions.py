@@ -84,8 +84,8 @@ def _figures(seen: Observed) -> dict[str, Any]:
     daemons = seen.daemons.values()
     lookups = sum(each.lookups for each in daemons)
     return {
-        "capacity": format_nbytes(sum(each.capacity_nbytes for each in daemons)),
-        "used": format_nbytes(sum(each.used_nbytes for each in daemons)),
+        "capacity": format_nbytes(sum(each.capacity_nbytes for each in daemons)) if daemons else "",
+        "used": format_nbytes(sum(each.used_nbytes for each in daemons)) if daemons else "",
         "hitRatio": f"{sum(each.hits for each in daemons) / lookups:.0%}" if lookups else "",
     }
 

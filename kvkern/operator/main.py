@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 
 from .api import Api
 from .reconcile import Settings
 from .run import Operator
 
+CHATTY = ("httpx", "httpcore", "kopf", "kr8s")  # loggers with a line for every request or event
+
 
 def run_until_signal(settings: Settings, namespaces: tuple[str, ...], lease_namespace: str) -> None:
     """Work until SIGTERM or SIGINT. Raises ApiError if there is no API server at the start."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     asyncio.run(_run(settings, namespaces, lease_namespace))
 
 

@@ -204,6 +204,15 @@ class Reconciler:
     async def _tell(self, kind: Kind, live: Manifest, status: dict[str, Any]) -> None:
         if status == live.get("status"):
             return
+        reason, before = status["reason"], (live.get("status") or {}).get("reason", "")
+        if reason != before:
+            logger.info(
+                "kvkern: KVCache %(namespace)s/%(name)s: %(reason)s, before %(before)s",
+                {
+                    "event": "kvcache", "namespace": live["metadata"]["namespace"], "name": live["metadata"]["name"],
+                    "reason": reason, "before": before or "new",
+                },
+            )  # fmt: skip
         removed = {name: None for name in live.get("status") or {} if name not in status}
         await self._api.patch(kind, live, {"status": status | removed}, status=True)
 

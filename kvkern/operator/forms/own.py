@@ -113,7 +113,9 @@ def _read_remote(remote: Fields, pull_policy: str) -> dict[str, Any]:
         try:
             scheme = RemoteUrl.parse(found["remote"]).scheme
             if scheme not in built_in_schemes():
-                remote.adjusted("url", f"kvkern has no store of the scheme {scheme}; the image needs a package that has one")
+                remote.adjusted(
+                    "url", f"kvkern has no store of the scheme {scheme}; the image needs a package that has one"
+                )
         except ConfigError as error:
             remote.error(remote.at("url"), str(error))
     remote.close()
