@@ -105,13 +105,16 @@ def test_scale_down_takes_the_cheapest_pod() -> None:
     store, cluster = make()
     store.create(workload("Deployment", template(), replicas=3))
     cluster.settle()
-    cheap = names(cluster)[1]
-    cost = {"metadata": {"annotations": {"controller.kubernetes.io/pod-deletion-cost": "-5"}}}
-    store.patch("pods", cheap, cost, "default")
+    dear, cheap, middle = names(cluster)
+    for name, cost in ((dear, "5"), (cheap, "-5"), (middle, "0")):
+        annotation = {"controller.kubernetes.io/pod-deletion-cost": cost}
+        store.patch("pods", name, {"metadata": {"annotations": annotation}}, "default")
     store.patch("deployments", "a", {"spec": {"replicas": 2}}, "default")
     cluster.settle()
-    assert cheap not in names(cluster)
-    assert len(names(cluster)) == 2
+    assert names(cluster) == sorted([dear, middle])
+    store.patch("deployments", "a", {"spec": {"replicas": 1}}, "default")
+    cluster.settle()
+    assert names(cluster) == [dear]
 
 
 def test_a_broken_image_stops_a_rollout() -> None:
@@ -354,6 +357,17 @@ def test_the_observer_sees_two_daemons_on_a_socket(apart: bool, most: int) -> No
     assert images(cluster) == {"i:2"}
     assert cluster.most_daemons == {("node-0", SOCKETS): most}
     assert bool(cluster.observer.clashes) is (most > 1)
+
+
+def test_the_observer_looks_at_every_start() -> None:
+    store, cluster = make(nodes=1)
+    store.create(daemon({"type": "Recreate"}, apart=False))
+    seen: list[int] = []
+    cluster.kubelets.started = lambda: seen.append(len(cluster.daemons_by_socket()))
+    cluster.settle()
+    set_image(store, "deployments", "i:2")
+    cluster.settle()
+    assert seen == [1, 1]
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

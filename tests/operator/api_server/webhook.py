@@ -55,7 +55,7 @@ def self_signed(*names: str) -> tuple[bytes, bytes]:
 
 @contextmanager
 def running_webhook(answer: Answer, *names: str) -> Iterator[Webhook]:
-    """Serve `answer(request) -> response` until the context is left. The response needs no uid."""
+    """Serve `answer(request) -> response` until the context is left. The certificate is for `names`, or else for localhost."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -73,7 +73,7 @@ def running_webhook(answer: Answer, *names: str) -> Iterator[Webhook]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    certificate, key = self_signed("localhost", *names)
+    certificate, key = self_signed(*(names or ("localhost",)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     with tempfile.TemporaryDirectory() as folder:
         chain = Path(folder) / "chain.pem"

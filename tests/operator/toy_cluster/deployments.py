@@ -9,6 +9,8 @@ Not there: proportional scaling in the middle of a rollout, rollback, progress d
 
 from __future__ import annotations
 
+import re
+
 from tests.operator.api_server.json_values import Json, clone
 
 from .base import World, active, finished, owned, owner_reference, pod_from, ready, share, template_hash, terminating
@@ -215,4 +217,5 @@ def _worth(pod: Json) -> tuple[bool, bool, bool, int, int]:
     """Order pods so that those come first whose deletion costs least."""
     cost = int((pod["metadata"].get("annotations") or {}).get(COST, 0))
     scheduled, running = bool(pod["spec"].get("nodeName")), pod["status"].get("phase") == "Running"
-    return scheduled, running, ready(pod), cost, -int(pod["metadata"]["resourceVersion"])
+    made = re.sub(r"\D", "", pod["metadata"]["creationTimestamp"])
+    return scheduled, running, ready(pod), cost, -int(made)
