@@ -1,7 +1,7 @@
 """Measures what it costs to be observed: the same work with and without it, in turns, as a ratio of times.
 
     metrics_acquire   the CPU time of a daemon's thread for an acquire of 128 chunks and its release, with and without metrics
-    metrics_step      a step of a vLLM engine, with and without kvkern's metrics; needs vLLM
+    metrics_step      a step of a vLLM engine: the time inside kvkern's metrics as a share of it; needs vLLM
     page_acquire      an acquire by 8 clients while 10 pages follow the daemon live, and without pages; ratio is that of the p99
 
 Targets: 1.01 for metrics, 1.1 for pages. Ratios are medians over many short rounds, because a machine's speed changes more

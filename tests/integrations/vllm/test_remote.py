@@ -35,6 +35,7 @@ def test_an_engine_loads_what_another_one_has_written(llama: str, tmp_path: Path
         other = prompt(700, 403)
         reply = second.one(other)  # a store that goes away costs nothing but hits
         second.settle()
+        eventually(lambda: second.cache.counters.remote_written_chunks >= 21, "the write")  # else it goes on meanwhile
         shutil.rmtree(tmp_path / "values")
         (tmp_path / "values").write_bytes(b"")
         second.reset_native()
