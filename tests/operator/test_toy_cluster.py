@@ -204,6 +204,25 @@ def test_a_stateful_set_claims_storage_that_stays() -> None:
     assert store.view("controllerrevisions.apps") == []
 
 
+@pytest.mark.parametrize("kind", ["Deployment", "StatefulSet"])
+def test_a_new_owner_adopts_orphans(kind: str) -> None:
+    store, cluster = make()
+    plural, more = f"{kind.lower()}s", {"serviceName": "a"} if kind == "StatefulSet" else {}
+    store.create(workload(kind, template(), replicas=2, **more))
+    cluster.settle()
+    before = {pod["metadata"]["uid"] for pod in store.view("pods")}
+    store.delete(plural, "a", "default", propagation="Orphan")
+    cluster.settle()
+    assert {pod["metadata"]["uid"] for pod in store.view("pods")} == before
+    made = store.create(workload(kind, template(), replicas=2, **more))
+    cluster.settle()
+    assert {pod["metadata"]["uid"] for pod in store.view("pods")} == before
+    store.delete(plural, made["metadata"]["name"], "default")
+    cluster.settle()
+    assert names(cluster) == []
+    assert cluster.world.refused == []
+
+
 def test_a_daemon_set_has_one_pod_on_every_node_that_fits() -> None:
     store, cluster = make()
     cluster.add_node("tainted", taints=[{"key": "gpu", "effect": "NoSchedule"}])

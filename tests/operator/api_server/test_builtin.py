@@ -104,6 +104,17 @@ def test_immutable_fields(call: Client) -> None:
     ]
 
 
+def test_a_stateful_set_may_mount_its_claims(call: Client) -> None:
+    body = deployment("s", volumeMounts=[{"name": "data", "mountPath": "/d"}])
+    assert causes(call("POST", SETS, body)) == [
+        ("spec.template.spec.containers[0].volumeMounts[0].name", "FieldValueNotFound")
+    ]
+    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1024Mi"}}}
+    body["spec"]["volumeClaimTemplates"] = [{"metadata": {"name": "data"}, "spec": claim}]
+    made = call.ok("POST", SETS, body)["spec"]["volumeClaimTemplates"][0]["spec"]
+    assert (made["resources"]["requests"]["storage"], made["volumeMode"]) == ("1Gi", "Filesystem")
+
+
 def test_a_pod_needs_its_service_account(call: Client) -> None:
     body = pod()
     body["spec"]["serviceAccountName"] = "later"

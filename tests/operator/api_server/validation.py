@@ -6,7 +6,7 @@ Only rules that an operator can run into. Types and unknown fields are the busin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from .crds import definition_errors
@@ -114,7 +114,8 @@ def _value_errors(obj: Json) -> Iterator[Cause]:
             yield Cause(
                 "spec.strategy.rollingUpdate.maxUnavailable", "Invalid value: 0: may not be 0 when `maxSurge` is 0"
             )
-        yield from _pod_errors(template["spec"], "spec.template.spec")
+        claims = {claim["metadata"].get("name") for claim in spec.get("volumeClaimTemplates") or []}
+        yield from _pod_errors(template["spec"], "spec.template.spec", claims)
     elif kind == "Pod":
         yield from _pod_errors(spec, "spec")
     elif kind == "Service":
@@ -144,7 +145,8 @@ def _value_errors(obj: Json) -> Iterator[Cause]:
                 )
 
 
-def _pod_errors(spec: Json, path: str) -> Iterator[Cause]:
+def _pod_errors(spec: Json, path: str, claims: Set[Any] = frozenset()) -> Iterator[Cause]:
+    """Check a pod's spec. `claims` are volumes that a StatefulSet adds; a real server checks less of its template."""
     containers = [("containers", i, c) for i, c in enumerate(spec.get("containers") or [])]
     containers += [("initContainers", i, c) for i, c in enumerate(spec.get("initContainers") or [])]
     if not spec.get("containers"):
@@ -152,7 +154,7 @@ def _pod_errors(spec: Json, path: str) -> Iterator[Cause]:
     yield from _unique([v.get("name") for v in spec.get("volumes") or []], f"{path}.volumes", ".name")
     names = [c.get("name") for _, _, c in containers]
     yield from _unique(names, f"{path}.containers", ".name")
-    volumes = {v.get("name") for v in spec.get("volumes") or []}
+    volumes = {v.get("name") for v in spec.get("volumes") or []} | claims
     for i, volume in enumerate(spec.get("volumes") or []):
         if not _DNS_LABEL.fullmatch(str(volume.get("name", ""))):
             yield Cause(
@@ -176,7 +178,7 @@ def _pod_errors(spec: Json, path: str) -> Iterator[Cause]:
         )
 
 
-def _container_errors(container: Json, path: str, volumes: set[Any]) -> Iterator[Cause]:
+def _container_errors(container: Json, path: str, volumes: Set[Any]) -> Iterator[Cause]:
     if not _DNS_LABEL.fullmatch(str(container.get("name", ""))):
         yield Cause(
             f"{path}.name", f'Invalid value: "{container.get("name", "")}": a lowercase RFC 1123 label must be used'

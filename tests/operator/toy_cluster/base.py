@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from math import ceil, floor
@@ -13,6 +14,7 @@ from typing import Any
 from tests.operator.api_server import ApiError, Deletion, Options, Store
 from tests.operator.api_server.json_values import Json, clone
 from tests.operator.api_server.objects import Key
+from tests.operator.api_server.selectors import selects
 from tests.operator.api_server.subresources import evict
 
 PODS: Key = ("", "pods")
@@ -69,6 +71,30 @@ class World:
             if status != current.get("status"):
                 self.store.replace_stored(key, {**current, "metadata": {**current["metadata"]}, "status": status})
 
+    def owned(self, resource: str, owner: Json) -> list[Json]:
+        """Return what an owner controls. It adopts what its selector means and nobody controls."""
+
+        def adopt(new: Json) -> None:
+            new["metadata"].setdefault("ownerReferences", []).append(owner_reference(owner))
+
+        key = self.store.resource(resource).key
+        selector = owner["spec"].get("selector")
+        found = self.view(resource, owner["metadata"]["namespace"])
+        for obj in found:
+            meta = obj["metadata"]
+            if (
+                not controller_uid(obj)
+                and not terminating(obj)
+                and selects(selector, meta.get("labels"))
+                and _fits(obj, owner)
+            ):
+                self.edit(
+                    key,
+                    obj,
+                    lambda new: new["metadata"].setdefault("ownerReferences", []).append(owner_reference(owner)),
+                )
+        return owned(self.view(resource, owner["metadata"]["namespace"]), owner)
+
     def delete_pod(self, pod: Json, grace_s: int | None = None) -> None:
         """Mark a pod for deletion, or remove it with grace 0."""
         with self.store.lock:
@@ -94,6 +120,12 @@ class World:
                 raise
             return False
         return True
+
+
+def _fits(obj: Json, owner: Json) -> bool:
+    """Whether an object may be adopted: a StatefulSet takes only pods with its names."""
+    name = owner["metadata"]["name"]
+    return owner["kind"] != "StatefulSet" or bool(re.fullmatch(rf"{re.escape(name)}-\w+", obj["metadata"]["name"]))
 
 
 def controller_uid(obj: Json) -> str:

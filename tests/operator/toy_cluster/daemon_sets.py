@@ -1,4 +1,7 @@
-"""DaemonSets: one pod on every node that fits; RollingUpdate replaces `maxUnavailable` at a time. Not there: maxSurge."""
+"""DaemonSets: one pod on every node that fits; RollingUpdate replaces `maxUnavailable` at a time. Not there: maxSurge.
+
+It adopts only pods that a DaemonSet made.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ class DaemonSets:
                 self._sync_one(daemon_set)
 
     def _sync_one(self, daemon_set: Json) -> None:
-        spec, meta = daemon_set["spec"], daemon_set["metadata"]
+        spec = daemon_set["spec"]
         revision = template_hash(spec["template"])
         nodes = self._world.view("nodes")
         wanted = [
             n["metadata"]["name"] for n in nodes if self._scheduler.tolerates(n, self._pod(daemon_set, n, revision))
         ]
-        pods = owned(self._world.view("pods", meta["namespace"]), daemon_set)
+        pods = self._world.owned("pods", daemon_set)
         on_node = {_target(pod): pod for pod in pods}
         for node in nodes:
             if node["metadata"]["name"] in wanted and node["metadata"]["name"] not in on_node:

@@ -4,7 +4,7 @@ Deployment, RollingUpdate: the new set grows while all sets together have at mos
     while at least replicas - maxUnavailable pods are available.
 Deployment, Recreate: old sets shrink to 0; the new one is made when none of their pods exists, not even a terminating one.
 ReplicaSet: pods that are marked for deletion do not count, so they are replaced while they still run.
-Not there: proportional scaling in the middle of a rollout, rollback, progress deadlines, adoption of orphans.
+Not there: proportional scaling in the middle of a rollout, rollback, progress deadlines, release of pods whose labels change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Deployments:
                 self._sync_one(deployment)
 
     def _sync_one(self, deployment: Json) -> None:
-        sets = owned(self._world.view("replicasets.apps", deployment["metadata"]["namespace"]), deployment)
+        sets = self._world.owned("replicasets.apps", deployment)
         name = f"{deployment['metadata']['name']}-{template_hash(deployment['spec']['template'])}"
         new = next((s for s in sets if s["metadata"]["name"] == name), None)
         old = [s for s in sets if s is not new]
@@ -43,7 +43,7 @@ class Deployments:
                 self._recreate(deployment, new, old)
             else:
                 self._roll(deployment, new, old)
-        sets = owned(self._world.view("replicasets.apps", deployment["metadata"]["namespace"]), deployment)
+        sets = self._world.owned("replicasets.apps", deployment)
         new = next((s for s in sets if s["metadata"]["name"] == name), None)
         self._set_status(deployment, new, sets)
         self._forget(deployment, [s for s in sets if s is not new])
@@ -171,7 +171,7 @@ class ReplicaSets:
         for replica_set in self._world.view("replicasets.apps"):
             if terminating(replica_set):
                 continue
-            pods = owned(self._world.view("pods", replica_set["metadata"]["namespace"]), replica_set)
+            pods = self._world.owned("pods", replica_set)
             living = [pod for pod in pods if active(pod)]
             missing = _replicas(replica_set) - len(living)
             for _ in range(missing):

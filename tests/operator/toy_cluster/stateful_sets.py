@@ -32,7 +32,7 @@ class StatefulSets:
         status = stateful_set["status"]
         settled = status.get("currentRevision", newest)
         templates = self._templates(stateful_set, newest)
-        pods = {_ordinal(p): p for p in owned(self._world.view("pods", meta["namespace"]), stateful_set)}
+        pods = {_ordinal(p): p for p in self._world.owned("pods", stateful_set)}
         self._act(stateful_set, pods, newest, settled if settled in templates else newest, templates)
         self._set_status(stateful_set, newest, settled)
 
@@ -74,7 +74,7 @@ class StatefulSets:
     def _templates(self, stateful_set: Json, newest: str) -> dict[str, Json]:
         """Return the templates by revision. Keeps the newest one as a ControllerRevision."""
         namespace = stateful_set["metadata"]["namespace"]
-        revisions = owned(self._world.view("controllerrevisions.apps", namespace), stateful_set)
+        revisions = self._world.owned("controllerrevisions.apps", stateful_set)
         templates = {r["metadata"]["name"]: r["data"]["spec"]["template"] for r in revisions}
         if newest not in templates:
             templates[newest] = stateful_set["spec"]["template"]
@@ -85,6 +85,7 @@ class StatefulSets:
                     "metadata": {
                         "name": newest,
                         "namespace": namespace,
+                        "labels": dict(templates[newest]["metadata"].get("labels") or {}),
                         "ownerReferences": [owner_reference(stateful_set)],
                     },
                     "data": {"spec": {"template": clone(templates[newest])}},
