@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..observability.logs import LogFormat
 from .arguments import exit_on_bad_input
+
+if TYPE_CHECKING:
+    from ..operator.webhook.service import WebhookSettings
 
 operator = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Run the cache on Kubernetes: the operator, and what it makes."
@@ -87,6 +90,30 @@ def run(
             help="Namespace of the lease that lets one of several operators work. Empty: no lease.",
         ),
     ] = "",
+    webhook: Annotated[
+        str,
+        typer.Option(
+            envvar="KVKERN_OPERATOR_WEBHOOK",
+            help="[ADDRESS]:PORT of the webhook that changes pods which ask for it, such as :9443. Empty: there is none.",
+        ),
+    ] = "",
+    webhook_service: Annotated[
+        str, typer.Option(envvar="KVKERN_OPERATOR_WEBHOOK_SERVICE", help="Service that leads to the webhook.")
+    ] = "kvkern-operator-webhook",
+    webhook_namespace: Annotated[
+        str,
+        typer.Option(
+            envvar="KVKERN_OPERATOR_WEBHOOK_NAMESPACE",
+            help="Namespace of that Service, and of the Secret with its certificates. Left out: that of the lease.",
+        ),
+    ] = "",
+    engine_image: Annotated[
+        str,
+        typer.Option(
+            envvar="KVKERN_OPERATOR_ENGINE_IMAGE",
+            help="Image of an engine with kvkern in it, which the webhook puts in the place of aibrix/vllm-openai.",
+        ),
+    ] = "",
     log_format: Annotated[LogFormat, typer.Option(help="text or json.")] = "text",
 ) -> None:
     """Run the operator until SIGTERM. It connects as its pod's service account, or as KUBECONFIG says."""
@@ -96,8 +123,30 @@ def run(
         from ..operator import main
         from ..operator.reconcile import Settings
 
+        names = tuple(namespace or ())
+        hook = None
+        if webhook:
+            place = (webhook_service, webhook_namespace or lease_namespace)
+            hook = _webhook_settings(webhook, place, names, engine_image)
         logs.set_up(log_format, verbose=True)
-        main.run_until_signal(Settings(image, replace_images), tuple(namespace or ()), lease_namespace)
+        main.run_until_signal(Settings(image, replace_images), names, lease_namespace, hook)
+
+
+def _webhook_settings(
+    endpoint: str, place: tuple[str, str], namespaces: tuple[str, ...], engine_image: str
+) -> WebhookSettings:
+    _needs("cryptography")
+    from ..errors import ConfigError
+    from ..node.web.endpoint import Endpoint
+    from ..operator.webhook.inject import InjectSettings
+    from ..operator.webhook.registration import Place
+    from ..operator.webhook.service import WebhookSettings
+
+    if not all(place):
+        raise ConfigError("webhook needs the namespace of its Service: give --webhook-namespace")
+    return WebhookSettings(
+        Endpoint.parse(endpoint, "--webhook"), Place(*place, namespaces), InjectSettings(engine_image)
+    )
 
 
 def _needs(*packages: str) -> None:

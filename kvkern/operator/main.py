@@ -5,24 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from typing import TYPE_CHECKING
 
 from .api import Api
 from .reconcile import Settings
 from .run import Operator
 
-CHATTY = ("httpx", "httpcore", "kopf", "kr8s")  # loggers with a line for every request or event
+if TYPE_CHECKING:
+    from .webhook.service import WebhookSettings
+
+CHATTY = ("httpx", "httpcore", "kopf", "kr8s", "uvicorn")  # loggers with a line for every request or event
 
 
-def run_until_signal(settings: Settings, namespaces: tuple[str, ...], lease_namespace: str) -> None:
-    """Work until SIGTERM or SIGINT. Raises ApiError if there is no API server at the start."""
+def run_until_signal(
+    settings: Settings, namespaces: tuple[str, ...], lease_namespace: str, webhook: WebhookSettings | None = None
+) -> None:
+    """Work until SIGTERM or SIGINT. Raises what `Operator.run` raises."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    asyncio.run(_run(settings, namespaces, lease_namespace))
+    asyncio.run(_run(settings, namespaces, lease_namespace, webhook))
 
 
-async def _run(settings: Settings, namespaces: tuple[str, ...], lease_namespace: str) -> None:
+async def _run(
+    settings: Settings, namespaces: tuple[str, ...], lease_namespace: str, webhook: WebhookSettings | None
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     api = await Api.connect()
-    await Operator(api, settings, namespaces, lease_namespace).run(stop)
+    await Operator(api, settings, namespaces, lease_namespace, webhook).run(stop)

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kopf
 
@@ -19,7 +19,11 @@ from .kinds import KVCACHES, MADE, Kind
 from .leader import Leader
 from .names import MANAGED_BY, NAME_LABEL
 from .reconcile import Reconciler, Settings
+from .webhook.known import KnownCaches
 from .work_queue import WorkQueue
+
+if TYPE_CHECKING:
+    from .webhook.service import WebhookSettings
 
 logger = logging.getLogger("kvkern")
 
@@ -50,6 +54,7 @@ class Operator:
         settings: Settings,
         namespaces: tuple[str, ...] = (),  # that it looks after; empty: all
         lease_namespace: str = "",  # empty: no other operator runs, and there is no lease
+        webhook: WebhookSettings | None = None,  # needs cryptography
     ) -> None:
         me = f"{socket.gethostname()}-{os.getpid()}"
         self._api, self._namespaces = api, namespaces
@@ -57,11 +62,23 @@ class Operator:
         self._reconciler = Reconciler(api, settings, now)
         self._queue = WorkQueue(self._pass)
         self._served: set[Kind] = set()  # kinds of KVCache that the API has
+        self._webhook = webhook
+        self._known = None if webhook is None else KnownCaches(settings.image, settings.replacement)
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
-        """Work until `stop` is set. Raises ApiError if the API server cannot be reached at the start."""
+        """Work until `stop` is set.
+
+        Raises ApiError if the API server cannot be reached at the start, and ConfigError if the webhook's port is taken.
+        """
         await self._reconciler.learn()
-        tasks = [asyncio.create_task(self._resync())]
+        tasks = []
+        if self._webhook is not None and self._known is not None:
+            from .webhook.service import Webhook
+
+            webhook = Webhook(self._api, self._webhook, self._known, lambda: self._leader is None or self._leader.leads)
+            webhook.listen()
+            tasks.append(asyncio.create_task(webhook.run()))
+        tasks.append(asyncio.create_task(self._resync()))
         if self._leader is not None:
             tasks.append(asyncio.create_task(self._leader.keep()))
         try:
@@ -97,9 +114,12 @@ class Operator:
         def login(**about: Any) -> kopf.ConnectionInfo | None:
             return kopf.login_with_service_account(**about) or kopf.login_with_kubeconfig(**about)
 
-        async def of_cache(body: Mapping[str, Any], **_: Any) -> None:
+        async def of_cache(event: Mapping[str, Any], **_: Any) -> None:
+            body = event["object"]
             for kind in KVCACHES:
                 if body.get("apiVersion") == kind.api:
+                    if self._known is not None:
+                        self._known.changed(kind, body, gone=event["type"] == "DELETED")
                     self._add(kind, body["metadata"]["namespace"], body["metadata"]["name"])
 
         async def of_owned(body: Mapping[str, Any], **_: Any) -> None:
@@ -138,8 +158,13 @@ class Operator:
                 self._served = {kind for kind in KVCACHES if kind.api in groups}
                 await self._reconciler.learn()
                 for kind in self._served:
-                    for live in await self._api.list(kind):
+                    lives = await self._api.list(kind)
+                    if self._known is not None:
+                        self._known.listed(kind, [{"apiVersion": kind.api, "kind": kind.kind} | live for live in lives])
+                    for live in lives:
                         self._add(kind, live["metadata"]["namespace"], live["metadata"]["name"])
+                if self._known is not None:
+                    self._known.complete = True
             except ApiError as error:
                 logger.warning("kvkern: cannot list KVCaches: %(error)s", {"event": "resync", "error": error})
             await asyncio.sleep(RESYNC_S)
