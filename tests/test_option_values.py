@@ -104,3 +104,6 @@ def test_an_address_to_connect_to() -> None:
     for bad in (":9600", "[]:9600", "host:0", "host", "host:" + "9" * 10_000):
         with pytest.raises(ConfigError, match=r"^rpc_endpoint is .{1,103}; expected HOST:PORT"):
             host_and_port(bad, "rpc_endpoint")
+    with pytest.raises(ConfigError, match=r"^rpc_endpoint has a user before its host") as refused:
+        host_and_port("me:hush@host:9600", "rpc_endpoint")
+    assert "hush" not in str(refused.value)

@@ -8,7 +8,14 @@ environment.py   the environment; only it and the code that starts engines read 
 sizes.py         8GiB and 8GB
 """
 
-from .engine import MAX_THREADS, Config, RemoteConfig, checked_log_format, host_and_port
+from .engine import (
+    MAX_THREADS,
+    Config,
+    RemoteConfig,
+    checked_log_format,
+    checked_remote_timeout,
+    host_and_port,
+)
 from .environment import launched_processes, nvtx_requested, user_cache_dir, variable
 from .names import reject_unknown
 from .options import DEFAULT_POLICY
@@ -21,6 +28,7 @@ __all__ = [
     "Config",
     "RemoteConfig",
     "checked_log_format",
+    "checked_remote_timeout",
     "format_nbytes",
     "host_and_port",
     "launched_processes",

@@ -43,8 +43,14 @@ class RemoteConfig:
     def __post_init__(self) -> None:
         if self.persist:
             checked_persist(self.persist)
-        if not 0.1 <= self.timeout_s <= 300:
-            raise ConfigError(f"remote_timeout is {self.timeout_s}; it must lie in 0.1..300 seconds")
+        checked_remote_timeout(self.timeout_s)
+
+
+def checked_remote_timeout(seconds: float) -> float:
+    """Return the seconds of `remote_timeout`. Raises ConfigError if they are out of range."""
+    if not 0.1 <= seconds <= 300:
+        raise ConfigError(f"remote_timeout is {seconds}; it must lie in 0.1..300 seconds")
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +219,8 @@ def host_and_port(text: str, name: str) -> tuple[str, int]:
     """Parse HOST:PORT or [HOST]:PORT. Raises ConfigError."""
     host, port = split_address(text) or ("", 0)
     host = without_brackets(host)
+    if "@" in text:  # what stands before it may be a password
+        raise ConfigError(f"{name} has a user before its host; expected HOST:PORT, such as 'kvcache-rpc:9600'")
     if not host or not port:
         raise ConfigError(f"{name} is {text[:100]!r}; expected HOST:PORT, such as 'kvcache-rpc:9600'")
     return host, port

@@ -283,6 +283,8 @@ def test_a_real_store_through_the_command_line(make_daemon: MakeDaemon, tmp_path
         (["--remote", "file:///tmp/x", "--persist", "some"], "persist is 'some'; expected one of all"),
         (["--remote", "file:///tmp/x", "--policy", "lru", "--persist", "predicted"], "policy 'lru' predicts nothing"),
         (["--remote", "file:///tmp/x", "--remote-timeout", "0"], "remote_timeout is 0.0; it must lie in"),
+        (["--remote-timeout", "inf"], "remote_timeout is inf; it must lie in"),
+        (["--http-host", "a.example"], "http_host is 'a.example', but no port is served"),
         (["--remote", "file:///tmp/x", "--remote-queue", "many"], "remote_queue is 'many'"),
     ],
 )

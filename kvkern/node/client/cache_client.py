@@ -58,7 +58,7 @@ class NodeClient:
     ) -> None:
         self.counters = CacheCounters()
         self.faults = Faults(self.counters)
-        hello = p.Hello(p.VERSION, engine, p.Geometry.from_slots(geometry), index)
+        hello = p.Hello(p.VERSION, _shortened(engine), p.Geometry.from_slots(geometry), index)
         on_link = self._on_connected, self._on_disconnected, self._on_message
         self._link = ReconnectingLink(path, hello, *on_link, daemon_uid)
         self._lock = self._link.lock

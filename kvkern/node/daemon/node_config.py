@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import DEFAULT_POLICY, RemoteConfig, checked_log_format, parse_nbytes
+from ...config import DEFAULT_POLICY, RemoteConfig, checked_log_format, checked_remote_timeout, parse_nbytes
 from ...config.options import Reader
 from ...config.sources import Settings, converted, in_force, sources_named
 from ...errors import ConfigError
@@ -89,6 +89,11 @@ class NodeConfig:
             fair=values["fair"],
         )
         with sources_named(settings):
+            if values["http_host"] and not values["metrics"] and not values["rpc"]:
+                raise ConfigError(
+                    f"http_host is {', '.join(values['http_host'])[:100]!r}, but no port is served; give --metrics "
+                    "or --rpc, or leave it out"
+                )
             return cls(
                 socket=checked_path(values["socket"], "socket").absolute(),
                 capacity_nbytes=values["capacity"],
@@ -131,6 +136,7 @@ def _endpoint(values: Mapping[str, Any], name: str) -> Endpoint | None:
 
 def _remote_config(values: Mapping[str, Any]) -> RemoteConfig | None:
     if not values["remote"]:
+        checked_remote_timeout(values["remote_timeout"])
         if values["persist"]:
             raise ConfigError(
                 f"persist is {values['persist']!r}, but there is no --remote to write to; give --remote, or leave --persist out"

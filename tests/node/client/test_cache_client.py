@@ -48,6 +48,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[p.Request]:
     return found
 
 
+def test_an_engine_with_a_very_long_name(make_client: MakeClient) -> None:
+    """The daemon lets it in, under a name of a length that a message may have."""
+    one, same = make_client("e" * 10_000), make_client("e" * 10_000)
+    assert store(one, chain_keys("a", 2)) == 2
+    assert len(same.acquire(chain_keys("a", 2)).keys) == 2
+
+
 # -- what is asked -----------------------------------------------------------------------------------------------------
 
 
