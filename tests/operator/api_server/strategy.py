@@ -86,6 +86,10 @@ def _carry_over(spec: Json, old: Json) -> None:
         for port in spec.get("ports") or []:
             if port.get("nodePort") in allocated:
                 port.pop("nodePort", None)
+        if spec.get("externalTrafficPolicy") == old.get("externalTrafficPolicy"):
+            spec.pop("externalTrafficPolicy", None)
+    if spec.get("type") != "LoadBalancer" and old.get("type") == "LoadBalancer":
+        spec.pop("allocateLoadBalancerNodePorts", None)
 
 
 def allocate(resource: Resource, obj: Json, objects: Objects) -> None:

@@ -77,6 +77,12 @@ def test_a_service_gets_an_address_that_stays(call: Client) -> None:
     assert (changed["clusterIP"], 30000 <= changed["ports"][0]["nodePort"] < 32768) == (ip, True)
     assert call.ok("PUT", f"{SERVICES}/s", put)["spec"] == changed
     assert causes(call("PATCH", f"{SERVICES}/s", {"spec": {"clusterIP": "None"}}, "application/merge-patch+json"))
+    back = call.merge(f"{SERVICES}/s", {"spec": {"type": "ClusterIP"}})["spec"]
+    assert ("externalTrafficPolicy" in back, "nodePort" in back["ports"][0]) == (False, False)
+    refused = call(
+        "PATCH", f"{SERVICES}/s", {"spec": {"externalTrafficPolicy": "Local"}}, "application/merge-patch+json"
+    )
+    assert causes(refused) == [("spec.externalTrafficPolicy", "FieldValueInvalid")]
     headless = call.ok(
         "POST", SERVICES, {"metadata": {"name": "h"}, "spec": {"clusterIP": "None", "ports": [{"port": 1}]}}
     )

@@ -261,6 +261,9 @@ def _service_errors(spec: Json) -> Iterator[Cause]:
     if spec.get("type") not in ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName"):
         text = f'Unsupported value: "{spec.get("type")}": supported values: "ClusterIP", "LoadBalancer", "NodePort"'
         yield Cause("spec.type", text, "FieldValueNotSupported")
+    if spec.get("externalTrafficPolicy") and spec.get("type") not in ("NodePort", "LoadBalancer"):
+        text = f'Invalid value: "{spec["externalTrafficPolicy"]}": may only be set for externally-accessible services'
+        yield Cause("spec.externalTrafficPolicy", text)
     if spec.get("clusterIP") == "None" and spec.get("type") in ("NodePort", "LoadBalancer"):
         yield Cause("spec.clusterIPs[0]", "Invalid value: \"None\": may not be set to 'None' for this service type")
 
