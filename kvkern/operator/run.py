@@ -175,11 +175,10 @@ class Operator:
         try:
             await self._reconciler.run(key.kind, key.namespace, key.name)
         except ApiError as error:
-            level = logging.INFO if error.status == 409 else logging.WARNING
-            logger.log(
-                level,
-                "kvkern: KVCache %(namespace)s/%(name)s: %(error)s",
-                {"event": "pass_failed", "namespace": key.namespace, "name": key.name, "error": error},
-            )
+            if error.status != 409:  # somebody else has written, or will soon: the next pass sees it
+                logger.warning(
+                    "kvkern: KVCache %(namespace)s/%(name)s: %(error)s",
+                    {"event": "pass_failed", "namespace": key.namespace, "name": key.name, "error": error},
+                )
             return error.retry_after_s
         return None
