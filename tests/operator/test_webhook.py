@@ -102,6 +102,21 @@ class Operator:
             answer = connection.getresponse()
             return answer.status, answer.read()
 
+    def times(self, body: bytes, count: int) -> list[float]:
+        """Return how long each of many calls over one connection takes."""
+        bundle = bundle_of(self.server.store.find(HOOKS, PLACE.registration))
+        context = ssl.create_default_context(cadata=bundle.decode())
+        context.check_hostname = False
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=context)
+        found = []
+        for _ in range(count):
+            began_s = time.perf_counter()
+            connection.request("POST", "/inject", body)
+            assert b"patch" in connection.getresponse().read()
+            found.append(time.perf_counter() - began_s)
+        connection.close()
+        return found
+
     def end(self) -> None:
         """End it as a kubelet does."""
         self.process.send_signal(signal.SIGTERM)
@@ -212,22 +227,16 @@ def test_what_is_no_review(installed: ApiServer, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_answers_fast_and_without_an_api_server(installed: ApiServer, tmp_path: Path) -> None:
     installed.store.create(own())
-    bundle = b""
     with operating(installed, tmp_path) as operator:
         for verb, resource in (("get", "secrets"), ("list", "kvcaches"), ("get", "leases"), ("update", "leases")):
             installed.fail_next(verb, resource, "close before", times=10_000)
         installed.break_watches()
-        bundle = bundle_of(installed.store.find(HOOKS, PLACE.registration))
-
-        def call(_: int) -> float:
-            began_s = time.perf_counter()
-            assert "patch" in response(operator.ask("POST", "/inject", review(), bundle))
-            return time.perf_counter() - began_s
-
+        took = sorted(operator.times(review(), 200))
+        assert (took[0] < 0.03, took[190] < 0.5) == (True, True), took
+        print(f"webhook, one connection: p50 {took[100] * 1e3:.1f} ms, p95 {took[190] * 1e3:.1f} ms")
         with ThreadPoolExecutor(4) as pool:
-            took = sorted(pool.map(call, range(200)))
-        assert took[190] < 1.0, f"p95 {took[190]:.3f} s"
-        print(f"calls with a handshake each: p50 {took[100] * 1e3:.1f} ms, p95 {took[190] * 1e3:.1f} ms")
+            answers = list(pool.map(lambda _: operator.ask("POST", "/inject", review()), range(40)))
+        assert all("patch" in response(each) for each in answers)
 
 
 @pytest.mark.slow
@@ -259,11 +268,11 @@ class Replica:
 def test_two_replicas_turn_certificates_without_a_gap(installed: ApiServer) -> None:
     async def run() -> None:
         path = str(installed.kubeconfig_of(SYSTEM, "kvkern-operator"))
-        one, two = (Replica(installed, await Api.connect(path), leads) for leads in (True, False))
+        one, two = [Replica(installed, await Api.connect(path), leads) for leads in (True, False)]
         await two.step()
         assert len(two.serves) == 1  # nothing to serve yet, and it may write nothing
         used: list[Pair] = []
-        for hour in range(24 * 20):
+        for hour in range(0, 24 * 20, 2):
             for replica in (one, two):
                 replica.now = datetime.now(UTC) + timedelta(hours=hour)
                 await replica.step()

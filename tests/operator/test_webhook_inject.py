@@ -119,13 +119,13 @@ def test_a_bare_engine_gets_folder_variables_and_annotation() -> None:
     }  # fmt: skip
     assert switched_on(env(after)) == (True, "")
     assert (engine["image"], engine["args"]) == ("kvkern-engine:1", ["serve", "model"])
-    assert after["metadata"]["annotations"] == {"kvkern.io/injected": "cache"}
+    assert after["metadata"]["annotations"] == {"kvkern.io/injected": "cache", "kvkern.io/container": "engine"}
 
 
 def test_the_published_pod_gets_its_image_and_nothing_else() -> None:
     before = published_pod()
     after = injected(before, [read_kvcache(kvcache("published"))])
-    assert after["metadata"]["annotations"] == {"kvkern.io/injected": "deepseek-coder-7b-kvcache"}
+    assert after["metadata"]["annotations"]["kvkern.io/injected"] == "deepseek-coder-7b-kvcache"
     assert after["spec"]["containers"][0]["image"] == "kvkern-engine:1"
     after["spec"]["containers"][0]["image"] = before["spec"]["containers"][0]["image"]
     assert after["spec"] == before["spec"]
@@ -329,7 +329,7 @@ def test_a_pod_that_does_not_ask(label: str | None) -> None:
 def test_the_annotation_follows_what_is_true_now() -> None:
     before = pod(skipped="no-kvcache", injected="old")
     after = applied(before, inject(before, CACHES, ENGINE_IMAGE))
-    assert after["metadata"]["annotations"] == {"kvkern.io/injected": "cache"}
+    assert after["metadata"]["annotations"] == {"kvkern.io/injected": "cache", "kvkern.io/container": "engine"}
 
 
 @pytest.mark.parametrize(

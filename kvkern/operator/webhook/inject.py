@@ -12,9 +12,10 @@ a second call changes nothing.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from .pods import Container, Mount, Pod, Variable
 
 LABEL = "kvkern.io/inject"  # "true" asks for the webhook
 KVCACHE, GROUP, CONTAINER, IMAGE = (f"kvkern.io/{name}" for name in ("kvcache", "group", "container", "image"))
-INJECTED, SKIPPED = "kvkern.io/injected", "kvkern.io/skipped"  # what the webhook has done
+INJECTED, SKIPPED = "kvkern.io/injected", "kvkern.io/skipped"  # what the webhook has done, and why nothing
 VOLUME = "kvkern-socket"
 PUBLISHED_IMAGE = re.compile(r"(^|/)aibrix/vllm-openai[^/]*$")
 SOCKET, DAEMON_UID, PUBLISHED_SOCKET = "KVKERN_SOCKET", "KVKERN_DAEMON_UID", f"{LLM}_SOCKET"
@@ -72,11 +73,13 @@ def inject(
     try:
         cache = _cache(read, caches)
         folder = host_socket_dir(cache.namespace, cache.name)
-        number = _engine(read, folder, settings)
+        number = _engine(read, settings)
         patch = _changes(read, number, folder, settings)
     except _Skip as skip:
-        return Injection(_annotated(read, SKIPPED, skip.reason), skip.reason, skip.text)
-    return Injection([*patch, *_annotated(read, INJECTED, cache.name)])
+        return Injection(_annotated(read, {SKIPPED: skip.reason, INJECTED: None}), skip.reason, skip.text)
+    # The container is noted, because a second call may see others, or another image.
+    said = {INJECTED: cache.name, CONTAINER: read.containers[number].name, SKIPPED: None}
+    return Injection([*patch, *_annotated(read, said)])
 
 
 def _cache(pod: Pod, caches: Sequence[KVCache]) -> KVCache:
@@ -98,7 +101,7 @@ def _cache(pod: Pod, caches: Sequence[KVCache]) -> KVCache:
     return found[0]
 
 
-def _engine(pod: Pod, folder: str, settings: InjectSettings) -> int:
+def _engine(pod: Pod, settings: InjectSettings) -> int:
     """Return the place of the engine's container."""
     containers = pod.containers
     if wanted := pod.annotations.get(CONTAINER, ""):
@@ -109,7 +112,6 @@ def _engine(pod: Pod, folder: str, settings: InjectSettings) -> int:
     if len(containers) == 1:
         return 0
     found = [number for number, each in enumerate(containers) if _looks_like_engine(each, settings)]
-    found += [number for number, each in enumerate(containers) if _mount_of(pod, each, folder)]
     if not found:
         raise _Skip("no-engine-container", f"none of the containers looks like vLLM's server; name it by {CONTAINER}")
     return found[0]
@@ -191,8 +193,10 @@ def _mounting(pod: Pod, engine: Container, at: str, folder: str) -> list[Operati
     ]
 
 
-def _volume_names() -> Sequence[str]:
-    return [VOLUME, *(f"{VOLUME}-{number}" for number in range(2, 10_000))]
+def _volume_names() -> Iterator[str]:
+    yield VOLUME
+    for number in itertools.count(2):
+        yield f"{VOLUME}-{number}"
 
 
 def _plain(path: str) -> str:
@@ -242,17 +246,19 @@ def _appended(path: str, there: Sequence[Any] | None, values: list[Any]) -> list
     return [{"op": "add", "path": f"{path}/-", "value": value} for value in values]
 
 
-def _annotated(pod: Pod, name: str, value: str) -> list[Operation]:
-    """Return what sets one of the two annotations that say what was done, and removes the other."""
+def _annotated(pod: Pod, values: Mapping[str, str | None]) -> list[Operation]:
+    """Return what sets annotations; None removes one."""
     there, at = pod.metadata.annotations, "/metadata/annotations"
     if there is None:
-        return [{"op": "add", "path": at, "value": {name: value}}]
+        return [
+            {"op": "add", "path": at, "value": {name: value for name, value in values.items() if value is not None}}
+        ]
     patch: list[Operation] = []
-    if there.get(name) != value:
-        patch.append({"op": "add", "path": f"{at}/{_escaped(name)}", "value": value})
-    other = INJECTED if name == SKIPPED else SKIPPED
-    if other in there:
-        patch.append({"op": "remove", "path": f"{at}/{_escaped(other)}"})
+    for name, value in values.items():
+        if value is None and name in there:
+            patch.append({"op": "remove", "path": f"{at}/{_escaped(name)}"})
+        elif value is not None and there.get(name) != value:
+            patch.append({"op": "add", "path": f"{at}/{_escaped(name)}", "value": value})
     return patch
 
 

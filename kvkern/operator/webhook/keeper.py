@@ -20,7 +20,7 @@ from .registration import REGISTRATION, SECRET, Place, bundle_of, registration
 
 logger = logging.getLogger("kvkern")
 
-PAUSE_S, FIRST_PAUSE_S = 10.0, 0.5  # between steps; before there is a certificate
+PAUSE_S, FIRST_PAUSE_S = 10.0, 0.5  # between steps; before there is a good certificate
 
 
 class Keeper:
@@ -37,7 +37,7 @@ class Keeper:
     ) -> None:
         self._api, self._place, self._leads, self._use = api, place, leads, use
         self._clock, self._lifetimes = clock, lifetimes
-        self._served = False
+        self._settled = False
         self._left: Manifest = {}  # what the server did not keep of the last write
 
     async def keep(self) -> None:
@@ -49,7 +49,7 @@ class Keeper:
                 logger.warning(
                     "kvkern: certificates of the webhook: %(error)s", {"event": "webhook_certificates", "error": error}
                 )
-            await asyncio.sleep(PAUSE_S if self._served else FIRST_PAUSE_S)
+            await asyncio.sleep(PAUSE_S if self._settled else FIRST_PAUSE_S)
 
     async def step(self) -> None:
         """Read, write what is due, use what is there. Raises ApiError."""
@@ -74,7 +74,7 @@ class Keeper:
     def _serve(self, keys: Keys) -> None:
         if keys.current is not None:
             self._use(keys.current)
-            self._served = True
+            self._settled = keys.current.serves(self._place.dns_names, self._clock())
 
     async def _write(self, live: Manifest | None, keys: Keys) -> None:
         data = keys.to_data()
