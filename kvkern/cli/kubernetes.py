@@ -142,11 +142,10 @@ def _webhook_settings(
     from ..operator.webhook.registration import Place
     from ..operator.webhook.service import WebhookSettings
 
+    parsed = Endpoint.parse(endpoint, "--webhook")
     if not all(place):
         raise ConfigError("webhook needs the namespace of its Service: give --webhook-namespace")
-    return WebhookSettings(
-        Endpoint.parse(endpoint, "--webhook"), Place(*place, namespaces), InjectSettings(engine_image)
-    )
+    return WebhookSettings(parsed, Place(*place, namespaces), InjectSettings(engine_image))
 
 
 def _needs(*packages: str) -> None:

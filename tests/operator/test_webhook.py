@@ -118,24 +118,24 @@ class Operator:
         return found
 
     def end(self) -> None:
-        """End it as a kubelet does."""
+        """End it as a kubelet does. It takes kopf five seconds."""
         self.process.send_signal(signal.SIGTERM)
-        try:
-            assert self.process.wait(20) == 0, self.log.read_text()
-        finally:
-            self.process.kill()
+        assert self.process.wait(20) == 0, self.log.read_text()
 
 
 @contextlib.contextmanager
-def operating(server: ApiServer, folder: Path) -> Iterator[Operator]:
+def operating(server: ApiServer, folder: Path, gently: bool = False) -> Iterator[Operator]:
     operator = Operator(server, folder)
     server.route_service(SYSTEM, SERVICE, ("127.0.0.1", operator.port))
     try:
         wait_for(operator.ready, "the webhook is ready")
         yield operator
         assert "Traceback" not in operator.log.read_text(), operator.log.read_text()
+        if gently:
+            operator.end()
     finally:
-        operator.end()
+        operator.process.kill()
+        operator.process.wait()
 
 
 def annotations(server: ApiServer, name: str, **more: str) -> dict[str, str]:
@@ -167,10 +167,10 @@ def response(answer: tuple[int, bytes]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_pods_through_an_operator(installed: ApiServer, tmp_path: Path) -> None:
     store = installed.store
-    with operating(installed, tmp_path) as operator:
+    with operating(installed, tmp_path, gently=True) as operator:
         assert annotations(installed, "early") == {SKIPPED: "no-kvcache"}
         store.create(own())
-        wait_for(lambda: annotations(installed, f"p{time.monotonic_ns()}").get(INJECTED), "the KVCache is known", 10)
+        wait_for(lambda: annotations(installed, f"p{time.monotonic_ns()}").get(INJECTED), "the KVCache is known")
         live = store.get("pods", "early", "default")
         live["metadata"]["labels"]["other"] = "x"
         assert store.update(live)["metadata"]["annotations"] == {SKIPPED: "no-kvcache"}
@@ -189,7 +189,7 @@ def test_pods_through_an_operator(installed: ApiServer, tmp_path: Path) -> None:
         assert "annotations" not in store.create(manifest)["metadata"]
 
         store.delete("kvcaches.kvkern.io", "cache", "default")
-        wait_for(lambda: SKIPPED in annotations(installed, f"p{time.monotonic_ns()}"), "the KVCache is forgotten", 10)
+        wait_for(lambda: SKIPPED in annotations(installed, f"p{time.monotonic_ns()}"), "the KVCache is forgotten")
         secret = store.get("secrets", SERVICE, SYSTEM)
         assert "kvkern.io/last-written" not in secret["metadata"].get("annotations", {})
         assert b"PRIVATE KEY" not in operator.log.read_bytes()

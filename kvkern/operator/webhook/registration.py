@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 from dataclasses import dataclass
 
 from ..kinds import Kind
@@ -83,5 +85,6 @@ def bundle_of(live: Manifest | None) -> bytes:
     """Return the CAs that the API server has been told of."""
     for webhook in (live or {}).get("webhooks") or ():
         if webhook.get("name") == NAME:
-            return base64.b64decode((webhook.get("clientConfig") or {}).get("caBundle") or "")
+            with contextlib.suppress(binascii.Error):
+                return base64.b64decode((webhook.get("clientConfig") or {}).get("caBundle") or "")
     return b""
