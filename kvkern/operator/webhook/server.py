@@ -54,8 +54,6 @@ class HttpsServer:
     def listen(self) -> None:
         """Take the port. Raises ConfigError if it is taken."""
         self._socket = listening_socket(self._endpoint)
-        # Connections inherit it. Without it an answer of two writes waits 40 ms for the peer's delayed acknowledgement.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def use(self, pair: Pair) -> None:
         """Serve this certificate to connections from now on."""

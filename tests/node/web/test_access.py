@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from kvkern.errors import ConfigError
 from kvkern.node.web.endpoint import Endpoint, read_token
+from kvkern.node.web.http_server import listening_socket
 from tests.node.web.conftest import TOKEN, Web, ask, connected, read_answer, web_daemon
 
 PRIVATE = [
@@ -238,3 +240,10 @@ def test_the_token_is_shown_nowhere(folder: Path) -> None:
     with web_daemon(folder, token=TOKEN) as web:
         assert TOKEN not in repr(web.server.config)
         assert TOKEN.encode() not in ask(web.metrics, "/v1/overview", authorization=f"Bearer {TOKEN}").body
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    """asyncio switches Nagle's algorithm off only for sockets that name their protocol."""
+    for host in ("127.0.0.1", ""):
+        with listening_socket(Endpoint.parse(f"{host}:0", "--rpc")) as sock:
+            assert sock.proto == socket.IPPROTO_TCP
