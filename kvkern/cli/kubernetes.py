@@ -114,6 +114,9 @@ def run(
             help="Image of an engine with kvkern in it, which the webhook puts in the place of aibrix/vllm-openai.",
         ),
     ] = "",
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Look after KVCaches even if their definition is another program's.")
+    ] = False,
     log_format: Annotated[LogFormat, typer.Option(help="text or json.")] = "text",
 ) -> None:
     """Run the operator until SIGTERM. It connects as its pod's service account, or as KUBECONFIG says."""
@@ -129,7 +132,7 @@ def run(
             place = (webhook_service, webhook_namespace or lease_namespace)
             hook = _webhook_settings(webhook, place, names, engine_image)
         logs.set_up(log_format, verbose=True)
-        main.run_until_signal(Settings(image, replace_images), names, lease_namespace, hook)
+        main.run_until_signal(Settings(image, replace_images, take_over=take_over), names, lease_namespace, hook)
 
 
 def _webhook_settings(

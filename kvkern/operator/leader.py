@@ -63,13 +63,14 @@ class Leader:
                 )
         return self.leads
 
-    async def keep(self) -> None:
-        """Take and renew the lease until it is cancelled."""
+    async def keep(self, on_change: Callable[[], None]) -> None:
+        """Take and renew the lease until it is cancelled. `on_change` is called when this operator begins or ceases to lead."""
         led = False
         while True:
             leads = await self.try_once()
             if leads != led:
                 led = leads
+                on_change()
                 text = "leads" if leads else "does not lead any more"
                 logger.info("kvkern: operator %(me)s %(text)s", {"event": "leader", "me": self._me, "text": text})
             await asyncio.sleep(RENEW_S)

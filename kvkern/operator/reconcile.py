@@ -5,6 +5,7 @@ It can end after any write, and the next pass goes on from there. It writes only
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +13,14 @@ from datetime import datetime
 from typing import Any
 
 from .api import Api, ApiError
+from .arenas import Arenas
 from .conditions import status_of
 from .daemons import ask_daemons
 from .forms import read_kvcache
-from .kinds import DEPLOYMENT, MADE, MONITORS, OLD_BUDGET, POD, Kind
+from .kinds import DEPLOYMENT, EVENT, MADE, MONITORS, OLD_BUDGET, POD, Kind
 from .kvcache import KVCache
 from .merge import merge_patch
-from .names import identity
+from .names import MANAGED_BY, identity
 from .objects import Cluster, Manifest, render
 from .observed import Daemon, Observed, cache_pod, workload_nodes
 
@@ -29,6 +31,8 @@ WORKLOADS = (  # kinds whose pods may be followed
     Kind("apps/v1", "StatefulSet", "statefulsets"),
 )
 HOLD_S = 300.0
+HARMLESS = ("Ready", "NoPods", "Rolling", "Moving", "NotMade", "FoundByName", "PartlyReady", "NothingToServe")
+MAX_EVENT_TEXT = 1000
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 MAX_LEFT = 1000  # objects of which something did not stay
 
@@ -40,13 +44,14 @@ class Settings:
     image: str = ""  # for KVCaches that name none
     replacement: str = ""  # for those that name the image of the program that they were written for
     ask_pods: bool = True  # ask daemons for their figures
+    take_over: bool = False  # look after KVCaches whose definition is another program's
 
 
 class Reconciler:
     """Passes over KVCaches. Use it in one event loop, one pass at a time for a KVCache."""
 
-    def __init__(self, api: Api, settings: Settings, now: Callable[[], str]) -> None:
-        self._api, self._settings, self._now = api, settings, now
+    def __init__(self, api: Api, settings: Settings, now: Callable[[], str], arenas: Arenas | None = None) -> None:
+        self._api, self._settings, self._now, self._arenas = api, settings, now, arenas
         self._kinds: tuple[Kind, ...] = ()
         # uid -> what the server did not keep of the last write: an older server drops fields, a webhook changes some
         self._left: dict[str, Manifest] = {}
@@ -125,6 +130,10 @@ class Reconciler:
 
     async def _write(self, cache: KVCache, seen: Observed, desired: int) -> list[str]:
         """Write what differs. Returns what failed."""
+        if self._arenas is not None:
+            if not await self._arenas.stop_removal(cache):
+                return ["the arena of an earlier KVCache of this name was being removed"]
+            await self._arenas.note(cache, {pod.node for pod in seen.pods if pod.node})
         monitors = any(kind.kind == MONITORS[0].kind for kind in self._kinds)
         wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
         kinds = {kind.kind: kind for kind in self._kinds}
@@ -176,7 +185,7 @@ class Reconciler:
     async def _prune(self, cache: KVCache, wanted: Iterable[Manifest]) -> None:
         """Delete what this KVCache owned and no longer wants."""
         keep = {(each["kind"], each["metadata"]["name"]) for each in wanted}
-        labels = {"app.kubernetes.io/instance": cache.name, "app.kubernetes.io/managed-by": "kvkern-operator"}
+        labels = {"app.kubernetes.io/instance": cache.name, "app.kubernetes.io/managed-by": MANAGED_BY}
         for kind in self._kinds:
             for live in await self._api.list(kind, cache.namespace, labels):
                 if (kind.kind, live["metadata"]["name"]) not in keep and _owned(live, cache):
@@ -213,8 +222,35 @@ class Reconciler:
                     "reason": reason, "before": before or "new",
                 },
             )  # fmt: skip
+            await self._announce(kind, live, status)
         removed = {name: None for name in live.get("status") or {} if name not in status}
         await self._api.patch(kind, live, {"status": status | removed}, status=True)
+
+    async def _announce(self, kind: Kind, live: Manifest, status: Mapping[str, Any]) -> None:
+        """Write an Event that says how the KVCache is now. Nothing depends on it."""
+        metadata, now = live["metadata"], self._now()
+        about = {
+            "apiVersion": kind.api,
+            "kind": kind.kind,
+            "namespace": metadata["namespace"],
+            "name": metadata["name"],
+        }
+        by_reason = {each["reason"]: each["message"] for each in status["conditions"]}
+        event = {
+            "apiVersion": EVENT.api,
+            "kind": EVENT.kind,
+            "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
+            "involvedObject": about | {"uid": metadata["uid"]},
+            "reason": status["reason"],
+            "message": by_reason.get(status["reason"], "")[:MAX_EVENT_TEXT],
+            "type": "Normal" if status["reason"] in HARMLESS else "Warning",
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+            "source": {"component": MANAGED_BY},
+        }
+        with contextlib.suppress(ApiError):
+            await self._api.create(EVENT, event, record=False)
 
 
 def _num_pods(cache: KVCache, seen: Observed, live: Manifest, now: str) -> int:

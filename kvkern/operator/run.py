@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import kopf
 
 from .api import Api, ApiError
-from .kinds import KVCACHES, MADE, Kind
+from .arenas import Arenas
+from .crds import MANAGED_ANNOTATION
+from .kinds import DEFINITION, KVCACHES, MADE, Kind
 from .leader import Leader
-from .names import MANAGED_BY, NAME_LABEL
+from .names import IMAGE, MANAGED_BY, NAME_LABEL
 from .reconcile import Reconciler, Settings
 from .webhook.known import KnownCaches
 from .work_queue import WorkQueue
@@ -59,9 +61,13 @@ class Operator:
         me = f"{socket.gethostname()}-{os.getpid()}"
         self._api, self._namespaces = api, namespaces
         self._leader = Leader(api, lease_namespace, LEASE_NAME, me) if lease_namespace else None
-        self._reconciler = Reconciler(api, settings, now)
+        self._arenas = Arenas(api, lease_namespace, settings.image or IMAGE, now) if lease_namespace else None
+        self._reconciler = Reconciler(api, settings, now, self._arenas)
         self._queue = WorkQueue(self._pass)
-        self._served: set[Kind] = set()  # kinds of KVCache that the API has
+        self._served: set[Kind] = set()  # kinds of KVCache that the API has, and whose definition is kvkern's
+        self._left_alone: set[Kind] = set()  # kinds that are somebody else's, and of which that was said
+        self._take_over = settings.take_over
+        self._resync_now = asyncio.Event()
         self._webhook = webhook
         self._known = None if webhook is None else KnownCaches(settings.image, settings.replacement)
 
@@ -80,7 +86,7 @@ class Operator:
             tasks.append(asyncio.create_task(webhook.run()))
         tasks.append(asyncio.create_task(self._resync()))
         if self._leader is not None:
-            tasks.append(asyncio.create_task(self._leader.keep()))
+            tasks.append(asyncio.create_task(self._leader.keep(self._resync_now.set)))
         try:
             await kopf.operator(
                 registry=self._registry(),
@@ -155,7 +161,7 @@ class Operator:
         while True:
             try:
                 groups = await self._api.groups()
-                self._served = {kind for kind in KVCACHES if kind.api in groups}
+                self._served = {kind for kind in KVCACHES if kind.api in groups and await self._is_ours(kind)}
                 await self._reconciler.learn()
                 for kind in self._served:
                     lives = await self._api.list(kind)
@@ -165,13 +171,36 @@ class Operator:
                         self._add(kind, live["metadata"]["namespace"], live["metadata"]["name"])
                 if self._known is not None:
                     self._known.complete = True
+                if self._arenas is not None and self._leader is not None and self._leader.leads:
+                    await self._arenas.sweep()
             except ApiError as error:
                 logger.warning("kvkern: cannot list KVCaches: %(error)s", {"event": "resync", "error": error})
-            await asyncio.sleep(RESYNC_S)
+            self._resync_now.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._resync_now.wait(), RESYNC_S)
+
+    async def _is_ours(self, kind: Kind) -> bool:
+        """Return True if the definition of a kind is kvkern's. Another program that serves the group looks after its own."""
+        group = kind.api.split("/")[0]
+        definition = await self._api.get(DEFINITION, "", f"{kind.plural}.{group}")
+        annotations = (definition or {"metadata": {}})["metadata"].get("annotations") or {}
+        if self._take_over or MANAGED_ANNOTATION in annotations:
+            self._left_alone.discard(kind)
+            return True
+        if kind not in self._left_alone:
+            self._left_alone.add(kind)
+            logger.warning(
+                "kvkern: KVCaches of %(group)s are another program's here: their definition has no annotation %(annotation)s. "
+                "They are left alone. Start the operator with --take-over, or apply kvkern's definition",
+                {"event": "other_definition", "group": group, "annotation": MANAGED_ANNOTATION},
+            )
+        return False
 
     async def _pass(self, key: Key) -> float | None:
         if self._leader is not None and not self._leader.leads:
             return None  # the leader does it; whoever leads next begins with a resync
+        if key.kind not in self._served:
+            return None
         try:
             await self._reconciler.run(key.kind, key.namespace, key.name)
         except ApiError as error:

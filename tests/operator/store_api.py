@@ -44,7 +44,7 @@ class StoreApi(Api):
         body = patch | {"metadata": dict(patch.get("metadata", {})) | {"resourceVersion": metadata["resourceVersion"]}}
         return self._write(
             lambda: self.store.patch(
-                _name(kind), metadata["name"], body, metadata["namespace"],
+                _name(kind), metadata["name"], body, metadata.get("namespace", ""),
                 options=Options(subresource="status" if status else ""),
             )
         )  # fmt: skip
@@ -53,7 +53,9 @@ class StoreApi(Api):
         metadata = live["metadata"]
         deletion = Deletion(None, propagation, metadata["uid"])
         try:
-            self._write(lambda: self.store.delete(_name(kind), metadata["name"], metadata["namespace"], deletion))
+            self._write(
+                lambda: self.store.delete(_name(kind), metadata["name"], metadata.get("namespace", ""), deletion)
+            )
         except ApiError as error:
             if error.status != 404:
                 raise

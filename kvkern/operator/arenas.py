@@ -1,0 +1,195 @@
+"""Arenas on nodes: which nodes hold one, and who removes it when nobody needs it any more.
+
+An arena in a node's shared memory outlives its pods on purpose, and so it would outlive its KVCache. No finalizer holds the
+KVCache back. Instead a ConfigMap of the operator's namespace lists the nodes on which cache pods have been seen.
+What is listed there and needed no more is removed by a pod that runs on the node once:
+
+    the KVCache is gone, and so are its pods                   at once
+    the KVCache is there, but has had no pod there for KEEP_S  the workload has left the node
+    the node is gone                                           nothing is left to remove
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from .api import Api
+from .kinds import KVCACHES, NODE, POD, Kind
+from .kvcache import ArenaPlace, KVCache
+from .names import HOST_ARENAS, HOST_SOCKETS, MANAGED_BY, identity
+from .objects.metadata import Manifest, locked_down
+
+logger = logging.getLogger("kvkern")
+
+CONFIG_MAP = Kind("v1", "ConfigMap", "configmaps")
+NAMESPACE = Kind("v1", "Namespace", "namespaces", namespaced=False)
+LEDGER = "kvkern-arenas"
+KEEP_S = 900.0
+REFRESH_S = 300.0  # how old a time in the ledger may get while a pod is there
+ROLE = "arena-remover"
+DEADLINE_S = 300  # of a remover
+_PARENTS = (HOST_ARENAS, HOST_SOCKETS)
+
+Nodes = dict[str, str]  # name -> when a cache pod was last seen on it, RFC 3339
+
+
+class Arenas:
+    """The ledger. Use it from the operator that leads."""
+
+    def __init__(self, api: Api, namespace: str, image: str, now: Callable[[], str]) -> None:
+        self._api, self._namespace, self._image, self._now = api, namespace, image, now
+
+    async def note(self, cache: KVCache, nodes: Iterable[str]) -> None:
+        """Remember that cache pods are on these nodes. Raises ApiError."""
+        if cache.arena is not ArenaPlace.HOST:
+            return
+        now = self._now()
+        ledger = await self._read()
+        entry: Nodes = _entries(ledger).get(_key(cache.namespace, cache.name), {})
+        fresh = {node: now for node in nodes if _age_s(entry.get(node), now) > REFRESH_S}
+        if fresh:
+            await self._write(ledger, cache.namespace, cache.name, entry | fresh)
+
+    async def sweep(self) -> None:
+        """Remove arenas that nobody needs. Call it now and then. Raises ApiError."""
+        ledger = await self._read()
+        for key, entry in _entries(ledger).items():
+            namespace, _, name = key.partition(".")
+            live = [found for kind in KVCACHES if (found := await self._get(kind, namespace, name)) is not None]
+            pods = await self._api.list(POD, namespace, identity(name, "cache"))
+            taken = {pod["spec"].get("nodeName") for pod in pods}
+            kept: Nodes = {}
+            for node, seen in entry.items():
+                needed = node in taken or (live and _age_s(seen, self._now()) <= KEEP_S)
+                if needed or not await self._removed(namespace, name, node):
+                    kept[node] = seen
+            if kept != entry:
+                ledger = await self._write(ledger, namespace, name, kept)
+
+    async def stop_removal(self, cache: KVCache) -> bool:
+        """End what removes this KVCache's folders, before new pods use them. Returns True if nothing removes them any more."""
+        found = await self._api.list(POD, cache.namespace, identity(cache.name, ROLE))
+        for pod in found:
+            await self._api.delete(POD, pod)
+        return not found
+
+    # -- the ledger ----------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> Manifest | None:
+        return await self._api.get(CONFIG_MAP, self._namespace, LEDGER)
+
+    async def _write(self, ledger: Manifest | None, namespace: str, name: str, nodes: Nodes) -> Manifest:
+        data = {_key(namespace, name): json.dumps(nodes, sort_keys=True) if nodes else None}
+        if ledger is not None:
+            return await self._api.patch(CONFIG_MAP, ledger, {"data": data})
+        metadata = {
+            "name": LEDGER,
+            "namespace": self._namespace,
+            "labels": {"app.kubernetes.io/managed-by": MANAGED_BY},
+        }
+        new = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+        return await self._api.create(CONFIG_MAP, new, record=False)
+
+    async def _get(self, kind: Kind, namespace: str, name: str) -> Manifest | None:
+        live = await self._api.get(kind, namespace, name)
+        return None if live is None or live["metadata"].get("deletionTimestamp") else live
+
+    # -- removal -------------------------------------------------------------------------------------------------------
+
+    async def _removed(self, namespace: str, name: str, node: str) -> bool:
+        """Start a pod that removes the folders, or look at it. Returns True if they are gone."""
+        if await self._api.get(NODE, "", node) is None:
+            return True
+        place = namespace if await self._is_usable(namespace) else self._namespace
+        pod = remover(namespace, name, node, self._image, place)
+        live = await self._api.get(POD, place, pod["metadata"]["name"])
+        if live is None:
+            await self._api.create(POD, pod, record=False)
+            return False
+        phase = (live.get("status") or {}).get("phase")
+        if phase in ("Succeeded", "Failed"):
+            await self._api.delete(POD, live)
+        if phase == "Failed":
+            logger.warning(
+                "kvkern: the arena of %(namespace)s/%(name)s on %(node)s could not be removed; it is tried again",
+                {"event": "arena_not_removed", "namespace": namespace, "name": name, "node": node},
+            )
+        return phase == "Succeeded"
+
+    async def _is_usable(self, namespace: str) -> bool:
+        live = await self._api.get(NAMESPACE, "", namespace)
+        return live is not None and not live["metadata"].get("deletionTimestamp")
+
+
+def remover(namespace: str, name: str, node: str, image: str, place: str) -> Manifest:
+    """Return the pod that removes the folders of a KVCache from a node. It sees the folders of its namespace alone."""
+    digest = hashlib.sha256(f"{namespace}/{name}/{node}".encode()).hexdigest()[:12]
+    script = " ".join(["exec rm -rf --", *(f"/remove/{number}/{name}" for number in range(len(_PARENTS)))])
+    size = {"cpu": "50m", "memory": "64Mi"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": f"kvkern-remove-{digest}",
+            "namespace": place,
+            "labels": identity(name, ROLE) | {"app.kubernetes.io/managed-by": MANAGED_BY},
+        },
+        "spec": {
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": DEADLINE_S,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "tolerations": [{"operator": "Exists"}],
+            "securityContext": {"runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [
+                {
+                    "name": "remover",
+                    "image": image,
+                    "command": ["/bin/sh", "-c", script],
+                    "resources": {"requests": size, "limits": size},
+                    "securityContext": locked_down(),
+                    "volumeMounts": [
+                        {"name": f"folder-{number}", "mountPath": f"/remove/{number}"}
+                        for number in range(len(_PARENTS))
+                    ],
+                }
+            ],
+            "volumes": [
+                {
+                    "name": f"folder-{number}",
+                    "hostPath": {"path": f"{parent}/{namespace}", "type": "DirectoryOrCreate"},
+                }
+                for number, parent in enumerate(_PARENTS)
+            ],
+        },
+    }
+
+
+def _key(namespace: str, name: str) -> str:
+    return f"{namespace}.{name}"  # no namespace has a dot in it
+
+
+def _entries(ledger: Mapping[str, Any] | None) -> dict[str, Nodes]:
+    found = {}
+    for key, text in ((ledger or {}).get("data") or {}).items():
+        try:
+            nodes = json.loads(text)
+        except ValueError:
+            continue  # somebody has written it; it names no node
+        if isinstance(nodes, dict):
+            found[key] = {str(node): str(seen) for node, seen in nodes.items()}
+    return found
+
+
+def _age_s(then: str | None, now: str) -> float:
+    """Return the seconds since a time. A time that is none is long ago."""
+    try:
+        return (datetime.fromisoformat(now) - datetime.fromisoformat(then or "")).total_seconds()
+    except (ValueError, TypeError):
+        return float("inf")
