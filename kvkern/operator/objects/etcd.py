@@ -18,7 +18,12 @@ if [ ! -d "$DATA_DIR/member" ] && [ -n "$OTHERS" ]; then
   if members=$(etcdctl --endpoints="$OTHERS" --command-timeout=5s member list); then
     old=$(printf '%s\\n' "$members" | grep -F "$me:2380" | cut -d, -f1 || true)
     if [ -n "$old" ]; then etcdctl --endpoints="$OTHERS" member remove "$old"; fi
-    joined=$(etcdctl --endpoints="$OTHERS" member add "$MY_POD_NAME" --peer-urls="$me:2380")
+    tries=0  # a cluster takes no new member for some seconds after it has lost one
+    until joined=$(etcdctl --endpoints="$OTHERS" member add "$MY_POD_NAME" --peer-urls="$me:2380"); do
+      tries=$((tries + 1))
+      [ "$tries" -lt 30 ]
+      sleep 2
+    done
     INITIAL_CLUSTER=$(printf '%s\\n' "$joined" | sed -n 's/^ETCD_INITIAL_CLUSTER="\\(.*\\)"$/\\1/p')
     state=existing
   fi
