@@ -87,9 +87,9 @@ demo-remote: system $(VENV)/.stamp
 # Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
 # choose. Real engines run two at a time, the tests of a file one after another. Status 5 (no test collected) is no failure if another phase
 # ran a test. If ARGS has a -m of its own, there is one serial phase.
-# The tests of metrics and of the daemon's page run the real Prometheus and a real browser.
+# The tests of metrics and of the daemon's page run the real Prometheus and a real browser; those of pods a real etcd.
 test-system:
-	@PYTHON=$(PYTHON) requirements/system_packages.sh prometheus chromium
+	@PYTHON=$(PYTHON) requirements/system_packages.sh prometheus chromium etcd-server:etcd etcd-client:etcdctl iproute2:ip curl
 
 test: test-system $(VENV)/.stamp
 	@case " $$ARGS " in \

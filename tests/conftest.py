@@ -20,7 +20,10 @@ settings.load_profile("kvkern")
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist, which puts the groups into the names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse to run if groups of tests are not kept together. Skip tests of Triton kernels that cannot run here. The environment chooses Triton's interpreter before the import."""
+    """Refuse to run if groups of tests are not kept together. Skip tests of Triton kernels that cannot run here.
+
+    The environment chooses Triton's interpreter before the import.
+    """
     no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set; `make test` has a phase with it")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     grouped = config.getoption("loadgroup", False)  # in a worker of `--dist loadgroup`

@@ -63,6 +63,13 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
+def test_a_package_whose_command_has_another_name(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.stub("etcd", "")
+    machine.run("etcd-server:etcd", "etcd-client:etcdctl")
+    assert machine.installed() == ["etcd-client"]
+
+
 def test_nothing_is_missing(machine: Machine) -> None:
     assert machine.run() == []
     assert machine.installed() == []

@@ -20,15 +20,21 @@ from kvkern.operator.objects import render
 from tests.integrations.vllm.server import build_served_model
 from tests.kubernetes.pod_processes import BIN, Node
 from tests.operator.manifests import EXAMPLES, ROOT, kvcache
+from tests.remote.required_servers import need
 
 MODEL = "deepseek-coder-7b-instruct"
 CACHE = "deepseek-coder-7b-kvcache"
-NEEDS = ("ip", "unshare", "setpriv", "etcd", "etcdctl", "curl")
-missing = [name for name in NEEDS if shutil.which(name) is None]
+NEEDS = (
+    "ip",
+    "unshare",
+    "setpriv",
+    "etcd",
+    "etcdctl",
+    "curl",
+)  # requirements/system_packages.sh installs what Debian has
 pytestmark = [
     pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900),
     pytest.mark.skipif(os.getuid() != 0, reason="needs root, for namespaces"),
-    pytest.mark.skipif(bool(missing), reason=f"lacks {', '.join(missing)}: iproute2, etcd-server, etcd-client, curl"),
 ]  # fmt: skip
 # What a machine without a GPU needs of vLLM; none of it concerns kvkern. Its blocks are multiples of 32 tokens there.
 MACHINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -86,6 +92,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
+    for program in NEEDS:
+        need("pods", program)
     with Node(tmp_path) as made:
         yield made
 

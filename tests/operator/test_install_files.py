@@ -98,6 +98,19 @@ def test_the_chart_refuses_wrong_values(values: dict[str, Any]) -> None:
         chart.validate_schema(values)
 
 
+def test_the_gateways_configuration_is_envoys() -> None:
+    """Envoy itself reads it."""
+    command = [
+        str(Path(sys.executable).parent / "envoy"),
+        "--mode",
+        "validate",
+        "-c",
+        str(HERE / "gateway" / "envoy.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_both_ways_install_the_same_operator() -> None:
     """Rights, command and security of the chart are those of kustomize."""
     one, two = kustomized("base"), charted({})
