@@ -404,7 +404,7 @@ def test_whatever_is_known_of_a_request_can_be_said(use: Use, connection: int) -
 
 def test_nothing_known_is_what_is_not_said() -> None:
     assert p.Acquire(1, KEY, True, b"", *p.request_fields(None)) == p.Acquire(1, KEY, True)
-    assert p.to_use(p.Acquire(1, KEY, True), 5) == Use()
+    assert p.to_use(p.Acquire(1, KEY, True), 5) == Use(client=5)
     assert p.request_fields(Use()) == p.request_fields(None)
 
 

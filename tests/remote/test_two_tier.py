@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from kvkern.policy.base import Stop
 from kvkern.policy.persist_modes import Persist
