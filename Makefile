@@ -85,7 +85,7 @@ demo-remote: system $(VENV)/.stamp
 	@$(PY) -m kvkern.demo_remote $(ARGS)
 
 # Three phases. Unit tests run on two processes. Triton kernels run in Triton's interpreter, which only an environment variable can
-# choose. Real engines run two at a time, the tests of a file one after another. Status 5 (no test collected) is no failure if another phase
+# choose. Real engines run two at a time, the tests of a file one after another, the longest files first. Status 5 (no test collected) is no failure if another phase
 # ran a test. If ARGS has a -m of its own, there is one serial phase.
 # The tests of metrics and of the daemon's page run the real Prometheus and a real browser; those of pods a real etcd.
 test-system:
@@ -103,7 +103,7 @@ test: test-system $(VENV)/.stamp
 	}; \
 	phase $(PY) -m pytest -n 2 --dist loadgroup -m "not vllm and not interpret" $(ARGS); \
 	phase env TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m interpret $(ARGS); \
-	phase $(PY) -m pytest -n 2 --dist loadfile -m vllm $(ARGS); \
+	phase $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m vllm $(ARGS); \
 	if [ $$ran = 0 ]; then echo "no test matches: $$ARGS"; exit 5; fi; exit $$status
 
 test-vllm: system $(VENV)/.stamp

@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set; `make test` has a phase with it")
     no_gpu = pytest.mark.skip(reason="no CUDA device")
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     grouped = config.getoption("loadgroup", False)  # in a worker of `--dist loadgroup`
     for item in items:
         if grouped and item.get_closest_marker("xdist_group") and "@" not in item.nodeid:

@@ -26,7 +26,7 @@ FOLDER = "/tmp/kvkern-quickstart"
 PORTS = ("8001", "8002", "8080", "9090")
 LIMIT_S = 900  # of all blocks together, on a machine that others use too; some 90 s alone
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 60)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(LIMIT_S + 60)]
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ NEEDS = (
     "curl",
 )  # requirements/system_packages.sh installs what Debian has
 pytestmark = [
-    pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900),
+    pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(900),
     pytest.mark.skipif(os.getuid() != 0, reason="needs root, for namespaces"),
 ]  # fmt: skip
 # What a machine without a GPU needs of vLLM; none of it concerns kvkern. Its blocks are multiples of 32 tokens there.

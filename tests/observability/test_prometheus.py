@@ -171,7 +171,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, needs_prometheus: None) -> It
 
 def with_servers(test: Any) -> Any:
     """Mark a test that needs the node."""
-    for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)):
+    for mark in (pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(900)):
         test = mark(test)
     return test
 

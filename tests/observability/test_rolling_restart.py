@@ -26,7 +26,7 @@ from tests.node.conftest import Daemon, eventually
 from tests.remote.required_servers import free_port, need
 from tests.support import Threads
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(1500)]
 
 NUM_CLIENTS = 8
 START_S = 600.0

@@ -16,7 +16,7 @@ from tests.integrations.vllm.server import build_served_model
 from tests.node.conftest import Daemon, eventually
 from tests.remote.required_servers import free_port
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(900)]
 WAIT_S = 120
 
 

@@ -10,7 +10,7 @@ from tests.integrations.vllm.engine import prompt
 from tests.integrations.vllm.server import Server, build_served_model, transfer_config
 from tests.node.conftest import Daemon, eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.integrations.vllm.server import Server, build_served_model, transfer_
 from tests.remote.required_servers import need
 from tests.remote.stores.redis.servers import RedisServer, redis_server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(900)]
 PASSWORD = "s3cret-of-the-store"
 
 
