@@ -28,7 +28,7 @@ READERS = {  # each with its reason
     "kvkern/node/daemon/overview.py": "when the overview was made, for people",
     "kvkern/observability/tracing.py": "OpenTelemetry's spans have wall-clock times",
     "kvkern/operator/leader.py": "what a lease shows; whether it is old is judged by the monotonic clock",
-    "kvkern/operator/run.py": "times in a status: a clock set forth ends the pause after which unneeded cache pods and arenas go",
+    "kvkern/operator/run.py": "times in a status: a clock set forth ends the pause before unneeded cache pods go",
     "kvkern/operator/webhook/service.py": "certificates are valid between two dates",
     "kvkern/file_digests.py": "the age of a file: one that looks old is not read again while its signature stays",
 }
