@@ -43,6 +43,7 @@ def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[
     """Return the fields of a KVCache that come from its metadata."""
     metadata = manifest.get("metadata")
     metadata = metadata if isinstance(metadata, Mapping) else {}
+    generation = metadata.get("generation")
     name, namespace = str(metadata.get("name", "")), str(metadata.get("namespace") or "default")
     if not _NAME.fullmatch(name):
         findings.append(
@@ -58,7 +59,7 @@ def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[
         "namespace": namespace,
         "api": str(manifest.get("apiVersion")),
         "uid": str(metadata.get("uid") or ""),
-        "generation": int(metadata.get("generation") or 0),
+        "generation": generation if isinstance(generation, int) else 0,
     }
 
 
