@@ -84,8 +84,8 @@ class Fields:
         value = self._typed(name, str | int | float, default)
         return str(value)
 
-    def text_or_number(self, name: str) -> bool:
-        """Return True if a quantity is there and not empty."""
+    def filled(self, name: str) -> bool:
+        """Return True if a field is there and not an empty string."""
         return self._values.get(name) not in (None, "")
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -95,15 +95,6 @@ class Fields:
             self.error(self.at(name), f"is {value}; it must lie in {low}..{high}")
             return default
         return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Read a truth value."""
-        self._read.add(name)
-        value = self._values.get(name)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
-        self.error(self.at(name), f"is {_shown(value)}; expected true or false")
-        return default
 
     def items(self, name: str) -> list[Any]:
         """Read a list."""

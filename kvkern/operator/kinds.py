@@ -35,6 +35,6 @@ NODE = Kind("v1", "Node", "nodes", namespaced=False)
 EVENT = Kind("v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 DEFINITION = Kind("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False)
-DEPLOYMENT = MADE[-1]
+STATEFUL_SET, DEPLOYMENT = MADE[-2:]
 PUBLISHED, OWN = Kind(PUBLISHED_API, "KVCache", PLURAL), Kind(OWN_API, "KVCache", PLURAL)
 KVCACHES = (PUBLISHED, OWN)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .findings import Finding, Level
-from .names import HOST_ARENAS, IMAGE, RPC_PORT, WORKLOAD_LABEL
+from .names import IMAGE, RPC_PORT, WORKLOAD_LABEL
 
 
 class Form(enum.StrEnum):
@@ -86,7 +86,6 @@ class KVCache:
     shared_memory: str = "64Mi"  # of its /dev/shm
     capacity_nbytes: int = 0  # of the cache, a part of `memory`
     arena: ArenaPlace = ArenaPlace.HOST
-    host_arenas: str = HOST_ARENAS
     env: tuple[dict[str, Any], ...] = ()
     workload: str = ""  # whose pods the cache follows
     workload_label: str = WORKLOAD_LABEL
@@ -103,6 +102,12 @@ class KVCache:
     options: dict[str, str] = field(default_factory=dict)  # of kvkern serve: variable -> value
     extras: PodExtras = field(default_factory=PodExtras)
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def has_remote_elsewhere(self) -> bool:
+        """Return True if the daemons connect to a store that the operator does not run."""
+        named = any(each["name"] == "KVKERN_REMOTE" for each in self.env)
+        return named or bool(self.remote or self.remote_secret[0] or self.external_redis)
 
     @property
     def errors(self) -> tuple[Finding, ...]:

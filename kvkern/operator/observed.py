@@ -8,6 +8,7 @@ from typing import Any
 
 from .objects.metadata import Manifest
 
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 FINAL_PHASES = ("Succeeded", "Failed")
 
 
@@ -20,6 +21,7 @@ class CachePod:
     ip: str
     ready: bool
     ending: bool
+    goes_first: bool  # Kubernetes ends it before others if there are to be fewer
     problem: str  # why it does not run; empty: nothing says so
 
 
@@ -75,6 +77,7 @@ def cache_pod(pod: Mapping[str, Any]) -> CachePod:
         ip=status.get("podIP") or "",
         ready=conditions.get("Ready", {}).get("status") == "True",
         ending=_ending(pod),
+        goes_first=DELETION_COST in (pod["metadata"].get("annotations") or {}),
         problem=_problem(status, conditions),
     )
 

@@ -35,12 +35,13 @@ def check_options(
     fields: Fields,
 ) -> None:
     """Note as an error what a daemon would refuse at its start. Values that come from secrets are not known here."""
+    env = list(env)
     environ = {str(entry["name"]): str(entry["value"]) for entry in env if entry.get("value") is not None} | dict(
         options
     )
     skipped = {PREFIX + name.upper() for name in (*MADE_BY_OPERATOR, *FILES)}
     environ = {name: value for name, value in environ.items() if name.startswith(PREFIX) and name not in skipped}
-    if has_remote:
+    if has_remote or any(entry["name"] == f"{PREFIX}REMOTE" for entry in env):
         environ[f"{PREFIX}REMOTE"] = "redis://localhost:6379"
     known = {"capacity": "1GiB", "arena_dir": "/", "socket": "/run/kvkern.sock"}
     try:

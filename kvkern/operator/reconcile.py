@@ -17,23 +17,19 @@ from .arenas import Arenas
 from .conditions import status_of
 from .daemons import ask_daemons
 from .forms import read_kvcache
-from .kinds import DEPLOYMENT, EVENT, MADE, MONITORS, OLD_BUDGET, POD, Kind
+from .kinds import DEPLOYMENT, EVENT, MADE, MONITORS, OLD_BUDGET, POD, STATEFUL_SET, Kind
 from .kvcache import KVCache
 from .merge import merge_patch
 from .names import MANAGED_BY, identity
 from .objects import Cluster, Manifest, render
-from .observed import Daemon, Observed, cache_pod, workload_nodes
+from .observed import DELETION_COST, Observed, cache_pod, workload_nodes
 
 logger = logging.getLogger("kvkern")
 
-WORKLOADS = (  # kinds whose pods may be followed
-    Kind("apps/v1", "Deployment", "deployments"),
-    Kind("apps/v1", "StatefulSet", "statefulsets"),
-)
+WORKLOADS = (DEPLOYMENT, STATEFUL_SET)  # kinds whose pods may be followed
 HOLD_S = 300.0
 HARMLESS = ("Ready", "NoPods", "Rolling", "Moving", "NotMade", "FoundByName", "PartlyReady", "NothingToServe")
 MAX_EVENT_TEXT = 1000
-DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 MAX_LEFT = 1000  # objects of which something did not stay
 
 
@@ -59,9 +55,8 @@ class Reconciler:
             tuple[Kind, str, str], Mapping[str, str]
         ] = {}  # KVCache -> labels of the pods that it follows
 
-    async def learn(self) -> None:
-        """Ask which kinds the API server has. Raises ApiError."""
-        groups = await self._api.groups()
+    def learn(self, groups: set[str]) -> None:
+        """Note which groups and versions the API server has."""
         made = [OLD_BUDGET if kind.kind == OLD_BUDGET.kind and kind.api not in groups else kind for kind in MADE]
         self._kinds = (*made, *(MONITORS if MONITORS[0].api in groups else ()))
 
@@ -73,14 +68,14 @@ class Reconciler:
             if key[1] == namespace and wanted and wanted.items() <= labels.items()
         ]
 
-    async def run(self, kind: Kind, namespace: str, name: str) -> bool:
-        """Make a pass. Returns True if the KVCache exists. Raises ApiError if it could not even be read."""
+    async def run(self, kind: Kind, namespace: str, name: str) -> None:
+        """Make a pass. Raises ApiError if something could not be read or written; the status says what."""
         if not self._kinds:
-            await self.learn()
+            self.learn(await self._api.groups())
         live = await self._api.get(kind, namespace, name)
         if live is None or live["metadata"].get("deletionTimestamp"):
             self._follows.pop((kind, namespace, name), None)
-            return live is not None
+            return
         cache = read_kvcache(live, self._settings.image, self._settings.replacement)
         seen = await self._look(cache)
         self._follows[kind, namespace, name] = seen.follow
@@ -90,11 +85,10 @@ class Reconciler:
             faults = await self._write(cache, seen, desired)
             seen = replace(seen, deployment=await self._api.get(DEPLOYMENT, namespace, name))
         if self._settings.ask_pods:
-            seen = replace(seen, daemons=await self._figures(seen))
+            seen = replace(seen, daemons=await ask_daemons(pod for pod in seen.pods if not pod.ending))
         await self._tell(kind, live, status_of(cache, seen, desired, faults, live.get("status") or {}, self._now()))
         if faults:
             raise ApiError(0, "Unfinished", "; ".join(faults))
-        return True
 
     # -- look ----------------------------------------------------------------------------------------------------------
 
@@ -123,22 +117,19 @@ class Reconciler:
                 return labels
         return {}
 
-    async def _figures(self, seen: Observed) -> Mapping[str, Daemon]:
-        return await ask_daemons(pod for pod in seen.pods if not pod.ending)
-
     # -- write ---------------------------------------------------------------------------------------------------------
 
     async def _write(self, cache: KVCache, seen: Observed, desired: int) -> list[str]:
         """Write what differs. Returns what failed."""
-        if self._arenas is not None:
-            if not await self._arenas.stop_removal(cache):
-                return ["the arena of an earlier KVCache of this name was being removed"]
-            await self._arenas.note(cache, {pod.node for pod in seen.pods if pod.node})
+        if self._arenas is not None and not await self._arenas.stop_removal(cache):
+            return ["the arena of an earlier KVCache of this name was being removed"]
         monitors = any(kind.kind == MONITORS[0].kind for kind in self._kinds)
         wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
         kinds = {kind.kind: kind for kind in self._kinds}
         faults = []
         try:
+            if self._arenas is not None:
+                await self._arenas.note(cache, {pod.node for pod in seen.pods if pod.node})
             await self._mark(cache, seen)
         except ApiError as error:
             faults.append(str(error))
@@ -193,11 +184,14 @@ class Reconciler:
 
     async def _mark(self, cache: KVCache, seen: Observed) -> None:
         """Tell Kubernetes which cache pods to end first if there are to be fewer."""
-        surplus = {pod.name for pod in seen.surplus}
+        surplus = seen.surplus
         for pod in seen.pods:
-            live = await self._api.get(POD, cache.namespace, pod.name) if pod.name in surplus else None
-            if live is not None and DELETION_COST not in (live["metadata"].get("annotations") or {}):
-                await self._api.patch(POD, live, {"metadata": {"annotations": {DELETION_COST: "-100"}}})
+            goes = pod in surplus
+            if goes == pod.goes_first or pod.ending:
+                continue
+            if (live := await self._api.get(POD, cache.namespace, pod.name)) is not None:
+                cost = {DELETION_COST: "-100" if goes else None}
+                await self._api.patch(POD, live, {"metadata": {"annotations": cost}})
 
     async def _move(self, cache: KVCache, seen: Observed) -> None:
         """End cache pods on nodes that the workload has left, if other nodes wait for one, which the Deployment makes."""

@@ -76,7 +76,7 @@ class Operator:
 
         Raises ApiError if the API server cannot be reached at the start, and ConfigError if the webhook's port is taken.
         """
-        await self._reconciler.learn()
+        self._reconciler.learn(await self._api.groups())
         tasks = []
         if self._webhook is not None and self._known is not None:
             from .webhook.service import Webhook
@@ -162,7 +162,7 @@ class Operator:
             try:
                 groups = await self._api.groups()
                 self._served = {kind for kind in KVCACHES if kind.api in groups and await self._is_ours(kind)}
-                await self._reconciler.learn()
+                self._reconciler.learn(groups)
                 for kind in self._served:
                     lives = await self._api.list(kind)
                     if self._known is not None:

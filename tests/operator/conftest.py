@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,7 +30,6 @@ class Cluster:
 
     server: ApiServer
     time: str = NOW
-    _left: dict[str, Any] = field(default_factory=dict)
 
     def make(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Create an object."""

@@ -212,6 +212,27 @@ def test_cache_pods_follow_the_nodes_of_the_workload(cluster: Cluster) -> None:
     assert replicas() == 0
 
 
+def test_a_cache_pod_goes_first_only_while_its_node_has_no_engine(cluster: Cluster) -> None:
+    cost = "controller.kubernetes.io/pod-deletion-cost"
+    cluster.make(own())
+    labels = {"kvcache.orchestration.aibrix.ai/name": "cache", "kvcache.orchestration.aibrix.ai/role": "cache"}
+    for node in ("one", "two"):
+        spec = {"nodeName": node, "containers": [{"name": "c", "image": "c:1"}]}
+        metadata = {"name": f"cache-{node}", "namespace": "default", "labels": labels}
+        cluster.make({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    cluster.engine("engine-one", "one")
+    cluster.passes("cache", own=True)
+
+    def marked() -> list[str]:
+        pods = cluster.server.store.list("pods", "default")
+        return [pod["metadata"]["name"] for pod in pods if cost in pod["metadata"].get("annotations", {})]
+
+    assert marked() == ["cache-two"]
+    cluster.engine("engine-two", "two")
+    cluster.passes("cache", own=True)
+    assert marked() == []
+
+
 def test_a_workload_that_is_found_by_its_name_only(cluster: Cluster) -> None:
     """The annotation equals metadata.name of the engine's Deployment, but its pods have another label."""
     labels = {"model.aibrix.ai/name": "coder-33b"}

@@ -78,6 +78,21 @@ def test_everything_belongs_to_the_kvcache(name: str) -> None:
                 assert container["resources"]["limits"]["memory"]
 
 
+def test_daemons_may_reach_a_store_that_only_a_variable_names() -> None:
+    """And a mode of writing to it is no error then."""
+    manifest = kvcache("published")
+    variables = [
+        {"name": "KVKERN_REMOTE", "value": "redis://elsewhere:6379"},
+        {"name": "KVKERN_PERSIST", "value": "all"},
+    ]
+    for env, kinds in (([], ["Ingress", "Egress"]), (variables, ["Ingress"])):
+        manifest["spec"]["cacheSpec"]["env"] = env
+        cache = read_kvcache(manifest)
+        assert not cache.errors
+        policy = next(each for each in render(cache) if each["kind"] == "NetworkPolicy")
+        assert policy["spec"]["policyTypes"] == kinds
+
+
 def test_two_cache_pods_never_share_a_node() -> None:
     for name in FILES:
         (found,) = (each for each in objects(name) if each["kind"] == "Deployment")

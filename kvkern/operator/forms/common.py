@@ -129,7 +129,7 @@ def read_sizes(fields: Fields, memory: str, memory_path: str) -> dict[str, Any]:
         found["capacity_nbytes"] = capacity_of(memory, memory_path)
     except ConfigError as error:
         fields.error(memory_path, str(error))
-    if fields.text_or_number("sharedMemorySize"):
+    if fields.filled("sharedMemorySize"):
         found["shared_memory"] = checked_quantity(fields, "sharedMemorySize", "64Mi")
     return found
 

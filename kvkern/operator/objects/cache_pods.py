@@ -13,6 +13,7 @@ from ..names import (
     RPC_PORT,
     SOCKET_DIR,
     SOCKET_NAME,
+    host_arena_dir,
     host_socket_dir,
     identity,
     labels,
@@ -167,7 +168,7 @@ def _remote(cache: KVCache) -> dict[str, Manifest]:
 def _volumes(cache: KVCache) -> list[Manifest]:
     arena: Manifest
     if cache.arena is ArenaPlace.HOST:
-        path = f"{cache.host_arenas}/{cache.namespace}/{cache.name}"
+        path = host_arena_dir(cache.namespace, cache.name)
         arena = {"hostPath": {"path": path, "type": "DirectoryOrCreate"}}
     else:
         arena = {"emptyDir": {"medium": "Memory", "sizeLimit": format_memory(cache.capacity_nbytes + (16 << 20))}}

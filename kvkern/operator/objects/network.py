@@ -56,7 +56,7 @@ def network_policies(cache: KVCache) -> list[Manifest]:
 
 def _cache_egress(cache: KVCache) -> list[Manifest] | None:
     """Return where a daemon may connect to. None: anywhere, because its remote store is elsewhere."""
-    if cache.remote or cache.remote_secret[0] or cache.external_redis is not None:
+    if cache.has_remote_elsewhere:
         return None
     if cache.redis is None:
         return []
