@@ -23,7 +23,8 @@ def files() -> dict[Path, str]:
     )
     found = {HERE / "base/crds.yaml": to_yaml([crd(OWN_GROUP), crd(PUBLISHED_GROUP)])}
     for group in (OWN_GROUP, PUBLISHED_GROUP):
-        found[HERE / f"chart/definitions/{group}.yaml"] = to_yaml([crd(group)]).removeprefix("---\n")
+        for folder, rules in (("definitions", True), ("definitions/without_rules", False)):
+            found[HERE / f"chart/{folder}/{group}.yaml"] = to_yaml([crd(group, rules)]).removeprefix("---\n")
     found[HERE / "chart/definitions/rules.yaml"] = yaml.safe_dump({"rules": role["rules"]}, sort_keys=False)
     return found
 

@@ -58,14 +58,18 @@ def render(
 
 
 @operator.command()
-def crds() -> None:
+def crds(
+    without_rules: Annotated[
+        bool, typer.Option("--without-rules", help="Without rules in CEL: for API servers before Kubernetes 1.25.")
+    ] = False,
+) -> None:
     """Print the definitions of both groups, as YAML that `kubectl apply` takes."""
     from ..operator.crds import crd
     from ..operator.names import OWN_GROUP, PUBLISHED_GROUP
     from ..operator.yaml_files import to_yaml
 
     with exit_on_bad_input():
-        typer.echo(to_yaml([crd(OWN_GROUP), crd(PUBLISHED_GROUP)]), nl=False)
+        typer.echo(to_yaml([crd(group, not without_rules) for group in (OWN_GROUP, PUBLISHED_GROUP)]), nl=False)
 
 
 @operator.command()

@@ -64,12 +64,11 @@ def status_of(
         "current": len(ready),
         "ready": len(ready),
         "desired": desired,
-        "capacityPerNode": format_nbytes(cache.capacity_nbytes) if cache.capacity_nbytes else "",
         "reason": _first_reason(conditions),
         "nodes": _nodes(seen),
         "conditions": conditions,
     }
-    return status | _figures(seen)
+    return status | _figures(cache, seen)
 
 
 def _first_reason(conditions: Sequence[Mapping[str, Any]]) -> str:
@@ -80,14 +79,19 @@ def _first_reason(conditions: Sequence[Mapping[str, Any]]) -> str:
     return "Ready"
 
 
-def _figures(seen: Observed) -> dict[str, Any]:
+def _figures(cache: KVCache, seen: Observed) -> dict[str, Any]:
+    """Return the figures that are known. Old API servers turn an empty text of a new status into a null, and refuse that."""
     daemons = seen.daemons.values()
     lookups = sum(each.lookups for each in daemons)
-    return {
-        "capacity": format_nbytes(sum(each.capacity_nbytes for each in daemons)) if daemons else "",
-        "used": format_nbytes(sum(each.used_nbytes for each in daemons)) if daemons else "",
-        "hitRatio": f"{sum(each.hits for each in daemons) / lookups:.0%}" if lookups else "",
-    }
+    figures: dict[str, Any] = {}
+    if cache.capacity_nbytes:
+        figures["capacityPerNode"] = format_nbytes(cache.capacity_nbytes)
+    if daemons:
+        figures["capacity"] = format_nbytes(sum(each.capacity_nbytes for each in daemons))
+        figures["used"] = format_nbytes(sum(each.used_nbytes for each in daemons))
+    if lookups:
+        figures["hitRatio"] = f"{sum(each.hits for each in daemons) / lookups:.0%}"
+    return figures
 
 
 def _nodes(seen: Observed) -> list[dict[str, Any]]:

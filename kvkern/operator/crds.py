@@ -11,6 +11,7 @@ from .schemas.status import STATUS
 
 MANAGED_ANNOTATION = "kvkern.io/crd"  # tells our definition of the published group from anybody else's
 SHORT_NAMES = {OWN_GROUP: ["kvc"], PUBLISHED_GROUP: ["kvcache-aibrix"]}
+RULES = "x-kubernetes-validations"
 COLUMNS = [
     {"name": "Available", "type": "string", "jsonPath": '.status.conditions[?(@.type=="Available")].status'},
     {"name": "Ready", "type": "integer", "jsonPath": ".status.ready"},
@@ -23,9 +24,15 @@ COLUMNS = [
 ]
 
 
-def crd(group: str) -> dict[str, Any]:
-    """Return the definition of a group: OWN_GROUP or PUBLISHED_GROUP."""
+def crd(group: str, rules: bool = True) -> dict[str, Any]:
+    """Return the definition of a group: OWN_GROUP or PUBLISHED_GROUP.
+
+    `rules`: with rules in CEL, which API servers know from 1.25 on, and which kubectl refuses to send to those before 1.23.
+    What they refuse, the operator refuses too.
+    """
     spec = OWN_SPEC if group == OWN_GROUP else PUBLISHED_SPEC
+    if not rules:
+        spec = _without_rules(spec)
     schema = {
         "type": "object",
         "description": "The cache of the nodes on which a workload runs: one daemon on each, which all its engines share.",
@@ -65,3 +72,9 @@ def crd(group: str) -> dict[str, Any]:
             "versions": [version],
         },
     }
+
+
+def _without_rules(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {key: _without_rules(value) for key, value in schema.items() if key != RULES}
+    return [_without_rules(each) for each in schema] if isinstance(schema, list) else schema

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import warnings
 from typing import TYPE_CHECKING
 
 from .api import Api
@@ -23,6 +24,7 @@ def run_until_signal(
     """Work until SIGTERM or SIGINT. Raises what `Operator.run` raises."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Kubernetes version .* is not supported")  # kr8s was not tried with it; the operator was
     asyncio.run(_run(settings, namespaces, lease_namespace, webhook))
 
 

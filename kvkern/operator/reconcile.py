@@ -20,7 +20,7 @@ from .forms import read_kvcache
 from .kinds import DEPLOYMENT, EVENT, MADE, MONITORS, OLD_BUDGET, POD, STATEFUL_SET, Kind
 from .kvcache import KVCache
 from .merge import merge_patch
-from .names import MANAGED_BY, identity
+from .names import MANAGED_BY, NAME_LABEL, identity
 from .objects import Cluster, Manifest, render
 from .observed import DELETION_COST, Observed, cache_pod, workload_nodes
 
@@ -30,6 +30,7 @@ WORKLOADS = (DEPLOYMENT, STATEFUL_SET)  # kinds whose pods may be followed
 HOLD_S = 300.0
 HARMLESS = ("Ready", "NoPods", "Rolling", "Moving", "NotMade", "FoundByName", "PartlyReady", "NothingToServe")
 MAX_EVENT_TEXT = 1000
+FIXED_FIELD = ("field is immutable", "updates to statefulset spec", "may not change once set")  # in the server's refusals
 MAX_LEFT = 1000  # objects of which something did not stay
 
 
@@ -48,7 +49,7 @@ class Reconciler:
 
     def __init__(self, api: Api, settings: Settings, now: Callable[[], str], arenas: Arenas | None = None) -> None:
         self._api, self._settings, self._now, self._arenas = api, settings, now, arenas
-        self._kinds: tuple[Kind, ...] = ()
+        self.kinds: tuple[Kind, ...] = ()  # of what it makes, as this API server has them
         # uid -> what the server did not keep of the last write: an older server drops fields, a webhook changes some
         self._left: dict[str, Manifest] = {}
         self._follows: dict[
@@ -58,7 +59,7 @@ class Reconciler:
     def learn(self, groups: set[str]) -> None:
         """Note which groups and versions the API server has."""
         made = [OLD_BUDGET if kind.kind == OLD_BUDGET.kind and kind.api not in groups else kind for kind in MADE]
-        self._kinds = (*made, *(MONITORS if MONITORS[0].api in groups else ()))
+        self.kinds = (*made, *(MONITORS if MONITORS[0].api in groups else ()))
 
     def followers(self, namespace: str, labels: Mapping[str, str]) -> list[tuple[Kind, str, str]]:
         """Return the KVCaches that follow a pod with these labels."""
@@ -70,7 +71,7 @@ class Reconciler:
 
     async def run(self, kind: Kind, namespace: str, name: str) -> None:
         """Make a pass. Raises ApiError if something could not be read or written; the status says what."""
-        if not self._kinds:
+        if not self.kinds:
             self.learn(await self._api.groups())
         live = await self._api.get(kind, namespace, name)
         if live is None or live["metadata"].get("deletionTimestamp"):
@@ -123,9 +124,9 @@ class Reconciler:
         """Write what differs. Returns what failed."""
         if self._arenas is not None and not await self._arenas.stop_removal(cache):
             return ["the arena of an earlier KVCache of this name was being removed"]
-        monitors = any(kind.kind == MONITORS[0].kind for kind in self._kinds)
+        monitors = any(kind.kind == MONITORS[0].kind for kind in self.kinds)
         wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
-        kinds = {kind.kind: kind for kind in self._kinds}
+        kinds = {kind.kind: kind for kind in self.kinds}
         faults = []
         try:
             if self._arenas is not None:
@@ -163,9 +164,9 @@ class Reconciler:
         try:
             after = await self._api.patch(kind, live, patch)
         except ApiError as error:
-            if error.status == 422 and kind.kind == "StatefulSet":
-                # Some of its fields cannot be changed. Its pods stay, and the new one takes them over.
-                await self._api.delete(kind, live, propagation="Orphan")
+            if error.status == 422 and any(word in str(error) for word in FIXED_FIELD):
+                # A StatefulSet's pods stay, and the new one takes them over.
+                await self._api.delete(kind, live, "Orphan" if kind == STATEFUL_SET else "Background")
                 raise ApiError(409, "Remade", "is made anew, because one of its fields cannot be changed") from error
             raise
         if left := merge_patch(wanted, after):
@@ -174,11 +175,10 @@ class Reconciler:
             self._left[uid] = left
 
     async def _prune(self, cache: KVCache, wanted: Iterable[Manifest]) -> None:
-        """Delete what this KVCache owned and no longer wants."""
+        """Delete what this KVCache owns and does not want (any more), also what the published operator has made for it."""
         keep = {(each["kind"], each["metadata"]["name"]) for each in wanted}
-        labels = {"app.kubernetes.io/instance": cache.name, "app.kubernetes.io/managed-by": MANAGED_BY}
-        for kind in self._kinds:
-            for live in await self._api.list(kind, cache.namespace, labels):
+        for kind in (*self.kinds, POD):
+            for live in await self._api.list(kind, cache.namespace, {NAME_LABEL: cache.name}):
                 if (kind.kind, live["metadata"]["name"]) not in keep and _owned(live, cache):
                     await self._api.delete(kind, live)
 

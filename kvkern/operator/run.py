@@ -17,7 +17,7 @@ import kopf
 from .api import Api, ApiError
 from .arenas import Arenas
 from .crds import MANAGED_ANNOTATION
-from .kinds import DEFINITION, KVCACHES, MADE, Kind
+from .kinds import DEFINITION, KVCACHES, Kind
 from .leader import Leader
 from .names import IMAGE, MANAGED_BY, NAME_LABEL
 from .reconcile import Reconciler, Settings
@@ -145,7 +145,7 @@ class Operator:
         for kind in KVCACHES:
             group, version = kind.api.split("/")
             kopf.on.event(group, version, kind.plural, registry=registry)(of_cache)
-        for kind in MADE:
+        for kind in self._reconciler.kinds:
             group, _, version = kind.api.rpartition("/")
             labels = {"app.kubernetes.io/managed-by": MANAGED_BY}
             kopf.on.event(group, version, kind.plural, labels=labels, registry=registry)(of_owned)

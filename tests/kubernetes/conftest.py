@@ -158,7 +158,7 @@ class Kubelets(threading.Thread):
         conditions = [
             {"type": kind, "status": "True"} for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
         ]
-        status = {"status": {"phase": "Running", "podIP": "127.0.0.1", "conditions": conditions}}
+        status = {"status": {"phase": "Running", "podIP": "192.0.2.1", "conditions": conditions}}
         self.cluster.kubectl(
             "patch",
             "pod",
@@ -210,9 +210,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def _prepared(cluster: Cluster) -> Cluster:
-    crds = subprocess.run(
-        [sys.executable, "-m", "kvkern", "operator", "crds"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
+    version = json.loads(cluster.kubectl("get", "--raw", "/version"))
+    is_old = (int(version["major"]), int(version["minor"].rstrip("+"))) < (1, 25)
+    command = [sys.executable, "-m", "kvkern", "operator", "crds", *(["--without-rules"] if is_old else [])]
+    crds = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     cluster.kubectl("apply", "-f", "-", text=crds)
     for plural in ("kvcaches.kvkern.io", "kvcaches.orchestration.aibrix.ai"):
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{plural}", "--timeout=60s")

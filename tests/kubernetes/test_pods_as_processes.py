@@ -223,7 +223,10 @@ def test_an_etcd_of_three_members_takes_a_lost_one_back(node: Node) -> None:
     node.stop(name, signal.SIGKILL)
     shutil.rmtree(node.folder / "empty" / name)
     start(2, 12)
-    eventually(lambda: "value" in etcdctl(12, "get", "key"), "the member's own copy", 120)
+    try:
+        eventually(lambda: "value" in etcdctl(12, "get", "key"), "the member's own copy", 180)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nIts log ends:\n{node.pods[name].output[-3000:]}") from None
     members = etcdctl(10, "member", "list").splitlines()
     assert len(members) == 3
     assert all(", started, " in member for member in members)

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ import yaml
 from kvkern.node import protocol as p
 from kvkern.observability.catalogue import CATALOGUE, Kind
 from tests.node.conftest import eventually
-from tests.observability.monitored_node import Node, monitored_node
+from tests.observability.monitored_node import SCRAPE_S, Node, monitored_node
 from tests.remote.required_servers import need
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,10 @@ def filled(query: str) -> str:
 def has_number(series: list[dict[str, Any]]) -> bool:
     """Return True if a series has a value. NaN is none: it is 0/0, or a quantile of nothing."""
     return any(not math.isnan(float(one["value"][1])) for one in series)
+
+
+def _value(series: list[dict[str, Any]]) -> float:
+    return float(series[0]["value"][1]) if series else 0.0
 
 
 def rules() -> list[dict[str, Any]]:
@@ -163,9 +168,12 @@ def node(tmp_path_factory: pytest.TempPathFactory, needs_prometheus: None) -> It
             running.load(6)
             if running.prometheus.query('sum(kvkern_hit_chunks_total{tier="remote"}) > 0'):
                 break
-        # rates need two scrapes after the last request
+        ended = time.time()
+        # rates need two scrapes after the last request, and figures are compared as they were when it had ended
         loaded = "sum(kvkern:loaded_tokens_total) > 0 and sum(rate(kvkern:first_token_seconds_count[30s])) > 0"
         eventually(lambda: running.prometheus.query(loaded), "loads in Prometheus")
+        scraped = "min(timestamp(kvkern:requests_total) or timestamp(kvkern_arena_slots))"
+        eventually(lambda: _value(running.prometheus.query(scraped)) > ended + 2 * SCRAPE_S, "two more scrapes")
         yield running
 
 

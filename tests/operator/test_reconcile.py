@@ -262,6 +262,51 @@ def test_a_volume_for_etcd_remakes_the_stateful_set(cluster: Cluster) -> None:
     assert after["spec"]["volumeClaimTemplates"]
 
 
+def test_what_the_published_operator_has_made_is_taken_over(cluster: Cluster) -> None:
+    """Its Deployment and Services become ours, or go; so do its bare pods of etcd, in whose place a StatefulSet comes."""
+    made = cluster.make(kvcache("published"))
+    name, prefix = made["metadata"]["name"], "kvcache.orchestration.aibrix.ai"
+    owner = {"apiVersion": made["apiVersion"], "kind": "KVCache", "name": name, "uid": made["metadata"]["uid"],
+             "controller": True, "blockOwnerDeletion": True}  # fmt: skip
+
+    def theirs(kind: str, called: str, role: str, spec: dict[str, Any], api: str = "v1") -> None:
+        labels = {f"{prefix}/name": name} | ({f"{prefix}/role": role} if role else {})
+        metadata = {"name": called, "namespace": "default", "labels": labels, "ownerReferences": [owner]}
+        cluster.make({"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec})
+
+    etcd = {f"{prefix}/name": name, f"{prefix}/role": "metadata"}
+    client = [{"name": "etcd-for-vineyard-port", "port": 2379}]
+    theirs("Pod", f"{name}-etcd-0", "metadata", {"containers": [{"name": "etcd", "image": "vineyardd:1"}]})
+    theirs("Service", f"{name}-etcd-0", "metadata", {"selector": etcd, "ports": client})
+    theirs("Service", f"{name}-etcd-service", "metadata", {"selector": etcd, "ports": client})
+    theirs("Service", f"{name}-rpc", "", {"selector": {f"{prefix}/name": name}, "ports": [{"name": "rpc", "port": 9600}]})
+    selector = {f"{prefix}/name": name}  # ours says more, and it cannot be changed
+    pod = {"metadata": {"labels": selector}, "spec": {"containers": [{"name": "kvcache", "image": "vineyardd:1"}]}}
+    theirs("Deployment", name, "cache", {"selector": {"matchLabels": selector}, "template": pod}, "apps/v1")
+
+    cluster.passes(name, own=False)
+    taken = cluster.essence()
+    assert not [each for each in cluster.server.store.list("pods", "default") if each["metadata"]["name"] == f"{name}-etcd-0"]
+    cluster.server.store.delete("kvcaches.orchestration.aibrix.ai", name, "default")
+    cluster.make(kvcache("published"))
+    cluster.passes(name, own=False)
+    assert taken == cluster.essence()
+
+
+@pytest.mark.parametrize("plural", ["deployments.apps", "statefulsets.apps"])
+def test_a_refusal_of_a_value_removes_nothing(cluster: Cluster, plural: str) -> None:
+    """An object that cannot be as wanted stays as it is, unless it is a fixed field that is to change."""
+    cluster.make(EVERYTHING)
+    cluster.passes("cache", own=True)
+    before = {key: each["metadata"]["uid"] for key, each in cluster.objects().items()}
+    edit(cluster, "cache", True, imagePullPolicy="Never")
+    cluster.server.fail_next("patch", plural, 422)
+    assert cluster.one_pass("cache", own=True) is not None
+    assert cluster.status("cache", own=True)["Degraded"] == ("True", "CannotWrite")
+    cluster.passes("cache", own=True)
+    assert before == {key: each["metadata"]["uid"] for key, each in cluster.objects().items()}
+
+
 def test_writes_are_logged_by_the_double(cluster: Cluster) -> None:
     """The tests above count writes: this is one."""
     cluster.make(own())

@@ -10,16 +10,20 @@ DATA_DIR = "/var/lib/etcd"
 USER = 10001
 DEFAULT_SIZE = {"cpu": "100m", "memory": "256Mi"}
 # A member with data goes on. One without data asks the others: if they are a cluster, it takes its old place there or a new
-# one; if not, all begin one together.
+# one; if not, all begin one together. A cluster that has just lost a member answers no or nothing for some seconds.
 SCRIPT = """set -eu
 me=http://$MY_POD_NAME.$PEERS_DOMAIN
 state=new
+ask() { etcdctl --endpoints="$OTHERS" --command-timeout=5s member "$@"; }
+join() {
+  old=$(ask list | grep -F "$me:2380" | cut -d, -f1)
+  if [ -n "$old" ]; then ask remove "$old" || return; fi
+  ask add "$MY_POD_NAME" --peer-urls="$me:2380"
+}
 if [ ! -d "$DATA_DIR/member" ] && [ -n "$OTHERS" ]; then
-  if members=$(etcdctl --endpoints="$OTHERS" --command-timeout=5s member list); then
-    old=$(printf '%s\\n' "$members" | grep -F "$me:2380" | cut -d, -f1 || true)
-    if [ -n "$old" ]; then etcdctl --endpoints="$OTHERS" member remove "$old"; fi
-    tries=0  # a cluster takes no new member for some seconds after it has lost one
-    until joined=$(etcdctl --endpoints="$OTHERS" member add "$MY_POD_NAME" --peer-urls="$me:2380"); do
+  if ask list; then
+    tries=0
+    until joined=$(join); do
       tries=$((tries + 1))
       [ "$tries" -lt 30 ]
       sleep 2
