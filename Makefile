@@ -116,7 +116,7 @@ test-kubernetes: $(VENV)/.stamp
 	  echo "A cluster of your own will do (kind, minikube, k3s), or an API server alone: docs/kubernetes.md says how to get one."; \
 	  exit 2; \
 	fi; \
-	KVKERN_KUBERNETES=1 $(PY) -m pytest -n 0 -v -p no:cacheprovider tests/kubernetes $(ARGS)
+	KVKERN_KUBERNETES=1 $(PY) -m pytest -n 0 -v -p no:cacheprovider tests/kubernetes/test_acceptance.py $(ARGS)
 
 soak: system $(VENV)/.stamp
 	@KVKERN_SOAK_KILLS=5000 KVKERN_SOAK_OPERATIONS=10000000 KVKERN_SOAK_SECONDS=600 KVKERN_SOAK_ROUNDS=300 \

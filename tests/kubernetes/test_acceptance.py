@@ -167,6 +167,30 @@ def test_what_others_change_is_put_right(cluster: Cluster) -> None:
         cluster.eventually(lambda: cluster.get("deployment", "cache")["spec"]["replicas"] == 1, "one replica")
 
 
+def test_at_rest_nothing_is_written(cluster: Cluster) -> None:
+    """Whatever this API server fills in, rewrites or drops: a pass that has nothing to change changes nothing."""
+    cluster.engine("engine", cluster.nodes[0])
+
+    def versions() -> dict[str, str]:
+        """Of what no controller of Kubernetes writes, and generations of the rest."""
+        found = {}
+        for plural in MADE:
+            for each in cluster.get(plural):
+                key = "generation" if "generation" in each["metadata"] else "resourceVersion"
+                found[f"{plural}/{each['metadata']['name']}"] = str(each["metadata"][key])
+        return found | {"kvcache": cluster.get(OWN, "cache")["metadata"]["resourceVersion"]}
+
+    with operator(cluster):
+        cluster.apply(here(cluster, EVERYTHING | {"spec": _anywhere(EVERYTHING["spec"])}))
+        cluster.eventually(lambda: reason(cluster, OWN, "cache") == "Ready", "Ready")
+        time.sleep(5)
+        before = versions()
+        for number in range(4):  # each causes a pass
+            cluster.kubectl("annotate", "pod", "engine", f"look={number}", "--overwrite", "-n", cluster.namespace)
+            time.sleep(2)
+        assert versions() == before
+
+
 def test_deletion_leaves_nothing(cluster: Cluster) -> None:
     """Kubernetes' garbage collector alone does it: no operator runs any more."""
     with operator(cluster):
@@ -177,11 +201,14 @@ def test_deletion_leaves_nothing(cluster: Cluster) -> None:
     assert cluster.get(OWN, "cache") is None
 
 
+def _anywhere(spec: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what only some clusters have."""
+    return {name: each for name, each in spec.items() if name not in ("nodeSelector", "priorityClassName")}
+
+
 def test_an_operator_that_is_killed_again_and_again(cluster: Cluster) -> None:
     cluster.engine("engine", cluster.nodes[0])
-    elsewhere = ("nodeSelector", "priorityClassName")  # of clusters that have them
-    spec = {name: each for name, each in EVERYTHING["spec"].items() if name not in elsewhere}
-    cluster.apply(here(cluster, EVERYTHING | {"spec": spec}))
+    cluster.apply(here(cluster, EVERYTHING | {"spec": _anywhere(EVERYTHING["spec"])}))
     for after_s in (1.5, 2.0, 2.5, 3.0):
         with operator(cluster) as process:
             time.sleep(after_s)
