@@ -13,6 +13,7 @@ from kvkern.operator.crds import crd
 from kvkern.operator.names import OWN_GROUP, PUBLISHED_GROUP
 from kvkern.operator.yaml_files import to_yaml
 
+KEEP = {"helm.sh/resource-policy": "keep"}  # to delete a definition deletes all KVCaches of its group
 HERE = Path(__file__).resolve().parent
 
 
@@ -24,7 +25,9 @@ def files() -> dict[Path, str]:
     found = {HERE / "base/crds.yaml": to_yaml([crd(OWN_GROUP), crd(PUBLISHED_GROUP)])}
     for group in (OWN_GROUP, PUBLISHED_GROUP):
         for folder, rules in (("definitions", True), ("definitions/without_rules", False)):
-            found[HERE / f"chart/{folder}/{group}.yaml"] = to_yaml([crd(group, rules)]).removeprefix("---\n")
+            definition = crd(group, rules)
+            definition["metadata"]["annotations"] |= KEEP
+            found[HERE / f"chart/{folder}/{group}.yaml"] = to_yaml([definition]).removeprefix("---\n")
     found[HERE / "chart/definitions/rules.yaml"] = yaml.safe_dump({"rules": role["rules"]}, sort_keys=False)
     return found
 

@@ -62,6 +62,7 @@ def serve(
     rpc: Annotated[str | None, _option("rpc")] = None,
     rpc_token_file: Annotated[Path | None, _option("rpc_token_file", parser=path_option)] = None,
     http_host: Annotated[list[str] | None, _option("http_host")] = None,
+    resize_arena: Annotated[bool | None, _option("resize_arena", "--resize-arena/--no-resize-arena")] = None,
     drain: Annotated[float | None, _option("drain")] = None,
     verbose: Annotated[bool | None, _option("verbose", "--verbose/--no-verbose")] = None,
     log_format: Annotated[LogFormat | None, _option("log_format")] = None,

@@ -202,6 +202,9 @@ OPTIONS = (
     Option("rpc_token_file", Kind.PATH, "File with the token that all of `rpc` but health then needs.", daemon=True),
     Option("http_host", Kind.TEXTS, "Another host name under which a browser of this machine may ask `metrics` and `rpc`.",
            daemon=True),
+    Option("resize_arena", Kind.BOOL, "Make a new arena at the start if an earlier one has another size than `capacity` "
+           "gives: its chunks are lost, and running engines need a restart. Off: it keeps its size.",
+           daemon=True, default=False),
     Option("drain", Kind.FLOAT, "Time for open transfers and writes after SIGTERM.", daemon=True, default=5.0, unit="seconds"),
     Option("verbose", Kind.BOOL, "Log clients that connect and disconnect.", daemon=True, default=False),
     Option(

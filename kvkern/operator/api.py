@@ -118,17 +118,18 @@ class Api:
             url=url,
             content=None if body is None else json.dumps(body),
             params=params,
-            headers={"Content-Type": content_type, "User-Agent": f"kvkern-operator/{VERSION}"},
+            content_type=content_type,
         )
 
-    async def _call(self, method: str, base: str = "", version: str = "", **more: Any) -> Manifest:
+    async def _call(self, method: str, **more: Any) -> Manifest:
         try:
-            async with self._api.call_api(
-                method, base=base, version=version, raise_for_status=False, timeout=TIMEOUT_S, **more
-            ) as response:
-                found = response.json() if response.content else {}
-                if response.is_success:
-                    return dict(found)
+            response = await self._send(method, **more)
+            if response.status_code == 401:  # the token has expired: a kubelet writes the pod a new one in time
+                await self._api.reauthenticate()
+                response = await self._send(method, **more)
+            found = response.json() if response.content else {}
+            if response.is_success:
+                return dict(found)
         except (httpx.HTTPError, OSError, ValueError, kr8s.ServerError, kr8s.APITimeoutError) as error:
             raise ApiError(
                 0, "Unreachable", f"the API server does not answer: {str(error) or type(error).__name__}"
@@ -141,3 +142,15 @@ class Api:
             str(found.get("message") or f"HTTP {response.status_code}"),
             float(after) if after.isdigit() else 0.0,
         )
+
+    async def _send(
+        self, method: str, base: str = "", version: str = "", content_type: str = "application/json", **more: Any
+    ) -> httpx.Response:
+        headers = {"Content-Type": content_type, "User-Agent": f"kvkern-operator/{VERSION}"}
+        if token := self._api.auth.token:
+            headers["Authorization"] = f"Bearer {token}"  # kr8s keeps the first one for the life of its session
+        response: httpx.Response
+        async with self._api.call_api(
+            method, base=base, version=version, raise_for_status=False, timeout=TIMEOUT_S, headers=headers, **more
+        ) as response:
+            return response

@@ -11,6 +11,7 @@ What is listed there and needed no more is removed by a pod that runs on the nod
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from .api import Api
+from .api import Api, ApiError
 from .kinds import KVCACHES, NODE, POD, Kind
-from .kvcache import ArenaPlace, KVCache
+from .kvcache import KVCache
 from .names import HOST_ARENAS, HOST_SOCKETS, MANAGED_BY, identity
 from .objects.metadata import Manifest, locked_down
+from .observed import Observed, has_ended
 
 logger = logging.getLogger("kvkern")
 
@@ -32,6 +34,7 @@ LEDGER = "kvkern-arenas"
 KEEP_S = 900.0
 REFRESH_S = 300.0  # how old a time in the ledger may get while a pod is there
 ROLE = "arena-remover"
+OF, ON = "kvkern.io/removes-arena-of", "kvkern.io/removes-arena-on"  # annotations of a remover
 DEADLINE_S = 300  # of a remover
 _PARENTS = (HOST_ARENAS, HOST_SOCKETS)
 
@@ -42,41 +45,60 @@ class Arenas:
     """The ledger. Use it from the operator that leads."""
 
     def __init__(self, api: Api, namespace: str, image: str, now: Callable[[], str]) -> None:
-        self._api, self._namespace, self._image, self._now = api, namespace, image, now
+        self._api, self._namespace, self.image, self._now = api, namespace, image, now
+        self._lock = asyncio.Lock()  # around reading and writing the ledger
 
     async def note(self, cache: KVCache, nodes: Iterable[str]) -> None:
         """Remember that cache pods are on these nodes. Raises ApiError."""
-        if cache.arena is not ArenaPlace.HOST:
-            return
         now = self._now()
-        ledger = await self._read()
-        entry: Nodes = _entries(ledger).get(_key(cache.namespace, cache.name), {})
-        fresh = {node: now for node in nodes if _age_s(entry.get(node), now) > REFRESH_S}
-        if fresh:
-            await self._write(ledger, cache.namespace, cache.name, entry | fresh)
+        async with self._lock:
+            ledger = await self._read()
+            entry: Nodes = _entries(ledger).get(_key(cache.namespace, cache.name), {})
+            fresh = {node: now for node in nodes if _age_s(entry.get(node), now) > REFRESH_S}
+            if fresh:
+                await self._write(ledger, cache.namespace, cache.name, entry | fresh)
 
     async def sweep(self) -> None:
-        """Remove arenas that nobody needs. Call it now and then. Raises ApiError."""
-        ledger = await self._read()
-        for key, entry in _entries(ledger).items():
+        """Remove arenas that nobody needs. Call it now and then. Raises ApiError if the ledger cannot be read."""
+        for key in _entries(await self._read()):
             namespace, _, name = key.partition(".")
-            live = [found for kind in KVCACHES if (found := await self._get(kind, namespace, name)) is not None]
-            pods = await self._api.list(POD, namespace, identity(name, "cache"))
-            taken = {pod["spec"].get("nodeName") for pod in pods}
-            kept: Nodes = {}
-            for node, seen in entry.items():
-                needed = node in taken or (live and _age_s(seen, self._now()) <= KEEP_S)
-                if needed or not await self._removed(namespace, name, node):
-                    kept[node] = seen
-            if kept != entry:
-                ledger = await self._write(ledger, namespace, name, kept)
+            try:
+                async with self._lock:
+                    await self._sweep(namespace, name)
+            except ApiError as error:
+                logger.warning(
+                    "kvkern: the arena of %(namespace)s/%(name)s could not be removed; it is tried again: %(error)s",
+                    {"event": "arena_not_removed", "namespace": namespace, "name": name, "error": error},
+                )
 
-    async def stop_removal(self, cache: KVCache) -> bool:
-        """End what removes this KVCache's folders, before new pods use them. Returns True if nothing removes them any more."""
-        found = await self._api.list(POD, cache.namespace, identity(cache.name, ROLE))
+    async def stop_removal(self, cache: KVCache, seen: Observed) -> bool:
+        """End what removes this KVCache's folders where its pods are or will be. Returns True if nothing removes them there."""
+        nodes = {*seen.workload_nodes, *(pod.node for pod in seen.pods)}
+        found = [
+            pod
+            for place in {cache.namespace, self._namespace}
+            for pod in await self._api.list(POD, place, identity(cache.name, ROLE))
+            if pod["metadata"].get("annotations", {}).get(OF) == f"{cache.namespace}/{cache.name}"
+            and not has_ended(pod)
+            and (not cache.workload or pod["metadata"]["annotations"][ON] in nodes)
+        ]
         for pod in found:
             await self._api.delete(POD, pod)
         return not found
+
+    async def _sweep(self, namespace: str, name: str) -> None:
+        ledger = await self._read()
+        entry = _entries(ledger).get(_key(namespace, name), {})
+        live = [found for kind in KVCACHES if (found := await self._get(kind, namespace, name)) is not None]
+        pods = await self._api.list(POD, namespace, identity(name, "cache"))
+        taken = {pod["spec"].get("nodeName") for pod in pods if not has_ended(pod)}
+        kept: Nodes = {}
+        for node, seen in entry.items():
+            needed = node in taken or (live and _age_s(seen, self._now()) <= KEEP_S)
+            if needed or not await self._removed(namespace, name, node):
+                kept[node] = seen
+        if kept != entry:
+            await self._write(ledger, namespace, name, kept)
 
     # -- the ledger ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +128,7 @@ class Arenas:
         if await self._api.get(NODE, "", node) is None:
             return True
         place = namespace if await self._is_usable(namespace) else self._namespace
-        pod = remover(namespace, name, node, self._image, place)
+        pod = remover(namespace, name, node, self.image, place)
         live = await self._api.get(POD, place, pod["metadata"]["name"])
         if live is None:
             await self._api.create(POD, pod, record=False)
@@ -116,8 +138,13 @@ class Arenas:
             await self._api.delete(POD, live)
         if phase == "Failed":
             logger.warning(
-                "kvkern: the arena of %(namespace)s/%(name)s on %(node)s could not be removed; it is tried again",
-                {"event": "arena_not_removed", "namespace": namespace, "name": name, "node": node},
+                "kvkern: the arena of %(namespace)s/%(name)s could not be removed; it is tried again: %(error)s",
+                {
+                    "event": "arena_not_removed",
+                    "namespace": namespace,
+                    "name": name,
+                    "error": f"a pod on {node} failed",
+                },
             )
         return phase == "Succeeded"
 
@@ -127,9 +154,17 @@ class Arenas:
 
 
 def remover(namespace: str, name: str, node: str, image: str, place: str) -> Manifest:
-    """Return the pod that removes the folders of a KVCache from a node. It sees the folders of its namespace alone."""
+    """Return the pod that removes arena and socket of a KVCache from a node. It sees the folders of its namespace alone.
+
+    The socket's folder stays, and is empty: an engine that has mounted it finds a later KVCache's socket there.
+    The scheduler puts the pod on no node that has a cache pod of the KVCache, and no cache pod beside it.
+    """
     digest = hashlib.sha256(f"{namespace}/{name}/{node}".encode()).hexdigest()[:12]
-    script = " ".join(["exec rm -rf --", *(f"/remove/{number}/{name}" for number in range(len(_PARENTS)))])
+    script = (
+        f"rm -rf -- /remove/0/{name} && if [ -d /remove/1/{name} ]; then find /remove/1/{name} -mindepth 1 -delete; fi"
+    )
+    here = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
+    alone = {"labelSelector": {"matchLabels": identity(name, "cache")}, "topologyKey": "kubernetes.io/hostname"}
     size = {"cpu": "50m", "memory": "64Mi"}
     return {
         "apiVersion": "v1",
@@ -138,9 +173,13 @@ def remover(namespace: str, name: str, node: str, image: str, place: str) -> Man
             "name": f"kvkern-remove-{digest}",
             "namespace": place,
             "labels": identity(name, ROLE) | {"app.kubernetes.io/managed-by": MANAGED_BY},
+            "annotations": {OF: f"{namespace}/{name}", ON: node},
         },
         "spec": {
-            "nodeName": node,
+            "affinity": {
+                "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [here]}},
+                "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [alone]},
+            },
             "restartPolicy": "Never",
             "activeDeadlineSeconds": DEADLINE_S,
             "automountServiceAccountToken": False,

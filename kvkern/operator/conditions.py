@@ -9,7 +9,7 @@ from ..config.sizes import format_nbytes
 from .findings import Finding
 from .kvcache import KVCache
 from .names import RPC_PORT
-from .observed import Observed
+from .observed import Daemon, Observed
 
 MAX_NODES = 500
 MAX_TEXT = 1000
@@ -25,6 +25,11 @@ _BAD = {"ConfigValid": "False", "Degraded": "True", "WorkloadFound": "False", "N
         "Available": "False"}  # fmt: skip
 
 
+ANOTHER_SIZE = (
+    "to change it and lose its chunks, set KVKERN_RESIZE_ARENA (options.resizeArena) to true and restart the engines."
+)
+
+
 def status_of(
     cache: KVCache,
     seen: Observed,
@@ -36,12 +41,12 @@ def status_of(
     """Return the new status. A condition keeps the time of its last transition until its status changes."""
     ready = seen.ready_nodes
     found = [
-        _config_valid(cache),
+        _config_valid(cache, seen),
         _workload_found(cache, seen),
         _nodes_covered(cache, seen),
         _progressing(seen, desired),
         _degraded(seen, faults),
-        _available(seen, desired),
+        _available(cache, seen, desired),
     ]
     old = {each.get("type"): each for each in before.get("conditions") or () if isinstance(each, Mapping)}
     conditions = []
@@ -115,19 +120,27 @@ def _joined(findings: Sequence[Finding]) -> str:
     return "; ".join(map(str, findings))
 
 
-def _config_valid(cache: KVCache) -> tuple[str, str, str, str]:
+def _config_valid(cache: KVCache, seen: Observed) -> tuple[str, str, str, str]:
     if cache.errors:
         return "ConfigValid", "False", "Invalid", f"Nothing is changed until this is corrected: {_joined(cache.errors)}"
     if cache.notes:
         return "ConfigValid", "True", "PartlyWithoutEffect", _joined(cache.notes)
+    kept = [node for node, daemon in _daemons(seen) if daemon.capacity_nbytes != daemon.asked_nbytes]
+    if kept:
+        text = f"On {', '.join(kept[:10])} the arena keeps its size, because engines there use it: {ANOTHER_SIZE}"
+        return "ConfigValid", "True", "MemoryWithoutEffect", text
     return "ConfigValid", "True", "Valid", "Every field has its effect."
+
+
+def _daemons(seen: Observed) -> list[tuple[str, Daemon]]:
+    return [(pod.node, seen.daemons[pod.name]) for pod in seen.pods if pod.name in seen.daemons]
 
 
 def _workload_found(cache: KVCache, seen: Observed) -> tuple[str, str, str, str]:
     if not cache.workload:
         return "WorkloadFound", "Unknown", "NotAsked", "The KVCache names no workload, so its pods go to any node."
     label = f"{cache.workload_label}={cache.workload}"
-    if seen.by_name:
+    if seen.by_name and (seen.workload_nodes or seen.num_unscheduled):
         real = ", ".join(f"{key}={value}" for key, value in seen.follow.items())
         return (
             "WorkloadFound", "True", "FoundByName",
@@ -181,15 +194,18 @@ def _degraded(seen: Observed, faults: Sequence[str]) -> tuple[str, str, str, str
     waiting = [f"{pod.name}: {pod.problem}" for pod in seen.pods if pod.problem and not pod.node and not pod.ending]
     if waiting and seen.workload_nodes:
         return "Degraded", "True", "PodNotScheduled", "; ".join(waiting[:5])
+    if short := [f"{each.name}: {each.ready} of {each.wanted}" for each in seen.stores if each.ready < each.wanted]:
+        return "Degraded", "True", "StoreNotReady", f"Members ready of {'; '.join(short)}. See their pods."
     return "Degraded", "False", "AsExpected", "Nothing fails."
 
 
-def _available(seen: Observed, desired: int) -> tuple[str, str, str, str]:
-    ready = len(seen.ready_nodes)
+def _available(cache: KVCache, seen: Observed, desired: int) -> tuple[str, str, str, str]:
+    ready = len(seen.ready_nodes & set(seen.workload_nodes) if seen.workload_nodes else seen.ready_nodes)
     if ready and ready >= desired:
         return "Available", "True", "Ready", f"{ready} cache pod(s) serve."
     if ready:
         return "Available", "True", "PartlyReady", f"{ready} of {desired} cache pods serve."
     if not desired:
-        return "Available", "False", "NothingToServe", "No cache pod is wanted: the workload has no pods."
+        why = "the workload has no pods" if cache.workload else "the KVCache names no workload, and no number of pods"
+        return "Available", "False", "NothingToServe", f"No cache pod is wanted: {why}."
     return "Available", "False", "NotReady", f"None of {desired} cache pod(s) is ready."

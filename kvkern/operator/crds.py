@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .forms.common import MAX_NAME
 from .names import KIND, OWN_GROUP, PLURAL, PUBLISHED_GROUP, VERSION_NAME
 from .schemas.own import OWN_SPEC
 from .schemas.published import PUBLISHED_SPEC
@@ -41,7 +42,9 @@ def crd(group: str, rules: bool = True) -> dict[str, Any]:
             "kind": {"type": "string"},
             "metadata": {
                 "type": "object",
-                "properties": {"name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 50}},
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": MAX_NAME}
+                },
             },
             "spec": spec,
             "status": STATUS,
@@ -68,6 +71,7 @@ def crd(group: str, rules: bool = True) -> dict[str, Any]:
                 "plural": PLURAL,
                 "singular": KIND.lower(),
                 "shortNames": SHORT_NAMES[group],
+                "categories": ["kvkern"],  # kubectl get kvkern: KVCaches of both groups
             },
             "versions": [version],
         },

@@ -53,9 +53,12 @@ def read_metrics(text: str) -> Daemon:
             if sample.name == "kvkern_arena_slots" and sample.labels.get("state") == "free":
                 free = sample.value
     slots = values.get("kvkern_arena_slots", 0.0)
+    slot_nbytes, asked = values.get("kvkern_slot_bytes", 0), values.get("kvkern_capacity_bytes", 0)
+    arena = slots * slot_nbytes
     return Daemon(
-        capacity_nbytes=int(values.get("kvkern_capacity_bytes", 0)),
-        used_nbytes=int((slots - free) * values.get("kvkern_slot_bytes", 0)),
+        capacity_nbytes=int(asked if arena <= asked < arena + slot_nbytes or not slots else arena),
+        asked_nbytes=int(asked),
+        used_nbytes=int((slots - free) * slot_nbytes),
         lookups=values.get("kvkern_lookup_chunks_total", 0.0),
         hits=values.get("kvkern_hit_chunks_total", 0.0),
     )

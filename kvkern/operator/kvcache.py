@@ -52,7 +52,7 @@ class Store:
 class External:
     """A store that runs elsewhere."""
 
-    address: str  # host:port, or a URL
+    address: str  # host:port
     secret_name: str = ""
     secret_key: str = "password"  # of the secret
 

@@ -24,7 +24,9 @@ def run_until_signal(
     """Work until SIGTERM or SIGINT. Raises what `Operator.run` raises."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Kubernetes version .* is not supported")  # kr8s was not tried with it; the operator was
+    warnings.filterwarnings(
+        "ignore", "Kubernetes version .* is not supported"
+    )  # kr8s was not tried with it; the operator was
     asyncio.run(_run(settings, namespaces, lease_namespace, webhook))
 
 

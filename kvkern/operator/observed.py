@@ -30,9 +30,19 @@ class Daemon:
     """What a daemon says of itself over HTTP."""
 
     capacity_nbytes: int = 0
+    asked_nbytes: int = 0  # the capacity that it was started with; an arena that was there before keeps its size
     used_nbytes: int = 0
     lookups: float = 0.0
     hits: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """An etcd or a Redis of the KVCache."""
+
+    name: str
+    ready: int  # members
+    wanted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,7 @@ class Observed:
     num_unscheduled: int = 0  # pods of the workload that have no node yet
     pods: tuple[CachePod, ...] = ()
     deployment: Manifest | None = None
+    stores: tuple[StoreState, ...] = ()
     daemons: Mapping[str, Daemon] = field(default_factory=dict)  # by pod
 
     @property
@@ -62,7 +73,7 @@ class Observed:
 
 def workload_nodes(pods: Iterable[Mapping[str, Any]]) -> tuple[list[str], int]:
     """Return the nodes of pods that run or will, and how many pods have none yet."""
-    live = [pod for pod in pods if (pod.get("status") or {}).get("phase") not in FINAL_PHASES and not _ending(pod)]
+    live = [pod for pod in pods if not has_ended(pod) and not _ending(pod)]
     nodes = sorted({pod["spec"]["nodeName"] for pod in live if pod["spec"].get("nodeName")})
     return nodes, sum(not pod["spec"].get("nodeName") for pod in live)
 
@@ -82,6 +93,18 @@ def cache_pod(pod: Mapping[str, Any]) -> CachePod:
     )
 
 
+def has_ended(pod: Mapping[str, Any]) -> bool:
+    """Return True if a pod is done, was evicted or has failed: what it ran is gone, and another pod takes its place."""
+    return (pod.get("status") or {}).get("phase") in FINAL_PHASES
+
+
+def store_state(stateful_set: Mapping[str, Any]) -> StoreState:
+    """Return how an etcd or a Redis is."""
+    wanted = int(stateful_set["spec"].get("replicas") or 0)
+    ready = int((stateful_set.get("status") or {}).get("readyReplicas") or 0)
+    return StoreState(stateful_set["metadata"]["name"], min(ready, wanted), wanted)
+
+
 def _ending(pod: Mapping[str, Any]) -> bool:
     return bool(pod["metadata"].get("deletionTimestamp"))
 
@@ -98,6 +121,4 @@ def _problem(status: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, An
             return f"{waiting['reason']}{f' after {ended}' if ended else ''}: {waiting.get('message') or 'no message'}"
         if state.get("terminated"):
             return f"ended: {state['terminated'].get('reason') or 'no reason given'}"
-    if status.get("phase") in FINAL_PHASES:
-        return f"{status['phase']}: {status.get('reason') or status.get('message') or 'no reason given'}"
     return ""

@@ -22,15 +22,21 @@ from .kvcache import KVCache
 from .merge import merge_patch
 from .names import MANAGED_BY, NAME_LABEL, identity
 from .objects import Cluster, Manifest, render
-from .observed import DELETION_COST, Observed, cache_pod, workload_nodes
+from .observed import DELETION_COST, Observed, StoreState, cache_pod, has_ended, store_state, workload_nodes
 
 logger = logging.getLogger("kvkern")
 
 WORKLOADS = (DEPLOYMENT, STATEFUL_SET)  # kinds whose pods may be followed
 HOLD_S = 300.0
-HARMLESS = ("Ready", "NoPods", "Rolling", "Moving", "NotMade", "FoundByName", "PartlyReady", "NothingToServe")
+HARMLESS = (
+    "Ready", "NoPods", "Rolling", "Moving", "NotMade", "FoundByName", "PartlyReady", "NothingToServe", "StoreNotReady",
+)  # fmt: skip
 MAX_EVENT_TEXT = 1000
-FIXED_FIELD = ("field is immutable", "updates to statefulset spec", "may not change once set")  # in the server's refusals
+FIXED_FIELD = (
+    "field is immutable",
+    "updates to statefulset spec",
+    "may not change once set",
+)  # in the server's refusals
 MAX_LEFT = 1000  # objects of which something did not stay
 
 
@@ -49,6 +55,7 @@ class Reconciler:
 
     def __init__(self, api: Api, settings: Settings, now: Callable[[], str], arenas: Arenas | None = None) -> None:
         self._api, self._settings, self._now, self._arenas = api, settings, now, arenas
+        self.image = settings.image  # of the daemon, for KVCaches that name none
         self.kinds: tuple[Kind, ...] = ()  # of what it makes, as this API server has them
         # uid -> what the server did not keep of the last write: an older server drops fields, a webhook changes some
         self._left: dict[str, Manifest] = {}
@@ -77,26 +84,29 @@ class Reconciler:
         if live is None or live["metadata"].get("deletionTimestamp"):
             self._follows.pop((kind, namespace, name), None)
             return
-        cache = read_kvcache(live, self._settings.image, self._settings.replacement)
+        cache = read_kvcache(live, self.image, self._settings.replacement)
         seen = await self._look(cache)
+        waits = self._arenas is not None and not await self._arenas.stop_removal(cache, seen)
         self._follows[kind, namespace, name] = seen.follow
         desired = _num_pods(cache, seen, live, self._now())
         faults: list[str] = []
-        if not cache.errors:
+        if not cache.errors and not waits:
             faults = await self._write(cache, seen, desired)
-            seen = replace(seen, deployment=await self._api.get(DEPLOYMENT, namespace, name))
+            seen = replace(seen, deployment=await self._deployment(cache), stores=await self._stores(cache))
         if self._settings.ask_pods:
             seen = replace(seen, daemons=await ask_daemons(pod for pod in seen.pods if not pod.ending))
         await self._tell(kind, live, status_of(cache, seen, desired, faults, live.get("status") or {}, self._now()))
+        if waits:
+            raise ApiError(409, "Waiting", "what removes the arena of an earlier KVCache of this name has to end first")
         if faults:
             raise ApiError(0, "Unfinished", "; ".join(faults))
 
     # -- look ----------------------------------------------------------------------------------------------------------
 
     async def _look(self, cache: KVCache) -> Observed:
-        pods = await self._api.list(POD, cache.namespace, identity(cache.name, "cache"))
-        mine = tuple(cache_pod(pod) for pod in pods)
-        deployment = await self._api.get(DEPLOYMENT, cache.namespace, cache.name)
+        deployment = await self._deployment(cache)
+        pods = await self._api.list(POD, cache.namespace, identity(cache.name, "cache")) if deployment else []
+        mine = tuple(cache_pod(pod) for pod in pods if not has_ended(pod))
         if not cache.workload:
             return Observed(pods=mine, deployment=deployment)
         follow, by_name = {cache.workload_label: cache.workload}, False
@@ -107,14 +117,24 @@ class Reconciler:
         nodes, waiting = workload_nodes(found)
         return Observed(tuple(nodes), follow, by_name, waiting, mine, deployment)
 
+    async def _deployment(self, cache: KVCache) -> Manifest | None:
+        """Return the KVCache's own Deployment. Somebody else's of this name, and its pods, are not touched."""
+        live = await self._api.get(DEPLOYMENT, cache.namespace, cache.name)
+        return live if live is not None and _owned(live, cache) else None
+
+    async def _stores(self, cache: KVCache) -> tuple[StoreState, ...]:
+        sets = await self._api.list(STATEFUL_SET, cache.namespace, {NAME_LABEL: cache.name})
+        return tuple(store_state(each) for each in sets if _owned(each, cache))
+
     async def _labels_of(self, cache: KVCache) -> dict[str, str]:
-        """Return the labels of the pods of the workload with this metadata.name; empty if there is none."""
+        """Return the labels of the pods of the workload with this metadata.name; empty if the KVCache's label is among them."""
         for kind in WORKLOADS:
             workload = await self._api.get(kind, cache.namespace, cache.workload)
             if workload is None or cache.workload == cache.name:
                 continue
             labels = dict((workload["spec"].get("selector") or {}).get("matchLabels") or {})
-            if labels and labels != {cache.workload_label: cache.workload}:
+            template = workload["spec"]["template"].get("metadata", {}).get("labels") or {}
+            if labels and template.get(cache.workload_label) != cache.workload:
                 return labels
         return {}
 
@@ -122,8 +142,6 @@ class Reconciler:
 
     async def _write(self, cache: KVCache, seen: Observed, desired: int) -> list[str]:
         """Write what differs. Returns what failed."""
-        if self._arenas is not None and not await self._arenas.stop_removal(cache):
-            return ["the arena of an earlier KVCache of this name was being removed"]
         monitors = any(kind.kind == MONITORS[0].kind for kind in self.kinds)
         wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
         kinds = {kind.kind: kind for kind in self.kinds}

@@ -17,7 +17,7 @@ import kopf
 from .api import Api, ApiError
 from .arenas import Arenas
 from .crds import MANAGED_ANNOTATION
-from .kinds import DEFINITION, KVCACHES, Kind
+from .kinds import DEFINITION, KVCACHES, POD, Kind
 from .leader import Leader
 from .names import IMAGE, MANAGED_BY, NAME_LABEL
 from .reconcile import Reconciler, Settings
@@ -66,6 +66,8 @@ class Operator:
         self._queue = WorkQueue(self._pass)
         self._served: set[Kind] = set()  # kinds of KVCache that the API has, and whose definition is kvkern's
         self._left_alone: set[Kind] = set()  # kinds that are somebody else's, and of which that was said
+        self._said: dict[str, object] = {}  # uid of a KVCache -> what its user last said
+        self._image, self._lease_namespace = settings.image, lease_namespace
         self._take_over = settings.take_over
         self._resync_now = asyncio.Event()
         self._webhook = webhook
@@ -77,6 +79,7 @@ class Operator:
         Raises ApiError if the API server cannot be reached at the start, and ConfigError if the webhook's port is taken.
         """
         self._reconciler.learn(await self._api.groups())
+        await self._learn_image()
         tasks = []
         if self._webhook is not None and self._known is not None:
             from .webhook.service import Webhook
@@ -87,6 +90,8 @@ class Operator:
         tasks.append(asyncio.create_task(self._resync()))
         if self._leader is not None:
             tasks.append(asyncio.create_task(self._leader.keep(self._resync_now.set)))
+        for task in tasks:
+            task.add_done_callback(lambda _: stop.set())  # none ends by itself: the next operator does better
         try:
             await kopf.operator(
                 registry=self._registry(),
@@ -100,11 +105,22 @@ class Operator:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
             await self._queue.close()
             if self._leader is not None:
                 with contextlib.suppress(ApiError):
                     await self._leader.give_up()
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+
+    async def _learn_image(self) -> None:
+        """Take the image of the operator's own pod for daemons, and for what removes arenas, if no other one is given."""
+        if self._image or self._arenas is None:
+            return
+        pod = await self._api.get(POD, self._lease_namespace, socket.gethostname())
+        if pod is not None and (container := pod["spec"]["containers"][0])["name"] == "operator":
+            self._reconciler.image = self._arenas.image = container["image"]
 
     def _settings(self) -> kopf.OperatorSettings:
         settings = kopf.OperatorSettings()
@@ -124,9 +140,10 @@ class Operator:
             body = event["object"]
             for kind in KVCACHES:
                 if body.get("apiVersion") == kind.api:
-                    if self._known is not None:
+                    if self._known is not None and kind in self._served:
                         self._known.changed(kind, body, gone=event["type"] == "DELETED")
-                    self._add(kind, body["metadata"]["namespace"], body["metadata"]["name"])
+                    if self._is_news(body["metadata"], gone=event["type"] == "DELETED"):
+                        self._add(kind, body["metadata"]["namespace"], body["metadata"]["name"])
 
         async def of_owned(body: Mapping[str, Any], **_: Any) -> None:
             for owner in body["metadata"].get("ownerReferences") or ():
@@ -152,6 +169,20 @@ class Operator:
         kopf.on.event("", "v1", "pods", registry=registry)(of_pod)
         return registry
 
+    def _is_news(self, metadata: Mapping[str, Any], gone: bool) -> bool:
+        """Return False for changes of a status: they are the operator's own, and figures change all the time."""
+        uid, said = (
+            metadata["uid"],
+            (metadata.get("generation"), metadata.get("annotations"), metadata.get("deletionTimestamp")),
+        )
+        if gone:
+            self._said.pop(uid, None)
+        elif self._said.get(uid) == said:
+            return False
+        else:
+            self._said[uid] = said
+        return True
+
     def _add(self, kind: Kind, namespace: str, name: str) -> None:
         if not self._namespaces or namespace in self._namespaces:
             self._queue.add(Key(kind, namespace, name))
@@ -159,12 +190,13 @@ class Operator:
     async def _resync(self) -> None:
         """Make a pass for every KVCache now and then: what a watch has missed, and figures."""
         while True:
+            self._resync_now.clear()
             try:
                 groups = await self._api.groups()
                 self._served = {kind for kind in KVCACHES if kind.api in groups and await self._is_ours(kind)}
                 self._reconciler.learn(groups)
                 for kind in self._served:
-                    lives = await self._api.list(kind)
+                    lives = [live for place in self._namespaces or ("",) for live in await self._api.list(kind, place)]
                     if self._known is not None:
                         self._known.listed(kind, [{"apiVersion": kind.api, "kind": kind.kind} | live for live in lives])
                     for live in lives:
@@ -175,7 +207,6 @@ class Operator:
                     await self._arenas.sweep()
             except ApiError as error:
                 logger.warning("kvkern: cannot list KVCaches: %(error)s", {"event": "resync", "error": error})
-            self._resync_now.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._resync_now.wait(), RESYNC_S)
 

@@ -124,6 +124,26 @@ def test_another_capacity_at_the_next_start(daemon: Daemon, make_client: MakeCli
     assert daemon.stat()["slots"] == 127
 
 
+def test_another_capacity_with_resize_arena(daemon: Daemon, make_client: MakeClient) -> None:
+    """The next arena has the new size. An engine that was there has mapped the old one: it goes on without a cache."""
+    client, chain = make_client(), chain_keys("a", 3)
+    assert store(client, chain) == 3
+    daemon.options = [*daemon.options, "--resize-arena"]
+    daemon.stop()
+    daemon.start()
+    eventually(lambda: client.lookup(chain) == 3)
+    assert hits(client, chain) == 3
+    daemon.stop()
+    daemon.capacity = "2MiB"
+    daemon.start()
+    assert "the capacity is 2 MiB now. It is removed with its chunks" in daemon.log
+    assert client.lookup(chain) == 0
+    with closing(daemon.client("next")) as successor:
+        assert store(successor, chain) == 3
+        assert hits(successor, chain) == 3
+    assert daemon.stat()["slots"] > 127
+
+
 def test_a_second_daemon_on_one_socket(daemon: Daemon, make_daemon: MakeDaemon, tmp_path: Path) -> None:
     second = make_daemon(options=["--name", "second"])
     second.socket = daemon.socket

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import kubernetes_validate
 import pytest
 
 from kvkern.operator.api import ApiError
-from kvkern.operator.arenas import LEDGER, Arenas, remover
+from kvkern.operator.arenas import LEDGER, ON, Arenas, remover
 from kvkern.operator.crds import crd
-from kvkern.operator.kinds import OWN
+from kvkern.operator.kinds import OWN, Kind
 from kvkern.operator.names import OWN_GROUP, PUBLISHED_GROUP
 from kvkern.operator.reconcile import Reconciler, Settings
 from tests.operator.api_server import Options, Store
@@ -93,7 +94,7 @@ def test_the_arena_of_a_deleted_kvcache_goes(world: World) -> None:
     world.toy.settle(400)
     world.sweep()
     (pod,) = world.removers()
-    assert pod["spec"]["nodeName"] == "node-0"
+    assert pod["metadata"]["annotations"][ON] == "node-0"
     paths = {each["hostPath"]["path"] for each in pod["spec"]["volumes"]}
     assert paths == {"/dev/shm/kvkern-kubernetes/default", "/var/run/vineyard-kubernetes/default"}
     world.end_removers()
@@ -125,7 +126,42 @@ def test_the_arena_of_a_node_that_the_workload_has_left_goes(world: World) -> No
     world.passes()
     world.sweep()
     (pod,) = world.removers()
-    assert pod["spec"]["nodeName"] == "node-0"
+    assert pod["metadata"]["annotations"][ON] == "node-0"
+    world.passes()
+    assert [each["metadata"]["uid"] for each in world.removers()] == [pod["metadata"]["uid"]], "a pass lets it be: no cache pod is there, and none will be"
+    world.engine("node-0")
+    world.passes()
+    assert not world.removers(), "the workload is back"
+
+
+def test_a_remover_shares_no_node_with_a_cache_pod(world: World) -> None:
+    """The scheduler sees to it: between a look and a removal a cache pod may come."""
+    affinity = remover("default", "cache", "node-0", "kvkern:1", "default")["spec"]["affinity"]
+    (alone,) = affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (pod,) = world.store.list("pods", "default", f"{ROLE}=cache")
+    assert alone["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert alone["topologyKey"] == "kubernetes.io/hostname"
+
+
+def test_one_arena_that_cannot_be_removed_holds_up_no_other(world: World) -> None:
+    ledger = world.store.get("configmaps", LEDGER, "kvkern-system")
+    ledger["data"] = {f"default.{name}": json.dumps({"node-0": world.time}) for name in ("a", "b")}
+    world.store.update(ledger)
+    world.store.delete("kvcaches.kvkern.io", "cache", "default")
+    world.store.collect()
+    world.toy.settle(400)
+    create, refused = world.api.create, []
+
+    async def forbidden(kind: Kind, manifest: dict[str, Any], record: bool = True) -> dict[str, Any]:
+        if kind.kind == "Pod" and not refused:
+            refused.append(manifest["metadata"]["name"])
+            raise ApiError(403, "Forbidden", "hostPath volumes are not allowed")
+        return await create(kind, manifest, record)
+
+    world.api.create = forbidden  # type: ignore[method-assign]
+    world.sweep()
+    assert refused
+    assert len(world.removers()) == 1
 
 
 def test_a_new_kvcache_of_the_name_does_not_lose_its_arena(world: World) -> None:
@@ -136,7 +172,7 @@ def test_a_new_kvcache_of_the_name_does_not_lose_its_arena(world: World) -> None
     world.sweep()
     assert world.removers()
     world.store.create(own())
-    with pytest.raises(ApiError, match="was being removed"):
+    with pytest.raises(ApiError, match="has to end first"):
         asyncio.run(world.reconciler.run(OWN, "default", "cache"))
     assert world.store.find("deployments.apps", "cache", "default") is None
     world.passes()
@@ -156,14 +192,14 @@ def test_a_node_that_is_gone_needs_no_remover(world: World) -> None:
     assert not world.listed()
 
 
-def test_an_arena_in_the_pod_is_not_listed() -> None:
+def test_with_an_arena_in_the_pod_the_socket_is_listed() -> None:
     world = World(arena="Pod")
     world.passes()
-    assert not world.listed()
+    assert list(world.listed()) == ["default.cache"]
 
 
-def test_the_remover_fits_and_removes_the_folders_of_one_kvcache_alone(tmp_path: Path) -> None:
-    """Its own command, with its mounts below a folder of this test."""
+def test_the_remover_fits_and_empties_the_folders_of_one_kvcache_alone(tmp_path: Path) -> None:
+    """Its own command, with its mounts below a folder of this test. The socket's folder stays: engines have mounted it."""
     pod = remover("default", "cache", "node-0", "kvkern:1", "default")
     kubernetes_validate.validate(pod, "1.37", strict=True)
     for name in ("cache", "other"):
@@ -174,4 +210,6 @@ def test_the_remover_fits_and_removes_the_folders_of_one_kvcache_alone(tmp_path:
     shell, flag, script = pod["spec"]["containers"][0]["command"]
     subprocess.run([shell, flag, script.replace("/remove/", f"{tmp_path}/remove/")], check=True, timeout=30)
     assert sorted(path.name for path in (tmp_path / "remove" / "0").iterdir()) == ["other"]
-    assert sorted(path.name for path in (tmp_path / "remove" / "1").iterdir()) == ["other"]
+    assert list((tmp_path / "remove" / "1" / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "remove" / "1" / "other").iterdir()] == ["file"]
+    subprocess.run([shell, flag, script.replace("/remove/", f"{tmp_path}/nothing/")], check=True, timeout=30)

@@ -129,7 +129,7 @@ def test_it_converges_from_refusals(cluster: Cluster, status: Any) -> None:
     for verb in ("create", "get", "list", "patch"):
         cluster.server.fail_next(verb, "*", status, times=2)
     cluster.passes("cache", own=True, most=40)
-    assert cluster.status("cache", own=True)["Degraded"] == ("False", "AsExpected")
+    assert cluster.status("cache", own=True)["Degraded"] == ("True", "StoreNotReady"), "nobody runs the pods here"
 
 
 def test_somebody_elses_object_is_not_touched(cluster: Cluster) -> None:
@@ -233,6 +233,45 @@ def test_a_cache_pod_goes_first_only_while_its_node_has_no_engine(cluster: Clust
     assert marked() == []
 
 
+def test_a_kvcache_leaves_the_pods_of_another_one_of_its_name_alone(cluster: Cluster) -> None:
+    """One of each group. The first has the name; the second says so, marks nothing and ends nothing."""
+    cluster.make(own())
+    cluster.engine("engine", "one")
+    cluster.passes("cache", own=True)
+    labels = {"kvcache.orchestration.aibrix.ai/name": "cache", "kvcache.orchestration.aibrix.ai/role": "cache"}
+    spec = {"nodeName": "one", "containers": [{"name": "kvcache", "image": "kvkern:1"}]}
+    cluster.make({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "namespace": "default", "labels": labels},
+                  "spec": spec})  # fmt: skip
+    theirs = kvcache("published")
+    theirs["metadata"] |= {
+        "name": "cache",
+        "annotations": {"kvcache.orchestration.aibrix.ai/pod-affinity-workload": "x"},
+    }
+    cluster.make(theirs)
+    cluster.engine("other", "two", workload="x")
+    before = cluster.server.store.get("pods", "p", "default")
+    assert cluster.one_pass("cache", own=False) is not None
+    assert cluster.server.store.get("pods", "p", "default") == before
+    status = cluster.status("cache", own=False)
+    assert (status["Degraded"], status["Available"][0]) == (("True", "CannotWrite"), "False")
+
+
+def test_a_workload_that_has_no_pods_for_a_while_changes_nothing(cluster: Cluster) -> None:
+    """Its Deployment has the name that the KVCache says, and selects by other labels, as many do."""
+    labels = {"app": "vllm", "model.aibrix.ai/name": "coder"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "e", "image": "e:1"}]}}
+    cluster.make({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "coder", "namespace": "default"},
+                  "spec": {"replicas": 1, "selector": {"matchLabels": {"app": "vllm"}}, "template": template}})  # fmt: skip
+    cluster.engine("engine", "one")
+    cluster.make(own())
+    cluster.passes("cache", own=True)
+    before = cluster.objects()["Deployment", "cache"]["spec"]["template"]
+    cluster.server.store.delete("pods", "engine", "default", grace_s=0)
+    cluster.passes("cache", own=True)
+    assert cluster.objects()["Deployment", "cache"]["spec"]["template"] == before
+    assert cluster.status("cache", own=True)["WorkloadFound"] == ("False", "NoPods")
+
+
 def test_a_workload_that_is_found_by_its_name_only(cluster: Cluster) -> None:
     """The annotation equals metadata.name of the engine's Deployment, but its pods have another label."""
     labels = {"model.aibrix.ai/name": "coder-33b"}
@@ -279,14 +318,18 @@ def test_what_the_published_operator_has_made_is_taken_over(cluster: Cluster) ->
     theirs("Pod", f"{name}-etcd-0", "metadata", {"containers": [{"name": "etcd", "image": "vineyardd:1"}]})
     theirs("Service", f"{name}-etcd-0", "metadata", {"selector": etcd, "ports": client})
     theirs("Service", f"{name}-etcd-service", "metadata", {"selector": etcd, "ports": client})
-    theirs("Service", f"{name}-rpc", "", {"selector": {f"{prefix}/name": name}, "ports": [{"name": "rpc", "port": 9600}]})
+    theirs(
+        "Service", f"{name}-rpc", "", {"selector": {f"{prefix}/name": name}, "ports": [{"name": "rpc", "port": 9600}]}
+    )
     selector = {f"{prefix}/name": name}  # ours says more, and it cannot be changed
     pod = {"metadata": {"labels": selector}, "spec": {"containers": [{"name": "kvcache", "image": "vineyardd:1"}]}}
     theirs("Deployment", name, "cache", {"selector": {"matchLabels": selector}, "template": pod}, "apps/v1")
 
     cluster.passes(name, own=False)
     taken = cluster.essence()
-    assert not [each for each in cluster.server.store.list("pods", "default") if each["metadata"]["name"] == f"{name}-etcd-0"]
+    assert not [
+        each for each in cluster.server.store.list("pods", "default") if each["metadata"]["name"] == f"{name}-etcd-0"
+    ]
     cluster.server.store.delete("kvcaches.orchestration.aibrix.ai", name, "default")
     cluster.make(kvcache("published"))
     cluster.passes(name, own=False)

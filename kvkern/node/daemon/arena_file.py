@@ -73,9 +73,10 @@ def _move_earlier(earlier: Path, path: Path) -> None:
             )
 
 
-def spec_of_earlier(path: Path) -> ArenaSpec | None:
+def spec_of_earlier(path: Path, capacity_nbytes: int | None = None) -> ArenaSpec | None:
     """Return the spec of the arena that an earlier daemon left at `path`; None if there is none. Removes a broken one.
 
+    With a capacity, also removes one of another size. Engines that have mapped it need a restart.
     Raises ArenaError if the file cannot be opened or has another version.
     """
     spec = read_spec(path)
@@ -85,7 +86,24 @@ def spec_of_earlier(path: Path) -> ArenaSpec | None:
             "is removed, and the next engine gets a new one", {"event": "broken_arena_removed", "path": path},
         )  # fmt: skip
         path.unlink(missing_ok=True)
+    if spec is not None and capacity_nbytes is not None and not _has_size_of(spec, capacity_nbytes):
+        logger.warning(
+            "kvkern: %(path)s has %(size)s, and the capacity is %(capacity)s now. It is removed with its chunks, and the next "
+            "engine gets a new one",
+            {
+                "event": "arena_replaced",
+                "path": path,
+                "size": format_nbytes(spec.nbytes),
+                "capacity": format_nbytes(capacity_nbytes),
+            },
+        )
+        path.unlink(missing_ok=True)
+        return None
     return spec
+
+
+def _has_size_of(spec: ArenaSpec, capacity_nbytes: int) -> bool:
+    return spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes
 
 
 @contextmanager
@@ -107,10 +125,10 @@ def taking_over(path: Path, spec: ArenaSpec, capacity_nbytes: int) -> Iterator[N
         )  # fmt: skip
         path.unlink(missing_ok=True)
         return
-    if not spec.nbytes <= capacity_nbytes < spec.nbytes + spec.geometry.slot_nbytes:
+    if not _has_size_of(spec, capacity_nbytes):
         logger.warning(
             "kvkern: %(path)s has %(size)s and keeps this size, though the capacity is %(capacity)s now; to change "
-            "the size, end the daemon and remove the file",
+            "the size, start the daemon with --resize-arena",
             {
                 "event": "arena_keeps_size",
                 "path": path,

@@ -42,6 +42,7 @@ class NodeConfig:
     policy: str = DEFAULT_POLICY  # eviction policy
     policy_state: Path | None = None  # file with the policy's statistics; None: the policy starts without any
     remote: RemoteConfig | None = None  # a store that nodes share
+    resize_arena: bool = False  # an earlier arena of another size is replaced
     drain_s: float = 5.0  # time after SIGTERM for transfers under way and for writes that wait for the store
     metrics: Endpoint | None = None  # HTTP: metrics and the page; None: not served
     rpc: Endpoint | None = None  # HTTP: health and figures; None: not served
@@ -109,6 +110,7 @@ class NodeConfig:
                 policy=values["policy"],
                 policy_state=None if values["policy_state"] is None else values["policy_state"].absolute(),
                 remote=_remote_config(values),
+                resize_arena=values["resize_arena"],
                 drain_s=values["drain"],
                 metrics=_endpoint(values, "metrics"),
                 rpc=_endpoint(values, "rpc"),

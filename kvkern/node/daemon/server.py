@@ -303,7 +303,7 @@ class Server:
 
         Raises ArenaError if the file cannot be opened or has another version. No engine has been let in by then.
         """
-        spec = spec_of_earlier(self._arena_path)
+        spec = spec_of_earlier(self._arena_path, self.config.capacity_nbytes if self.config.resize_arena else None)
         if spec is not None:
             with taking_over(self._arena_path, spec, self.config.capacity_nbytes):
                 await self._make_arena(spec)

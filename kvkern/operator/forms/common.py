@@ -34,8 +34,10 @@ SERVER_OPTIONS = {  # variable -> why users may not set it: the operator does
     "KVKERN_METRICS": "Prometheus asks on port 8080",
     "KVKERN_NAME": "each KVCache is a trust domain of its own",
 }
-# Names of objects end with -etcd-service at most, and a Service has up to 63 characters.
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
+# A label of the pods of N-redis is N-redis-<10 letters>, and has up to 63 characters.
+MAX_NAME = 46
+_NAME = re.compile(rf"[a-z]([-a-z0-9]{{0,{MAX_NAME - 2}}}[a-z0-9])?")
+_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
@@ -50,8 +52,8 @@ def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[
             Finding(
                 Level.ERROR,
                 "metadata.name",
-                f"is {name[:80]!r}; use up to 50 lower-case letters, digits and '-', beginning with a letter, because services "
-                "are named after it",
+                f"is {name[:80]!r}; use up to {MAX_NAME} lower-case letters, digits and '-', beginning with a letter, because "
+                "services and pods are named after it",
             )
         )
     return {
@@ -93,6 +95,15 @@ def read_annotations(manifest: Mapping[str, Any], findings: list[Finding]) -> di
         ):  # fmt: skip
             fields.ignored(name, "kvkern does not know this annotation")
     return found  # annotations of other programs are theirs
+
+
+def checked_label_key(fields: Fields, name: str, default: str) -> str:
+    """Read the key of a label."""
+    text = fields.text(name) or default
+    if not _LABEL_KEY.fullmatch(text):
+        fields.error(fields.at(name), f"is {text[:80]!r}, which no label's key can be")
+        return default
+    return text
 
 
 def read_env(fields: Fields, name: str = "env") -> tuple[dict[str, Any], ...]:
@@ -147,7 +158,11 @@ def read_store(fields: Fields, default_image: str, default_pull_policy: str, kin
     resources = source.mapping("resources")
     env = read_env(source)
     storage_fields = fields.inside("storage")
-    storage = checked_quantity(storage_fields, "size", "10Gi") if "size" in storage_fields else ""
+    if kind == "redis":
+        storage_fields.ignored(
+            "size", "the server writes nothing to disk, because its data is a cache that may be lost"
+        )
+    storage = checked_quantity(storage_fields, "size", "10Gi") if "size" in storage_fields and kind == "etcd" else ""
     storage_fields.close()
     source.ignored("template", "give image, env and resources instead")
     if kind == "etcd" and replicas not in (0, *MEMBERS):

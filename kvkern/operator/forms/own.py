@@ -18,6 +18,7 @@ from .common import (
     MAX_REPLICAS,
     PULL_POLICIES,
     SERVICE_TYPES,
+    checked_label_key,
     checked_quantity,
     read_annotations,
     read_env,
@@ -55,7 +56,7 @@ def read_own(manifest: Mapping[str, Any], image: str = "") -> KVCache:
     workload = spec.inside("workload")
     if name := workload.text("name"):
         known["workload"] = name
-    known["workload_label"] = workload.text("labelKey") or WORKLOAD_LABEL
+    known["workload_label"] = checked_label_key(workload, "labelKey", WORKLOAD_LABEL)
     workload.close()
     service = spec.inside("service")
     known["service_type"] = service.text("type", "ClusterIP", SERVICE_TYPES)

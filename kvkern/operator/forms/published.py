@@ -30,6 +30,8 @@ from .common import (
 
 _OLD = ("replicas", "etcdReplicas", "cacheSpec")  # fields of 0.2 alone
 _NEW = ("mode", "cache", "watcher")  # fields of 0.3 and later alone
+_STORES = ("etcd", "redis")
+_FLAT = ("image", "replicas", "resources", "storage", "imagePullPolicy", "env", "template")  # of a store
 MAX_PORT = 65535
 TEMPLATE_NOTE = (
     "of a template, labels, annotations, nodeSelector, tolerations, imagePullSecrets and priorityClassName act"
@@ -41,7 +43,7 @@ def read_published(manifest: Mapping[str, Any], image: str = "") -> KVCache:
     findings: list[Finding] = []
     known = read_metadata(manifest, findings) | read_annotations(manifest, findings)
     spec = Fields(manifest.get("spec"), "spec", findings)
-    old, new = spec.given(_OLD), spec.given(_NEW)
+    old, new = spec.given(_OLD), [*spec.given(_NEW), *_new_inside(manifest.get("spec"))]
     if old and new:
         spec.error("spec", f"mixes fields of two versions: {', '.join(old)} and {', '.join(new)}; keep those of one")
     if new:
@@ -56,6 +58,18 @@ def read_published(manifest: Mapping[str, Any], image: str = "") -> KVCache:
     spec.close()
     check_options(known["env"], {}, bool(known.get("redis") or known.get("external_redis")), spec)
     return KVCache(form=form, findings=tuple(findings), **known)
+
+
+def _new_inside(spec: object) -> list[str]:
+    """Return the fields of 0.3 and later that lie deeper: there `cache` may be left out."""
+
+    def inside(values: object, name: str) -> object:
+        return values.get(name) if isinstance(values, Mapping) else None
+
+    metadata = inside(spec, "metadata")
+    places = {"service": inside(spec, "service")} | {f"metadata.{name}": inside(metadata, name) for name in _STORES}
+    fields = {"service": ("ports",)} | {f"metadata.{name}": ("runtime", "externalConnection") for name in _STORES}
+    return [f"{at}.{name}" for at, names in fields.items() for name in names if inside(places[at], name) is not None]
 
 
 def _read_old_form(spec: Fields, default_image: str) -> dict[str, Any]:
@@ -105,7 +119,8 @@ def _read_runtime_form(spec: Fields, default_image: str) -> dict[str, Any]:
     for kind, values in (("limits", limits), ("requests", requests)):
         for name in values:
             if name not in ("cpu", "memory"):
-                resources.ignored(f"{kind}.{name}", "a cache pod takes only cpu and memory")
+                inside = Fields(values, resources.at(kind), spec.findings)
+                inside.ignored(name, "a cache pod takes only cpu and memory")
     for name in ("cpu", "memory"):
         if name in limits and name in requests and str(limits[name]) != str(requests[name]):
             resources.adjusted(f"requests.{name}", f"a cache pod requests its limit, {limits[name]}")
@@ -117,7 +132,7 @@ def _read_runtime_form(spec: Fields, default_image: str) -> dict[str, Any]:
     found["extras"] = _read_template(cache.inside("template"))
     cache.close()
     metadata = spec.inside("metadata")
-    for kind in ("etcd", "redis"):
+    for kind in _STORES:
         if kind not in metadata:
             continue
         store = metadata.inside(kind)
@@ -126,11 +141,13 @@ def _read_runtime_form(spec: Fields, default_image: str) -> dict[str, Any]:
             found[kind] = read_store(store, image if kind == "etcd" else "", pull_policy, kind)
         elif kind == "redis":
             found["external_redis"] = external
-            if "runtime" in store:
-                store.ignored("runtime", "externalConnection counts")
+            for name in ("runtime", *_FLAT):
+                store.ignored(name, "externalConnection counts")
             store.close()
         else:
-            store.ignored("externalConnection", "kvkern keeps nothing in etcd; it would be used by nobody")
+            for name in ("externalConnection", "runtime", *_FLAT):
+                store.ignored(name, "kvkern keeps nothing in etcd, and with an external one none is made")
+            store.close()
     metadata.close()
     return found
 

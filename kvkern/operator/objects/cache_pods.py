@@ -58,7 +58,8 @@ def deployment(cache: KVCache, num_pods: int, follow: dict[str, str], scraped: b
 
 
 def _pod(cache: KVCache, follow: dict[str, str]) -> Manifest:
-    drain_s = float(cache.options.get("KVKERN_DRAIN", DEFAULT_DRAIN_S))
+    said = {str(each["name"]): each.get("value") for each in cache.env} | cache.options
+    drain_s = float(said.get("KVKERN_DRAIN") or DEFAULT_DRAIN_S)
     pod: Manifest = {
         "serviceAccountName": cache.name,
         "automountServiceAccountToken": False,

@@ -32,7 +32,9 @@ if [ ! -d "$DATA_DIR/member" ] && [ -n "$OTHERS" ]; then
     state=existing
   fi
 fi
-exec etcd --name="$MY_POD_NAME" --data-dir="$DATA_DIR" \\
+alone=
+if [ -d "$DATA_DIR/member" ] && [ -z "$OTHERS" ]; then alone=--force-new-cluster; fi  # it may have had others
+exec etcd $alone --name="$MY_POD_NAME" --data-dir="$DATA_DIR" \\
   --listen-client-urls=http://0.0.0.0:2379 --advertise-client-urls="$me:2379" \\
   --listen-peer-urls=http://0.0.0.0:2380 --initial-advertise-peer-urls="$me:2380" \\
   --initial-cluster="$INITIAL_CLUSTER" --initial-cluster-state="$state" --initial-cluster-token="$CLUSTER_TOKEN"

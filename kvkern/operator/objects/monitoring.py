@@ -25,7 +25,12 @@ def monitors(cache: KVCache, follow: dict[str, str]) -> list[Manifest]:
         }
     ]
     if follow:
-        engine = {"targetPort": ENGINE_METRICS_PORT, "path": "/metrics", "interval": INTERVAL}
+        # An engine as published declares no port, and a monitor finds by number only what is declared.
+        to_port = {
+            "sourceLabels": ["__meta_kubernetes_pod_ip"], "targetLabel": "__address__",
+            "replacement": f"$1:{ENGINE_METRICS_PORT}",
+        }  # fmt: skip
+        engine = {"path": "/metrics", "interval": INTERVAL, "relabelings": [to_port]}
         found.append(
             {
                 "apiVersion": API,

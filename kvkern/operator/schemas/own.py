@@ -8,9 +8,10 @@ from ...policy.persist_modes import Persist
 from ..forms.common import MAX_REPLICAS
 from ..forms.own import camel
 from ..kvcache import ArenaPlace
-from ..names import IMAGE, RPC_PORT, WORKLOAD_LABEL
+from ..names import RPC_PORT, WORKLOAD_LABEL
 from ..options import OPTIONS
 from .parts import (
+    LABEL_KEY,
     LABEL_VALUE,
     MAX_PORT,
     Schema,
@@ -64,7 +65,7 @@ REDIS = thing(
 OWN_SPEC: Schema = thing(
     "What the cache should be.",
     {
-        "image": text("Image of the daemon.", IMAGE, minLength=1),
+        "image": text("Image of the daemon; left out: the operator's own, or its --image.", minLength=1),
         "imagePullPolicy": pull_policy(),
         "imagePullSecrets": array("For pulling it.", thing("A secret.", {"name": text("Its name.")}, required=["name"]), 16),
         "cpu": quantity("CPUs of a cache pod.", "1"),
@@ -75,7 +76,7 @@ OWN_SPEC: Schema = thing(
             "Whose pods the cache follows: each of their nodes gets one cache pod.",
             {
                 "name": text("Value of the label.", minLength=1, maxLength=63, pattern=LABEL_VALUE),
-                "labelKey": text("The label of the workload's pods.", WORKLOAD_LABEL, maxLength=317),
+                "labelKey": text("The label of the workload's pods.", WORKLOAD_LABEL, maxLength=317, pattern=LABEL_KEY),
             },
             required=["name"],
         ),
