@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def render(
         str,
         typer.Option(help="Image of the daemon for those that name the image of the program they were written for."),
     ] = "",
+    budget_api: Annotated[
+        Literal["policy/v1", "policy/v1beta1"],
+        typer.Option(help="Of PodDisruptionBudgets: policy/v1beta1 for clusters before Kubernetes 1.21."),
+    ] = "policy/v1",
     monitors: Annotated[
         bool, typer.Option("--monitors", help="With ServiceMonitor and PodMonitor, instead of annotations.")
     ] = False,
@@ -46,14 +50,22 @@ def render(
         caches = [each for each in read_manifests(filename) if each["kind"] == KIND]
         if not caches:
             raise ConfigError(f"{filename} holds no {KIND}")
-        objects = []
+        objects, seen = [], set[tuple[str, str]]()
         for manifest in caches:
             cache = read_kvcache(manifest, image, replace_images)
+            if (cache.namespace, cache.name) in seen:
+                raise ConfigError(
+                    f"{filename} has two KVCaches {cache.namespace}/{cache.name}: their objects have the same names"
+                )
+            seen.add((cache.namespace, cache.name))
             for note in cache.notes:
                 typer.echo(f"kvkern: {cache.name}: {note}", err=True)
             if cache.errors:
                 raise ConfigError("\n".join(f"{cache.name}: {error}" for error in cache.errors))
             objects += render_objects(cache, Cluster(monitors=monitors))
+        for each in objects:
+            if each["kind"] == "PodDisruptionBudget":
+                each["apiVersion"] = budget_api
         typer.echo(to_yaml(objects), nl=False)
 
 

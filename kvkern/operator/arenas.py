@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
@@ -37,6 +38,11 @@ ROLE = "arena-remover"
 OF, ON = "kvkern.io/removes-arena-of", "kvkern.io/removes-arena-on"  # annotations of a remover
 DEADLINE_S = 300  # of a remover
 _PARENTS = (HOST_ARENAS, HOST_SOCKETS)
+
+_KEY = re.compile(
+    r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\.[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+)  # namespace.name: parts of paths
+_NODE = re.compile(r"[a-z0-9][-.a-z0-9]{0,252}")
 
 Nodes = dict[str, str]  # name -> when a cache pod was last seen on it, RFC 3339
 
@@ -219,10 +225,10 @@ def _entries(ledger: Mapping[str, Any] | None) -> dict[str, Nodes]:
     for key, text in ((ledger or {}).get("data") or {}).items():
         try:
             nodes = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # somebody has written it; it names no node
-        if isinstance(nodes, dict):
-            found[key] = {str(node): str(seen) for node, seen in nodes.items()}
+        if isinstance(nodes, dict) and _KEY.fullmatch(key):
+            found[key] = {node: str(seen) for node, seen in nodes.items() if _NODE.fullmatch(node)}
     return found
 
 

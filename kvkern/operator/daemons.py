@@ -14,6 +14,7 @@ from .observed import CachePod, Daemon
 TIMEOUT_S = 3.0
 AT_ONCE = 16
 MAX_NBYTES = 4 << 20
+MAX_FIGURE = float(1 << 53)
 
 
 async def ask_daemons(pods: Iterable[CachePod]) -> dict[str, Daemon]:
@@ -49,9 +50,9 @@ def read_metrics(text: str) -> Daemon:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.labels.get("tier", "dram") == "dram":
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                values[sample.name] = values.get(sample.name, 0.0) + _bounded(sample.value)
             if sample.name == "kvkern_arena_slots" and sample.labels.get("state") == "free":
-                free = sample.value
+                free = _bounded(sample.value)
     slots = values.get("kvkern_arena_slots", 0.0)
     slot_nbytes, asked = values.get("kvkern_slot_bytes", 0), values.get("kvkern_capacity_bytes", 0)
     arena = slots * slot_nbytes
@@ -62,3 +63,8 @@ def read_metrics(text: str) -> Daemon:
         lookups=values.get("kvkern_lookup_chunks_total", 0.0),
         hits=values.get("kvkern_hit_chunks_total", 0.0),
     )
+
+
+def _bounded(value: float) -> float:
+    """Return a number that a status can hold: whatever answers on that port, it is no reason to fail."""
+    return value if 0 <= value <= MAX_FIGURE else 0.0

@@ -74,8 +74,9 @@ class Fields:
     def text(self, name: str, default: str = "", choices: tuple[str, ...] = ()) -> str:
         """Read a string."""
         value: str = self._typed(name, str, default)
-        if choices and value and value not in choices:
-            self.error(self.at(name), f"is {value!r}; expected one of {', '.join(choices)}")
+        if choices and value not in choices:
+            if value:
+                self.error(self.at(name), f"is {value[:60]!r}; expected one of {', '.join(choices)}")
             return default
         return value
 

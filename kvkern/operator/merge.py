@@ -40,11 +40,11 @@ def written(live: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge_patch(wanted: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON merge patch that makes `live` as wanted; empty if it is."""
+    """Return a JSON merge patch that makes `live`, and its record of what was written, as wanted; empty if they are."""
     patch = _patch(written(live), wanted, live, "")
-    if not patch:
-        return {}
     record = with_record(wanted)["metadata"]["annotations"][LAST_WRITTEN]
+    if not patch and (live["metadata"].get("annotations") or {}).get(LAST_WRITTEN) == record:
+        return {}
     patch.setdefault("metadata", {}).setdefault("annotations", {})[LAST_WRITTEN] = record
     return patch
 

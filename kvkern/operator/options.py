@@ -36,9 +36,7 @@ def check_options(
 ) -> None:
     """Note as an error what a daemon would refuse at its start. Values that come from secrets are not known here."""
     env = list(env)
-    environ = {str(entry["name"]): str(entry["value"]) for entry in env if entry.get("value") is not None} | dict(
-        options
-    )
+    environ = dict(options) | {str(e["name"]): str(e["value"]) for e in env if e.get("value") is not None}
     skipped = {PREFIX + name.upper() for name in (*MADE_BY_OPERATOR, *FILES)}
     environ = {name: value for name, value in environ.items() if name.startswith(PREFIX) and name not in skipped}
     if has_remote or any(entry["name"] == f"{PREFIX}REMOTE" for entry in env):

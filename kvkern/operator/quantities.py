@@ -18,7 +18,7 @@ MAX_DIGITS = 30
 def parse_quantity(text: str | int | float, name: str) -> Fraction:
     """Return the number that a quantity means. Raises ConfigError, which names the field."""
     text = str(text)
-    match = re.match(PATTERN, text) if len(text) <= MAX_DIGITS else None
+    match = re.fullmatch(PATTERN, text) if len(text) <= MAX_DIGITS and text.isprintable() else None
     if match is None:
         raise ConfigError(f"{name} is {text[:MAX_DIGITS]!r}; expected a quantity such as 500m, 2, 4Gi or 4G")
     number, suffix = Fraction(match[1].rstrip(".") if match[1] != "." else "0"), match[2] or ""

@@ -20,7 +20,7 @@ from .forms import read_kvcache
 from .kinds import DEPLOYMENT, EVENT, MADE, MONITORS, OLD_BUDGET, POD, STATEFUL_SET, Kind
 from .kvcache import KVCache
 from .merge import merge_patch
-from .names import MANAGED_BY, NAME_LABEL, identity
+from .names import MANAGED_BY, NAME_LABEL, ROLE_LABEL, identity
 from .objects import Cluster, Manifest, render
 from .observed import DELETION_COST, Observed, StoreState, cache_pod, has_ended, store_state, workload_nodes
 
@@ -106,16 +106,21 @@ class Reconciler:
     async def _look(self, cache: KVCache) -> Observed:
         deployment = await self._deployment(cache)
         pods = await self._api.list(POD, cache.namespace, identity(cache.name, "cache")) if deployment else []
-        mine = tuple(cache_pod(pod) for pod in pods if not has_ended(pod))
+        mine = tuple(cache_pod(pod) for pod in pods if not has_ended(pod) and _is_of(pod, cache.name))
         if not cache.workload:
             return Observed(pods=mine, deployment=deployment)
         follow, by_name = {cache.workload_label: cache.workload}, False
-        found = await self._api.list(POD, cache.namespace, follow)
+        found = await self._engines(cache.namespace, follow)
         if not found and (real := await self._labels_of(cache)):
             follow, by_name = real, True
-            found = await self._api.list(POD, cache.namespace, follow)
+            found = await self._engines(cache.namespace, follow)
         nodes, waiting = workload_nodes(found)
         return Observed(tuple(nodes), follow, by_name, waiting, mine, deployment)
+
+    async def _engines(self, namespace: str, labels: Mapping[str, str]) -> list[Manifest]:
+        """Return the workload's pods. A cache pod is none, whatever labels its user gives it."""
+        pods = await self._api.list(POD, namespace, labels)
+        return [pod for pod in pods if ROLE_LABEL not in pod["metadata"]["labels"]]
 
     async def _deployment(self, cache: KVCache) -> Manifest | None:
         """Return the KVCache's own Deployment. Somebody else's of this name, and its pods, are not touched."""
@@ -281,6 +286,12 @@ def _num_pods(cache: KVCache, seen: Observed, live: Manifest, now: str) -> int:
             gone = datetime.fromisoformat(now) - datetime.fromisoformat(condition["lastTransitionTime"])
             return cache.min_pods if gone.total_seconds() > HOLD_S else there
     return there
+
+
+def _is_of(pod: Mapping[str, Any], deployment: str) -> bool:
+    """Return True if a ReplicaSet of this Deployment has made the pod."""
+    owners = pod["metadata"].get("ownerReferences") or ()
+    return any(each["kind"] == "ReplicaSet" and each["name"].rpartition("-")[0] == deployment for each in owners)
 
 
 def _owned(live: Mapping[str, Any], cache: KVCache) -> bool:

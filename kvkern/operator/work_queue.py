@@ -26,7 +26,8 @@ class WorkQueue(Generic[Key]):
         """Make a pass soon; if one is under way, another one after it."""
         self._again.setdefault(key, asyncio.Event()).set()
         if key not in self._tasks:
-            self._tasks[key] = asyncio.get_running_loop().create_task(self._run(key))
+            task = self._tasks[key] = asyncio.get_running_loop().create_task(self._run(key))
+            task.add_done_callback(lambda ended: self._look_at(key, ended))
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -37,6 +38,14 @@ class WorkQueue(Generic[Key]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_at(self, key: Key, ended: asyncio.Task[None]) -> None:
+        """Say what a pass has stumbled over, which is a fault of ours, and try again later. Other keys go on."""
+        if not ended.cancelled() and (error := ended.exception()) is not None:
+            logger.error(
+                "kvkern: a pass has failed: %(error)r", {"event": "pass_fault", "error": error}, exc_info=error
+            )
+            asyncio.get_running_loop().call_later(LONGEST_PAUSE_S, self.add, key)
 
     async def _run(self, key: Key) -> None:
         again = self._again[key]

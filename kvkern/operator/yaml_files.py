@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,10 @@ from ..option_values import checked_input_file
 from ..regular_files import read_regular
 
 MAX_FILE_NBYTES = 8 << 20
+# What every reader of YAML takes for a text without quotes, if it needs none for its signs. Some readers, such as kubectl's,
+# know more numbers and more words than others.
+_PLAIN = re.compile(r"[A-Za-z/].*|[0-9]+([KMGTPE]i|m)", re.DOTALL)
+_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def _yaml() -> Any:
@@ -37,12 +44,30 @@ def read_manifests(path: str) -> list[dict[str, Any]]:
     if len(text) > MAX_FILE_NBYTES:
         raise ConfigError(f"{name} has more than {MAX_FILE_NBYTES} bytes; split it")
     try:
-        documents = list(yaml.safe_load_all(text))
+        documents = list(yaml.load_all(text, Loader=_loader(yaml)))
+        json.dumps(documents, default=str)  # raises if something holds itself
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         place = f" at line {where.line + 1}, column {where.column + 1}" if where is not None else ""
-        raise ConfigError(f"{name} is no YAML{place}; correct it") from error
+        problem = getattr(error, "problem", None) or (str(error) if where is None else "")
+        raise ConfigError(f"{name} is no YAML{place}{f': {problem[:200]}' if problem else ''}; correct it") from error
     return list(_objects(documents, name))
+
+
+def _loader(yaml: Any) -> Any:
+    """Return a loader that refuses a key that is there twice, as kubectl does, and reads no dates."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            counts = Counter(
+                key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"
+            )
+            if twice := next((key for key, count in counts.items() if count > 1), None):
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[:60]!r} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+    return Loader
 
 
 def _objects(documents: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
@@ -66,7 +91,8 @@ def to_yaml(manifests: Iterable[dict[str, Any]]) -> str:
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+        style = "|" if "\n" in value else None if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
     return "".join(

@@ -8,6 +8,9 @@ It needs no kubelet, no scheduler and no nodes.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -157,6 +160,40 @@ def test_a_name_that_is_taken(cluster: Cluster) -> None:
         assert cluster.get("service", "cache-rpc")["spec"]["selector"] == {"app": "theirs"}
         cluster.kubectl("delete", "service", "cache-rpc", "-n", cluster.namespace)
         cluster.eventually(lambda: "services/cache-rpc" in owned(cluster, "cache"), "our own service")
+
+
+def test_rendered_objects_apply(cluster: Cluster) -> None:
+    """Without an operator. Odd texts arrive as they are: readers of YAML do not agree on what a number is."""
+    odd = [
+        "08",
+        "7e5",
+        "1e3",
+        "n",
+        "Y",
+        "yes",
+        "0o17",
+        "+1e3",
+        "8E_1",
+        "12:30",
+        "2024-01-01",
+        "0x10",
+        "null",
+        "~",
+        ".inf",
+        "=",
+        "",
+    ]
+    env = [{"name": f"ODD_{number}", "value": value} for number, value in enumerate(odd)]
+    (cluster.folder / "kvcache.yaml").write_text(json.dumps(own(env=env)))
+    budgets = "policy/v1" if "policy/v1\n" in cluster.kubectl("api-versions") else "policy/v1beta1"
+    command = [sys.executable, "-m", "kvkern", "operator", "render", "--budget-api", budgets, "-f", "kvcache.yaml"]
+    rendered = subprocess.run(
+        command, cwd=cluster.folder, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    cluster.kubectl("apply", "-n", cluster.namespace, "-f", "-", text=rendered.replace("namespace: default", ""))
+    (container,) = cluster.get("deployment", "cache")["spec"]["template"]["spec"]["containers"]
+    found = {each["name"]: each.get("value", "") for each in container["env"]}
+    assert [found[each["name"]] for each in env] == odd
 
 
 def test_what_others_change_is_put_right(cluster: Cluster) -> None:

@@ -232,6 +232,32 @@ def test_an_etcd_of_three_members_takes_a_lost_one_back(node: Node) -> None:
     assert all(", started, " in member for member in members)
 
 
+def test_an_etcd_shrinks_from_three_members_to_one(node: Node) -> None:
+    """The one that is left has its data, and needs the others no more."""
+
+    def pod_of(members: int) -> dict[str, Any]:
+        manifest = kvcache("published")
+        manifest["spec"]["etcdReplicas"] = members
+        objects = render(read_kvcache(manifest))
+        (pod,) = (each["spec"]["template"]["spec"] for each in objects if each["kind"] == "StatefulSet")
+        return pod
+
+    def start(number: int, pod: dict[str, Any]) -> None:
+        node.start(f"{CACHE}-etcd-{number}", pod, 10 + number, (f"{CACHE}-etcd-{number}.{CACHE}-etcd.default",))
+
+    etcdctl = ("etcdctl", "--endpoints=http://10.77.0.10:2379", "--command-timeout=5s")
+    three = pod_of(3)
+    for number in range(3):
+        start(number, three)
+    eventually(lambda: node.ask(*etcdctl, "put", "key", "value"), "a cluster", 60)
+    eventually(lambda: "value" in node.ask(*etcdctl, "get", "key", "--consistency=s"), "the first member's copy", 60)
+    for number in (2, 1, 0):
+        node.stop(f"{CACHE}-etcd-{number}")
+    start(0, pod_of(1))
+    eventually(lambda: "value" in node.ask(*etcdctl, "get", "key"), "the value", 60)
+    assert len(node.ask(*etcdctl, "member", "list").splitlines()) == 1
+
+
 def test_an_etcd_grows_from_one_member_to_three(node: Node) -> None:
     """The first goes on with its data, and the others join it."""
     for number, members in enumerate((1, 3, 3)):

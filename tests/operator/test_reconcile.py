@@ -216,9 +216,14 @@ def test_a_cache_pod_goes_first_only_while_its_node_has_no_engine(cluster: Clust
     cost = "controller.kubernetes.io/pod-deletion-cost"
     cluster.make(own())
     labels = {"kvcache.orchestration.aibrix.ai/name": "cache", "kvcache.orchestration.aibrix.ai/role": "cache"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c", "image": "c:1"}]}}
+    meta = {"name": "cache-5d4f", "namespace": "default"}
+    spec = {"selector": {"matchLabels": labels}, "template": pod}
+    made = cluster.make({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": meta, "spec": spec})
+    owner = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "cache-5d4f", "uid": made["metadata"]["uid"]}
     for node in ("one", "two"):
         spec = {"nodeName": node, "containers": [{"name": "c", "image": "c:1"}]}
-        metadata = {"name": f"cache-{node}", "namespace": "default", "labels": labels}
+        metadata = {"name": f"cache-{node}", "namespace": "default", "labels": labels, "ownerReferences": [owner]}
         cluster.make({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     cluster.engine("engine-one", "one")
     cluster.passes("cache", own=True)

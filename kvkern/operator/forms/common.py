@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,10 +35,17 @@ SERVER_OPTIONS = {  # variable -> why users may not set it: the operator does
     "KVKERN_METRICS": "Prometheus asks on port 8080",
     "KVKERN_NAME": "each KVCache is a trust domain of its own",
 }
+ETCD_VARIABLES = dict.fromkeys(
+    ("MY_POD_NAME", "DATA_DIR", "PEERS_DOMAIN", "CLUSTER_TOKEN", "OTHERS", "INITIAL_CLUSTER"),
+    "its members find each other by it",
+)
 # A label of the pods of N-redis is N-redis-<10 letters>, and has up to 63 characters.
 MAX_NAME = 46
 _NAME = re.compile(rf"[a-z]([-a-z0-9]{{0,{MAX_NAME - 2}}}[a-z0-9])?")
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+_PORT_NAME = re.compile(r"(?=.{1,63}$)[a-z0-9]+(-[a-z0-9]+)*")
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
@@ -56,6 +64,12 @@ def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[
                 "services and pods are named after it",
             )
         )
+    if not _NAMESPACE.fullmatch(namespace):
+        text = f"is {namespace[:80]!r}; use up to 63 lower-case letters, digits and '-'"
+        findings.append(Finding(Level.ERROR, "metadata.namespace", text))
+    top = Fields(manifest, "", findings)
+    unknown = [field for field in top.unread() if field not in ("apiVersion", "kind", "metadata", "spec", "status")]
+    findings.extend(Finding(Level.IGNORED, str(field), "kvkern does not know this field") for field in unknown)
     return {
         "name": name,
         "namespace": namespace,
@@ -106,19 +120,105 @@ def checked_label_key(fields: Fields, name: str, default: str) -> str:
     return text
 
 
-def read_env(fields: Fields, name: str = "env") -> tuple[dict[str, Any], ...]:
-    """Read variables of a container. The operator's own cannot be replaced."""
-    kept = []
+def read_env(fields: Fields, own: Mapping[str, str] = SERVER_OPTIONS, name: str = "env") -> tuple[dict[str, Any], ...]:
+    """Read variables of a container. The operator's own, variable -> why, cannot be replaced."""
+    kept: dict[str, dict[str, Any]] = {}
+    paths: dict[str, str] = {}
     for number, entry in enumerate(fields.items(name)):
         path = f"{fields.at(name)}[{number}]"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
             fields.error(path, "has no name")
-        elif entry["name"] in SERVER_OPTIONS:
-            why = SERVER_OPTIONS[entry["name"]]
-            fields.findings.append(Finding(Level.IGNORED, path, f"{entry['name']} is set by the operator: {why}"))
+            continue
+        variable = {str(key): value for key, value in entry.items() if value is not None}
+        if problem := _env_problem(variable):
+            fields.error(path, problem)
+        elif variable["name"] in own:
+            text = f"{variable['name']} is set by the operator: {own[variable['name']]}"
+            fields.findings.append(Finding(Level.IGNORED, path, text))
         else:
-            kept.append({key: value for key, value in entry.items() if value is not None})
-    return tuple(kept)
+            if earlier := paths.get(variable["name"]):
+                text = f"{variable['name']} is there again as {path}, and the last one counts"
+                fields.findings.append(Finding(Level.IGNORED, earlier, text))
+            kept[variable["name"]], paths[variable["name"]] = variable, path
+    return tuple(kept.values())
+
+
+def _env_problem(variable: Mapping[str, Any]) -> str:
+    """Return what Kubernetes would refuse; empty: nothing."""
+    name, value, source = variable["name"], variable.get("value", ""), variable.get("valueFrom")
+    if not _ENV_NAME.fullmatch(name):
+        return f"name is {name[:60]!r}; use letters, digits, '-', '_' and '.', with no digit at the beginning"
+    if not isinstance(value, str):
+        return f"value of {name[:60]} is {str(value)[:60]!r}, which is no text; put it in quotes"
+    if source is not None and (not isinstance(source, Mapping) or len(source) != 1 or value):
+        return f"valueFrom of {name[:60]} must be an object with one field, such as secretKeyRef, and have no value beside it"
+    if unknown := [key for key in variable if key not in ("name", "value", "valueFrom")]:
+        return f"has {unknown[0][:60]!r}; a variable has name, and value or valueFrom"
+    return ""
+
+
+def read_labels(fields: Fields, name: str, values: bool = True) -> dict[str, str]:
+    """Read labels; with `values` False annotations, whose values are any texts."""
+    found = {}
+    for key, value in fields.mapping(name).items():
+        if not _LABEL_KEY.fullmatch(str(key)):
+            fields.error(fields.at(name), f"has the key {str(key)[:80]!r}, which no label can have")
+        elif not isinstance(value, str) or (values and not _LABEL_VALUE.fullmatch(value)):
+            fields.error(
+                fields.at(f"{name}.{key}"), f"is {str(value)[:80]!r}, which cannot be; expected a text, in quotes"
+            )
+        else:
+            found[key] = value
+    return found
+
+
+def read_pod_labels(fields: Fields, name: str, workload_label: str) -> dict[str, str]:
+    """Read labels that users give cache pods. The operator's own, and the workload's, cannot be among them."""
+    found = read_labels(fields, name)
+    for key in list(found):
+        if key == workload_label or key.startswith((ANNOTATIONS, "app.kubernetes.io/")):
+            why = "it says which pods are the workload's" if key == workload_label else "the operator sets it"
+            fields.findings.append(Finding(Level.IGNORED, fields.at(f"{name}.{key}"), why))
+            del found[key]
+    return found
+
+
+def read_tolerations(fields: Fields, name: str = "tolerations") -> tuple[dict[str, Any], ...]:
+    """Read tolerations of taints."""
+    found = fields.items(name)
+    for number, each in enumerate(found):
+        if not isinstance(each, Mapping):
+            fields.error(f"{fields.at(name)}[{number}]", "is no object; give key, operator and effect")
+    return tuple(dict(each) for each in found if isinstance(each, Mapping))
+
+
+def read_pull_secrets(fields: Fields, name: str = "imagePullSecrets") -> tuple[str, ...]:
+    """Read the names of secrets."""
+    found = []
+    for number, each in enumerate(fields.items(name)):
+        if isinstance(each, Mapping) and isinstance(each.get("name"), str) and each["name"]:
+            found.append(each["name"])
+        else:
+            fields.error(f"{fields.at(name)}[{number}]", "has no name; give name: SECRET")
+    return tuple(found)
+
+
+def checked_label_value(fields: Fields, name: str) -> str:
+    """Read a label's value."""
+    text = fields.text(name)
+    if not _LABEL_VALUE.fullmatch(text):
+        fields.error(fields.at(name), f"is {text[:80]!r}, which no label can be")
+        return ""
+    return text
+
+
+def checked_port_name(fields: Fields, name: str, default: str) -> str:
+    """Read the name of a Service's port."""
+    text = fields.text(name) or default
+    if not _PORT_NAME.fullmatch(text):
+        fields.error(fields.at(name), f"is {text[:80]!r}; use lower-case letters, digits and '-'")
+        return default
+    return text
 
 
 def checked_quantity(fields: Fields, name: str, default: str) -> str:
@@ -156,7 +256,7 @@ def read_store(fields: Fields, default_image: str, default_pull_policy: str, kin
     pull_policy = source.text("imagePullPolicy", default_pull_policy, PULL_POLICIES)
     replicas = source.integer("replicas", 1, 0, MAX_REPLICAS)
     resources = source.mapping("resources")
-    env = read_env(source)
+    env = read_env(source, ETCD_VARIABLES if kind == "etcd" else {})
     storage_fields = fields.inside("storage")
     if kind == "redis":
         storage_fields.ignored(
@@ -186,7 +286,16 @@ def _check_resources(fields: Fields, resources: Mapping[str, Any]) -> None:
                 fields.error(
                     f"{inside.at(kind)}.{name}", f"is {str(value)[:60]!r}; expected a quantity such as 500m, 2 or 4Gi"
                 )
-    inside.items("claims")
+        if any(name not in ("cpu", "memory", "ephemeral-storage") and "/" not in name for name in inside.mapping(kind)):
+            fields.error(
+                inside.at(kind), "may have cpu, memory, ephemeral-storage and resources with a '/' in their names"
+            )
+    requests, limits = inside.mapping("requests"), inside.mapping("limits")
+    for name in requests.keys() & limits.keys():
+        with contextlib.suppress(ConfigError):  # reported above
+            if parse_quantity(requests[name], name) > parse_quantity(limits[name], name):
+                fields.error(f"{inside.at('requests')}.{name}", f"is {requests[name]}, above the limit {limits[name]}")
+    inside.ignored("claims", "etcd and Redis need no devices")
     inside.close()
 
 
@@ -206,7 +315,11 @@ def read_external(fields: Fields) -> External | None:
         if secret:
             fields.error(fields.at("address"), "is missing; give host:port")
         return None
-    if not re.fullmatch(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}", address):
+    if not re.fullmatch(r"[A-Za-z0-9._\[\]:-]+:\d{1,5}", address) or int(address.rpartition(":")[2]) not in range(
+        1, 65536
+    ):
         fields.error(fields.at("address"), f"is {address[:80]!r}; expected host:port")
     name, _, key = secret.partition("/")
+    if secret and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?(/[-._A-Za-z0-9]+)?", secret):
+        fields.error(fields.at("passwordSecretRef"), f"is {secret[:80]!r}; expected SECRET or SECRET/ENTRY")
     return External(address, name, key or "password")

@@ -10,21 +10,26 @@ from ...config.options import Option
 from ...errors import ConfigError
 from ...remote.stores.registry import built_in_schemes
 from ...remote.stores.url import RemoteUrl
-from ..findings import Fields, Finding
+from ..findings import Fields, Finding, Level
 from ..kvcache import ArenaPlace, Form, KVCache, PodExtras, Port
-from ..names import IMAGE, RPC_PORT, WORKLOAD_LABEL
+from ..names import IMAGE, RPC_PORT, WORKLOAD_ANNOTATION, WORKLOAD_LABEL
 from ..options import OPTIONS, as_text, check_options
 from .common import (
     MAX_REPLICAS,
     PULL_POLICIES,
     SERVICE_TYPES,
     checked_label_key,
+    checked_label_value,
     checked_quantity,
     read_annotations,
     read_env,
+    read_labels,
     read_metadata,
+    read_pod_labels,
+    read_pull_secrets,
     read_sizes,
     read_store,
+    read_tolerations,
 )
 from .published import MAX_PORT
 
@@ -49,15 +54,18 @@ def read_own(manifest: Mapping[str, Any], image: str = "") -> KVCache:
         "arena": ArenaPlace(spec.text("arena", ArenaPlace.HOST, tuple(ArenaPlace))),
         "min_pods": spec.integer("minPods", 0, 0, MAX_REPLICAS),
         "max_unavailable": spec.integer("maxUnavailable", 1, 1, MAX_REPLICAS),
-        "extras": _read_extras(spec),
         "options": _read_options(spec.inside("options")),
     }
     known |= read_sizes(spec, memory, spec.at("memory"))
     workload = spec.inside("workload")
-    if name := workload.text("name"):
+    if name := checked_label_value(workload, "name"):
+        if known["workload"] not in ("", name):
+            text = f"names {known['workload']}, and spec.workload.name counts"
+            findings.append(Finding(Level.IGNORED, f"metadata.annotations.{WORKLOAD_ANNOTATION}", text))
         known["workload"] = name
     known["workload_label"] = checked_label_key(workload, "labelKey", WORKLOAD_LABEL)
     workload.close()
+    known["extras"] = _read_extras(spec, known["workload_label"])
     service = spec.inside("service")
     known["service_type"] = service.text("type", "ClusterIP", SERVICE_TYPES)
     port, node_port = service.integer("port", RPC_PORT, 1, MAX_PORT), service.integer("nodePort", 0, 0, MAX_PORT)
@@ -74,14 +82,10 @@ def read_own(manifest: Mapping[str, Any], image: str = "") -> KVCache:
     return KVCache(form=Form.OWN, findings=tuple(findings), **known)
 
 
-def _read_extras(spec: Fields) -> PodExtras:
-    def texts(name: str) -> dict[str, str]:
-        return {str(key): str(value) for key, value in spec.mapping(name).items()}
-
-    secrets = tuple(str(each.get("name", "")) for each in spec.items("imagePullSecrets") if isinstance(each, Mapping))
+def _read_extras(spec: Fields, workload_label: str) -> PodExtras:
     return PodExtras(
-        texts("podLabels"), texts("podAnnotations"), texts("nodeSelector"), tuple(spec.items("tolerations")), secrets,
-        spec.text("priorityClassName"),
+        read_pod_labels(spec, "podLabels", workload_label), read_labels(spec, "podAnnotations", values=False),
+        read_labels(spec, "nodeSelector"), read_tolerations(spec), read_pull_secrets(spec), spec.text("priorityClassName"),
     )  # fmt: skip
 
 
@@ -98,8 +102,9 @@ def _read_options(options: Fields) -> dict[str, str]:
 def _read_remote(remote: Fields, pull_policy: str) -> dict[str, Any]:
     found: dict[str, Any] = {"remote": remote.text("url"), "remote_secret": ("", ""), "redis": None}
     secret = remote.inside("urlSecretRef")
-    if "name" in secret:
-        found["remote_secret"] = (secret.text("name"), secret.text("key", "url"))
+    found["remote_secret"] = (secret.text("name"), secret.text("key", "url"))
+    if "urlSecretRef" in remote and not found["remote_secret"][0]:
+        secret.error(secret.at("name"), "is missing; name the secret")
     secret.close()
     if "redis" in remote:
         found["redis"] = read_store(remote.inside("redis"), "", pull_policy, "redis")

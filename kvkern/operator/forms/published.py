@@ -12,20 +12,25 @@ from typing import Any
 
 from ..findings import Fields, Finding
 from ..kvcache import Form, KVCache, PodExtras, Port, Store
-from ..names import IMAGE, RPC_PORT
+from ..names import IMAGE, RPC_PORT, WORKLOAD_LABEL
 from ..options import check_options
 from .common import (
     MAX_REPLICAS,
     MEMBERS,
     PULL_POLICIES,
     SERVICE_TYPES,
+    checked_port_name,
     checked_quantity,
     read_annotations,
     read_env,
     read_external,
+    read_labels,
     read_metadata,
+    read_pod_labels,
+    read_pull_secrets,
     read_sizes,
     read_store,
+    read_tolerations,
 )
 
 _OLD = ("replicas", "etcdReplicas", "cacheSpec")  # fields of 0.2 alone
@@ -156,13 +161,11 @@ def _read_template(template: Fields) -> PodExtras:
     """Read those fields of a pod's template that users add to. What makes the pod a cache pod is the operator's."""
     metadata, spec = template.inside("metadata"), template.inside("spec")
     extras = PodExtras(
-        labels={str(k): str(v) for k, v in metadata.mapping("labels").items()},
-        annotations={str(k): str(v) for k, v in metadata.mapping("annotations").items()},
-        node_selector={str(k): str(v) for k, v in spec.mapping("nodeSelector").items()},
-        tolerations=tuple(spec.items("tolerations")),
-        pull_secrets=tuple(
-            str(each.get("name")) for each in spec.items("imagePullSecrets") if isinstance(each, Mapping)
-        ),
+        labels=read_pod_labels(metadata, "labels", WORKLOAD_LABEL),
+        annotations=read_labels(metadata, "annotations", values=False),
+        node_selector=read_labels(spec, "nodeSelector"),
+        tolerations=read_tolerations(spec),
+        pull_secrets=read_pull_secrets(spec),
         priority_class=spec.text("priorityClassName"),
     )
     for name in spec.unread():
@@ -199,9 +202,17 @@ def _read_ports(service: Fields) -> list[Port]:
         port = fields.integer("port", RPC_PORT, 1, MAX_PORT)
         if fields.text("protocol", "TCP", ("TCP",)) == "TCP":
             found.append(
-                Port(fields.text("name") or f"port-{port}", port, RPC_PORT, fields.integer("nodePort", 0, 0, MAX_PORT))
+                Port(
+                    checked_port_name(fields, "name", f"port-{port}"),
+                    port,
+                    RPC_PORT,
+                    fields.integer("nodePort", 0, 0, MAX_PORT),
+                )
             )
         fields.ignored("targetPort", f"a daemon answers on {RPC_PORT}")
         fields.ignored("appProtocol", "it is HTTP")
         fields.close()
+    for what in ("name", "port"):
+        if len({getattr(each, what) for each in found}) < len(found):
+            service.error(service.at("ports"), f"has the same {what} twice")
     return found or [Port("vineyard-rpc", RPC_PORT, RPC_PORT)]

@@ -58,7 +58,7 @@ def deployment(cache: KVCache, num_pods: int, follow: dict[str, str], scraped: b
 
 
 def _pod(cache: KVCache, follow: dict[str, str]) -> Manifest:
-    said = {str(each["name"]): each.get("value") for each in cache.env} | cache.options
+    said = cache.options | {str(each["name"]): each.get("value") for each in cache.env}
     drain_s = float(said.get("KVKERN_DRAIN") or DEFAULT_DRAIN_S)
     pod: Manifest = {
         "serviceAccountName": cache.name,

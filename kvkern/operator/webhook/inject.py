@@ -33,7 +33,6 @@ VOLUME = "kvkern-socket"
 PUBLISHED_IMAGE = re.compile(r"(^|/)aibrix/vllm-openai[^/]*$")
 SOCKET, DAEMON_UID, PUBLISHED_SOCKET = "KVKERN_SOCKET", "KVKERN_DAEMON_UID", f"{LLM}_SOCKET"
 _ENGINE_WORDS = re.compile(r"vllm\.entrypoints|(^|[ /])vllm serve\b|\bapi_server\b")
-_ENGINE_IMAGE = re.compile(r"(^|/)[^/]*vllm[^/]*$")
 _OTHER_CONNECTOR = re.compile(r"--kv[-_](transfer[-_]config|offloading[-_]size)\b")
 
 Operation = dict[str, Any]  # of a JSON patch
@@ -121,7 +120,7 @@ def _looks_like_engine(container: Container, settings: InjectSettings) -> bool:
     image = container.image or ""
     return bool(
         _ENGINE_WORDS.search(" ".join(container.words))
-        or _ENGINE_IMAGE.search(image)
+        or "vllm" in image.rpartition("/")[2]
         or (image and image == settings.engine_image)
     )
 
