@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,10 +27,12 @@ def render(
         str,
         typer.Option(help="Image of the daemon for those that name the image of the program they were written for."),
     ] = "",
-    budget_api: Annotated[
-        Literal["policy/v1", "policy/v1beta1"],
-        typer.Option(help="Of PodDisruptionBudgets: policy/v1beta1 for clusters before Kubernetes 1.21."),
-    ] = "policy/v1",
+    kubernetes: Annotated[
+        str,
+        typer.Option(
+            help="Version of the cluster, such as 1.20: without what it does not know. Left out: 1.23 or later."
+        ),
+    ] = "",
     monitors: Annotated[
         bool, typer.Option("--monitors", help="With ServiceMonitor and PodMonitor, instead of annotations.")
     ] = False,
@@ -44,6 +46,7 @@ def render(
     from ..operator.names import KIND
     from ..operator.objects import Cluster
     from ..operator.objects import render as render_objects
+    from ..operator.objects.old_versions import for_version
     from ..operator.yaml_files import read_manifests, to_yaml
 
     with exit_on_bad_input():
@@ -63,10 +66,7 @@ def render(
             if cache.errors:
                 raise ConfigError("\n".join(f"{cache.name}: {error}" for error in cache.errors))
             objects += render_objects(cache, Cluster(monitors=monitors))
-        for each in objects:
-            if each["kind"] == "PodDisruptionBudget":
-                each["apiVersion"] = budget_api
-        typer.echo(to_yaml(objects), nl=False)
+        typer.echo(to_yaml(for_version(objects, kubernetes)), nl=False)
 
 
 @operator.command()

@@ -114,7 +114,7 @@ class Cluster:
 
 
 class Kubelets(threading.Thread):
-    """Binds cache pods to nodes with engines and says that they run; removes pods that end. One cache pod on a node."""
+    """Binds the operator's pods and says that they run; removes pods that end. One cache pod on a node with engines."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -130,17 +130,20 @@ class Kubelets(threading.Thread):
     def _look(self) -> None:
         pods = self.cluster.get("pods") or []
         role = "kvcache.orchestration.aibrix.ai/role"
-        caches = [pod for pod in pods if pod["metadata"].get("labels", {}).get(role) == "cache"]
+        ours = [pod for pod in pods if role in pod["metadata"].get("labels", {})]
+        caches = [pod for pod in ours if pod["metadata"]["labels"][role] == "cache"]
         taken = {pod["spec"].get("nodeName") for pod in caches}
         wanted = [
             pod["spec"]["nodeName"]
             for pod in pods
             if WORKLOAD in pod["metadata"].get("labels", {}) and pod["spec"].get("nodeName")
         ]
-        for pod in caches:
+        for pod in ours:
             name = pod["metadata"]["name"]
             if pod["metadata"].get("deletionTimestamp"):
                 self.cluster.remove_pod(name)
+            elif pod not in caches and not pod["spec"].get("nodeName"):
+                self._bind(name, self.cluster.nodes[0])  # a member of an etcd, or a Redis
             elif not pod["spec"].get("nodeName"):
                 if free := [node for node in wanted if node not in taken]:
                     taken.add(free[0])

@@ -185,8 +185,8 @@ def test_rendered_objects_apply(cluster: Cluster) -> None:
     ]
     env = [{"name": f"ODD_{number}", "value": value} for number, value in enumerate(odd)]
     (cluster.folder / "kvcache.yaml").write_text(json.dumps(own(env=env)))
-    budgets = "policy/v1" if "policy/v1\n" in cluster.kubectl("api-versions") else "policy/v1beta1"
-    command = [sys.executable, "-m", "kvkern", "operator", "render", "--budget-api", budgets, "-f", "kvcache.yaml"]
+    version = json.loads(cluster.kubectl("get", "--raw", "/version"))["gitVersion"].split("+")[0]
+    command = [sys.executable, "-m", "kvkern", "operator", "render", "--kubernetes", version, "-f", "kvcache.yaml"]
     rendered = subprocess.run(
         command, cwd=cluster.folder, capture_output=True, text=True, timeout=60, check=True
     ).stdout
