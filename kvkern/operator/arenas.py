@@ -39,9 +39,8 @@ OF, ON = "kvkern.io/removes-arena-of", "kvkern.io/removes-arena-on"  # annotatio
 DEADLINE_S = 300  # of a remover
 _PARENTS = (HOST_ARENAS, HOST_SOCKETS)
 
-_KEY = re.compile(
-    r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\.[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
-)  # namespace.name: parts of paths
+# namespace.name: parts of paths
+_KEY = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\.[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _NODE = re.compile(r"[a-z0-9][-.a-z0-9]{0,252}")
 
 Nodes = dict[str, str]  # name -> when a cache pod was last seen on it, RFC 3339
@@ -131,11 +130,13 @@ class Arenas:
 
     async def _removed(self, namespace: str, name: str, node: str) -> bool:
         """Start a pod that removes the folders, or look at it. Returns True if they are gone."""
-        if await self._api.get(NODE, "", node) is None:
-            return True
         place = namespace if await self._is_usable(namespace) else self._namespace
         pod = remover(namespace, name, node, self.image, place)
         live = await self._api.get(POD, place, pod["metadata"]["name"])
+        if await self._api.get(NODE, "", node) is None:
+            if live is not None:
+                await self._api.delete(POD, live)  # nobody would ever run it
+            return True
         if live is None:
             await self._api.create(POD, pod, record=False)
             return False

@@ -22,7 +22,7 @@ from .kvcache import KVCache
 from .merge import merge_patch
 from .names import MANAGED_BY, NAME_LABEL, ROLE_LABEL, identity
 from .objects import Cluster, Manifest, render
-from .observed import DELETION_COST, Observed, StoreState, cache_pod, has_ended, store_state, workload_nodes
+from .observed import DELETION_COST, Observed, cache_pod, has_ended, store_state, workload_nodes
 
 logger = logging.getLogger("kvkern")
 
@@ -91,8 +91,7 @@ class Reconciler:
         desired = _num_pods(cache, seen, live, self._now())
         faults: list[str] = []
         if not cache.errors and not waits:
-            faults = await self._write(cache, seen, desired)
-            seen = replace(seen, deployment=await self._deployment(cache), stores=await self._stores(cache))
+            seen, faults = await self._write(cache, seen, desired)
         if self._settings.ask_pods:
             seen = replace(seen, daemons=await ask_daemons(pod for pod in seen.pods if not pod.ending))
         await self._tell(kind, live, status_of(cache, seen, desired, faults, live.get("status") or {}, self._now()))
@@ -127,10 +126,6 @@ class Reconciler:
         live = await self._api.get(DEPLOYMENT, cache.namespace, cache.name)
         return live if live is not None and _owned(live, cache) else None
 
-    async def _stores(self, cache: KVCache) -> tuple[StoreState, ...]:
-        sets = await self._api.list(STATEFUL_SET, cache.namespace, {NAME_LABEL: cache.name})
-        return tuple(store_state(each) for each in sets if _owned(each, cache))
-
     async def _labels_of(self, cache: KVCache) -> dict[str, str]:
         """Return the labels of the pods of the workload with this metadata.name; empty if the KVCache's label is among them."""
         for kind in WORKLOADS:
@@ -145,12 +140,16 @@ class Reconciler:
 
     # -- write ---------------------------------------------------------------------------------------------------------
 
-    async def _write(self, cache: KVCache, seen: Observed, desired: int) -> list[str]:
-        """Write what differs. Returns what failed."""
+    async def _write(self, cache: KVCache, seen: Observed, desired: int) -> tuple[Observed, list[str]]:
+        """Write what differs. Returns what there is then, and what failed."""
         monitors = any(kind.kind == MONITORS[0].kind for kind in self.kinds)
         wanted = render(cache, Cluster(desired, dict(seen.follow), monitors))
         kinds = {kind.kind: kind for kind in self.kinds}
-        faults = []
+        faults: list[str] = []
+        try:
+            there = await self._there(cache)
+        except ApiError as error:
+            return seen, [str(error)]
         try:
             if self._arenas is not None:
                 await self._arenas.note(cache, {pod.node for pod in seen.pods if pod.node})
@@ -159,23 +158,34 @@ class Reconciler:
             faults.append(str(error))
         for manifest in wanted:
             kind = kinds[manifest["kind"]]
+            key = kind, manifest["metadata"]["name"]
             try:
-                await self._apply(kind, manifest | {"apiVersion": kind.api}, cache)
+                there[key] = await self._apply(kind, manifest | {"apiVersion": kind.api}, there.get(key), cache)
             except ApiError as error:
                 faults.append(f"{manifest['kind']} {manifest['metadata']['name']}: {error}")
         try:
-            await self._prune(cache, wanted)
+            await self._prune(there, wanted)
             await self._move(cache, seen)
         except ApiError as error:
             faults.append(str(error))
-        return faults
+        stores = tuple(store_state(live) for (kind, _), live in there.items() if kind == STATEFUL_SET)
+        return replace(seen, deployment=there.get((DEPLOYMENT, cache.name)), stores=stores), faults
 
-    async def _apply(self, kind: Kind, wanted: Manifest, cache: KVCache) -> None:
-        metadata = wanted["metadata"]
-        live = await self._api.get(kind, cache.namespace, metadata["name"])
+    async def _there(self, cache: KVCache) -> dict[tuple[Kind, str], Manifest]:
+        """Return what the KVCache owns: what a pass has made, and what the published operator has."""
+        return {
+            (kind, live["metadata"]["name"]): {"apiVersion": kind.api, "kind": kind.kind} | live
+            for kind in (*self.kinds, POD)
+            for live in await self._api.list(kind, cache.namespace, {NAME_LABEL: cache.name})
+            if _owned(live, cache)
+        }
+
+    async def _apply(self, kind: Kind, wanted: Manifest, live: Manifest | None, cache: KVCache) -> Manifest:
+        """Make or change an object. Returns what is there then."""
+        if live is None:  # nobody has it, or somebody else, or it has lost its labels
+            live = await self._api.get(kind, cache.namespace, wanted["metadata"]["name"])
         if live is None:
-            await self._api.create(kind, wanted)
-            return
+            return await self._api.create(kind, wanted)
         if not _owned(live, cache):
             raise ApiError(409, "NameTaken", "exists and belongs to somebody else; delete it, or rename the KVCache")
         if live["metadata"].get("deletionTimestamp"):
@@ -183,7 +193,7 @@ class Reconciler:
         patch = merge_patch(wanted, live)
         uid = live["metadata"]["uid"]
         if not patch or self._left.get(uid) == patch:
-            return
+            return live
         try:
             after = await self._api.patch(kind, live, patch)
         except ApiError as error:
@@ -196,14 +206,14 @@ class Reconciler:
             if len(self._left) >= MAX_LEFT:
                 self._left.clear()
             self._left[uid] = left
+        return after
 
-    async def _prune(self, cache: KVCache, wanted: Iterable[Manifest]) -> None:
-        """Delete what this KVCache owns and does not want (any more), also what the published operator has made for it."""
+    async def _prune(self, there: dict[tuple[Kind, str], Manifest], wanted: Iterable[Manifest]) -> None:
+        """Delete what the KVCache does not want (any more)."""
         keep = {(each["kind"], each["metadata"]["name"]) for each in wanted}
-        for kind in (*self.kinds, POD):
-            for live in await self._api.list(kind, cache.namespace, {NAME_LABEL: cache.name}):
-                if (kind.kind, live["metadata"]["name"]) not in keep and _owned(live, cache):
-                    await self._api.delete(kind, live)
+        for kind, name in [key for key in there if (key[0].kind, key[1]) not in keep]:
+            await self._api.delete(kind, there[kind, name])
+            del there[kind, name]
 
     async def _mark(self, cache: KVCache, seen: Observed) -> None:
         """Tell Kubernetes which cache pods to end first if there are to be fewer."""
