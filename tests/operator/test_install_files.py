@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,22 @@ def test_definitions_before_1_25_have_no_rules() -> None:
     assert found == [crd(OWN_GROUP, rules=False), crd(PUBLISHED_GROUP, rules=False)]
     assert RULES not in str(found)
     assert RULES in str(of_kind(kustomized("base"), "CustomResourceDefinition"))
+
+
+def test_the_chart_knows_old_clusters(tmp_path: Path) -> None:
+    """Helm renders here for a new one, so the version at which rules begin is moved."""
+    copy = tmp_path / "chart"
+    shutil.copytree(CHART, copy)
+    template = copy / "templates" / "crds.yaml"
+    text = template.read_text()
+    assert text.count('"<1.25-0"') == 1
+    for limit, has_rules in (("<1.25-0", True), ("<9.25-0", False)):
+        template.write_text(text.replace("<1.25-0", limit))
+        with Chart.load(copy) as chart:
+            rendered = chart.render(values={}, name="kvkern-operator", namespace="kvkern-system")
+        found = [each for each in rendered.values() if "kind: CustomResourceDefinition" in each]
+        assert found
+        assert all((RULES in each) == has_rules for each in found)
 
 
 def test_helm_keeps_definitions() -> None:

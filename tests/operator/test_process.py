@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,16 @@ import pytest
 from kvkern.operator.crds import MANAGED_ANNOTATION
 from tests.operator.conftest import Cluster, own
 from tests.operator.manifests import kvcache
+from tests.operator.operator_process import running_operator
 
 PATIENCE_S = 60.0
 PUBLISHED = "deepseek-coder-7b-kvcache"
 pytestmark = pytest.mark.slow
 
 
-@contextmanager
-def operator(cluster: Cluster, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `kvkern operator run`. It must end with status 0 and without a traceback."""
-    command = [sys.executable, "-m", "kvkern", "operator", "run", "--lease-namespace", "default", *options]
-    environment = dict(os.environ, KUBECONFIG=str(cluster.server.kubeconfig))
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        status = process.wait(60)
-    assert status == 0, log.read_text()
-    assert "Traceback" not in log.read_text()
+def operator(cluster: Cluster, log: Path, *options: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Run `kvkern operator run`."""
+    return running_operator(cluster.server.kubeconfig, log, "--lease-namespace", "default", *options)
 
 
 def eventually(check: Callable[[], Any], log: Path) -> Any:

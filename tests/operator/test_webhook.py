@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +26,7 @@ from kvkern.operator.webhook.keeper import Keeper
 from kvkern.operator.webhook.registration import Place, bundle_of
 from tests.operator.api_server import ApiServer, ConnectionLost, running_api_server
 from tests.operator.conftest import own
+from tests.operator.operator_process import start_operator
 from tests.operator.test_install_files import kustomized
 from tests.operator.test_webhook_inject import pod
 
@@ -70,16 +68,12 @@ class Operator:
 
     def __init__(self, server: ApiServer, folder: Path) -> None:
         self.server, self.port, self.log = server, free_port(), folder / f"operator-{time.monotonic_ns()}.log"
-        environment = os.environ | {
-            "KUBECONFIG": str(server.kubeconfig_of(SYSTEM, "kvkern-operator")),
+        variables = {
             "POD_NAMESPACE": SYSTEM,
             "KVKERN_OPERATOR_WEBHOOK": f"127.0.0.1:{self.port}",
             "KVKERN_OPERATOR_ENGINE_IMAGE": "kvkern-engine:1",
         }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "kvkern", "operator", "run"], env=environment, stdout=log, stderr=log
-            )
+        self.process = start_operator(server.kubeconfig_of(SYSTEM, "kvkern-operator"), self.log, **variables)
 
     def ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 
-from tests.operator.api_server import ApiServer, ConnectionLost, running_api_server
-from tests.operator.api_server.client import (
+from . import ApiServer, ConnectionLost
+from .client import (
     DEFINITIONS,
     DEPLOYMENTS,
     MAPS,
@@ -25,18 +24,6 @@ from tests.operator.api_server.client import (
     pod,
     widget,
 )
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with running_api_server() as running:
-        yield running
-
-
-@pytest.fixture
-def call(server: ApiServer) -> Client:
-    return Client(server)
-
 
 # Discovery
 
