@@ -1,7 +1,7 @@
 """Random sequences of what users, nodes and operators do, over a toy cluster.
 
-After each, once everything is quiet: no two daemons were ever on one socket, every node of the workload has one ready cache
-pod and no other node has any, nothing is orphaned, and the status says what is.
+After each, once everything is quiet: no two daemons were ever on one socket, and no arena was removed beside a cache pod; every
+node of the workload has one ready cache pod and no other node has any; nothing is orphaned, and the status says what is.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from kvkern.operator.api import ApiError
+from kvkern.operator.arenas import LEDGER, Arenas
 from kvkern.operator.crds import crd
 from kvkern.operator.kinds import OWN, PUBLISHED
 from kvkern.operator.names import OWN_GROUP, PUBLISHED_GROUP
+from kvkern.operator.observed import has_ended
 from kvkern.operator.reconcile import Reconciler, Settings
 from tests.operator.api_server import ApiError as ServerError
-from tests.operator.api_server import Store
+from tests.operator.api_server import Options, Store
 from tests.operator.conftest import MADE, own
 from tests.operator.manifests import kvcache
 from tests.operator.store_api import Crash, StoreApi
@@ -31,6 +34,7 @@ SEQUENCES = 1000
 BATCH = 50  # sequences of one test
 STEPS = 8
 NODES = 4
+ROLE = "kvcache.orchestration.aibrix.ai/role"
 
 
 class World:
@@ -50,6 +54,10 @@ class World:
         self.name = manifest["metadata"]["name"]
         self.plural = f"kvcaches.{OWN_GROUP if self.own else PUBLISHED_GROUP}"
         self.done: list[str] = []
+        self.minutes = 0  # that have passed; the toy cluster has no clock
+
+    def now(self) -> str:
+        return (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=self.minutes)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def engine(self) -> dict[str, Any]:
         """Return the engines' Deployment. Two engines never share a node, so their number is that of nodes."""
@@ -70,9 +78,32 @@ class World:
     def one_pass(self, crash_after: int = -1) -> None:
         """Make a pass as an operator that has just started; it may end at one of its writes."""
         api = StoreApi(self.store, crash_after, before=self.random.random() < 0.5)
-        reconciler = Reconciler(api, Settings(ask_pods=False), lambda: "2026-01-01T00:00:00Z")
+        arenas = Arenas(api, "default", "kvkern:1", self.now)
+        reconciler = Reconciler(api, Settings(ask_pods=False), self.now, arenas)
         with contextlib.suppress(Crash, ApiError):  # the next pass goes on
             asyncio.run(reconciler.run(OWN if self.own else PUBLISHED, "default", self.name))
+
+    def sweep(self, crash_after: int = -1) -> None:
+        """Let the operator remove arenas that nobody needs, and what removes them end where it runs."""
+        with contextlib.suppress(Crash):
+            asyncio.run(Arenas(StoreApi(self.store, crash_after), "default", "kvkern:1", self.now).sweep())
+        self.toy.step(self.random.randint(0, 3))
+        for pod in self.store.list("pods", "default", f"{ROLE}=arena-remover"):
+            if pod.get("status", {}).get("phase") == "Running":
+                node = pod["spec"]["nodeName"]
+                caches = self.store.list("pods", "default", f"{ROLE}=cache")
+                beside = [each for each in caches if each["spec"].get("nodeName") == node and not has_ended(each)]
+                assert not beside, f"the arena of {node} is removed under {beside[0]['metadata']['name']}"
+                self.set_phase(pod, self.random.choice(["Succeeded", "Succeeded", "Failed"]))
+
+    def listed(self) -> dict[str, str]:
+        """Return the ledger."""
+        return dict((self.store.find("configmaps", LEDGER, "default") or {}).get("data") or {})
+
+    def set_phase(self, pod: dict[str, Any], phase: str) -> None:
+        """Let a pod have ended."""
+        name, status = pod["metadata"]["name"], {"status": {"phase": phase, "conditions": []}}
+        self.store.patch("pods", name, status, "default", options=Options(subresource="status"))
 
     def edit(self, plural: str, name: str, change: Callable[[dict[str, Any]], None]) -> None:
         """Change an object as a user does, if it is there."""
@@ -131,6 +162,25 @@ class World:
             plural, each = self.random.choice(made)
             self.store.delete(plural, each["metadata"]["name"], "default")
 
+    def evict_a_pod(self) -> None:
+        """A kubelet short of something ends a cache pod; its object stays."""
+        pods = [pod for pod in self.store.list("pods", "default", f"{ROLE}=cache") if pod["spec"].get("nodeName")]
+        if pods:
+            self.set_phase(self.random.choice(pods), "Failed")
+
+    def wait(self) -> None:
+        self.minutes += self.random.choice([1, 6, 20])
+
+    def make_anew(self) -> None:
+        """The user deletes the KVCache, and sometime makes it again."""
+        if self.store.find(self.plural, self.name, "default") is not None:
+            self.store.delete(self.plural, self.name, "default")
+            self.store.collect()
+            self.toy.step(self.random.randint(0, 6))
+            self.sweep(self.random.choice([-1, 0, 1]))
+        manifest = own() if self.own else kvcache("published")
+        self.store.create(manifest)
+
     def meddle(self) -> None:
         self.edit("deployments.apps", self.name, lambda live: live["spec"].update(replicas=self.random.randint(0, 9)))
 
@@ -138,7 +188,8 @@ class World:
         """Let something happen, then an operator that may crash, then the cluster."""
         actions = (
             self.scale_engines, self.scale_engines, self.roll_engines, self.change_image, self.change_memory, self.lose_node,
-            self.recover_nodes, self.drain_node, self.delete_a_pod, self.delete_an_object, self.meddle,
+            self.recover_nodes, self.drain_node, self.delete_a_pod, self.delete_an_object, self.meddle, self.evict_a_pod,
+            self.wait, self.wait, self.make_anew,
         )  # fmt: skip
         action = self.random.choice(actions)
         self.done.append(action.__name__)
@@ -148,6 +199,8 @@ class World:
             self.done[-1] += f" refused: {error.reason}"
         if self.random.random() < 0.8:
             self.one_pass(self.random.choice([-1, -1, 0, 1, 3]))
+        if self.random.random() < 0.4:
+            self.sweep(self.random.choice([-1, 0, 1]))
         self.toy.step(self.random.randint(0, 6))
 
     def rest(self) -> None:
@@ -161,6 +214,7 @@ class World:
         for _ in range(30):
             before = self.store.objects.revision
             self.one_pass()
+            self.sweep()
             self.toy.settle(400)
             if self.store.objects.revision == before:
                 return
@@ -177,8 +231,7 @@ class World:
         engines = {
             p["spec"]["nodeName"] for p in self.toy.ready_pods("default", f"model.aibrix.ai/name={self.workload}")
         }
-        role = "kvcache.orchestration.aibrix.ai/role=cache"
-        caches = [pod["spec"]["nodeName"] for pod in self.toy.ready_pods("default", role)]
+        caches = [pod["spec"]["nodeName"] for pod in self.toy.ready_pods("default", f"{ROLE}=cache")]
         if engines:
             assert sorted(caches) == sorted(engines)
             assert status["desired"] == status["ready"] == len(engines)
@@ -197,7 +250,14 @@ class World:
             each["metadata"]["name"] for plural in MADE for each in self.store.list(plural, "default") if _owner(each)
         ]
         assert not left
-        assert not self.store.list("pods", "default", role)
+        for _ in range(60):
+            if not self.listed():
+                break
+            self.sweep()
+            self.toy.settle(400)
+        assert not self.listed(), "an arena is left on a node"
+        alive = [pod for pod in self.store.list("pods", "default", ROLE) if not has_ended(pod)]
+        assert not alive
 
 
 def _owner(manifest: dict[str, Any]) -> str:
