@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..kvcache import KVCache, Store
 from ..names import ETCD_PEER_PORT, ETCD_PORT, identity, labels
-from .metadata import Manifest, locked_down
+from .metadata import Manifest, locked_down, owner
 
 DATA_DIR = "/var/lib/etcd"
 USER = 10001
@@ -123,7 +123,10 @@ def _stateful_set(cache: KVCache, etcd: Store, name: str) -> Manifest:
     if etcd.storage:
         claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": etcd.storage}}}
         spec["persistentVolumeClaimRetentionPolicy"] = {"whenDeleted": "Delete", "whenScaled": "Delete"}
-        spec["volumeClaimTemplates"] = [{"metadata": {"name": "data"}, "spec": claim}]
+        metadata: Manifest = {"name": "data"}
+        if cache.uid:
+            metadata["ownerReferences"] = [owner(cache)]  # clusters before 1.27 know no retention policy
+        spec["volumeClaimTemplates"] = [{"metadata": metadata, "spec": claim}]
     else:
         pod["volumes"] = [{"name": "data", "emptyDir": {}}]
     return spec

@@ -19,9 +19,13 @@ def owned(manifest: Manifest, cache: KVCache) -> Manifest:
     if metadata.get("annotations"):
         complete["annotations"] = metadata["annotations"]
     if cache.uid:
-        owner = {"apiVersion": cache.api, "kind": KIND, "name": cache.name, "uid": cache.uid}
-        complete["ownerReferences"] = [owner | {"controller": True, "blockOwnerDeletion": True}]
+        complete["ownerReferences"] = [owner(cache) | {"controller": True, "blockOwnerDeletion": True}]
     return manifest | {"metadata": complete}
+
+
+def owner(cache: KVCache) -> dict[str, str]:
+    """Return the reference that makes an object go with the KVCache."""
+    return {"apiVersion": cache.api, "kind": KIND, "name": cache.name, "uid": cache.uid}
 
 
 def locked_down(run_as: int | None = None) -> Manifest:
