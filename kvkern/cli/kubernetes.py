@@ -30,7 +30,7 @@ def render(
     kubernetes: Annotated[
         str,
         typer.Option(
-            help="Version of the cluster, such as 1.20: without what it does not know. Left out: 1.23 or later."
+            help="Version of the cluster, such as 1.20: without what it does not know. Left out: 1.27 or later."
         ),
     ] = "",
     monitors: Annotated[

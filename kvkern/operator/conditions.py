@@ -9,7 +9,7 @@ from ..config.sizes import format_nbytes
 from .findings import Finding
 from .kvcache import KVCache
 from .names import RPC_PORT
-from .observed import Daemon, Observed
+from .observed import Observed
 
 MAX_NODES = 500
 MAX_TEXT = 1000
@@ -23,11 +23,6 @@ ORDER = (
 )  # what `reason` looks at first
 _BAD = {"ConfigValid": "False", "Degraded": "True", "WorkloadFound": "False", "NodesCovered": "False", "Progressing": "True",
         "Available": "False"}  # fmt: skip
-
-
-ANOTHER_SIZE = (
-    "to change it and lose its chunks, set KVKERN_RESIZE_ARENA (options.resizeArena) to true and restart the engines."
-)
 
 
 def status_of(
@@ -125,15 +120,14 @@ def _config_valid(cache: KVCache, seen: Observed) -> tuple[str, str, str, str]:
         return "ConfigValid", "False", "Invalid", f"Nothing is changed until this is corrected: {_joined(cache.errors)}"
     if cache.notes:
         return "ConfigValid", "True", "PartlyWithoutEffect", _joined(cache.notes)
-    kept = [node for node, daemon in _daemons(seen) if daemon.capacity_nbytes != daemon.asked_nbytes]
-    if kept:
-        text = f"On {', '.join(kept[:10])} the arena keeps its size, because engines there use it: {ANOTHER_SIZE}"
-        return "ConfigValid", "True", "MemoryWithoutEffect", text
+    asked = [(pod.node, seen.daemons[pod.name]) for pod in seen.pods if pod.name in seen.daemons]
+    if kept := [node for node, daemon in asked if daemon.capacity_nbytes != daemon.asked_nbytes]:
+        return (
+            "ConfigValid", "True", "MemoryWithoutEffect",
+            f"On {', '.join(kept[:10])} the arena keeps its size, as engines there use it: to change it and lose its chunks, "
+            "set KVKERN_RESIZE_ARENA (options.resizeArena) to true and restart the engines.",
+        )  # fmt: skip
     return "ConfigValid", "True", "Valid", "Every field has its effect."
-
-
-def _daemons(seen: Observed) -> list[tuple[str, Daemon]]:
-    return [(pod.node, seen.daemons[pod.name]) for pod in seen.pods if pod.name in seen.daemons]
 
 
 def _workload_found(cache: KVCache, seen: Observed) -> tuple[str, str, str, str]:

@@ -67,9 +67,8 @@ def read_metadata(manifest: Mapping[str, Any], findings: list[Finding]) -> dict[
     if not _NAMESPACE.fullmatch(namespace):
         text = f"is {namespace[:80]!r}; use up to 63 lower-case letters, digits and '-'"
         findings.append(Finding(Level.ERROR, "metadata.namespace", text))
-    top = Fields(manifest, "", findings)
-    unknown = [field for field in top.unread() if field not in ("apiVersion", "kind", "metadata", "spec", "status")]
-    findings.extend(Finding(Level.IGNORED, str(field), "kvkern does not know this field") for field in unknown)
+    for field in manifest.keys() - {"apiVersion", "kind", "metadata", "spec", "status"}:
+        findings.append(Finding(Level.IGNORED, str(field), "kvkern does not know this field"))  # noqa: PERF401
     return {
         "name": name,
         "namespace": namespace,
@@ -84,11 +83,7 @@ def read_annotations(manifest: Mapping[str, Any], findings: list[Finding]) -> di
     metadata = manifest.get("metadata")
     values = metadata.get("annotations") if isinstance(metadata, Mapping) else None
     fields = Fields(values, "metadata.annotations", findings)
-    found: dict[str, Any] = {"workload": fields.text(WORKLOAD_ANNOTATION)}
-    if not _LABEL_VALUE.fullmatch(found["workload"]):
-        fields.error(
-            fields.at(WORKLOAD_ANNOTATION), f"is {found['workload'][:80]!r}, which no label can be; name the workload"
-        )
+    found: dict[str, Any] = {"workload": checked_label_value(fields, WORKLOAD_ANNOTATION)}
     gpu, key = fields.text(GPU_TYPE_ANNOTATION), fields.text(GPU_KEY_ANNOTATION)
     if gpu:
         found["node_labels"] = ((key or DEFAULT_GPU_KEY, gpu),)
@@ -113,9 +108,24 @@ def read_annotations(manifest: Mapping[str, Any], findings: list[Finding]) -> di
 
 def checked_label_key(fields: Fields, name: str, default: str) -> str:
     """Read the key of a label."""
+    return _matching(fields, name, _LABEL_KEY, "no label's key can be that", default)
+
+
+def checked_label_value(fields: Fields, name: str) -> str:
+    """Read a label's value."""
+    return _matching(fields, name, _LABEL_VALUE, "no label can be that; name the workload")
+
+
+def checked_port_name(fields: Fields, name: str, default: str) -> str:
+    """Read the name of a Service's port."""
+    return _matching(fields, name, _PORT_NAME, "use lower-case letters, digits and '-'", default)
+
+
+def _matching(fields: Fields, name: str, pattern: re.Pattern[str], why: str, default: str = "") -> str:
+    """Read a text that has to match; empty is the default."""
     text = fields.text(name) or default
-    if not _LABEL_KEY.fullmatch(text):
-        fields.error(fields.at(name), f"is {text[:80]!r}, which no label's key can be")
+    if not pattern.fullmatch(text):
+        fields.error(fields.at(name), f"is {text[:80]!r}; {why}")
         return default
     return text
 
@@ -201,24 +211,6 @@ def read_pull_secrets(fields: Fields, name: str = "imagePullSecrets") -> tuple[s
         else:
             fields.error(f"{fields.at(name)}[{number}]", "has no name; give name: SECRET")
     return tuple(found)
-
-
-def checked_label_value(fields: Fields, name: str) -> str:
-    """Read a label's value."""
-    text = fields.text(name)
-    if not _LABEL_VALUE.fullmatch(text):
-        fields.error(fields.at(name), f"is {text[:80]!r}, which no label can be")
-        return ""
-    return text
-
-
-def checked_port_name(fields: Fields, name: str, default: str) -> str:
-    """Read the name of a Service's port."""
-    text = fields.text(name) or default
-    if not _PORT_NAME.fullmatch(text):
-        fields.error(fields.at(name), f"is {text[:80]!r}; use lower-case letters, digits and '-'")
-        return default
-    return text
 
 
 def checked_quantity(fields: Fields, name: str, default: str) -> str:
